@@ -1,0 +1,1 @@
+"""Checkpoints: named tensor fragments in safetensors and one manifest, readable by any layout."""

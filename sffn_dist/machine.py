@@ -1,0 +1,65 @@
+"""What this machine is: accelerators and bf16 units, asked without importing torch. Standard library only."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+# Compute capability from which CUDA devices have bf16 units (Ampere).
+_BF16_CAPABILITY = (8, 0)
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+
+
+@cache
+def cuda_capability() -> tuple[int, int] | None:
+    """Compute capability of the first visible CUDA device that the installed torch can use, else None."""
+    try:
+        if "+cpu" in importlib.metadata.version("torch"):
+            return None
+        driver = ctypes.CDLL("libcuda.so.1")
+    except (importlib.metadata.PackageNotFoundError, OSError):
+        return None
+    count, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+        return None
+    if driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, 0):
+        return None
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, 0)
+    return major.value, minor.value
+
+
+@cache
+def cpu_has_bf16() -> bool:
+    """True if the processor multiplies bf16 matrices by itself; without, bf16 is 10-50x slower than fp32."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return False
+    wanted = {"bf16", "svebf16"} if platform.machine() == "aarch64" else {"avx512_bf16", "amx_bf16"}
+    return not words.isdisjoint(wanted)
+
+
+def precision(setting: Literal["auto", "bf16", "fp32"]) -> Literal["bf16", "fp32"]:
+    """What "auto" means here: bf16 on CUDA devices and CPUs with bf16 units, else fp32."""
+    if setting != "auto":
+        return setting
+    capability = cuda_capability()
+    able = capability >= _BF16_CAPABILITY if capability else cpu_has_bf16()
+    return "bf16" if able else "fp32"
+
+
+def device_name() -> str:
+    capability = cuda_capability()
+    if capability:
+        return f"cuda, compute capability {capability[0]}.{capability[1]}"
+    return f"cpu, {cores()} cores{', bf16 units' if cpu_has_bf16() else ''}"
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

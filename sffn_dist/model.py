@@ -1,0 +1,216 @@
+"""config -> megatron-core GPTModel with our layer specs, and its weights at step 0."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sffn_dist.config import Config
+from sffn_dist.parallel import host
+from sffn_dist.parallel.collectives import sum_partial_gradients
+from sffn_dist.parallel.layers import CoreAttention, NormLayer
+from sffn_dist.parallel.linears import StructuredColumnParallelLinear, StructuredLinear, StructuredRowParallelLinear
+from sffn_dist.parallel.split import shard
+from sffn_dist.parallel.topology import Topology
+from sffn_dist.schedule import Now, Schedule
+from sffn_dist.shapes import ffn_structure, model_tensors
+from sffn_dist.structured import initialisation
+
+gelu_tanh = functools.partial(F.gelu, approximate="tanh")
+
+
+def transformer_config(config: Config, precision: str) -> TransformerConfig:
+    """The part of a run that megatron-core configures itself by."""
+    model = config.model
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.width,
+        num_attention_heads=model.heads,
+        num_query_groups=config.kv_heads,
+        kv_channels=config.head_dim,
+        ffn_hidden_size=config.ffn_width,
+        normalization="RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        activation_func=F.silu if config.gated else gelu_tanh,
+        gated_linear_unit=config.gated,
+        add_bias_linear=model.bias,
+        add_qkv_bias=model.bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=config.parallel.tensor,
+        sequence_parallel=config.parallel.sequence and config.parallel.tensor > 1,
+        params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        bf16=precision == "bf16",
+        use_cpu_initialization=not host.has_cuda(),
+        perform_initialization=False,  # initialise() below, by name, alike for every layout
+    )
+
+
+def mlp_spec(config: Config, layer: int) -> ModuleSpec:
+    """The feed-forward layer: Megatron's MLP over dense or structured linears."""
+    structure = ffn_structure(config, layer)
+    if structure.kind == "dense":
+        return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    params = {"structure": structure, "guide": config.guided}
+    return ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(
+            linear_fc1=ModuleSpec(module=StructuredColumnParallelLinear, params=params),
+            linear_fc2=ModuleSpec(module=StructuredRowParallelLinear, params=params),
+        ),
+    )
+
+
+def layer_spec(config: Config, layer: int) -> ModuleSpec:
+    """One transformer layer: pre-norm attention and feed-forward."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=NormLayer,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=NormLayer,
+            mlp=mlp_spec(config, layer),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def build(config: Config, precision: str, topology: Topology) -> GPTModel:
+    """The rank's part of the model, its weights not yet set: see :func:`initialise`."""
+    layers = [layer_spec(config, layer) for layer in range(config.model.layers)]
+    model = GPTModel(
+        config=transformer_config(config, precision),
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=NormLayer),
+        vocab_size=config.model.vocab,
+        max_sequence_length=config.model.sequence,
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=config.model.rope_base,
+    )
+    if config.recompute == "full":
+        for layer in model.decoder.layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    sum_partial_gradients(model, topology.tensor_group)
+    return model
+
+
+def token_losses(model: Callable[..., Tensor], tokens: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in nats of every label, (batch, S), for tokens and labels (batch, S)."""
+    return model(tokens, None, None, labels=labels)
+
+
+def token_logits(model: Callable[..., Tensor], tokens: Tensor) -> Tensor:
+    """Logits (batch, S, vocab/p) of tokens (batch, S): this rank's slice of the vocabulary."""
+    return model(tokens, None, None)
+
+
+def structured_linears(model: GPTModel) -> Iterator[tuple[int, int, StructuredLinear]]:
+    """(layer, 0 for the first or 1 for the second linear, module)."""
+    for index, layer in enumerate(model.decoder.layers):
+        for which, linear in enumerate((layer.mlp.linear_fc1, layer.mlp.linear_fc2)):
+            if isinstance(linear, StructuredLinear):
+                yield index, which, linear
+
+
+def set_guide(model: GPTModel, schedule: Schedule, now: Now) -> int:
+    """Tell every linear whether it computes its guide in this step; returns how many do."""
+    drawn = 0
+    for layer, which, linear in structured_linears(model):
+        linear.guide_weight = schedule.guide_weight(now, layer, which) if linear.guide is not None else None
+        drawn += linear.guide_weight is not None
+    return drawn
+
+
+def mix_guide(model: GPTModel, alpha: float) -> None:
+    """Every guide with weight ``alpha``, no coin: what an evaluation during the guided phase sees."""
+    for _, _, linear in structured_linears(model):
+        linear.guide_weight = alpha if linear.guide is not None and alpha > 0 else None
+
+
+def unset_guide(model: GPTModel) -> None:
+    """The structure alone, as evaluated and exported."""
+    for _, _, linear in structured_linears(model):
+        linear.guide_weight = None
+
+
+# ---------------------------------------------------------------------------------------------------------- initialisation
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _units(config: Config) -> dict[str, list[str]]:
+    """What is drawn together: unit -> parameter names. The factors of a linear are one draw, other matrices one each."""
+    units: dict[str, list[str]] = {}
+    for name in model_tensors(config):
+        prefix, _, leaf = name.rpartition(".")
+        factor = ".mlp." in name and leaf not in ("weight", "bias")
+        units.setdefault(prefix if factor else name, []).append(name)
+    return units
+
+
+def _draw(config: Config, unit: str, names: list[str]) -> dict[str, Tensor]:
+    """Full fp32 tensors of a unit by parameter name; the same on every machine of equal torch."""
+    specs, std = model_tensors(config), config.model.init_std
+    generator = _generator(config.train.seed, unit)
+    if names == [unit]:
+        shape = specs[unit].shape
+        if len(shape) > 1:
+            return {unit: torch.randn(shape, generator=generator) * std}
+        return {unit: torch.ones(shape) if unit.endswith("norm.weight") else torch.zeros(shape)}
+    layer, first = int(unit.split(".")[2]), unit.endswith("linear_fc1")
+    h, f = config.model.width, config.ffn_width
+    inputs, outputs = (h, 2 * f if config.gated else f) if first else (f, h)
+    drawn = initialisation.draw(ffn_structure(config, layer), inputs, outputs, std, generator, guide=config.guided)
+    return {f"{unit}.{name}": tensor for name, tensor in drawn.items()}
+
+
+@torch.no_grad()
+def initialise(model: GPTModel, config: Config, topology: Topology) -> None:
+    """Weights at step 0: one full draw a unit, seeded by (train.seed, name), cut for every rank.
+
+    So the weights are the same for every layout. Ranks draw units in turn and broadcast them: an SVD of 8192 x 2048 takes seconds,
+    and a rank's own library must not decide the signs of its singular vectors.
+    """
+    units = list(_units(config).items())
+    drawn = {unit: _draw(config, unit, names) for i, (unit, names) in enumerate(units) if i % topology.world == topology.rank}
+    specs, parameters = model_tensors(config), dict(model.named_parameters())
+    for i, (unit, names) in enumerate(units):
+        for name in names:
+            own = drawn[unit].pop(name) if unit in drawn else torch.empty(specs[name].shape)
+            full = own.to(topology.device)
+            if topology.world > 1:
+                dist.broadcast(full, src=i % topology.world)
+            parameters[name].copy_(shard(full, specs[name], topology.tensor, topology.tensor_rank))

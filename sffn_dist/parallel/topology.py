@@ -1,0 +1,106 @@
+"""Which rank this is and which groups it belongs to: world = data x tensor, tensor-parallel ranks adjacent."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from sffn_dist import machine
+from sffn_dist.config import Config, check_world
+from sffn_dist.parallel import host
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Ranks and groups of this process."""
+
+    rank: int
+    world: int
+    tensor: int
+    tensor_rank: int
+    data: int
+    data_rank: int
+    device: torch.device
+    tensor_group: Any
+    data_group: Any
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+class ModelParallelUnit:
+    """``megatron.core.parallel_state`` as DeepSpeed's ``mpu``, with the older names that DeepSpeed also asks for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_world_size(self) -> int:
+        return parallel_state.get_tensor_model_parallel_world_size()
+
+    def get_model_parallel_rank(self) -> int:
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    def get_model_parallel_group(self) -> Any:
+        return parallel_state.get_tensor_model_parallel_group()
+
+
+def start(config: Config) -> Topology:
+    """Join the process group that the launcher describes (RANK, WORLD_SIZE, ...), or be alone, and make Megatron's groups."""
+    host.prepare()
+    _threads()
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        if "RANK" not in os.environ:
+            os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
+            os.environ["MASTER_PORT"] = str(_free_port())
+        backend = "nccl" if host.has_cuda() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    check_world(config, dist.get_world_size())
+    return groups(config.parallel.tensor)
+
+
+def groups(tensor: int) -> Topology:
+    """Megatron's groups over the processes there are; replaces earlier ones."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    return Topology(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        tensor=tensor,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        data=parallel_state.get_data_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        device=host.device(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def stop() -> None:
+    """Leave the groups and the process group."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _threads() -> None:
+    """Share the cores among a node's ranks, unless the user said otherwise: oversubscribed CPU ranks crawl."""
+    if not host.has_cuda() and "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        torch.set_num_threads(max(1, machine.cores() // ranks_here))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

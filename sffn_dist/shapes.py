@@ -1,0 +1,370 @@
+"""What a config means in numbers: the split table, parameters, FLOPs, bytes. Standard library only.
+
+The split table (:func:`linear_tensors`, :func:`model_tensors`) is the one declaration of every tensor's full shape and of how it is
+cut over p tensor-parallel ranks. Constructors, initialisation, checkpoints, the plan and the tests read it.
+
+A cut names axes of a *view* of the full tensor. BlockShuffle shows why: its output feature s*B + l belongs to block l, so a cut over
+blocks is contiguous in the factor (B, M/B, n/B) and strided in the activation, the bias and the guide. With the inner features seen as
+(k, s', l) = (B, f/B^2, B), one layout serves them all: cut l first, then (more ranks than blocks) k, then s'.
+
+Shapes: h width, f inner width, R rank, B blocks, p tensor-parallel ranks; matrices are (outputs, inputs).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sffn_dist.config import Config, FFNKind
+
+Role = Literal["column", "row"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Split ``view`` (which refines a tensor's shape) along ``axes``: each in turn takes as many ways as divide it."""
+
+    view: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    def ways(self, p: int) -> tuple[tuple[int, int], ...]:
+        """(axis, ways) pairs whose ways multiply to p; raises ValueError if p does not fit."""
+        left, pairs = p, []
+        for axis in self.axes:
+            ways = math.gcd(self.view[axis], left)
+            left //= ways
+            pairs.append((axis, ways))
+        if left != 1:
+            raise ValueError(f"{p} tensor-parallel ranks do not divide axes {self.axes} of {self.view}")
+        return tuple(pairs)
+
+    def local_view(self, p: int) -> tuple[int, ...]:
+        view = list(self.view)
+        for axis, ways in self.ways(p):
+            view[axis] //= ways
+        return tuple(view)
+
+    def starts(self, p: int, rank: int) -> tuple[tuple[int, int, int], ...]:
+        """(axis, start, length) of ``rank``'s part; the first axis is the slowest digit of the rank."""
+        if not 0 <= rank < p:
+            raise ValueError(f"rank {rank} of {p}")
+        parts, below = [], p
+        for axis, ways in self.ways(p):
+            below //= ways
+            length = self.view[axis] // ways
+            parts.append((axis, rank // below % ways * length, length))
+        return tuple(parts)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor: its full shape and its cut (None: every tensor-parallel rank holds all of it)."""
+
+    shape: tuple[int, ...]
+    cut: Cut | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def _dim_of_axes(self) -> tuple[int, ...]:
+        """For each axis of the cut's view, the dimension of ``shape`` that it belongs to."""
+        assert self.cut is not None
+        owners, dim, covered = [], 0, 1
+        for size in self.cut.view:
+            while covered * size > self.shape[dim]:
+                dim, covered = dim + 1, 1
+            covered *= size
+            owners.append(dim)
+        return tuple(owners)
+
+    def local_shape(self, p: int) -> tuple[int, ...]:
+        if self.cut is None or p == 1:
+            return self.shape
+        sizes = [1] * len(self.shape)
+        for owner, size in zip(self._dim_of_axes(), self.cut.local_view(p), strict=True):
+            sizes[owner] *= size
+        return tuple(sizes)
+
+    def partition_dim(self, p: int) -> int:
+        """The dimension cut first (Megatron's ``partition_dim``); -1 if replicated."""
+        if self.cut is None:
+            return -1
+        owners = self._dim_of_axes()
+        return next((owners[axis] for axis, ways in self.cut.ways(p) if ways > 1), owners[self.cut.axes[0]])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the inner features f lie over ranks: the layout a first linear writes and a second one reads."""
+
+    view: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    def within(self, before: tuple[int, ...] = (), after: tuple[int, ...] = ()) -> Cut:
+        return Cut((*before, *self.view, *after), tuple(axis + len(before) for axis in self.axes))
+
+
+def inner_layout(kind: FFNKind, features: int, blocks: int | None) -> Layout:
+    """Layout of the f inner features of a feed-forward layer of this kind."""
+    if kind == "block_dense" and blocks:
+        return Layout((blocks, features // blocks), (0, 1))  # blocks first, then inside a block
+    if kind == "block_shuffle" and blocks:
+        if features % blocks**2:
+            return Layout((features // blocks, blocks), ())  # cannot be cut: one rank only
+        return Layout((blocks, features // blocks**2, blocks), (2, 0, 1))
+    return Layout((features,), (0,))
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Which structure a linear has: ``rank`` for low_rank and block_dense, ``blocks`` for the two block kinds."""
+
+    kind: FFNKind
+    rank: int | None = None
+    blocks: int | None = None
+
+    @property
+    def needed_rank(self) -> int:
+        assert self.rank is not None, f"{self.kind} needs a rank"
+        return self.rank
+
+    @property
+    def needed_blocks(self) -> int:
+        assert self.blocks is not None, f"{self.kind} needs blocks"
+        return self.blocks
+
+    def bottleneck(self, inputs: int, outputs: int) -> int:
+        """Width of z between the two factors."""
+        return min(inputs, outputs) if self.kind == "block_shuffle" else self.needed_rank
+
+    def factor_shapes(self, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+        """Full shapes of the factors of an (outputs, inputs) matrix, first-applied first."""
+        m, n = outputs, inputs
+        if self.kind == "dense":
+            return {"weight": (m, n)}
+        if self.kind == "low_rank":
+            return {"down": (self.needed_rank, n), "up": (m, self.needed_rank)}
+        b = self.needed_blocks
+        if self.kind == "block_dense":
+            return {"block_in": (b, self.needed_rank // b, n // b), "up": (m, self.needed_rank)}
+        return {"block_in": (b, min(n, m) // b, n // b), "block_out": (b, m // b, min(n, m) // b)}
+
+
+def linear_tensors(
+    structure: Structure, role: Role, inputs: int, outputs: int, *, gated: bool = False, bias: bool = False, guide: bool = False
+) -> dict[str, TensorSpec]:
+    """The split table of one linear of a feed-forward layer.
+
+    ``role`` "column" is the first linear (h -> f, or 2f when ``gated``), "row" the second (f -> h). Factors come first-applied first;
+    then ``guide`` (outputs, inputs) and ``bias`` (outputs,).
+    """
+    column = role == "column"
+    gate = (2,) if column and gated else ()
+    features = outputs // 2 if gate else (outputs if column else inputs)
+    layout = inner_layout(structure.kind, features, structure.blocks)
+    shapes = structure.factor_shapes(inputs, outputs)
+    wide: tuple[str, Cut]  # the factor that touches the f axis
+    kind = structure.kind
+    if kind == "dense":
+        wide = "weight", layout.within(gate, (inputs,)) if column else layout.within((outputs,))
+    elif column:
+        if kind == "block_shuffle":
+            wide = "block_out", _shuffled_out(layout, gate, shapes["block_out"][2])
+        else:
+            wide = "up", layout.within(gate, (structure.needed_rank,))
+    elif kind == "low_rank":
+        wide = "down", layout.within((structure.needed_rank,))
+    else:
+        wide = "block_in", _block_in(layout, structure, shapes["block_in"])
+    tensors = {name: TensorSpec(shape, wide[1] if name == wide[0] else None) for name, shape in shapes.items()}
+    if guide and kind != "dense":
+        cut = layout.within(gate, (inputs,)) if column else layout.within((outputs,))
+        tensors["guide"] = TensorSpec((outputs, inputs), cut)
+    if bias:
+        tensors["bias"] = TensorSpec((outputs,), layout.within(gate) if column else None)
+    return tensors
+
+
+def _shuffled_out(layout: Layout, gate: tuple[int, ...], reduced: int) -> Cut:
+    """block_out (B, M/B, n/B) of a first linear: rows (gate, k, s') of block l; features lie as (gate, k, s', l)."""
+    if len(layout.view) == 2:  # not cuttable
+        return Cut((layout.view[1], *gate, layout.view[0], reduced), ())
+    k, s, blocks = layout.view
+    g = len(gate)
+    return Cut((blocks, *gate, k, s, reduced), (0, 1 + g, 2 + g))
+
+
+def _block_in(layout: Layout, structure: Structure, shape: tuple[int, ...]) -> Cut:
+    """block_in (B, n/B, f/B) of a second linear: block k reads features (k, s', l), or (k, i) for block_dense."""
+    blocks, rows, _ = shape
+    if structure.kind == "block_dense":
+        return Cut((blocks, rows, layout.view[1]), (0, 2))
+    if len(layout.view) == 2:
+        return Cut(shape, ())
+    return Cut((blocks, rows, layout.view[1], layout.view[2]), (3, 0, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------- the whole model
+
+
+def ffn_structure(config: Config, layer: int) -> Structure:
+    """The structure of a layer's two feed-forward linears."""
+    kind = config.kind_of_layer(layer)
+    if kind == "dense":
+        return Structure("dense")
+    return Structure(
+        kind,
+        rank=config.ffn.rank if kind in ("low_rank", "block_dense") else None,
+        blocks=config.ffn.blocks if kind in ("block_shuffle", "block_dense") else None,
+    )
+
+
+def layer_tensors(config: Config, layer: int) -> dict[str, TensorSpec]:
+    """Tensors of one transformer layer by their names inside it (megatron-core's names)."""
+    model, h, f = config.model, config.model.width, config.ffn_width
+    qkv = config.attention_dim + 2 * config.kv_heads * config.head_dim
+    norm = _norm(config)
+    tensors: dict[str, TensorSpec] = {f"input_layernorm.{k}": v for k, v in norm.items()}
+    # rows of linear_qkv come grouped by key/value head: its query heads, its key, its value
+    tensors["self_attention.linear_qkv.weight"] = TensorSpec((qkv, h), Cut((qkv, h), (0,)))
+    tensors["self_attention.linear_proj.weight"] = TensorSpec((h, config.attention_dim), Cut((h, config.attention_dim), (1,)))
+    if model.bias:
+        tensors["self_attention.linear_qkv.bias"] = TensorSpec((qkv,), Cut((qkv,), (0,)))
+        tensors["self_attention.linear_proj.bias"] = TensorSpec((h,))
+    tensors.update({f"pre_mlp_layernorm.{k}": v for k, v in norm.items()})
+    structure = ffn_structure(config, layer)
+    wide = 2 * f if config.gated else f
+    for linear, role, inputs, outputs in (("linear_fc1", "column", h, wide), ("linear_fc2", "row", f, h)):
+        specs = linear_tensors(
+            structure,
+            "column" if role == "column" else "row",
+            inputs,
+            outputs,
+            gated=config.gated,
+            bias=model.bias,
+            guide=config.guided,
+        )
+        tensors.update({f"mlp.{linear}.{name}": spec for name, spec in specs.items()})
+    return tensors
+
+
+def _norm(config: Config) -> dict[str, TensorSpec]:
+    names = ("weight", "bias") if config.model.norm == "layernorm" else ("weight",)
+    return {name: TensorSpec((config.model.width,)) for name in names}
+
+
+def model_tensors(config: Config) -> dict[str, TensorSpec]:
+    """Every parameter of the model, guide included: name in the GPTModel -> spec. A tied output layer is not listed."""
+    table = (config.model.vocab, config.model.width)
+    tensors = {"embedding.word_embeddings.weight": TensorSpec(table, Cut(table, (0,)))}
+    for layer in range(config.model.layers):
+        tensors.update({f"decoder.layers.{layer}.{name}": spec for name, spec in layer_tensors(config, layer).items()})
+    tensors.update({f"decoder.final_layernorm.{name}": spec for name, spec in _norm(config).items()})
+    if not config.model.tie_embeddings:
+        tensors["output_layer.weight"] = TensorSpec(table, Cut(table, (0,)))
+    return tensors
+
+
+def is_guide(name: str) -> bool:
+    return name.endswith(".guide")
+
+
+def part_of(name: str, config: Config) -> str:
+    """The part of the model that a parameter belongs to, as the plan lists them."""
+    if is_guide(name):
+        return "guide"
+    if ".mlp." in name:
+        layer = int(name.split(".")[2])
+        return "ffn_dense" if config.kind_of_layer(layer) == "dense" else "ffn_structured"
+    if "layernorm" in name:
+        return "norms"
+    return "attention" if ".self_attention." in name else "embedding"
+
+
+def parameters_by_part(config: Config) -> dict[str, int]:
+    """Parameters by part, the guide's under "guide"."""
+    parts = dict.fromkeys(("embedding", "attention", "ffn_dense", "ffn_structured", "norms", "guide"), 0)
+    for name, spec in model_tensors(config).items():
+        parts[part_of(name, config)] += spec.numel
+    return parts
+
+
+def parameters(config: Config) -> int:
+    """Parameters of the trained model, without the guide."""
+    return sum(count for part, count in parameters_by_part(config).items() if part != "guide")
+
+
+def _matrix_parameters(config: Config, guide: bool) -> int:
+    tensors = model_tensors(config).items()
+    return sum(spec.numel for name, spec in tensors if len(spec.shape) > 1 and is_guide(name) == guide)
+
+
+def _embedding_lookup(config: Config) -> int:
+    """Parameters that are only looked up: an untied input embedding takes part in no product."""
+    return 0 if config.model.tie_embeddings else config.model.vocab * config.model.width
+
+
+def flops_per_token(config: Config) -> int:
+    """Forward and backward FLOPs a token without the guide (paper.md, section 2): 6 x matrix parameters + 12 L A S.
+
+    The tied embedding counts once (its product with the hidden state), causal attention is not halved, recomputation does not count.
+    """
+    attention = 12 * config.model.layers * config.attention_dim * config.model.sequence
+    return 6 * (_matrix_parameters(config, guide=False) - _embedding_lookup(config)) + attention
+
+
+def guide_flops_per_token(config: Config) -> int:
+    """Additional FLOPs a token when every guide is computed: 6 x guide parameters."""
+    return 6 * _matrix_parameters(config, guide=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------ memory
+
+
+def parameters_per_rank(config: Config, guide: bool = True) -> int:
+    """Parameters that one tensor-parallel rank holds (before ZeRO)."""
+    p = config.parallel.tensor
+    specs = model_tensors(config).items()
+    return sum(math.prod(spec.local_shape(p)) for name, spec in specs if guide or not is_guide(name))
+
+
+def memory_per_rank(config: Config, precision: str, data_parallel: int) -> dict[str, int]:
+    """Estimated bytes a rank: weights, gradients, fp32 master weights and Adam moments under the ZeRO stage, activations."""
+    n, stage, low = parameters_per_rank(config), config.zero.stage, 2 if precision == "bf16" else 4
+    share = [data_parallel if stage >= level else 1 for level in (3, 2, 1)]
+    # DeepSpeed keeps fp32 master weights apart from the weights in ZeRO 1-3, and always under bf16
+    master = 4 if precision == "bf16" or stage else 0
+    accumulated = 4 if precision == "bf16" and stage else 0  # gradients are summed over micro-steps in fp32
+    memory = {
+        "weights": n * low // share[0],
+        "gradients": n * (low + accumulated) // share[1],
+        "optimizer": n * (8 + master) // share[2],
+        "activations": activation_bytes(config, low),
+    }
+    return {**memory, "total": sum(memory.values())}
+
+
+def activation_bytes(config: Config, element: int) -> int:
+    """Estimated bytes of activations kept for backward by one micro-batch, the logits' fp32 copies included."""
+    p = config.parallel.tensor
+    tokens = config.train.micro_batch_size * config.model.sequence
+    shared = p if config.parallel.sequence else 1
+    h, layers = config.model.width, config.model.layers
+    logits = 3 * 4 * tokens * config.model.vocab // p  # logits in fp32, their exponentials, their gradient
+    stream = 2 * h * element * tokens // shared  # a layer's input and its residual sum
+    if config.recompute == "full":
+        return logits + layers * stream // 2 + max(_layer_elements(config, i) for i in range(layers)) * tokens * element
+    return logits + sum(stream + _layer_elements(config, layer) * tokens * element for layer in range(layers))
+
+
+def _layer_elements(config: Config, layer: int) -> int:
+    """Elements a token that a layer keeps beside the residual stream: norms' outputs, q k v, attention, z, the wide pair."""
+    p, h, f = config.parallel.tensor, config.model.width, config.ffn_width
+    shared = p if config.parallel.sequence else 1
+    attention = (2 * config.attention_dim + 2 * config.kv_heads * config.head_dim) // p
+    wide = (3 if config.gated else 2) * f // p
+    structure = ffn_structure(config, layer)
+    narrow = 0 if structure.kind == "dense" else structure.bottleneck(h, f) + structure.bottleneck(f, h)
+    return 2 * h // shared + attention + wide + narrow

@@ -1,0 +1,1 @@
+"""Telemetry: FLOPs and MFU, metrics, progress, trackers, plan, report."""

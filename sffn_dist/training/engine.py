@@ -1,0 +1,226 @@
+"""config -> DeepSpeed engine, and what of it is the run's state: named fragments of fp32 weights and Adam moments.
+
+The only module that imports deepspeed. :func:`fragments` is the one place that knows where each ZeRO stage keeps the fp32 weight and
+the moments of a parameter; checkpoints read and write through it, so that any stage can load what another one saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sffn_dist.checkpoint.store import MOMENTS, Fragment
+from sffn_dist.config import Config
+from sffn_dist.parallel import host
+from sffn_dist.parallel.topology import ModelParallelUnit, Topology
+from sffn_dist.shapes import is_guide
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if host.has_cuda() else "cpu")
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+import deepspeed  # noqa: E402  (the accelerator is chosen at import)
+
+Engine = Any  # deepspeed.DeepSpeedEngine, which is not typed
+
+
+def accumulation_steps(config: Config, data_parallel: int) -> int:
+    return config.train.global_batch_size // (config.train.micro_batch_size * data_parallel)
+
+
+def deepspeed_config(config: Config, precision: str, data_parallel: int) -> dict[str, Any]:
+    """DeepSpeed's own dictionary for this run."""
+    stage, bf16 = config.zero.stage, precision == "bf16"
+    tree: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(config, data_parallel),
+        "gradient_clipping": config.train.clip,
+        "steps_per_print": 2**62,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "overlap_comm": host.has_cuda() and stage > 0},
+        "bf16": {"enabled": bf16},
+    }
+    if bf16 and stage > 0:  # sums over micro-steps in fp32: hundreds of bf16 additions would lose the small gradients
+        tree["data_types"] = {"grad_accum_dtype": "fp32"}
+    return tree
+
+
+def create(model: nn.Module, config: Config, precision: str, topology: Topology) -> Engine:
+    """Wrap the model: AdamW on everything (the guide as its own last group), ZeRO, precision, clipping, accumulation.
+
+    The learning rate is 0 until :func:`set_learning_rate`; optimizer state exists from the start, all zero.
+    """
+    _quieten()
+    named = list(model.named_parameters())
+    groups = [[p for n, p in named if not is_guide(n)], [p for n, p in named if is_guide(n)]]
+    train = config.train
+    optimizer = torch.optim.AdamW(
+        [{"params": group} for group in groups if group],
+        lr=0.0,
+        betas=(train.beta1, train.beta2),
+        eps=train.epsilon,
+        weight_decay=train.weight_decay,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(config, precision, topology.data),
+        mpu=ModelParallelUnit(),
+        dist_init_required=False,
+    )
+    _create_optimizer_state(engine)
+    return engine
+
+
+def _quieten() -> None:
+    """No memory report at every start of the bf16 optimizer; on CPU, gloo in place of an extension that compiles for minutes."""
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    if not host.has_cuda():
+        ops: Any = deepspeed.ops.__compatible_ops__
+        ops["deepspeed_shm_comm"] = False
+
+
+def destroy(engine: Engine) -> None:
+    engine.destroy()
+
+
+def set_learning_rate(engine: Engine, value: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value
+
+
+# ----------------------------------------------------------------------------------------------------------------- a step
+
+
+def train_step(engine: Engine, losses: Callable[[Any], Tensor], micro_batches: Iterator[Any]) -> tuple[float, float]:
+    """One optimiser step over the rank's micro-batches; returns (mean loss in nats, global gradient norm before clipping)."""
+    total: Tensor | None = None
+    norm: float | None = None
+    count = 0
+    for micro_batch in micro_batches:
+        loss = losses(micro_batch)
+        engine.backward(loss)
+        if engine.is_gradient_accumulation_boundary() and _without_wrapper(engine):
+            norm = _gradient_norm(engine)
+        engine.step()
+        total = loss.detach() if total is None else total + loss.detach()
+        count += 1
+    assert total is not None, "a step needs a micro-batch"
+    assert engine.micro_steps % engine.gradient_accumulation_steps() == 0
+    if norm is None:
+        norm = float(engine.get_global_grad_norm())
+    return float(total) / count, norm
+
+
+def _without_wrapper(engine: Engine) -> bool:
+    """True for ZeRO 0 in fp32, where DeepSpeed steps torch's optimizer itself and reports no gradient norm."""
+    return isinstance(engine.optimizer, torch.optim.Optimizer)
+
+
+def _gradient_norm(engine: Engine) -> float:
+    """Global L2 norm of the averaged gradients; a parameter replicated over the tensor-parallel group counts once."""
+    mpu = engine.mpu
+    first = mpu.get_tensor_model_parallel_rank() == 0
+    owned = [p for p in engine.module.parameters() if p.grad is not None and (first or p.tensor_model_parallel)]
+    squares = [p.grad.float().square().sum() for p in owned]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), device=engine.device)
+    torch.distributed.all_reduce(total, group=mpu.get_tensor_model_parallel_group())
+    return float(total.sqrt())
+
+
+# -------------------------------------------------------------------------------------------------------------- fragments
+
+
+def _masters(engine: Engine) -> list[Tensor]:
+    """The flat fp32 tensors that AdamW steps; stage 0 in fp32 has the parameters themselves."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3
+        return list(optimizer.fp32_partitioned_groups_flat)
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _adam(engine: Engine) -> torch.optim.AdamW:
+    optimizer = engine.optimizer
+    inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+    assert isinstance(inner, torch.optim.AdamW)
+    return inner
+
+
+def _create_optimizer_state(engine: Engine) -> None:
+    """Zero moments and step 0 for every master tensor, before the first step as after it."""
+    adam = _adam(engine)
+    for master in _masters(engine):
+        adam.state[master] = {
+            "step": torch.zeros((), dtype=torch.float32, device=master.device),
+            **{key: torch.zeros_like(master.data) for key in MOMENTS},
+        }
+
+
+def set_step_count(engine: Engine, steps: int) -> None:
+    """Adam's number of steps taken, for its bias correction, and DeepSpeed's."""
+    for state in _adam(engine).state.values():
+        state["step"].fill_(steps)
+    engine.global_steps = steps
+
+
+def _views(engine: Engine, master: Tensor, start: int, numel: int) -> dict[str, Tensor]:
+    state = _adam(engine).state[master]
+    flat = {"weight": master.data, **{key: state[key] for key in MOMENTS}}
+    return {key: tensor.view(-1).narrow(0, start, numel) for key, tensor in flat.items()}
+
+
+def fragments(engine: Engine) -> Iterator[Fragment]:
+    """What this rank holds of every parameter's fp32 weight and moments (nothing of some parameters in ZeRO 1-3)."""
+    named = list(engine.module.named_parameters())
+    optimizer = engine.optimizer
+    if _without_wrapper(engine):
+        for name, p in named:
+            yield Fragment(name, 0, p.numel(), _views(engine, p, 0, p.numel()))
+    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        yield from _stage_3(engine, named)
+    elif hasattr(optimizer, "fp32_groups"):
+        yield from _unpartitioned(engine, named)
+    else:
+        yield from _stage_1_2(engine, named)
+
+
+def _unpartitioned(engine: Engine, named: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
+    """Stage 0 in bf16: an fp32 copy beside every parameter, in the order of the groups."""
+    names = {id(p): name for name, p in named}
+    for group, masters in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+        for p, master in zip(group, masters, strict=True):
+            yield Fragment(names[id(p)], 0, p.numel(), _views(engine, master, 0, p.numel()))
+
+
+def _stage_1_2(engine: Engine, named: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
+    """Stages 1 and 2: each data-parallel rank has a range of every group's flat tensor, which may cut a parameter."""
+    masters = _masters(engine)
+    for name, p in named:
+        mapping = getattr(p, "_hp_mapping", None)
+        if mapping is None:
+            continue
+        inside, outside = mapping.hp_fragment_address, mapping.lp_fragment_address
+        master = masters[mapping.param_group_index]
+        yield Fragment(name, outside.start, outside.numel, _views(engine, master, inside.start, inside.numel))
+
+
+def _stage_3(engine: Engine, named: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
+    """Stage 3: each data-parallel rank has an equal part of every parameter, the last ones padded."""
+    optimizer = engine.optimizer
+    rank = torch.distributed.get_rank(group=optimizer.dp_process_group)
+    masters = _masters(engine)
+    for name, parameter in named:
+        p: Any = parameter
+        group, offset, part = optimizer.grad_position[optimizer.get_param_id(p)]
+        start = rank * part
+        numel = min(part, p.ds_numel - start)
+        if numel > 0:
+            yield Fragment(name, start, numel, _views(engine, masters[group], offset, numel))

@@ -1,0 +1,226 @@
+"""Guards around a run: one writer a run directory, and no rank without its launcher.
+
+Standard library only: both run before torch is imported.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import getpass
+import json
+import os
+import select
+import shlex
+import socket
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from logging import getLogger
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from sffn_dist.config import ConfigError
+
+_log = getLogger(__name__)
+
+# ------------------------------------------------------------------------------------------------------------------- lock
+
+LOCK_NAME = "lock"
+_NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_held: set[int] = set()
+
+
+def _drop_inherited_locks() -> None:
+    """In a forked child: close the descriptors, so that a data worker that outlives a killed rank does not keep its lock."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_drop_inherited_locks)
+
+
+class RunLock:
+    """Exclusive hold on a run directory, through ``flock`` on ``run_dir/lock``.
+
+    The file holds one JSON line (host, pid, started, user, command) about its holder. The kernel drops the lock when the holder
+    ends, however it ends; the file itself stays and says who held it last.
+    """
+
+    def __init__(self, run_dir: Path):
+        self.run_dir = Path(run_dir)
+        self._fd: int | None = None
+
+    def acquire(self) -> None:
+        """Take the lock, or raise ConfigError naming ``run.dir``: held by another process, or not a writable folder."""
+        if self._fd is not None:
+            return
+        fd = self._open()
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _describe_holder(fd)
+            os.close(fd)
+            rule = f"another run is writing there: {holder}; let it end, stop it, or choose another run.dir"
+            raise ConfigError([self._message(rule)]) from None
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                os.close(fd)
+                raise ConfigError([self._message(f"cannot be locked: {error.strerror}")]) from None
+            _log.warning("%s", self._message(f"its file system has no locks ({error.strerror}), a second run is not kept away"))
+        try:
+            _write_holder(fd)
+        except OSError as error:
+            os.close(fd)
+            raise ConfigError([self._message(f"cannot be written: {error.strerror}")]) from None
+        self._fd = fd
+        _held.add(fd)
+
+    def release(self) -> None:
+        """Let go; nothing happens if the lock is not held."""
+        if self._fd is None:
+            return
+        fd, self._fd = self._fd, None
+        if fd in _held:  # a forked child has closed it already, and the number may be another file's by now
+            _held.discard(fd)
+            os.close(fd)
+
+    def __enter__(self) -> RunLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def _message(self, rule: str) -> str:
+        return f"run.dir = {str(self.run_dir)!r}: {rule}"
+
+    def _open(self) -> int:
+        """Descriptor of the lock file: read and write, not truncated (the holder's line is in it), closed on exec."""
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.run_dir, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return os.open(self.run_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileExistsError:
+            raise ConfigError([self._message("is a file; must be a folder")]) from None
+        except OSError as error:
+            raise ConfigError([self._message(f"cannot be written: {error.strerror}")]) from None
+
+
+def _write_holder(fd: int) -> None:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    holder = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "user": user,
+        "command": shlex.join(sys.orig_argv),
+    }
+    line = (json.dumps(holder) + "\n").encode()
+    # over the old line, then cut: a reader sees the new first line or the old one, hardly ever an empty file
+    os.pwrite(fd, line, 0)
+    os.ftruncate(fd, len(line))
+
+
+def _describe_holder(fd: int) -> str:
+    """Who holds the lock, as far as its file tells (through the same descriptor: on NFS closing another would drop locks)."""
+    for _ in range(5):
+        try:
+            holder: Any = json.loads(os.pread(fd, 65536, 0).split(b"\n", 1)[0])
+            return f"pid {holder['pid']} on {holder['host']}, since {holder['started']} (user {holder['user']})"
+        except (ValueError, KeyError, TypeError, OSError):
+            time.sleep(0.05)  # it has the lock and is about to write
+    return "a process that has not said which"
+
+
+# --------------------------------------------------------------------------------------------------------------- launcher
+
+_SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh", "ash", "busybox"}
+
+
+def watch_launcher(exit_code: int = 1, interval: float = 1.0) -> threading.Thread | None:
+    """Stop this process, with ``exit_code``, when the launcher that started it is gone; polls every ``interval`` seconds.
+
+    The watched launcher is the parent process. DeepSpeed has two: the ``deepspeed`` command and, below it, its ``launch.py``,
+    which goes on without the first; so under it that command is watched as well. Nothing is watched, and None returned, where
+    no launcher started this process (no LOCAL_RANK in the environment, or an interactive shell as the parent).
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return None
+    parent = os.getppid()
+    command = _command(parent)
+    if _is_shell(command) and not any(not word.startswith("-") for word in command[1:]):
+        return None  # LOCAL_RANK set by hand, and a shell that the user may leave
+    runner = _deepspeed_runner(parent, command)
+    thread = threading.Thread(target=_watch, args=(parent, runner, exit_code, interval), name="watch-launcher", daemon=True)
+    thread.start()
+    return thread
+
+
+def _watch(parent: int, runner: int | None, exit_code: int, interval: float) -> None:
+    names = {pid: _name(pid) for pid in (parent, runner) if pid is not None}
+    while True:
+        if os.getppid() != parent:
+            _stop(names[parent], exit_code)
+        if runner is not None and _parent_of(parent) not in (runner, None):
+            _stop(names[runner], exit_code)
+        time.sleep(interval)
+
+
+def _stop(name: str, exit_code: int) -> None:
+    """One line to standard error, then the end without clean-up: the main thread may hang in a collective."""
+    try:
+        rank = os.environ.get("RANK", os.environ["LOCAL_RANK"])
+        line = f"rank {rank}: its launcher, {name}, is gone; this process stops\n".encode(errors="replace")
+        # straight to the descriptor: sys.stderr's lock may be held, and a full pipe that nobody reads would block
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, line)
+    except (OSError, ValueError, KeyError):
+        pass  # the launcher may have been the other end of standard error
+    finally:
+        os._exit(exit_code)
+
+
+def _deepspeed_runner(launch: int, command: list[str]) -> int | None:
+    """Process id of the ``deepspeed`` command above a DeepSpeed ``launch.py``; None where that is not the chain."""
+    line = " ".join(command)
+    if "deepspeed.launcher.launch" not in line and "deepspeed/launcher/launch.py" not in line:
+        return None
+    runner = _parent_of(launch)
+    if runner is None:
+        return None
+    above = _command(runner)
+    # a shell may name deepspeed too (`bash -c "... deepspeed.launcher.launch ... &"`), and its end means nothing
+    return runner if "deepspeed" in " ".join(above) and not _is_shell(above) else None
+
+
+def _command(pid: int) -> list[str]:
+    """The words of a process's command line; empty where there is no /proc or no such process."""
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return [word for word in raw.decode(errors="replace").split("\0") if word]
+
+
+def _is_shell(command: list[str]) -> bool:
+    return bool(command) and os.path.basename(command[0]).lstrip("-") in _SHELLS
+
+
+def _parent_of(pid: int) -> int | None:
+    """Parent's process id, from /proc/<pid>/stat ('pid (name) state parent ...', the name may hold spaces and brackets)."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _name(pid: int) -> str:
+    words = " ".join(_command(pid))
+    return f"pid {pid}" + (f" ({words[:100]})" if words else "")

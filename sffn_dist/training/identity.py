@@ -1,0 +1,61 @@
+"""Is this the run that ``run.dir`` holds? Compared before anything long starts. Standard library only.
+
+``run.dir/run.json`` records, at the first start, every setting that makes a run what it is (config.identity) and the fingerprint of its
+data. Layout, ZeRO stage, micro batch, recomputation, precision and logging may change between restarts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sffn_dist import config as configs
+from sffn_dist.config import Config, ConfigError
+
+NAME = "run.json"
+
+
+def recorded(run_dir: Path) -> dict[str, Any] | None:
+    """What run.dir holds; None if no run has started there. Raises ConfigError if the record cannot be read."""
+    try:
+        tree = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
+        return {"identity": dict(tree["identity"]), "data_fingerprint": tree["data_fingerprint"]}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError([f"run.dir = {str(run_dir)!r}: its {NAME} cannot be read: {error}"]) from None
+
+
+def check(config: Config, data_fingerprint: str | None = None) -> None:
+    """Refuse to continue another run; raises ConfigError with each setting that differs.
+
+    ``data_fingerprint`` is compared where both are known.
+    """
+    run_dir = Path(config.run.dir)
+    held = recorded(run_dir)
+    if held is None:
+        return
+    now = configs.identity(config)
+    problems = [
+        f"{key} = {json.dumps(now.get(key))}: run.dir = {str(run_dir)!r} holds a run with {json.dumps(held['identity'].get(key))}; "
+        "it must stay as it was, or run.dir must name another folder"
+        for key in sorted(now.keys() | held["identity"].keys())
+        if now.get(key) != held["identity"].get(key)
+    ]
+    if not problems and data_fingerprint and held["data_fingerprint"] and data_fingerprint != held["data_fingerprint"]:
+        problems = [
+            f"data.source = {config.data.source!r}: run.dir = {str(run_dir)!r} was trained on other data "
+            f"(fingerprint {held['data_fingerprint'][:12]}, now {data_fingerprint[:12]}); use the data it had, or another run.dir"
+        ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def record(config: Config, data_fingerprint: str) -> dict[str, Any]:
+    """What run.json holds."""
+    return {
+        "identity": configs.identity(config),
+        "data_fingerprint": data_fingerprint,
+        "config": config.model_dump(mode="json"),
+    }
