@@ -102,10 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def pretrain(config: Config) -> int:
     """The run itself."""
     _quieten()
+    import numpy as np
+
     from sffn_dist import machine, schedule
     from sffn_dist import model as models
     from sffn_dist.data import prepare, shards
-    from sffn_dist.data.batches import Batches, heldout_windows
+    from sffn_dist.data.batches import Batches, heldout_batches
     from sffn_dist.parallel import host, topology
     from sffn_dist.telemetry.trackers import Trackers, open_trackers
     from sffn_dist.training import engine, identity, loop, resume
@@ -134,7 +136,8 @@ def pretrain(config: Config) -> int:
         engine=deepspeed_engine,
         batches=Batches(corpus.train, config.model.sequence, train.global_batch_size, train.seed),
         heldout=loop.Heldout(
-            heldout_windows(corpus.heldout, config.model.sequence, config.evaluation.sequences), corpus.token_bytes
+            np.concatenate(list(heldout_batches(corpus.heldout, config.model.sequence, config.evaluation.sequences, 64))),
+            corpus.token_bytes,
         ),
         data_fingerprint=corpus.meta.fingerprint,
         step=step,

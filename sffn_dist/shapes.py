@@ -89,7 +89,7 @@ class TensorSpec:
 
     def partition_dim(self, p: int) -> int:
         """The dimension cut first (Megatron's ``partition_dim``); -1 if replicated."""
-        if self.cut is None:
+        if self.cut is None or not self.cut.axes:
             return -1
         owners = self._dim_of_axes()
         return next((owners[axis] for axis, ways in self.cut.ways(p) if ways > 1), owners[self.cut.axes[0]])

@@ -68,10 +68,13 @@ def start(config: Config) -> Topology:
 
 
 def groups(tensor: int) -> Topology:
-    """Megatron's groups over the processes there are; replaces earlier ones."""
-    if parallel_state.model_parallel_is_initialized():
+    """Megatron's groups over the processes there are; made anew only if the tensor-parallel size is another one."""
+    made = parallel_state.model_parallel_is_initialized()
+    if made and parallel_state.get_tensor_model_parallel_world_size() != tensor:
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+        made = False
+    if not made:
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, create_gloo_process_groups=False)
     return Topology(
         rank=dist.get_rank(),
         world=dist.get_world_size(),

@@ -121,6 +121,7 @@ class _Wandb:
                 dir=str(run_dir),
                 mode=mode,
                 config=dict(config_flat),
+                settings=wandb.Settings(init_timeout=30),  # seconds that the other ranks wait where the server is out of reach
                 allow_val_change=True,  # a restart may change what does not make another run of it, e.g. micro_batch_size
             )
 
@@ -131,6 +132,7 @@ class _Wandb:
             if offline:
                 raise
             _log.warning("wandb cannot reach its server, its files are kept offline: %s: %s", type(error).__name__, error)
+            wandb.teardown()  # else the id counts as in use, by the attempt that failed
             self._run = start("offline")
 
     def log(self, row: Mapping[str, Any], step: int) -> None:

@@ -1,0 +1,1 @@
+"""Text -> token shards -> batches.at(step). Import the modules; this package itself imports nothing."""
