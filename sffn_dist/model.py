@@ -120,8 +120,21 @@ def build(config: Config, precision: str, topology: Topology) -> GPTModel:
     if config.recompute == "full":
         for layer in model.decoder.layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    _mark_parameters(model, config)
     sum_partial_gradients(model, topology.tensor_group)
     return model
+
+
+def _mark_parameters(model: GPTModel, config: Config) -> None:
+    """Megatron's marks by the split table: DeepSpeed's gradient norm counts what is not ``tensor_model_parallel`` once.
+
+    Megatron marks its own weights only while it initialises them, which it does not do here.
+    """
+    specs, p = model_tensors(config), config.parallel.tensor
+    for name, parameter in model.named_parameters():
+        parameter.tensor_model_parallel = specs[name].cut is not None
+        parameter.partition_dim = specs[name].partition_dim(p)
+        parameter.partition_stride = 1
 
 
 def token_losses(model: Callable[..., Tensor], tokens: Tensor, labels: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class StructuredLinear(nn.Module):
         on_host = self.config.use_cpu_initialization
         device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
         parameter = nn.Parameter(torch.zeros(spec.local_shape(self.ranks), dtype=self.config.params_dtype, device=device))
-        # read by DeepSpeed's gradient norm (a replicated parameter counts once) and by sum_partial_gradients
+        # read by gradient norms (a replicated parameter counts once) and by sum_partial_gradients
         marks: dict[str, Any] = {
             "tensor_model_parallel": spec.cut is not None,
             "partition_dim": spec.partition_dim(self.ranks),

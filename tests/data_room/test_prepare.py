@@ -1,0 +1,249 @@
+"""Prepared once, whole or not at all."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from sffn_dist.config import Config
+from sffn_dist.data import build, store
+from sffn_dist.data.prepare import prepare
+from sffn_dist.data.shards import open_corpus, verify
+
+PREPARER = """
+import json, logging, os, sys, time
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from sffn_dist.config import from_tree
+from sffn_dist.data import build
+from sffn_dist.data.prepare import prepare
+go_on, describe = sys.argv[2], build._describe
+def slowly(*arguments):
+    print("inside", flush=True)
+    while not os.path.exists(go_on):
+        time.sleep(0.02)
+    return describe(*arguments)
+build._describe = slowly
+print(prepare(from_tree(json.loads(sys.argv[1]))), flush=True)
+"""
+
+
+def _start(config: Config, go_on: Path) -> subprocess.Popen[str]:
+    tree = json.dumps(config.model_dump(mode="json"))
+    arguments = [sys.executable, "-c", PREPARER, tree, str(go_on)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _wait_until_inside(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "inside"
+
+
+def test_a_corpus_is_what_its_meta_says(texts: Path, configure: Callable[..., Config]) -> None:
+    config = configure(texts, heldout_share=0.3)
+    folder = prepare(config)
+    assert folder == store.locate(config)
+    verify(folder)
+    corpus, meta = open_corpus(folder), store.read_meta(folder)
+    assert len(corpus.train) == meta.train.tokens
+    assert len(corpus.heldout) == meta.heldout.tokens
+    assert (meta.dtype, meta.byte_exact, meta.end_of_text, meta.vocab) == ("uint16", True, 0, 300)
+    found: dict[str, list[str]] = {}
+    for side, stream, split in (("train", corpus.train, meta.train), ("heldout", corpus.heldout, meta.heldout)):
+        text = corpus.tokenizer.decode(stream[:].tolist(), skip_special_tokens=False)
+        *found[side], rest = text.split("<|endoftext|>")
+        assert rest == ""
+        assert len(found[side]) == split.documents > 5
+        assert corpus.bytes_of(stream[:]) == split.bytes == sum(len(one.encode()) for one in found[side])
+        assert all(build.is_heldout(one.encode(), 0.3) == (side == "heldout") for one in found[side])
+    assert sorted(found["train"] + found["heldout"]) == sorted(path.read_text(encoding="utf-8") for path in texts.iterdir())
+    counts = np.bincount(corpus.heldout[:])
+    share = counts[counts > 0] / counts.sum()
+    assert meta.unigram_entropy == pytest.approx(-(share * np.log(share)).sum())
+
+
+def test_prepared_once_and_the_same_elsewhere(texts: Path, tmp_path: Path, configure: Callable[..., Config]) -> None:
+    config = configure(texts)
+    folder = prepare(config)
+    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert prepare(config) == folder
+    assert times == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    other = prepare(configure(texts, dir=str(tmp_path / "elsewhere")))
+    assert other.name == folder.name
+    assert store.read_meta(other).fingerprint == store.read_meta(folder).fingerprint
+
+
+def test_what_decides_the_content_decides_the_folder(texts: Path, configure: Callable[..., Config]) -> None:
+    base = store.locate(configure(texts))
+    assert store.locate(configure(texts, sequence=99)) == base
+    assert store.locate(configure(texts, text_field="body")) == base  # .txt has no columns
+    others = [store.locate(configure(texts, vocab=301)), store.locate(configure(texts, heldout_share=0.5))]
+    path = texts / "00.txt"
+    os.utime(path, ns=(1, 1))
+    others.append(store.locate(configure(texts)))
+    (texts / "rows.jsonl").write_text("{}")
+    others += [store.locate(configure(texts)), store.locate(configure(texts, text_field="body"))]
+    assert len({base, *others}) == 6
+
+
+def test_several_shards(texts: Path, tmp_path: Path, configure: Callable[..., Config]) -> None:
+    config = configure(texts)
+    one = open_corpus(prepare(config))
+    folder = tmp_path / "several"
+    folder.mkdir()
+    meta = build.build(config, folder, "several", shard_tokens=1000)
+    assert len(meta.train.shards) > 3
+    assert np.array_equal(open_corpus(folder).train[:], one.train[:])
+
+
+@pytest.mark.parametrize(("share", "documents"), [(1e-9, 4), (1 - 1e-9, 4), (1e-9, 1), (1 - 1e-9, 1), (0.25, 1)])
+def test_no_side_is_ever_empty(tmp_path: Path, configure: Callable[..., Config], share: float, documents: int) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for index in range(documents):
+        (folder / f"{index}.txt").write_text(f"{index} é some words\n" * 40, encoding="utf-8")
+    corpus = open_corpus(prepare(configure(folder, heldout_share=share)))
+    train, heldout = corpus.meta.train, corpus.meta.heldout
+    assert corpus.bytes_of(corpus.train[:]) == train.bytes
+    assert corpus.bytes_of(corpus.heldout[:]) == heldout.bytes
+    assert corpus.meta.byte_exact
+    assert train.bytes + heldout.bytes == sum(path.stat().st_size for path in folder.iterdir())
+    if documents > 1:
+        assert sorted((train.documents, heldout.documents)) == [1, documents - 1]
+    if share == 0.25:
+        assert heldout.tokens == pytest.approx(0.25 * (train.tokens + heldout.tokens), abs=1)
+    assert corpus.train[-1] == 0 or documents == 1
+    assert corpus.heldout[-1] == 0 or documents == 1
+
+
+def test_a_vocabulary_over_65536_is_kept_whole(texts: Path, tmp_path: Path, configure: Callable[..., Config]) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 69_999, "fox": 65_540, "</s>": 4}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "t.json"))
+    corpus = open_corpus(prepare(configure(texts, vocab=70_000, tokenizer=str(tmp_path / "t.json"))))
+    assert (corpus.meta.dtype, corpus.meta.vocab, corpus.meta.byte_exact) == ("uint32", 70_000, False)
+    assert set(np.unique(corpus.train[:]).tolist()) == {4, 65_540, 69_999}
+
+
+def test_the_second_waits_for_the_first(texts: Path, tmp_path: Path, configure: Callable[..., Config]) -> None:
+    config, go_on = configure(texts), tmp_path / "go on"
+    first = _start(config, go_on)
+    _wait_until_inside(first)
+    second = _start(config, go_on)
+    assert second.stderr is not None
+    told = second.stderr.readline()
+    assert told.startswith("waiting for another process")
+    go_on.touch()
+    out, rest = second.communicate(timeout=120)
+    first_out, first_told = first.communicate(timeout=120)
+    assert first.returncode == second.returncode == 0
+    assert out == first_out == f"{store.locate(config)}\n"  # the second never came "inside"
+    assert rest == ""
+    assert "preparing data.source" in first_told
+
+
+def test_killed_in_the_middle(
+    texts: Path, tmp_path: Path, configure: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configure(texts)
+    folder = store.locate(config)
+    process = _start(config, tmp_path / "never")
+    _wait_until_inside(process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert not folder.exists()
+    left = folder.parent / f".{folder.name}.tmp"
+    assert left.is_dir()
+    other = configure(texts, vocab=301)  # even one who prepares another corpus clears away what is dead
+    with caplog.at_level(logging.INFO):
+        prepare(other)
+    assert "left by a preparation that did not end" in caplog.text
+    assert not left.exists()
+    verify(prepare(config))
+    assert sorted(path.suffix for path in folder.parent.iterdir() if path.name.startswith(".")) == [".lock", ".lock"]
+
+
+def test_an_error_leaves_nothing(texts: Path, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(texts)
+    monkeypatch.setattr(build, "balance", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(config)
+    monkeypatch.undo()
+    assert [path.suffix for path in store.locate(config).parent.iterdir()] == [".lock"]
+    verify(prepare(config))
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_meta_is_never_believed(meta_text: tuple[Path, str], data: st.DataObject) -> None:
+    folder, text = meta_text
+    raw = bytearray(text.encode())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(raw) - 1))
+        kind = data.draw(st.sampled_from(["change", "remove", "cut"]))
+        if kind == "change":
+            raw[place] = data.draw(st.integers(0, 255))
+        elif kind == "remove" and len(raw) > 1:
+            del raw[place]
+        else:
+            raw = raw[: max(1, place)]
+    (folder / "meta.json").write_bytes(raw)
+    try:
+        read = store.read_meta(folder)
+    except store.CorpusError:
+        return
+    (folder / "meta.json").write_text(text)
+    assert read == store.read_meta(folder)  # white space
+
+
+@pytest.fixture
+def meta_text(texts: Path, configure: Callable[..., Config]) -> tuple[Path, str]:
+    folder = prepare(configure(texts))
+    return folder, (folder / "meta.json").read_text()
+
+
+@pytest.mark.parametrize("damage", ["meta", "no meta", "short shard", "long shard", "no shard", "no tokenizer", "no bytes"])
+def test_a_damaged_folder_is_refused_and_prepared_again(
+    texts: Path, configure: Callable[..., Config], caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    config = configure(texts)
+    folder = prepare(config)
+    before = store.read_meta(folder).fingerprint
+    shard = folder / "train-00000.bin"
+    if damage == "meta":
+        (folder / "meta.json").write_text('{"meta": {}, "checksum": ""}')
+    elif damage == "short shard":
+        os.truncate(shard, shard.stat().st_size - 2)
+    elif damage == "long shard":
+        os.truncate(shard, shard.stat().st_size + 2)
+    else:
+        names = {
+            "no meta": "meta.json",
+            "no shard": shard.name,
+            "no tokenizer": "tokenizer.json",
+            "no bytes": "token_bytes.npy",
+        }
+        (folder / names[damage]).unlink()
+    with pytest.raises(store.CorpusError, match=str(folder)):
+        open_corpus(folder)
+    assert prepare(config) == folder
+    assert "cannot be used" in caplog.text
+    verify(folder)
+    assert store.read_meta(folder).fingerprint == before
+
+
+def test_verify_reads_what_sizes_do_not_show(texts: Path, configure: Callable[..., Config]) -> None:
+    folder = prepare(configure(texts))
+    with open(folder / "train-00000.bin", "r+b") as file:
+        file.write(b"\x07")
+    with pytest.raises(store.CorpusError, match=r"train-00000\.bin is damaged"):
+        verify(folder)

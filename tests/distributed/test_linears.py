@@ -1,0 +1,47 @@
+"""p ranks equal one device: output and every gradient of a structured feed-forward layer, in float64."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CASES = Path(__file__).with_name("linear_cases.py")
+# kind, rank, blocks, h, f: odd sizes, blocks of 3, fewer blocks than ranks
+SHAPES: dict[int, list[tuple[str, int | None, int | None, int, int]]] = {
+    1: [("low_rank", 7, None, 15, 33), ("block_dense", 9, 3, 15, 33), ("block_shuffle", None, 3, 15, 33)],
+    2: [
+        ("low_rank", 6, None, 15, 22),
+        ("block_dense", 12, 4, 20, 24),
+        ("block_dense", 6, 1, 15, 22),
+        ("block_shuffle", None, 2, 14, 44),
+        ("block_shuffle", None, 4, 20, 48),
+        ("block_shuffle", None, 1, 15, 22),
+    ],
+    4: [
+        ("low_rank", 4, None, 15, 20),
+        ("block_dense", 8, 2, 14, 20),
+        ("block_dense", 8, 8, 16, 24),
+        ("block_shuffle", None, 2, 14, 40),
+        ("block_shuffle", None, 4, 20, 48),
+        ("block_shuffle", None, 1, 15, 20),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_equal_one_device(ranks: Callable[[int], Any], world: int) -> None:
+    for shape, gated, sequence, guided in itertools.product(SHAPES[world], *[[False, True]] * 3):
+        if sequence and world == 1:
+            continue
+        kind, rank, blocks, h, f = shape
+        arguments: dict[str, Any] = {
+            "kind": kind, "rank": rank, "blocks": blocks, "h": h, "f": f, "gated": gated, "bias": gated != guided,
+            "sequence": sequence, "alpha": 0.3 if guided else None, "rows": 3 * world if sequence else 5, "batch": 3,
+        }  # fmt: skip
+        for errors in ranks(world).run(CASES, "feed_forward_errors", **arguments):
+            worst = max(errors, key=lambda name: errors[name])
+            assert errors[worst] < 1e-12, f"{worst}: {errors[worst]:.1e} in {arguments}"

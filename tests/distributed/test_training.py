@@ -1,0 +1,124 @@
+"""Parallel truth: p ranks equal one rank, every ZeRO stage equals every other, resumed equals uninterrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+CASES = Path(__file__).with_name("training_cases.py")
+FFN: dict[str, dict[str, Any]] = {
+    "dense": {"kind": "dense"},
+    "low_rank": {"kind": "low_rank", "rank": 12},
+    "block_dense": {"kind": "block_dense", "rank": 16, "blocks": 4},
+    "block_shuffle": {"kind": "block_shuffle", "blocks": 2},
+}
+STEPS = 20
+TOLERANCE = 2e-4
+
+
+def tree(kind: str, *, tensor: int = 1, sequence: bool = False, stage: int = 1, micro: int = 2, **extra: Any) -> dict[str, Any]:
+    model = {"layers": 3, "width": 32, "heads": 4, "kv_heads": 2, "attention_dim": 16, "sequence": 16, "vocab": 64}
+    base: dict[str, Any] = {
+        "model": {**model, **extra.pop("model", {})},
+        "ffn": {"width": 64, **FFN[kind]},
+        "guide": {"mode": "fixed_step", "share": 0.8, "stochastic": True},
+        "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": micro, "learning_rate": 1e-2},
+        "parallel": {"tensor": tensor, "sequence": sequence},
+        "zero": {"stage": stage},
+    }
+    return {**base, **extra}
+
+
+@pytest.fixture(scope="module")
+def train(ranks: Callable[[int], Any]) -> Callable[..., dict[str, Any]]:
+    """``train(world, tree)`` -> the first rank's result; the same case is run once."""
+    done: dict[str, dict[str, Any]] = {}
+
+    def run(world: int, config: dict[str, Any], steps: int = STEPS, **options: Any) -> dict[str, Any]:
+        key = repr((world, config, steps, options))
+        if key not in done:
+            results = ranks(world).run(CASES, "train", tree=config, steps=steps, **options)
+            for result in results:
+                assert result["losses"] == results[0]["losses"], "ranks report different losses"
+                assert not result["replicas"], f"replicas differ: {result['replicas'][:3]}"
+            done[key] = results[0]
+        return done[key]
+
+    return run
+
+
+def difference(a: dict[str, Any], b: dict[str, Any]) -> float:
+    assert len(a["losses"]) == len(b["losses"]) > 0
+    return max(float(np.abs(np.subtract(a[key], b[key])).max()) for key in ("losses", "norms"))
+
+
+@pytest.mark.parametrize("kind", FFN)
+def test_layouts_agree(train: Callable[..., dict[str, Any]], kind: str) -> None:
+    """1 rank = TP 2 = TP 2 with SP = DP 2, losses and gradient norms, with the stochastic guide on."""
+    one = train(1, tree(kind))
+    assert one["losses"][-1] < one["losses"][0] - 0.3, "it learns"
+    if kind != "dense":
+        assert 0 < sum(one["drawn"]) < 16 * 4, "the coin fell on both sides"
+    for layout in (tree(kind, tensor=2), tree(kind, tensor=2, sequence=True), tree(kind, micro=1)):
+        assert difference(one, train(2, layout)) < TOLERANCE, layout["parallel"]
+
+
+@pytest.mark.parametrize("kind", FFN)
+def test_zero_stages_agree(train: Callable[..., dict[str, Any]], kind: str) -> None:
+    """ZeRO 0 = 1 = 2 = 3 over two data-parallel ranks; every stage reports a gradient norm."""
+    stages = [train(2, tree(kind, stage=stage, micro=1)) for stage in (0, 1, 2, 3)]
+    for stage, result in enumerate(stages):
+        assert difference(stages[0], result) < TOLERANCE, f"stage {stage}"
+    assert len({result["optimizer"] for result in stages}) == 3, "other optimizers did the stages"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tensor": 2, "sequence": True, "stage": 3, "model": {"activation": "swiglu", "norm": "rmsnorm", "bias": False}},
+        {"tensor": 2, "sequence": True, "stage": 2, "recompute": "full"},
+        {"tensor": 2, "stage": 3, "recompute": "full", "model": {"tie_embeddings": False}},
+    ],
+    ids=["swiglu-rmsnorm-nobias-zero3", "recompute-zero2", "recompute-zero3-untied"],
+)
+def test_four_ranks(train: Callable[..., dict[str, Any]], options: dict[str, Any]) -> None:
+    """TP 2 x DP 2 under ZeRO 2 and 3, recomputation, the other model options: equal to one plain rank."""
+    plain = {key: value for key, value in options.items() if key == "model"}
+    assert difference(train(1, tree("block_shuffle", **plain)), train(4, tree("block_shuffle", micro=1, **options))) < TOLERANCE
+
+
+def test_recomputation_changes_nothing(train: Callable[..., dict[str, Any]]) -> None:
+    assert train(1, tree("block_dense", recompute="full"))["losses"] == train(1, tree("block_dense"))["losses"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_resume_equals_no_stop(train: Callable[..., dict[str, Any]], tmp_path: Path, stage: int) -> None:
+    """Bit for bit on the same layout: losses, weights, moments."""
+    base = tree("low_rank", stage=stage, micro=1)
+    whole = train(2, {**base, "run": {"dir": str(tmp_path / "whole")}}, steps=8)
+    stopped = {**base, "run": {"dir": str(tmp_path / "stopped")}}
+    first = train(2, stopped, steps=5)
+    second = train(2, stopped, steps=8)
+    assert second["start"] == 5
+    assert first["losses"] + second["losses"] == whole["losses"]
+    assert second["state"] == whole["state"]
+
+
+def test_resume_on_another_layout(ranks: Callable[[int], Any], train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """TP 2 ZeRO 1 -> TP 1 DP 2 ZeRO 3 -> one rank ZeRO 0: the saved tensors are the same bits, the curve goes on."""
+    run = {"run": {"dir": str(tmp_path)}}
+    whole = train(1, tree("block_shuffle", stage=0), steps=12)
+    losses = train(2, {**tree("block_shuffle", tensor=2, sequence=True), **run}, steps=4)["losses"]
+    before = ranks(1).run(CASES, "full_weights", tree={**tree("block_shuffle"), **run}, step=4)[0]
+    # loading and saving at once, in another layout, gives the same tensors
+    train(2, {**tree("block_shuffle", stage=3, micro=1), **run}, steps=4)
+    after = ranks(1).run(CASES, "full_weights", tree={**tree("block_shuffle"), **run}, step=4)[0]
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[key], after[key]) and not np.isnan(before[key]).any() for key in before)
+    losses += train(2, {**tree("block_shuffle", stage=3, micro=1), **run}, steps=8)["losses"]
+    losses += train(1, {**tree("block_shuffle", stage=0), **run}, steps=12)["losses"]
+    assert np.abs(np.subtract(losses, whole["losses"])).max() < TOLERANCE

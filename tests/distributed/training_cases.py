@@ -1,0 +1,99 @@
+"""Real training of a tiny model under the engine, on whatever ranks there are; called inside the ranks of a pool."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sffn_dist import config as configs
+from sffn_dist import model as models
+from sffn_dist import schedule as schedules
+from sffn_dist.checkpoint import store
+from sffn_dist.checkpoint.manifest import Manifest
+from sffn_dist.data.batches import Batches
+from sffn_dist.parallel import host, topology
+from sffn_dist.shapes import model_tensors
+from sffn_dist.training import engine as engines
+from sffn_dist.training import resume
+
+
+def tokens(vocab: int) -> np.ndarray:
+    """A stream with something to learn: each token depends on the one before."""
+    noise = np.random.default_rng(5).integers(0, 7, 20_000)
+    return (np.cumsum(noise) % vocab).astype(np.uint16)
+
+
+def train(tree: dict[str, Any], steps: int, save_at: int | None = None, precision: str = "fp32") -> dict[str, Any]:
+    """Losses and gradient norms of ``steps`` steps (from the newest checkpoint in run.dir, if any), then what came out."""
+    config = configs.from_tree(tree)
+    host.prepare()
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    ranks = topology.groups(config.parallel.tensor)
+    torch.manual_seed(1)
+    model = models.build(config, precision, ranks)
+    continued = resume.prepare_weights(model, config, ranks)
+    engine = engines.create(model, config, precision, ranks)
+    start = resume.restore(engine, continued, config, ranks) if continued else 0
+    clock = schedules.of(config)
+    batches = Batches(tokens(config.model.vocab), config.model.sequence, config.train.global_batch_size, config.train.seed)
+    losses, norms, drawn = [], [], []
+    for step in range(start, steps):
+        now = clock.at(step)
+        drawn.append(models.set_guide(model, clock, now))
+        engines.set_learning_rate(engine, config.train.learning_rate * now.learning_rate_factor)
+        micro = batches.at(step, ranks.data_rank, ranks.data, micro_batch_size=config.train.micro_batch_size)
+
+        def loss(batch: torch.Tensor) -> torch.Tensor:
+            return models.token_losses(engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
+
+        value, norm = engines.train_step(engine, loss, iter([torch.from_numpy(part) for part in micro]))
+        total = torch.tensor(value)
+        dist.all_reduce(total, group=ranks.data_group)
+        losses.append(float(total) / ranks.data)
+        norms.append(norm)
+        if step + 1 == save_at:
+            save(engine, config, ranks, step + 1)
+    result = {"losses": losses, "norms": norms, "drawn": drawn, "start": start, "optimizer": type(engine.optimizer).__name__}
+    result["replicas"] = differing_replicas(engine, config, ranks)
+    result["state"] = state_digests(engine)
+    if "run" in tree:
+        save(engine, config, ranks, steps)
+    engines.destroy(engine)
+    return result
+
+
+def save(engine: Any, config: configs.Config, ranks: Any, step: int) -> None:
+    owned = store.owned(engines.fragments(engine), config, ranks)
+    store.save(Path(config.run.dir), step, owned, config, ranks, "test")
+
+
+def state_digests(engine: Any) -> dict[str, str]:
+    """Hash of every fragment's weight and moments."""
+    return {
+        f"{fragment.name}/{fragment.start}/{kind}": hashlib.sha256(tensor.detach().float().numpy().tobytes()).hexdigest()
+        for fragment in engines.fragments(engine)
+        for kind, tensor in fragment.tensors.items()
+    }
+
+
+def differing_replicas(engine: Any, config: configs.Config, ranks: Any) -> list[str]:
+    """Fragments of replicated parameters whose bits differ over the tensor-parallel group."""
+    specs = model_tensors(config)
+    mine = {key: value for key, value in state_digests(engine).items() if specs[key.split("/")[0]].cut is None}
+    everyone: list[Any] = [None] * ranks.tensor
+    dist.all_gather_object(everyone, mine, group=ranks.tensor_group)
+    return [key for key in mine if any(other.get(key) != mine[key] for other in everyone)]
+
+
+def full_weights(tree: dict[str, Any], step: int) -> dict[str, np.ndarray]:
+    """Full fp32 weights and moments of a saved step."""
+    config = configs.from_tree(tree)
+    manifest = Manifest.read(Path(config.run.dir) / "checkpoints" / f"step_{step:08d}")
+    reader = store.Reader(manifest, config)
+    return {f"{name}/{kind}": reader.full(name, kind).numpy() for name in manifest.shapes for kind in store.KINDS}

@@ -1,0 +1,216 @@
+"""The run lock and the launcher watch, with real processes, real kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from sffn_dist.config import ConfigError
+from sffn_dist.training.guards import RunLock
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from sffn_dist.training.guards import RunLock
+RunLock(Path(sys.argv[1])).acquire()
+if len(sys.argv) > 2:
+    child = os.fork() or time.sleep(60)  # a data worker that outlives its rank
+    print("child", child)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+# starts the rest of the command line, as a launcher does, and notes what its child returned
+LAUNCH = """
+import subprocess, sys
+from pathlib import Path
+code = subprocess.call([sys.executable, *sys.argv[1:]])
+Path(__file__).with_suffix(".code").write_text(str(code))
+"""
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+assert "torch" not in sys.modules
+from sffn_dist.training.guards import watch_launcher
+assert (watch_launcher(exit_code=7, interval=0.05) is None) == ("LOCAL_RANK" not in os.environ)
+assert "torch" not in sys.modules
+Path(sys.argv[1]).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+def environment(**more):
+    kept = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK")}
+    return {**kept, **more}
+
+
+def start(*command, **more):
+    return subprocess.Popen([str(word) for word in command], env=environment(**more), text=True, stdout=subprocess.PIPE)
+
+
+def until(true, seconds=15.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if true():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")  # a zombie that nobody reaps is dead as well
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+# ------------------------------------------------------------------------------------------------------------------- lock
+
+
+@pytest.fixture
+def holder(tmp_path, request):
+    process = start(sys.executable, "-c", HOLD, tmp_path / "run", *getattr(request, "param", []))
+    lines = []
+    while "held\n" not in lines:
+        line = process.stdout.readline()
+        assert line, "the holder ended"
+        lines.append(line)
+    children = [int(line.split()[1]) for line in lines if line.startswith("child")]
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_second_run_is_refused_and_told_who_holds_it(tmp_path, holder):
+    for _ in range(2):  # being refused must not harm what the holder wrote
+        with pytest.raises(ConfigError) as refusal:
+            RunLock(tmp_path / "run").acquire()
+        for part in ("run.dir", str(tmp_path / "run"), f"pid {holder.pid} on {os.uname().nodename}", "since 2"):
+            assert part in str(refusal.value)
+    told = json.loads((tmp_path / "run" / "lock").read_text())
+    assert set(told) == {"host", "pid", "started", "user", "command"}
+    assert told["started"].endswith("+00:00")
+
+
+@pytest.mark.parametrize("holder", [[], ["with a forked child"]], indirect=True)
+def test_lock_of_a_killed_holder_is_taken_over(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    with RunLock(tmp_path / "run"):
+        assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_released_and_not_passed_on_to_commands(tmp_path):
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    command = subprocess.Popen(["sleep", "60"], close_fds=False)
+    lock.release()
+    with RunLock(tmp_path), pytest.raises(ConfigError):
+        RunLock(tmp_path).acquire()
+    RunLock(tmp_path).acquire()
+    command.kill()
+    command.wait()
+
+
+def test_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dir" / "lock").mkdir(parents=True)
+    for bad in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "dir", Path("/proc/none")):
+        with pytest.raises(ConfigError, match=r"run\.dir"):
+            RunLock(bad).acquire()
+
+
+# --------------------------------------------------------------------------------------------------------------- launcher
+
+
+class Chain:
+    """A chain of launchers above a rank; ``kill`` ends its top."""
+
+    def __init__(self, folder, *paths, shell=False, **more):
+        self.folder = folder
+        (folder / "rank.py").write_text(RANK)
+        for path in paths:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(LAUNCH)
+        words = [sys.executable, *(str(folder / path) for path in paths), str(folder / "rank.py"), str(folder / "pid")]
+        if shell:
+            words = ["bash", "-c", " ".join(words) + "; true"]
+        with open(folder / "errors", "w") as errors:
+            self.top = subprocess.Popen(words, env=environment(**more), stderr=errors, start_new_session=True)
+        assert until(lambda: (folder / "pid").exists() and (folder / "pid").read_text())
+        self.rank = int((folder / "pid").read_text())
+
+    def kill(self):
+        self.top.kill()
+        self.top.wait()
+
+    def end(self):
+        with suppress(ProcessLookupError):
+            os.killpg(self.top.pid, signal.SIGKILL)
+        self.top.wait()
+
+    @property
+    def errors(self):
+        return (self.folder / "errors").read_text()
+
+
+@pytest.fixture
+def chain(tmp_path):
+    made = []
+
+    def make(*paths, **more):
+        made.append(Chain(tmp_path, *paths, **more))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()
+
+
+def test_rank_ends_with_its_parent(chain):
+    one = chain("torchrun.py", LOCAL_RANK="3")
+    pid = one.top.pid
+    one.kill()
+    assert until(lambda: not alive(one.rank))
+    assert one.errors.startswith("rank 3: ")
+    assert f"pid {pid} " in one.errors
+    assert one.errors.count("\n") == 1
+
+
+def test_rank_ends_with_the_deepspeed_command_above_its_launcher(chain, tmp_path):
+    one = chain("bin/deepspeed", "deepspeed/launcher/launch.py", LOCAL_RANK="0", RANK="5")
+    one.kill()
+    assert until(lambda: not alive(one.rank))
+    assert until((tmp_path / "deepspeed/launcher/launch.code").exists), "launch.py itself goes on until its ranks end"
+    assert (tmp_path / "deepspeed/launcher/launch.code").read_text() == "7"
+    assert one.errors.startswith("rank 5: ")
+    assert "bin/deepspeed" in one.errors
+
+
+@pytest.mark.parametrize(
+    ("paths", "shell", "local_rank"),
+    [
+        (["some.py"], False, None),  # no launcher: the parent is whoever started it
+        (["bin/deepspeed", "deepspeed/launcher/launch.py"], False, None),
+        (["torchrun.py"], True, "0"),  # the user's shell above torchrun
+        (["deepspeed/launcher/launch.py"], True, "0"),  # a shell whose command line names deepspeed, but is not its command
+        (["deepspeed_jobs/submit.py", "torchrun.py"], False, "0"),  # above another launcher nothing is watched
+    ],
+)
+def test_rank_goes_on_without_what_is_no_launcher(chain, paths, shell, local_rank):
+    one = chain(*paths, shell=shell, **({"LOCAL_RANK": local_rank} if local_rank else {}))
+    one.kill()
+    time.sleep(0.5)  # ten polls
+    assert alive(one.rank), one.errors
