@@ -25,6 +25,7 @@ from typing import Any
 
 from sffn_dist import config as configs
 from sffn_dist.config import Config, ConfigError
+from sffn_dist.training import guards
 
 REFUSED = 2
 
@@ -74,6 +75,7 @@ def refuse_bad_input(options: argparse.Namespace) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
+    guards.watch_launcher()
     main_rank = os.environ.get("RANK", "0") == "0"
     try:
         config = refuse_bad_input(options)
@@ -84,12 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(numbers, indent=1) if options.plan and options.json else render(numbers), flush=True)
         if options.plan:
             return 0
-        from sffn_dist.training.guards import RunLock, watch_launcher
-
-        lock = RunLock(Path(config.run.dir))
+        lock = guards.RunLock(Path(config.run.dir))
         if main_rank:
             lock.acquire()
-        watch_launcher()
         return pretrain(config)
     except ConfigError as error:
         if main_rank:

@@ -75,11 +75,15 @@ class Schedule:
         low = self.min_learning_rate_ratio
         return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * done))
 
+    def expected_drawn_share(self, step: int) -> float:
+        """Expected share of linears that compute their guide in a step: all while guided, alpha of them with the coin."""
+        if step >= self.guided_steps:
+            return 0.0
+        return self.alpha(step) if self.stochastic else 1.0
+
     def expected_guided_share(self) -> float:
-        """Expected share of (step, linear) pairs that compute the guide: guided/total, halved by the coin."""
-        if self.stochastic:
-            return sum(self.alpha(step) for step in range(self.guided_steps)) / self.total_steps
-        return self.guided_steps / self.total_steps
+        """The same over the whole run."""
+        return sum(self.expected_drawn_share(step) for step in range(self.guided_steps)) / self.total_steps
 
 
 def of(config: Config) -> Schedule:

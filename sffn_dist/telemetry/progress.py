@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TextIO, get_args
 
@@ -42,12 +43,22 @@ class Estimate:
     A step counts with the median of the newest ``window`` ones; the first of a process (compilation, cold caches) only while it
     is the only one. Evaluations, checkpoints and samples count with the median of those seen; before one was seen, ``extra``
     says how long it takes in units of a step, e.g. ``{"evaluation": 0.3}`` (a forward pass is a third of a step); a kind named
-    in neither costs nothing.
+    in neither costs nothing. ``costs``, if given, holds the relative cost of each step of the run: guided ones cost more.
     """
 
-    def __init__(self, total_steps: int, start_step: int = 0, extra: Mapping[str, float] | None = None, window: int = 50):
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        extra: Mapping[str, float] | None = None,
+        window: int = 50,
+        costs: Sequence[float] | None = None,
+    ):
         self.total_steps = total_steps
         self.start_step = start_step
+        self._costs = [1.0] * total_steps if costs is None else list(costs)
+        # _left[i]: cost of steps i.. together
+        self._left = list(itertools.accumulate(reversed(self._costs), initial=0.0))[::-1]
         self._extra = dict(extra or {})
         unknown = set(self._extra) - set(get_args(Kind))
         if unknown:
@@ -55,9 +66,12 @@ class Estimate:
         self._first_step: float | None = None
         self._seen: dict[str, deque[float]] = {kind: deque(maxlen=window) for kind in get_args(Kind)}
 
-    def observe(self, kind: Kind, seconds: float, count: int = 1) -> None:
-        """``count`` events of a kind took ``seconds`` together. Negative and non-finite durations are left out."""
-        each = seconds / count
+    def observe(self, kind: Kind, seconds: float, count: int = 1, step: int | None = None) -> None:
+        """``count`` events of a kind took ``seconds`` together. Negative and non-finite durations are left out.
+
+        ``step`` says which step it was, so that its own cost is taken into account.
+        """
+        each = seconds / count / (self._costs[step] if step is not None else 1.0)
         if not math.isfinite(each) or each < 0:
             return
         if kind == "step" and self._first_step is None:
@@ -66,7 +80,7 @@ class Estimate:
             self._seen[kind].append(each)
 
     def step_seconds(self) -> float | None:
-        """Seconds of a step; None until one was observed."""
+        """Seconds of a step of cost 1; None until one was observed."""
         return statistics.median(self._seen["step"]) if self._seen["step"] else self._first_step
 
     def remaining(
@@ -76,7 +90,7 @@ class Estimate:
         each = self.step_seconds()
         if each is None:
             return None
-        left = max(self.total_steps - max(step, self.start_step), 0) * each
+        left = self._left[min(max(step, self.start_step), self.total_steps)] * each
         counts = {"evaluation": remaining_evaluations, "checkpoint": remaining_checkpoints, "sample": remaining_samples}
         for kind, count in counts.items():
             seen = self._seen[kind]

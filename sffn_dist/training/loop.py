@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sffn_dist import model as models
+from sffn_dist import schedule as schedules
 from sffn_dist import shapes
 from sffn_dist.checkpoint import store
 from sffn_dist.config import Config
@@ -100,8 +101,14 @@ def open_reports(config: Config, topology: Topology, trackers: Trackers, step: i
             peak_flops=peak * topology.world if peak else None,
             enabled=config.logging.progress,
         ),
-        estimate=Estimate(config.train.steps, step, extra),
+        estimate=Estimate(config.train.steps, step, extra, costs=_costs(config)),
     )
+
+
+def _costs(config: Config) -> list[float]:
+    """FLOPs of each step in units of an unguided one."""
+    clock, more = schedules.of(config), shapes.guide_flops_per_token(config) / shapes.flops_per_token(config)
+    return [1.0 + more * clock.expected_drawn_share(step) for step in range(clock.total_steps)]
 
 
 def train(run: Run) -> None:
@@ -151,7 +158,7 @@ def _micro_batches(run: Run, now: Now, announce: bool) -> Iterator[Tensor]:
         if announce and index == 1 and run.reports:
             seconds = (time.perf_counter() - started) * len(batches)
             if seconds > 30:  # a step of half a minute or more: say so before it is over
-                run.reports.estimate.observe("step", seconds)
+                run.reports.estimate.observe("step", seconds, step=now.step)
                 announce_estimate(run, "from the first micro-batch of the first step, which includes the warm-up")
         yield torch.from_numpy(np.ascontiguousarray(batch)).to(topology.device)
 
@@ -190,7 +197,7 @@ def report_step(run: Run, now: Now, loss: float, norm: float, drawn: int, second
         "data_step": now.data_step,
         "flops": flops,
     }
-    reports.estimate.observe("step", seconds)
+    reports.estimate.observe("step", seconds, step=now.step)
     reports.metrics.write(row)
     reports.trackers.log(row, now.step)
     reports.progress.step(row, remaining_seconds(run))
