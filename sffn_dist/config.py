@@ -128,7 +128,7 @@ class Checkpoint(_Section):
 
 class Evaluation(_Section):
     interval: NaturalInt = Field(0, description="steps between evaluations; 0: only at the end")
-    sequences: PositiveInt = Field(128, description="held-out sequences, at most")
+    sequences: PositiveInt = Field(128, description="held-out sequences, at most, and at most as many as are trained on")
 
 
 class Sample(_Section):
@@ -189,6 +189,11 @@ class Config(_Section):
     def guided(self) -> bool:
         """True if some step of the run has a guide."""
         return self.guide.mode != "off" and self.ffn.kind != "dense"
+
+    @property
+    def evaluation_sequences(self) -> int:
+        """Held-out sequences of an evaluation: no more than the whole run trains on, so that a trial run stays short."""
+        return min(self.evaluation.sequences, self.train.steps * self.train.global_batch_size)
 
     def kind_of_layer(self, layer: int) -> FFNKind:
         return "dense" if layer in self.ffn.dense_layers else self.ffn.kind

@@ -18,6 +18,7 @@ if sys.path and os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.a
 import argparse
 import json
 import logging
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for problem in error.problems:
                 print(f"pretrain.py: error: {problem}", file=sys.stderr)
             sys.stderr.flush()
+        elif not options.plan:
+            # a launcher ends all ranks once one has gone: let the one that speaks be the first
+            time.sleep(4.0)
         return REFUSED
 
 
@@ -135,7 +139,7 @@ def pretrain(config: Config) -> int:
         engine=deepspeed_engine,
         batches=Batches(corpus.train, config.model.sequence, train.global_batch_size, train.seed),
         heldout=loop.Heldout(
-            np.concatenate(list(heldout_batches(corpus.heldout, config.model.sequence, config.evaluation.sequences, 64))),
+            np.concatenate(list(heldout_batches(corpus.heldout, config.model.sequence, config.evaluation_sequences, 64))),
             corpus.token_bytes,
         ),
         data_fingerprint=corpus.meta.fingerprint,

@@ -1,7 +1,12 @@
-"""Peak dense bf16 FLOP/s of devices, for model FLOPs utilisation (MFU). Vendors' data sheets, without sparsity."""
+"""What a device can do at best: for model FLOPs utilisation (MFU), and for a first bound on a run's time."""
 
 from __future__ import annotations
 
+import time
+
+import torch
+
+# Dense bf16 FLOP/s, from the vendors' data sheets, without sparsity.
 PEAK_BF16 = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -17,3 +22,20 @@ PEAK_BF16 = {
 def peak_flops(device_name: str) -> float | None:
     """FLOP/s of a CUDA device by its name; None if the table does not know it."""
     return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)
+
+
+def measured_flops(device: torch.device, precision: str, seconds: float = 0.3) -> float:
+    """FLOP/s of square matrix products on this rank, measured for ``seconds`` after a warm-up."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    rounds, spent = 1, 0.0
+    (a @ a).sum().item()
+    while spent < seconds:
+        rounds *= 2
+        began = time.perf_counter()
+        for _ in range(rounds):
+            b = a @ a
+        b.sum().item()  # waits for the device
+        spent = time.perf_counter() - began
+    return rounds * 2.0 * size**3 / spent

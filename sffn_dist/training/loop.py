@@ -25,7 +25,7 @@ from sffn_dist.inference.evaluation import Evaluation, evaluate
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Now, Schedule
 from sffn_dist.telemetry.metrics import MetricsLog
-from sffn_dist.telemetry.peak import peak_flops
+from sffn_dist.telemetry.peak import measured_flops, peak_flops
 from sffn_dist.telemetry.progress import Estimate, Progress, format_duration
 from sffn_dist.telemetry.trackers import Trackers
 from sffn_dist.training import engine as engines
@@ -89,7 +89,7 @@ def open_reports(config: Config, topology: Topology, trackers: Trackers, step: i
     # a forward pass is a third of a step; a sampled token reads up to prompt + tokens positions of one sequence
     one_sequence = 1 / 3 / config.train.global_batch_size
     sampled = config.sample.tokens**2 / 2 / config.model.sequence
-    extra = {"evaluation": config.evaluation.sequences * one_sequence, "sample": sampled * one_sequence, "checkpoint": 0.0}
+    extra = {"evaluation": config.evaluation_sequences * one_sequence, "sample": sampled * one_sequence, "checkpoint": 0.0}
     return Reports(
         metrics=MetricsLog(Path(config.run.dir) / "metrics.jsonl", step),
         evaluations=MetricsLog(Path(config.run.dir) / "evaluations.jsonl", step),
@@ -114,6 +114,7 @@ def _costs(config: Config) -> list[float]:
 def train(run: Run) -> None:
     """Take every step that is left."""
     config, first = run.config, run.step
+    announce_bound(run)
     for step in range(first, run.schedule.total_steps):
         now = run.schedule.at(step)
         drawn = models.set_guide(run.model, run.schedule, now)
@@ -216,6 +217,21 @@ def remaining_seconds(run: Run) -> float | None:
     return run.reports.estimate.remaining(
         run.step, left(config.evaluation.interval), left(config.checkpoint.interval), int(config.sample.tokens > 0)
     )
+
+
+def announce_bound(run: Run) -> None:
+    """Before the first step of a long run: what its matrix products alone will take."""
+    if run.reports is None or run.step >= run.schedule.total_steps:
+        return
+    config = run.config
+    rate = measured_flops(run.topology.device, run.precision) * run.topology.world
+    flops = shapes.flops_per_token(config) * config.train.global_batch_size * config.model.sequence
+    seconds = flops * sum(_costs(config)[run.step :]) / rate
+    if seconds > 600:
+        run.reports.progress.note(
+            f"estimated time: at least {format_duration(seconds)}, matrix products alone at {rate / 1e12:.3g} TFLOP/s; "
+            "a better estimate follows once a few steps are known"
+        )
 
 
 def announce_estimate(run: Run, source: str) -> None:
