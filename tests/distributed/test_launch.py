@@ -69,7 +69,11 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 def rows(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if path.exists()
+        else []
+    )
 
 
 def curve(run: Path) -> list[tuple[Any, ...]]:

@@ -1,0 +1,109 @@
+"""The model as built on whatever ranks there are; called inside the ranks of a pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sffn_dist import config as configs
+from sffn_dist import model as models
+from sffn_dist import schedule as schedules
+from sffn_dist.inference.evaluation import evaluate
+from sffn_dist.inference.generation import sample
+from sffn_dist.parallel import host, topology
+from sffn_dist.shapes import model_tensors
+from sffn_dist.training import resume
+
+
+def _model(tree: dict[str, Any], *, weights: bool = True) -> tuple[Any, configs.Config, Any]:
+    config = configs.from_tree(tree)
+    host.prepare()
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    ranks = topology.groups(config.parallel.tensor)
+    model = models.build(config, "fp32", ranks)
+    if weights:
+        resume.prepare_weights(model, config, ranks)
+    return model, config, ranks
+
+
+def _tokens(config: configs.Config, rows: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(0, config.model.vocab, (rows, config.model.sequence + 1), generator=generator)
+
+
+def table_mismatches(tree: dict[str, Any]) -> list[str]:
+    """Where the model's parameters differ from the split table, in name, shape or marks."""
+    model, config, ranks = _model(tree, weights=False)
+    specs, found = model_tensors(config), dict(model.named_parameters())
+    problems = [f"{name} is in one only" for name in specs.keys() ^ found.keys()]
+    for name in specs.keys() & found.keys():
+        spec, parameter = specs[name], found[name]
+        if tuple(parameter.shape) != spec.local_shape(ranks.tensor):
+            problems.append(f"{name}: {tuple(parameter.shape)}, table {spec.local_shape(ranks.tensor)}")
+        if parameter.tensor_model_parallel != (spec.cut is not None):
+            problems.append(f"{name}: marked tensor_model_parallel {parameter.tensor_model_parallel}")
+        split_by_tokens = config.parallel.sequence and ranks.tensor > 1 and spec.cut is None
+        if bool(getattr(parameter, "sequence_parallel", False)) != split_by_tokens:
+            problems.append(f"{name}: marked sequence_parallel {not split_by_tokens}")
+    return problems
+
+
+def guided_difference(tree: dict[str, Any]) -> tuple[float, float, int]:
+    """Largest difference of token losses, guided at step 0 against unguided; the losses' spread; guides drawn."""
+    model, config, _ = _model(tree)
+    tokens, clock = _tokens(config, 2), schedules.of(config)
+    models.unset_guide(model)
+    plain = models.token_losses(model, tokens[:, :-1], tokens[:, 1:])
+    drawn = models.set_guide(model, clock, clock.at(0))
+    guided = models.token_losses(model, tokens[:, :-1], tokens[:, 1:])
+    return float((plain - guided).abs().max()), float(plain.std()), drawn
+
+
+def evaluation_and_sample(tree: dict[str, Any], windows: int) -> tuple[float, float, list[int]]:
+    """Held-out loss and bits per byte over an odd number of windows, and sampled ids."""
+    model, config, ranks = _model(tree)
+    models.unset_guide(model)
+    token_bytes = np.arange(config.model.vocab) % 5 + 1
+    result = evaluate(model, models.token_losses, _tokens(config, windows).numpy(), token_bytes, 2, ranks)
+    ids = sample(
+        model, models.token_logits, [3, 1, 4], 6, context=config.model.sequence, vocab=config.model.vocab - 1,
+        temperature=0.5, seed=9, topology=ranks,
+    )  # fmt: skip
+    assert model.training
+    return result.loss, result.bits_per_byte, ids
+
+
+def direct_loss(tree: dict[str, Any], windows: int) -> tuple[float, float]:
+    """The same by the formula, without the evaluation module."""
+    model, config, _ = _model(tree)
+    models.unset_guide(model)
+    tokens = _tokens(config, windows)
+    with torch.no_grad():
+        logits = models.token_logits(model, tokens[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), tokens[:, 1:].flatten())
+    bits = loss / np.log(2) * tokens[:, 1:].numel() / (tokens[:, 1:] % 5 + 1).sum()
+    return float(loss), float(bits)
+
+
+def weights(tree: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The rank's weights as a run of this config starts with them."""
+    model, _, _ = _model(tree)
+    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+
+
+def save_start(tree: dict[str, Any]) -> str:
+    """A checkpoint of a few steps' training in run.dir."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("training_cases", Path(__file__).with_name("training_cases.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    cases = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cases)
+    cases.train(tree, steps=2)
+    return tree["run"]["dir"]
