@@ -16,8 +16,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NaturalInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]  # what a JSON number and a float hold exactly
+NaturalInt = Annotated[int, Field(ge=0, lt=2**53)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
@@ -97,15 +99,15 @@ class Train(_Section):
     steps: PositiveInt
     global_batch_size: PositiveInt = Field(512, description="sequences a step, over all ranks")
     micro_batch_size: PositiveInt = Field(8, description="sequences a forward pass, a rank")
-    seed: NaturalInt = 0
+    seed: Seed = 0
     learning_rate: PositiveFloat = 6e-4
     min_learning_rate_ratio: Share = 0.1
     warmup_share: Share = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     beta1: OpenShare = 0.9
     beta2: OpenShare = 0.999
     epsilon: PositiveFloat = 1e-8
-    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="global gradient norm; 0: no clipping")
+    clip: NonNegativeFloat = Field(1.0, description="global gradient norm; 0: no clipping")
 
 
 class Parallel(_Section):
@@ -122,11 +124,15 @@ class Zero(_Section):
 
 
 class Checkpoint(_Section):
+    """When the run's state is saved, and how much of it is kept."""
+
     interval: NaturalInt = Field(500, description="steps between saves; 0: only at the end")
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
 
 
 class Evaluation(_Section):
+    """When the held-out loss is measured, and on how much."""
+
     interval: NaturalInt = Field(0, description="steps between evaluations; 0: only at the end")
     sequences: PositiveInt = Field(128, description="held-out sequences, at most, and at most as many as are trained on")
 
@@ -136,10 +142,12 @@ class Sample(_Section):
 
     tokens: NaturalInt = 48
     prompt: str = "def "
-    temperature: Annotated[float, Field(ge=0)] = 0.8
+    temperature: NonNegativeFloat = 0.8
 
 
 class Logging(_Section):
+    """What is shown and which trackers are told."""
+
     progress: bool = True
     wandb: bool = False
     wandb_project: str = "sffn_dist"
@@ -188,12 +196,21 @@ class Config(_Section):
     @property
     def guided(self) -> bool:
         """True if some step of the run has a guide."""
-        return self.guide.mode != "off" and self.ffn.kind != "dense"
+        return self.guide.mode != "off" and self.guide.share > 0 and self.structured
+
+    @property
+    def structured(self) -> bool:
+        """True if some layer's feed-forward is structured."""
+        return any(self.kind_of_layer(layer) != "dense" for layer in range(self.model.layers))
 
     @property
     def evaluation_sequences(self) -> int:
         """Held-out sequences of an evaluation: no more than the whole run trains on, so that a trial run stays short."""
         return min(self.evaluation.sequences, self.train.steps * self.train.global_batch_size)
+
+    def accumulation_steps(self, data_parallel: int) -> int:
+        """Micro-steps of a step on each of ``data_parallel`` ranks."""
+        return max(1, self.train.global_batch_size // (self.train.micro_batch_size * data_parallel))
 
     def kind_of_layer(self, layer: int) -> FFNKind:
         return "dense" if layer in self.ffn.dense_layers else self.ffn.kind
@@ -237,17 +254,21 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 
 def read_tree(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The merged JSON tree of a config file and its bases, unvalidated."""
-    resolved = path.resolve()
-    if resolved in _seen:
-        raise ConfigError([f"base = {str(path)!r}: the files name each other as base in a circle"])
     try:
+        resolved = path.resolve()
+        if resolved in _seen:
+            raise ConfigError([f"base = {str(path)!r}: the files name each other as base in a circle"])
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         where = f" (named as base by {_seen[-1]})" if _seen else ""
         raise ConfigError([f"config file {str(path)!r}{where}: no such file"]) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except (OSError, UnicodeError, RuntimeError) as error:  # RuntimeError: a link to itself
+        if isinstance(error, RecursionError):
+            raise ConfigError([f"config file {str(path)!r}: not valid JSON: {error}"]) from None
         raise ConfigError([f"config file {str(path)!r}: cannot be read: {error}"]) from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:  # also a number of more digits than Python reads
         raise ConfigError([f"config file {str(path)!r}: not valid JSON: {error}"]) from None
     if not isinstance(tree, dict):
         raise ConfigError([f"config file {str(path)!r}: holds a {type(tree).__name__}, must hold an object"])
@@ -279,7 +300,7 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     value: Any
     try:
         value = json.loads(raw, parse_constant=str)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         value = raw
     # run.dir=2024 names a folder: a text field takes what is not already quoted as it stands
     if "str" in str(fields[key]) and not isinstance(value, str) and not (value is None and "None" in str(fields[key])):
@@ -317,10 +338,37 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
+def defaults() -> dict[str, Any]:
+    """Dotted key -> default, of the keys that have one."""
+    found: dict[str, Any] = {}
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, _Section):
+            fields = {f"{name}.{leaf}": item for leaf, item in section.model_fields.items()}
+        else:
+            fields = {name: field}
+        found.update(
+            {
+                key: list(v) if isinstance(v := item.default, tuple) else v
+                for key, item in fields.items()
+                if not item.is_required()
+            }
+        )
+    return found
+
+
 def _unknown_key(key: str) -> str:
+    section = Config.model_fields.get(key)
+    if section is not None:
+        leaves = [name for name in key_fields() if name.startswith(f"{key}.")]
+        return f"{key}: names a section, not a setting; set one of {', '.join(leaves)}"
     known = [*key_fields(), *Config.model_fields]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-        key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1, cutoff=0.6
+    leaf = key.rsplit(".", 1)[-1]
+    same = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    near = (
+        same[:1]
+        or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        or difflib.get_close_matches(leaf, [name.rsplit(".", 1)[-1] for name in known], n=1, cutoff=0.6)
     )
     full = next((name for name in known if near and (name == near[0] or name.endswith("." + near[0]))), None)
     return f"{key}: unknown key" + (f"; the nearest known one is {full}" if full else "")
@@ -346,7 +394,7 @@ def _sentence(problem: Any, tree: Mapping[str, Any]) -> str:
         elif isinstance(node, (list, tuple)) and part.isdigit() and int(part) < len(node):
             node = node[int(part)]
     rule = str(problem["msg"])
-    rule = rule.replace("Input should be", "must be").replace("a valid ", "a ")
+    rule = rule.replace("Input should be", "must be").replace("a valid ", "a ").replace("a integer", "an integer")
     return f"{key} = {json.dumps(node, default=str)}: {rule}"
 
 
@@ -438,7 +486,7 @@ def check_world(config: Config, world: int) -> None:
         raise ConfigError(
             [
                 f"parallel.tensor = {p}: must divide the number of ranks, {world} "
-                f"(start {p} ranks with `deepspeed --num_gpus {p} ...`, or set parallel.tensor={1 if world == 1 else world})"
+                f"(start {p} ranks with `deepspeed --num_gpus {p} ...`, or set parallel.tensor=1)"
             ]
         )
     per_pass = train.micro_batch_size * (world // p)
@@ -461,6 +509,12 @@ def unused(config: Config) -> dict[str, str]:
         notes["ffn.blocks"] = f"ffn.kind = {kind} has no blocks"
     if config.guide.mode != "off" and kind == "dense":
         notes["guide.mode"] = "a dense FFN has nothing to guide"
+    elif config.guide.mode != "off" and not config.guided:
+        notes["guide.mode"] = (
+            "guide.share = 0 guides no step" if config.structured else "ffn.dense_layers leaves no structured layer"
+        )
+    if kind != "dense" and not config.structured:
+        notes["ffn.kind"] = "ffn.dense_layers leaves no structured layer"
     if config.guide.stochastic and not config.guided:
         notes["guide.stochastic"] = "no guide"
     if config.parallel.sequence and config.parallel.tensor == 1:
@@ -474,10 +528,16 @@ FREE = ("train.micro_batch_size", "data.dir")
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """Dotted key -> value of everything that must stay equal between restarts of one run (unused settings left out)."""
-    skip = unused(config)
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if key.split(".")[0] in IDENTITY and key not in FREE and key not in skip
-    }
+    """Dotted key -> value of everything that must stay equal between restarts of one run.
+
+    What the run does not use is left out, whatever its value: sizes of another feed-forward kind, a guide that guides nothing.
+    """
+    idle = set(FREE)
+    if config.ffn.kind not in ("low_rank", "block_dense"):
+        idle.add("ffn.rank")
+    if config.ffn.kind not in ("block_shuffle", "block_dense"):
+        idle.add("ffn.blocks")
+    if not config.guided:
+        idle |= {"guide.mode", "guide.share", "guide.stochastic"}
+    flat = {key: value for key, value in flatten(config).items() if key.split(".")[0] in IDENTITY and key not in idle}
+    return flat if config.guided else {**flat, "guide.mode": "off"}

@@ -25,12 +25,25 @@ def cuda_capability() -> tuple[int, int] | None:
     except (importlib.metadata.PackageNotFoundError, OSError):
         return None
     count, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not enough(count.value):
         return None
     if driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, 0):
         return None
     driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, 0)
     return major.value, minor.value
+
+
+def ranks_here() -> int:
+    """Ranks that the launcher started on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
+def enough(devices: int) -> bool:
+    """True if every rank of this node has a CUDA device: its own among them, or the one that Slurm shows to each task.
+
+    Ranks that would share devices run on the CPU: so the demo's two ranks run anywhere.
+    """
+    return devices >= ranks_here() or (devices == 1 and "SLURM_LOCALID" in os.environ)
 
 
 @cache
@@ -54,6 +67,7 @@ def precision(setting: Literal["auto", "bf16", "fp32"]) -> Literal["bf16", "fp32
 
 
 def device_name() -> str:
+    """The device that a rank here would run on, for the plan."""
     capability = cuda_capability()
     if capability:
         return f"cuda, compute capability {capability[0]}.{capability[1]}"

@@ -19,7 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sffn_dist.config import Config
@@ -30,7 +30,7 @@ from sffn_dist.parallel.linears import StructuredColumnParallelLinear, Structure
 from sffn_dist.parallel.split import shard
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Now, Schedule
-from sffn_dist.shapes import ffn_structure, model_tensors
+from sffn_dist.shapes import Layout, ffn_structure, model_tensors
 from sffn_dist.structured import initialisation
 
 gelu_tanh = functools.partial(F.gelu, approximate="tanh")
@@ -120,9 +120,22 @@ def build(config: Config, precision: str, topology: Topology) -> GPTModel:
     if config.recompute == "full":
         for layer in model.decoder.layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    for layer in model.decoder.layers:
+        check_layouts(layer.mlp.linear_fc1, layer.mlp.linear_fc2)
     _mark_parameters(model, config)
     sum_partial_gradients(model, topology.tensor_group)
     return model
+
+
+def check_layouts(first: nn.Module, second: nn.Module) -> None:
+    """Refuse a second linear that reads its features in another order than the first one writes them; raises ValueError."""
+
+    def layout(linear: nn.Module) -> Layout:
+        return linear.layout if isinstance(linear, StructuredLinear) else Layout((inner,), (0,))
+
+    inner: int = second.input_size  # type: ignore[assignment]
+    if layout(first) != layout(second):
+        raise ValueError(f"linear_fc1 writes features as {layout(first)}, linear_fc2 reads them as {layout(second)}")
 
 
 def _mark_parameters(model: GPTModel, config: Config) -> None:

@@ -40,6 +40,7 @@ class Cut:
         return tuple(pairs)
 
     def local_view(self, p: int) -> tuple[int, ...]:
+        """The view's sizes on one of p ranks; raises ValueError if p does not fit."""
         view = list(self.view)
         for axis, ways in self.ways(p):
             view[axis] //= ways
@@ -80,6 +81,7 @@ class TensorSpec:
         return tuple(owners)
 
     def local_shape(self, p: int) -> tuple[int, ...]:
+        """The shape that one of p ranks holds; raises ValueError if p does not fit."""
         if self.cut is None or p == 1:
             return self.shape
         sizes = [1] * len(self.shape)
@@ -323,11 +325,14 @@ def guide_flops_per_token(config: Config) -> int:
 # ------------------------------------------------------------------------------------------------------------------ memory
 
 
-def parameters_per_rank(config: Config, guide: bool = True) -> int:
-    """Parameters that one tensor-parallel rank holds (before ZeRO)."""
-    p = config.parallel.tensor
-    specs = model_tensors(config).items()
-    return sum(math.prod(spec.local_shape(p)) for name, spec in specs if guide or not is_guide(name))
+def parameters_per_rank(config: Config) -> int:
+    """Parameters that one tensor-parallel rank holds, guide included, before ZeRO."""
+    return sum(math.prod(spec.local_shape(config.parallel.tensor)) for spec in model_tensors(config).values())
+
+
+def reduce_bucket(config: Config) -> int:
+    """Elements that ZeRO reduces at once: DeepSpeed's default, but never a buffer larger than the model."""
+    return min(500_000_000, parameters_per_rank(config))
 
 
 def memory_per_rank(config: Config, precision: str, data_parallel: int) -> dict[str, int]:
@@ -341,6 +346,8 @@ def memory_per_rank(config: Config, precision: str, data_parallel: int) -> dict[
         "weights": n * low // share[0],
         "gradients": n * (low + accumulated) // share[1],
         "optimizer": n * (8 + master) // share[2],
+        # two buckets, so that one fills while the other is reduced
+        "buffers": 2 * reduce_bucket(config) * low if stage else 0,
         "activations": activation_bytes(config, low),
     }
     return {**memory, "total": sum(memory.values())}

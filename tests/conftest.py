@@ -17,7 +17,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 
 def _load(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
@@ -26,14 +27,20 @@ def _load(path: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Any]]:
-    """``ranks(n)`` gives a pool of n living ranks, shared by the session."""
-    rank_pool = _load(Path(__file__).parent / "distributed" / "rank_pool.py")
-    pools: dict[int, Any] = {}
+    """``ranks(n, tensor)`` gives n living ranks, for cases of that tensor-parallel size alone; the newest three pools live on.
 
-    def get(world: int) -> Any:
-        if world not in pools:
-            pools[world] = rank_pool.RankPool(world)
-        return pools[world]
+    Megatron does not end the groups of a size when it makes those of another, and each one's gloo threads poll: a few hundred
+    of them slow two cores down.
+    """
+    rank_pool = _load(Path(__file__).parent / "distributed" / "rank_pool.py")
+    pools: dict[tuple[int, int], Any] = {}
+
+    def get(world: int, tensor: int = 1) -> Any:
+        pool = pools.pop((world, tensor), None) or rank_pool.RankPool(world)
+        pools[world, tensor] = pool  # the newest last
+        while len(pools) > 3:
+            pools.pop(next(iter(pools))).stop()
+        return pool
 
     yield get
     for pool in pools.values():

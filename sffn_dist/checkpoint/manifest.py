@@ -47,6 +47,7 @@ class Manifest:
 
     folder: Path
     step: int
+    optimizer_steps: int  # Adam's own count: behind ``step`` by the steps that were skipped for a non-finite gradient
     tensor_parallel: int
     shapes: dict[str, tuple[int, ...]]
     pieces: dict[str, tuple[Piece, ...]]
@@ -70,6 +71,7 @@ class Manifest:
             return cls(
                 folder=folder,
                 step=int(tree["step"]),
+                optimizer_steps=int(tree["optimizer_steps"]),
                 tensor_parallel=int(tree["tensor_parallel"]),
                 shapes={name: tuple(map(int, entry["shape"])) for name, entry in tensors},
                 pieces={name: tuple(Piece(**piece) for piece in entry["pieces"]) for name, entry in tensors},
@@ -78,7 +80,7 @@ class Manifest:
             )
         except BrokenCheckpoint:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise BrokenCheckpoint(f"{folder}: not a complete checkpoint: {type(error).__name__}: {error}") from None
 
 
@@ -92,12 +94,22 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest(run_dir: Path) -> Manifest | None:
-    """The newest complete checkpoint of a run; broken ones are skipped and named in a warning."""
+    """The newest complete checkpoint of a run; broken ones are skipped and named in a warning.
+
+    None if there is none at all. Raises ConfigError if there are some and all are broken: starting anew would overwrite the run.
+    """
+    reasons = []
     for folder in reversed(checkpoints(run_dir)):
         try:
-            return Manifest.read(folder)
+            found = Manifest.read(folder)
         except BrokenCheckpoint as error:
-            log.warning("checkpoint skipped: %s", error)
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            log.warning("checkpoint skipped: %s", reason)
+        return found
+    if reasons:
+        raise ConfigError([f"run.dir = {str(run_dir)!r}: no checkpoint in it is complete: {reason}" for reason in reasons])
     return None
 
 
@@ -111,7 +123,10 @@ def find(key: str, path: str) -> Manifest:
             return Manifest.read(folder)
         except BrokenCheckpoint as error:
             raise ConfigError([f"{key} = {path!r}: {error}"]) from None
-    found = newest(folder)
+    try:
+        found = newest(folder)
+    except ConfigError as error:
+        raise ConfigError([f"{key} = {path!r}: {problem}" for problem in error.problems]) from None
     if found is None:
         raise ConfigError([f"{key} = {path!r}: holds no complete checkpoint"])
     return found

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sffn_dist.checkpoint.manifest import FORMAT, NAME, VERSION, Manifest, Piece, checkpoints, folder_of
+from sffn_dist.checkpoint.manifest import FORMAT, NAME, VERSION, BrokenCheckpoint, Manifest, Piece, checkpoints, folder_of
 from sffn_dist.config import Config
 from sffn_dist.parallel.split import shard, unshard
 from sffn_dist.parallel.topology import Topology
@@ -27,6 +27,7 @@ from sffn_dist.shapes import model_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,22 @@ class SaveError(OSError):
     """A checkpoint could not be written; nothing of it is left."""
 
 
-def save(
-    run_dir: Path, step: int, fragments: Iterable[Fragment], config: Config, topology: Topology, data_fingerprint: str | None
-) -> Path:
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: steps taken, Adam's own count of them, and the fingerprint of the data."""
+
+    step: int
+    optimizer_steps: int
+    data_fingerprint: str | None
+
+
+def save(run_dir: Path, progress: Progress, fragments: Iterable[Fragment], config: Config, topology: Topology) -> Path:
     """Write ``run_dir/checkpoints/step_...`` by all ranks; complete or not there.
 
     ``fragments`` are those of this rank that no other rank also holds: see :func:`owned`. Raises SaveError on every rank if any failed.
     """
-    target = folder_of(run_dir, step)
-    temporary = target.with_name(f".{target.name}.partial")
+    target = folder_of(run_dir, progress.step)
+    temporary = target.with_name(f".{target.name}{PARTIAL}")
     if topology.main:
         shutil.rmtree(temporary, ignore_errors=True)
     _barrier()
@@ -66,7 +74,7 @@ def save(
     problems = [report[2] for report in reports if report[2]]
     if topology.main and not problems:
         try:
-            _publish(temporary, target, step, config, topology, reports, data_fingerprint)
+            _publish(temporary, target, progress, config, topology, reports)
         except Exception as error:
             problems = [f"rank 0: {type(error).__name__}: {error}"]
     verdict = [problems]
@@ -74,7 +82,7 @@ def save(
     if verdict[0]:
         if topology.main:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise SaveError(f"checkpoint of step {step} not written: {verdict[0][0]}")
+        raise SaveError(f"checkpoint of step {progress.step} not written: {verdict[0][0]}")
     return target
 
 
@@ -102,9 +110,7 @@ def _write_fragments(path: Path, fragments: Iterable[Fragment], topology: Topolo
     return pieces
 
 
-def _publish(
-    temporary: Path, target: Path, step: int, config: Config, topology: Topology, reports: list[Any], fingerprint: str | None
-) -> None:
+def _publish(temporary: Path, target: Path, progress: Progress, config: Config, topology: Topology, reports: list[Any]) -> None:
     """Manifest, sync, rename."""
     tensors: dict[str, dict[str, Any]] = {
         name: {"shape": list(spec.shape), "pieces": []} for name, spec in model_tensors(config).items()
@@ -115,10 +121,9 @@ def _publish(
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "step": step,
+        **asdict(progress),
         "tensor_parallel": topology.tensor,
         "config": config.model_dump(mode="json"),
-        "data_fingerprint": fingerprint,
         "versions": versions(),
         "revision": revision(),
         "files": {report[0]: (temporary / report[0]).stat().st_size for report in reports},
@@ -133,9 +138,27 @@ def _publish(
     _sync(target.parent)
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints."""
-    for folder in checkpoints(run_dir)[:-keep]:
+def prune(run_dir: Path, keep: int, saved: Path) -> None:
+    """Remove all checkpoints but the ``keep`` newest complete ones up to ``saved``, the one just written.
+
+    What lies beyond it is of a run that went on from an older checkpoint, because those were broken.
+    """
+    complete = []
+    for folder in checkpoints(run_dir):
+        try:
+            Manifest.read(folder)
+        except BrokenCheckpoint:
+            continue
+        if folder.name <= saved.name:
+            complete.append(folder)
+    for folder in checkpoints(run_dir):
+        if folder not in complete[-keep:] and folder != saved:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove what interrupted saves left; only the holder of the run's lock may."""
+    for folder in (run_dir / "checkpoints").glob(f".step_*{PARTIAL}"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -174,10 +197,10 @@ class Reader:
         return shard(self.full(name, kind), self.specs[name], topology.tensor, topology.tensor_rank)
 
     @torch.no_grad()
-    def restore(self, fragments: Iterable[Fragment], topology: Topology) -> None:
-        """Copy fp32 weights and moments into the optimiser's fragments, bit for bit."""
+    def restore(self, fragments: Iterable[Fragment], topology: Topology, kinds: tuple[str, ...] = KINDS) -> None:
+        """Copy fp32 weights and moments (or only some ``kinds``) into the optimiser's fragments, bit for bit."""
         for fragment in fragments:
-            for kind in KINDS:
+            for kind in kinds:
                 flat = self.local(fragment.name, topology, kind).view(-1)
                 fragment.tensors[kind].copy_(flat[fragment.start : fragment.start + fragment.numel])
 

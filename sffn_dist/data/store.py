@@ -204,6 +204,8 @@ class _Record(BaseModel):
 
 
 class Shard(_Record):
+    """One file of tokens of a split."""
+
     file: Annotated[str, Field(pattern=r"^(train|heldout)-\d{5}\.bin$")]
     tokens: Annotated[int, Field(gt=0)]
     sha256: Digest

@@ -59,7 +59,7 @@ def evaluate(
         losses = token_losses(model, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).double().sum(dim=1).cpu()
         weight = torch.tensor([row < len(windows) for row in rows], dtype=torch.float64)
         nats += (losses * weight).sum()
-    total = nats.float().to(topology.device) if topology.device.type == "cuda" else nats
+    total = nats.to(topology.device)
     if topology.data > 1:
         dist.all_reduce(total, group=topology.data_group)
     model.train(was_training)

@@ -1,7 +1,7 @@
 """The host without CUDA: what megatron-core and DeepSpeed need so that the same model runs on gloo.
 
-megatron-core asks ``torch.cuda.current_device()`` for its buffers and forks a CUDA random state; DeepSpeed builds a shared-memory
-extension of minutes for CPU ranks. :func:`prepare` answers the first two with the CPU and skips the third. With CUDA it does nothing.
+megatron-core asks ``torch.cuda.current_device()`` for its buffers and forks a CUDA random state; :func:`prepare` answers with the CPU.
+With CUDA it chooses the rank's device.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from sffn_dist import machine
 
 
 class CpuRandomTracker:
@@ -48,7 +50,8 @@ class CpuRandomTracker:
 
 
 def has_cuda() -> bool:
-    return torch.cuda.is_available()
+    """True if this rank runs on a CUDA device."""
+    return torch.cuda.is_available() and machine.enough(torch.cuda.device_count())
 
 
 def device() -> torch.device:
@@ -61,6 +64,8 @@ def device() -> torch.device:
 def prepare() -> None:
     """Make megatron-core and DeepSpeed run without CUDA; idempotent."""
     if has_cuda():
+        # Megatron's linears count on one queue: a collective started before a product then runs before it, and overlaps
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device())
         return
     from megatron.core.tensor_parallel import random as megatron_random

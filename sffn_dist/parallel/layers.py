@@ -10,10 +10,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from sffn_dist.parallel import host
+
 try:  # apex is built from source for CUDA; what PyPI calls apex is another project
     from apex.normalization import FusedLayerNorm, FusedRMSNorm  # type: ignore[import-not-found]
 
-    HAVE_APEX = torch.cuda.is_available()
+    HAVE_APEX = True
 except ImportError:
     HAVE_APEX = False
 
@@ -44,7 +46,7 @@ class NormLayer:
     """apex's fused norm where apex imports, else torch's. A class, since Megatron's specs call classes and keep functions."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> nn.Module:  # type: ignore[misc]
-        if not HAVE_APEX:
+        if not HAVE_APEX or not host.has_cuda():
             return Norm(config, hidden_size, eps, **kwargs)
         fused = FusedRMSNorm if config.normalization == "RMSNorm" else FusedLayerNorm
         norm: nn.Module = fused(hidden_size, eps=eps).to(torch.cuda.current_device(), config.params_dtype)
@@ -74,7 +76,8 @@ class CoreAttention(nn.Module):
         """query (S, batch, heads, d), key and value (S, batch, kv_heads, d) -> (S, batch, heads*d)."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # (batch, heads, S, d)
         group = q.shape[1] // k.shape[1]
-        if group > 1 and not q.is_cuda:  # the CPU kernel has no grouped heads and would keep the scores
+        grouped = group > 1 and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+        if group > 1 and not grouped:  # only flash attention knows grouped heads; without it the scores would be kept
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=group > 1 and q.is_cuda)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

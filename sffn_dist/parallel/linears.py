@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sffn_dist.parallel import collectives
 from sffn_dist.parallel.split import shard
-from sffn_dist.shapes import Role, Structure, TensorSpec, inner_layout, linear_tensors
+from sffn_dist.shapes import Layout, Role, Structure, TensorSpec, inner_layout, linear_tensors
 from sffn_dist.structured import initialisation, maps
 
 
@@ -59,6 +59,7 @@ class StructuredLinear(nn.Module):
         self.group = get_tensor_model_parallel_group_if_none(tp_group, is_expert=is_expert)
         self.ranks, self.rank = self.group.size(), self.group.rank()
         self.sequence_parallel = bool(config.sequence_parallel) and self.ranks > 1
+        self.halves = 2 if gated else 1
         self.guide_weight: float | None = None
         self.specs = linear_tensors(structure, self.role, input_size, output_size, gated=gated, bias=bias, guide=guide)
         for name, spec in self.specs.items():
@@ -106,6 +107,12 @@ class StructuredLinear(nn.Module):
         if self.skip_bias_add or self.bias is None:
             return y, self.bias
         return y + self.bias, None
+
+    @property
+    def layout(self) -> Layout:
+        """How the inner features lie over ranks: what a first linear writes, a second one must have been built to read."""
+        inner = self.input_size if self.role == "row" else self.output_size // self.halves
+        return inner_layout(self.structure.kind, inner, self.structure.blocks)
 
     def backward_dw(self) -> None:
         """Part of Megatron's linear interface; weight gradients are never delayed here."""
@@ -222,12 +229,6 @@ class StructuredRowParallelLinear(StructuredLinear):
             self.bias.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
         if config.perform_initialization:
             self.reset_parameters()
-
-    @property
-    def layout(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(view, axes) of the inner features that this linear reads; its first linear must write the same."""
-        inner = inner_layout(self.structure.kind, self.input_size, self.structure.blocks)
-        return inner.view, inner.axes
 
     def _exchange(self, z: Tensor) -> Tensor:
         move = collectives.scatter_tokens if self.sequence_parallel else collectives.reduce

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from sffn_dist import machine
-from sffn_dist.config import Config, check_world
+from sffn_dist.config import Config, ConfigError, check_world
 from sffn_dist.parallel import host
 
 
@@ -88,6 +88,22 @@ def groups(tensor: int) -> Topology:
     )
 
 
+def agree(facts: dict[str, Any]) -> None:
+    """Compare ``facts`` between all ranks; raises ConfigError on every rank where nodes differ.
+
+    Each rank finds them by itself, and a folder that is not shared, another Python or another processor would split the run silently.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), facts))
+    problems = []
+    for key, value in everyone[0][1].items():
+        other = next(((host, held[key]) for host, held in everyone if held[key] != value), None)
+        if other:
+            problems.append(f"ranks disagree: {key} is {value!r} on {everyone[0][0]} and {other[1]!r} on {other[0]}")
+    if problems:
+        raise ConfigError(problems)
+
+
 def stop() -> None:
     """Leave the groups and the process group."""
     if parallel_state.model_parallel_is_initialized():
@@ -97,10 +113,9 @@ def stop() -> None:
 
 
 def _threads() -> None:
-    """Share the cores among a node's ranks, unless the user said otherwise: oversubscribed CPU ranks crawl."""
-    if not host.has_cuda() and "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        torch.set_num_threads(max(1, machine.cores() // ranks_here))
+    """Share the cores among a node's ranks, unless the user said otherwise: oversubscribed ranks crawl."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, machine.cores() // machine.ranks_here()))
 
 
 def _free_port() -> int:

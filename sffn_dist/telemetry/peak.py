@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
@@ -19,9 +20,11 @@ PEAK_BF16 = {
 }
 
 
-def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of a CUDA device by its name; None if the table does not know it."""
-    return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """FLOP/s of a CUDA device by its name; None where the table knows nothing: another device, or fp32."""
+    if precision != "bf16":
+        return None
+    return next((peak for name, peak in PEAK_BF16.items() if re.search(rf"\b{re.escape(name)}\b", device_name)), None)
 
 
 def measured_flops(device: torch.device, precision: str, seconds: float = 0.3) -> float:

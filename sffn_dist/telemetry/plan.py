@@ -41,7 +41,7 @@ def plan(config: Config, world: int) -> dict[str, Any]:
         "precision": precision,
         "device": machine.device_name(),
         "ranks": {"world": world, "tensor": config.parallel.tensor, "data": data_parallel},
-        "accumulation_steps": max(1, config.train.global_batch_size // (config.train.micro_batch_size * data_parallel)),
+        "accumulation_steps": config.accumulation_steps(data_parallel),
         "memory_per_rank": shapes.memory_per_rank(config, precision, data_parallel),
         "unused": unused(config),
     }

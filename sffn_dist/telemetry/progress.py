@@ -43,7 +43,8 @@ class Estimate:
     A step counts with the median of the newest ``window`` ones; the first of a process (compilation, cold caches) only while it
     is the only one. Evaluations, checkpoints and samples count with the median of those seen; before one was seen, ``extra``
     says how long it takes in units of a step, e.g. ``{"evaluation": 0.3}`` (a forward pass is a third of a step); a kind named
-    in neither costs nothing. ``costs``, if given, holds the relative cost of each step of the run: guided ones cost more.
+    in neither costs nothing. ``assumed`` does the same in seconds. ``costs``, if given, holds the relative cost of each step of
+    the run: guided ones cost more.
     """
 
     def __init__(
@@ -53,16 +54,17 @@ class Estimate:
         extra: Mapping[str, float] | None = None,
         window: int = 50,
         costs: Sequence[float] | None = None,
+        assumed: Mapping[str, float] | None = None,
     ):
         self.total_steps = total_steps
         self.start_step = start_step
         self._costs = [1.0] * total_steps if costs is None else list(costs)
         # _left[i]: cost of steps i.. together
         self._left = list(itertools.accumulate(reversed(self._costs), initial=0.0))[::-1]
-        self._extra = dict(extra or {})
-        unknown = set(self._extra) - set(get_args(Kind))
+        self._extra, self._assumed = dict(extra or {}), dict(assumed or {})
+        unknown = (set(self._extra) | set(self._assumed)) - set(get_args(Kind))
         if unknown:
-            raise ValueError(f"extra names {sorted(unknown)}: must be among {get_args(Kind)}")
+            raise ValueError(f"extra or assumed names {sorted(unknown)}: must be among {get_args(Kind)}")
         self._first_step: float | None = None
         self._seen: dict[str, deque[float]] = {kind: deque(maxlen=window) for kind in get_args(Kind)}
 
@@ -94,7 +96,8 @@ class Estimate:
         counts = {"evaluation": remaining_evaluations, "checkpoint": remaining_checkpoints, "sample": remaining_samples}
         for kind, count in counts.items():
             seen = self._seen[kind]
-            left += count * (statistics.median(seen) if seen else self._extra.get(kind, 0.0) * each)
+            unseen = self._extra.get(kind, 0.0) * each + self._assumed.get(kind, 0.0)
+            left += count * (statistics.median(seen) if seen else unseen)
         return left
 
 
@@ -160,10 +163,8 @@ class Progress:
         self.note(f"after step {self.done}: held-out loss {heldout_loss:.4f}")
 
     def note(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """A line of its own, above the bar; also where the progress itself is not shown."""
         self._before = self._clock() if self.done > self.start else self._before  # what a note reports was no part of a step
-        if not self._enabled:
-            return
         if self._bar is not None:
             self._try(lambda: self._bar.write(text, file=self._stream))
         else:

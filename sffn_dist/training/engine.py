@@ -18,7 +18,7 @@ from sffn_dist.checkpoint.store import MOMENTS, Fragment
 from sffn_dist.config import Config
 from sffn_dist.parallel import host
 from sffn_dist.parallel.topology import ModelParallelUnit, Topology
-from sffn_dist.shapes import is_guide
+from sffn_dist.shapes import is_guide, reduce_bucket
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if host.has_cuda() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -28,21 +28,22 @@ import deepspeed  # noqa: E402  (the accelerator is chosen at import)
 Engine = Any  # deepspeed.DeepSpeedEngine, which is not typed
 
 
-def accumulation_steps(config: Config, data_parallel: int) -> int:
-    return config.train.global_batch_size // (config.train.micro_batch_size * data_parallel)
-
-
 def deepspeed_config(config: Config, precision: str, data_parallel: int) -> dict[str, Any]:
     """DeepSpeed's own dictionary for this run."""
     stage, bf16 = config.zero.stage, precision == "bf16"
     tree: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(config, data_parallel),
-        "gradient_clipping": config.train.clip,
+        "gradient_accumulation_steps": config.accumulation_steps(data_parallel),
+        "gradient_clipping": config.train.clip if stage > 0 else 0.0,  # stage 0: see _clip
         "steps_per_print": 2**62,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "overlap_comm": host.has_cuda() and stage > 0},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": host.has_cuda() and stage > 0,
+            "reduce_bucket_size": reduce_bucket(config),
+            "allgather_bucket_size": reduce_bucket(config),
+        },
         "bf16": {"enabled": bf16},
     }
     if bf16 and stage > 0:  # sums over micro-steps in fp32: hundreds of bf16 additions would lose the small gradients
@@ -100,7 +101,9 @@ def set_learning_rate(engine: Engine, value: float) -> None:
 # ----------------------------------------------------------------------------------------------------------------- a step
 
 
-def train_step(engine: Engine, losses: Callable[[Any], Tensor], micro_batches: Iterator[Any]) -> tuple[float, float]:
+def train_step(
+    engine: Engine, losses: Callable[[Any], Tensor], micro_batches: Iterator[Any], clip: float
+) -> tuple[float, float]:
     """One optimiser step over the rank's micro-batches; returns (mean loss in nats, global gradient norm before clipping)."""
     total: Tensor | None = None
     norm: float | None = None
@@ -108,8 +111,9 @@ def train_step(engine: Engine, losses: Callable[[Any], Tensor], micro_batches: I
     for micro_batch in micro_batches:
         loss = losses(micro_batch)
         engine.backward(loss)
-        if engine.is_gradient_accumulation_boundary() and _without_wrapper(engine):
+        if engine.is_gradient_accumulation_boundary() and engine.zero_optimization_stage() == 0:
             norm = _gradient_norm(engine)
+            _clip(engine, norm, clip)
         engine.step()
         total = loss.detach() if total is None else total + loss.detach()
         count += 1
@@ -120,13 +124,11 @@ def train_step(engine: Engine, losses: Callable[[Any], Tensor], micro_batches: I
     return float(total) / count, norm
 
 
-def _without_wrapper(engine: Engine) -> bool:
-    """True for ZeRO 0 in fp32, where DeepSpeed steps torch's optimizer itself and reports no gradient norm."""
-    return isinstance(engine.optimizer, torch.optim.Optimizer)
-
-
 def _gradient_norm(engine: Engine) -> float:
-    """Global L2 norm of the averaged gradients; a parameter replicated over the tensor-parallel group counts once."""
+    """Global L2 norm of the averaged gradients; a parameter replicated over the tensor-parallel group counts once.
+
+    For stage 0, whose own norm DeepSpeed 0.19 does not report in fp32, and in bf16 takes from the first tensor-parallel rank alone.
+    """
     mpu = engine.mpu
     first = mpu.get_tensor_model_parallel_rank() == 0
     owned = [p for p in engine.module.parameters() if p.grad is not None and (first or p.tensor_model_parallel)]
@@ -134,6 +136,14 @@ def _gradient_norm(engine: Engine) -> float:
     total = torch.stack(squares).sum() if squares else torch.zeros((), device=engine.device)
     torch.distributed.all_reduce(total, group=mpu.get_tensor_model_parallel_group())
     return float(total.sqrt())
+
+
+def _clip(engine: Engine, norm: float, limit: float) -> None:
+    """Scale all gradients so that their global norm is at most ``limit`` (0: no limit), as torch's clip_grad_norm_ does."""
+    if 0.0 < limit < norm:
+        for parameter in engine.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(limit / (norm + 1e-6))
 
 
 # -------------------------------------------------------------------------------------------------------------- fragments
@@ -164,6 +174,11 @@ def _create_optimizer_state(engine: Engine) -> None:
         }
 
 
+def step_count(engine: Engine) -> int:
+    """Steps that Adam has taken: those with a non-finite gradient were skipped."""
+    return int(next(iter(_adam(engine).state.values()))["step"])
+
+
 def set_step_count(engine: Engine, steps: int) -> None:
     """Adam's number of steps taken, for its bias correction, and DeepSpeed's."""
     for state in _adam(engine).state.values():
@@ -181,7 +196,7 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
     """What this rank holds of every parameter's fp32 weight and moments (nothing of some parameters in ZeRO 1-3)."""
     named = list(engine.module.named_parameters())
     optimizer = engine.optimizer
-    if _without_wrapper(engine):
+    if isinstance(optimizer, torch.optim.Optimizer):  # stage 0 in fp32: torch's optimizer itself
         for name, p in named:
             yield Fragment(name, 0, p.numel(), _views(engine, p, 0, p.numel()))
     elif hasattr(optimizer, "fp32_partitioned_groups_flat"):

@@ -29,6 +29,7 @@ _log = getLogger(__name__)
 # ------------------------------------------------------------------------------------------------------------------- lock
 
 LOCK_NAME = "lock"
+PATIENCE = 3.0  # seconds to wait for a holder that is about to end
 _NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _held: set[int] = set()
 
@@ -59,7 +60,7 @@ class RunLock:
             return
         fd = self._open()
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(fd, time.monotonic() + PATIENCE)
         except BlockingIOError:
             holder = _describe_holder(fd)
             os.close(fd)
@@ -108,6 +109,21 @@ class RunLock:
             raise ConfigError([self._message("is a file; must be a folder")]) from None
         except OSError as error:
             raise ConfigError([self._message(f"cannot be written: {error.strerror}")]) from None
+
+
+def _flock(fd: int, deadline: float) -> None:
+    """Take the lock; raises BlockingIOError if it is still held at the deadline.
+
+    Ranks notice within two seconds that their launcher was killed: a restart at once should find the run free, not held by them.
+    """
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.1)
 
 
 def _write_holder(fd: int) -> None:

@@ -6,12 +6,15 @@ data. Layout, ZeRO stage, micro batch, recomputation, precision and logging may 
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 from sffn_dist import config as configs
+from sffn_dist.checkpoint.manifest import find, missing_tensors
 from sffn_dist.config import Config, ConfigError
+from sffn_dist.shapes import is_guide, model_tensors
 
 NAME = "run.json"
 
@@ -36,7 +39,8 @@ def check(config: Config, data_fingerprint: str | None = None) -> None:
     held = recorded(run_dir)
     if held is None:
         return
-    now = configs.identity(config)
+    # a key that is newer than the record stands for its default
+    now, held["identity"] = configs.identity(config), {**_defaults(config), **held["identity"]}
     problems = [
         f"{key} = {json.dumps(now.get(key))}: run.dir = {str(run_dir)!r} holds a run with {json.dumps(held['identity'].get(key))}; "
         "it must stay as it was, or run.dir must name another folder"
@@ -50,6 +54,25 @@ def check(config: Config, data_fingerprint: str | None = None) -> None:
         ]
     if problems:
         raise ConfigError(problems)
+
+
+def _defaults(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in configs.defaults().items() if key in configs.identity(config)}
+
+
+def check_source_of_weights(config: Config) -> None:
+    """Refuse an ``init_from`` whose model is another one; raises ConfigError."""
+    assert config.init_from
+    found = find("init_from", config.init_from)
+    wanted = {name: spec.shape for name, spec in model_tensors(config).items() if not is_guide(name)}
+    problems = list(itertools.islice(missing_tensors(found, wanted), 5))
+    # what shapes do not show
+    there, here = found.config.get("model", {}), config.model.model_dump(mode="json")
+    for key in ("heads", "kv_heads", "norm", "norm_epsilon", "activation", "rope_base"):
+        if not problems and there.get(key) != here[key]:
+            problems.append(f"its model.{key} is {json.dumps(there.get(key))}, {json.dumps(here[key])} here")
+    if problems:
+        raise ConfigError([f"init_from = {config.init_from!r}: {problem}" for problem in problems])
 
 
 def record(config: Config, data_fingerprint: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from sffn_dist.telemetry.progress import Estimate, Progress, format_duration
 from sffn_dist.telemetry.trackers import Trackers
 from sffn_dist.training import engine as engines
 
+DISK_RATE = 500e6  # bytes a second, until a checkpoint was timed
 EARLY_STEPS = 3  # after so many steps of a process the estimate of the whole run is printed
 
 
@@ -52,6 +52,7 @@ class Reports:
     estimate: Estimate
 
     def close(self) -> None:
+        """End the progress line and close the logs; the trackers finish with the summary."""
         self.progress.close()
         self.metrics.close()
         self.evaluations.close()
@@ -82,17 +83,19 @@ class Run:
         return Path(self.config.run.dir)
 
 
-def open_reports(config: Config, topology: Topology, trackers: Trackers, step: int) -> Reports:
+def open_reports(config: Config, precision: str, topology: Topology, trackers: Trackers, step: int) -> Reports:
     """Metrics, progress and estimate of rank 0."""
     tokens = config.train.global_batch_size * config.model.sequence
-    peak = peak_flops(torch.cuda.get_device_name()) if topology.device.type == "cuda" else None
+    peak = peak_flops(torch.cuda.get_device_name(), precision) if topology.device.type == "cuda" else None
     # a forward pass is a third of a step; a sampled token reads up to prompt + tokens positions of one sequence
     one_sequence = 1 / 3 / config.train.global_batch_size
     sampled = config.sample.tokens**2 / 2 / config.model.sequence
-    extra = {"evaluation": config.evaluation_sequences * one_sequence, "sample": sampled * one_sequence, "checkpoint": 0.0}
+    extra = {"evaluation": config.evaluation_sequences * one_sequence, "sample": sampled * one_sequence}
+    saved = 12 * shapes.parameters_per_rank(config) * topology.tensor  # bytes: fp32 weight and two moments
     return Reports(
         metrics=MetricsLog(Path(config.run.dir) / "metrics.jsonl", step),
-        evaluations=MetricsLog(Path(config.run.dir) / "evaluations.jsonl", step),
+        # a row's step counts the steps taken: the one of a resumed step stands, the last one is written anew
+        evaluations=MetricsLog(Path(config.run.dir) / "evaluations.jsonl", step + (step < config.train.steps)),
         trackers=trackers,
         progress=Progress(
             config.train.steps,
@@ -101,7 +104,7 @@ def open_reports(config: Config, topology: Topology, trackers: Trackers, step: i
             peak_flops=peak * topology.world if peak else None,
             enabled=config.logging.progress,
         ),
-        estimate=Estimate(config.train.steps, step, extra, costs=_costs(config)),
+        estimate=Estimate(config.train.steps, step, extra, costs=_costs(config), assumed={"checkpoint": saved / DISK_RATE}),
     )
 
 
@@ -114,13 +117,15 @@ def _costs(config: Config) -> list[float]:
 def train(run: Run) -> None:
     """Take every step that is left."""
     config, first = run.config, run.step
+    saved: Path | None = None
     announce_bound(run)
     for step in range(first, run.schedule.total_steps):
         now = run.schedule.at(step)
         drawn = models.set_guide(run.model, run.schedule, now)
         engines.set_learning_rate(run.engine, config.train.learning_rate * now.learning_rate_factor)
         started = time.perf_counter()
-        loss, norm = engines.train_step(run.engine, _loss(run), _micro_batches(run, now, announce=step == first))
+        batches = _micro_batches(run, now, announce=step == first)
+        loss, norm = engines.train_step(run.engine, _loss(run), batches, config.train.clip)
         loss = _mean_over_data(loss, run.topology)
         run.step = step + 1
         report_step(
@@ -135,7 +140,15 @@ def train(run: Run) -> None:
         if due(run.step, config.evaluation.interval, run.schedule.total_steps):
             evaluate_now(run)
         if due(run.step, config.checkpoint.interval, run.schedule.total_steps):
-            save(run)
+            saved = save(run)
+    if run.step > first and saved is None:
+        saved = save(run)  # the last save is worth a second try
+    if saved is None and run.step > first:
+        raise LostWeightsError(f"the finished run's weights could not be saved in {run.dir}; see the warnings above")
+
+
+class LostWeightsError(RuntimeError):
+    """Training is over and its result is not on disk."""
 
 
 def due(step: int, interval: int, total: int) -> bool:
@@ -212,7 +225,10 @@ def remaining_seconds(run: Run) -> float | None:
     config, total = run.config, run.schedule.total_steps
 
     def left(interval: int) -> int:
-        return sum(due(step, interval, total) for step in range(run.step + 1, total + 1)) if interval else 1
+        """Steps after this one at which something of this interval is due."""
+        if run.step >= total:
+            return 0
+        return 1 if not interval else total // interval - run.step // interval + (total % interval > 0)
 
     return run.reports.estimate.remaining(
         run.step, left(config.evaluation.interval), left(config.checkpoint.interval), int(config.sample.tokens > 0)
@@ -235,6 +251,7 @@ def announce_bound(run: Run) -> None:
 
 
 def announce_estimate(run: Run, source: str) -> None:
+    """Tell the time left by the steps measured so far; ``source`` says what they were."""
     assert run.reports
     seconds = remaining_seconds(run)
     if seconds is not None:
@@ -280,33 +297,15 @@ def save(run: Run) -> Path | None:
     """A checkpoint; a failed one (disk full, folder gone) is reported and does not stop training."""
     started = time.perf_counter()
     fragments = store.owned(engines.fragments(run.engine), run.config, run.topology)
+    progress = store.Progress(run.step, engines.step_count(run.engine), run.data_fingerprint)
     try:
-        path = store.save(run.dir, run.step, fragments, run.config, run.topology, run.data_fingerprint)
+        path = store.save(run.dir, progress, fragments, run.config, run.topology)
     except store.SaveError as error:
         if run.reports:
             run.reports.progress.note(f"warning: {error}; training goes on")
         return None
     if run.topology.main:
-        store.prune(run.dir, run.config.checkpoint.keep)
+        store.prune(run.dir, run.config.checkpoint.keep, path)
     if run.reports:
         run.reports.estimate.observe("checkpoint", time.perf_counter() - started)
     return path
-
-
-def summary(run: Run, evaluation: Evaluation, unigram_entropy: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a run comes to; seconds and tokens/s over all its steps, restarts included."""
-    seconds = sum(row["seconds"] for row in rows)
-    tokens = run.config.train.global_batch_size * run.config.model.sequence
-    return {
-        "heldout_loss": evaluation.loss,
-        "unigram_entropy": unigram_entropy,
-        "perplexity": evaluation.perplexity,
-        "bits_per_byte": evaluation.bits_per_byte,
-        "tokens_per_s": tokens * len(rows) / seconds if seconds else math.nan,
-        "seconds": seconds,
-        "steps": run.step,
-        "tokens": run.step * tokens,
-        "parameters": shapes.parameters(run.config),
-        "precision": run.precision,
-        "ranks": {"world": run.topology.world, "tensor": run.topology.tensor, "data": run.topology.data},
-    }

@@ -49,9 +49,8 @@ def _factor_names(specs: dict[str, Any], prefix: str) -> list[str]:
     return [leaf for leaf in leaves if leaf not in ("guide", "bias")]
 
 
-def prepare_weights(model: GPTModel, config: Config, topology: Topology) -> Manifest | None:
-    """Set the model's weights; returns the checkpoint that the run continues from, None at a start."""
-    found = manifests.newest(Path(config.run.dir))
+def prepare_weights(model: GPTModel, config: Config, topology: Topology, found: Manifest | None) -> Manifest | None:
+    """Set the model's weights: those of ``found``, the run's newest checkpoint, or those of a start. Returns ``found``."""
     if found is not None:
         load_weights(model, found, config, topology)
         return found
@@ -62,15 +61,26 @@ def prepare_weights(model: GPTModel, config: Config, topology: Topology) -> Mani
     return None
 
 
-def restore(engine: engines.Engine, manifest: Manifest, config: Config, topology: Topology) -> int:
-    """fp32 weights, moments and step count into a fresh engine, bit for bit; returns the next step."""
-    Reader(manifest, config).restore(engines.fragments(engine), topology)
-    engines.set_step_count(engine, manifest.step)
-    return manifest.step
+def restore(engine: engines.Engine, found: Manifest | None, config: Config, topology: Topology) -> int:
+    """fp32 weights, moments and step count into a fresh engine, bit for bit; returns the next step.
+
+    A start from another run takes its weights in fp32 too: the engine's own masters were made from what the model holds, maybe bf16.
+    """
+    if found is not None:
+        Reader(found, config).restore(engines.fragments(engine), topology)
+        engines.set_step_count(engine, found.optimizer_steps)
+        return found.step
+    if config.init_from:
+        own = (fragment for fragment in engines.fragments(engine) if not is_guide(fragment.name))
+        Reader(manifests.find("init_from", config.init_from), config).restore(own, topology, kinds=("weight",))
+    return 0
 
 
 def write_json(path: Path, tree: Any) -> None:
     """Whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(tree, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)

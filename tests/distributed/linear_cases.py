@@ -77,8 +77,12 @@ def feed_forward_errors(
     (y_ref * weight).sum().backward()
 
     config = ModelParallelConfig(
-        params_dtype=torch.float64, tensor_model_parallel_size=p, sequence_parallel=sequence, use_cpu_initialization=True, perform_initialization=False,
-    )  # fmt: skip
+        params_dtype=torch.float64,
+        tensor_model_parallel_size=p,
+        sequence_parallel=sequence,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+    )
     options: dict[str, Any] = {"structure": structure, "config": config, "bias": bias, "guide": alpha is not None}
     layers = torch.nn.ModuleDict(
         {

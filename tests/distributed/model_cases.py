@@ -12,6 +12,7 @@ import torch.distributed as dist
 from sffn_dist import config as configs
 from sffn_dist import model as models
 from sffn_dist import schedule as schedules
+from sffn_dist.checkpoint.manifest import newest
 from sffn_dist.inference.evaluation import evaluate
 from sffn_dist.inference.generation import sample
 from sffn_dist.parallel import host, topology
@@ -27,7 +28,7 @@ def _model(tree: dict[str, Any], *, weights: bool = True) -> tuple[Any, configs.
     ranks = topology.groups(config.parallel.tensor)
     model = models.build(config, "fp32", ranks)
     if weights:
-        resume.prepare_weights(model, config, ranks)
+        resume.prepare_weights(model, config, ranks, newest(Path(config.run.dir)) if config.run.dir else None)
     return model, config, ranks
 
 

@@ -55,7 +55,8 @@ class RankPool:
 
         def ask(rank: int) -> None:
             process = self._processes[rank]
-            assert process.stdin and process.stdout
+            assert process.stdin
+            assert process.stdout
             try:
                 pickle.dump((str(file), function, arguments), process.stdin)
                 process.stdin.flush()
@@ -95,7 +96,8 @@ def serve() -> None:
         try:
             if file not in modules:
                 spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-                assert spec and spec.loader
+                assert spec
+                assert spec.loader
                 modules[file] = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(modules[file])
             answer = (True, getattr(modules[file], function)(**arguments))

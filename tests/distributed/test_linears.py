@@ -33,7 +33,7 @@ SHAPES: dict[int, list[tuple[str, int | None, int | None, int, int]]] = {
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_equal_one_device(ranks: Callable[[int], Any], world: int) -> None:
+def test_ranks_equal_one_device(ranks: Callable[..., Any], world: int) -> None:
     for shape, gated, sequence, guided in itertools.product(SHAPES[world], *[[False, True]] * 3):
         if sequence and world == 1:
             continue
@@ -42,6 +42,6 @@ def test_ranks_equal_one_device(ranks: Callable[[int], Any], world: int) -> None
             "kind": kind, "rank": rank, "blocks": blocks, "h": h, "f": f, "gated": gated, "bias": gated != guided,
             "sequence": sequence, "alpha": 0.3 if guided else None, "rows": 3 * world if sequence else 5, "batch": 3,
         }  # fmt: skip
-        for errors in ranks(world).run(CASES, "feed_forward_errors", **arguments):
+        for errors in ranks(world, world).run(CASES, "feed_forward_errors", **arguments):
             worst = max(errors, key=lambda name: errors[name])
             assert errors[worst] < 1e-12, f"{worst}: {errors[worst]:.1e} in {arguments}"

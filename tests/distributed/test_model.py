@@ -32,25 +32,27 @@ def tree(kind: str, *, tensor: int = 1, sequence: bool = False, guide: str = "fi
 
 
 @pytest.mark.parametrize("kind", FFN)
-def test_parameters_follow_the_split_table(ranks: Callable[[int], Any], kind: str) -> None:
+def test_parameters_follow_the_split_table(ranks: Callable[..., Any], kind: str) -> None:
     variants = ({}, {"activation": "swiglu", "norm": "rmsnorm", "bias": False, "tie_embeddings": False})
     for model, (tensor, sequence) in itertools.product(variants, ((1, False), (2, False), (2, True))):
-        for problems in ranks(2).run(CASES, "table_mismatches", tree=tree(kind, tensor=tensor, sequence=sequence, model=model)):
+        for problems in ranks(2, tensor).run(
+            CASES, "table_mismatches", tree=tree(kind, tensor=tensor, sequence=sequence, model=model)
+        ):
             assert problems == []
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "block_dense", "block_shuffle"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_guided_at_step_0_equals_unguided(ranks: Callable[[int], Any], kind: str, activation: str) -> None:
+def test_guided_at_step_0_equals_unguided(ranks: Callable[..., Any], kind: str, activation: str) -> None:
     """W starts as what the factors stand for (the authors' BlockShuffle guide did not)."""
     for layout in ({}, {"tensor": 2, "sequence": True}):
         config = tree(kind, **layout, model={"activation": activation, "init_std": 0.5})
-        for difference, spread, drawn in ranks(2).run(CASES, "guided_difference", tree=config):
+        for difference, spread, drawn in ranks(2, config["parallel"]["tensor"]).run(CASES, "guided_difference", tree=config):
             assert drawn == 2
             assert difference < 1e-4 * spread
 
 
-def test_evaluation_and_sample_do_not_depend_on_the_layout(ranks: Callable[[int], Any]) -> None:
+def test_evaluation_and_sample_do_not_depend_on_the_layout(ranks: Callable[..., Any]) -> None:
     base = {"model": {"init_std": 0.3}}
     want = ranks(1).run(CASES, "direct_loss", tree=tree("block_shuffle", **base), windows=5)[0]
     loss, bits, ids = ranks(1).run(CASES, "evaluation_and_sample", tree=tree("block_shuffle", **base), windows=5)[0]
@@ -61,16 +63,16 @@ def test_evaluation_and_sample_do_not_depend_on_the_layout(ranks: Callable[[int]
     assert max(ids) < 63, "rows that no token uses are never drawn"
     for layout in ({}, {"tensor": 2}, {"tensor": 2, "sequence": True}):
         config = tree("block_shuffle", **layout, **base)
-        for other in ranks(2).run(CASES, "evaluation_and_sample", tree=config, windows=5):
+        for other in ranks(2, config["parallel"]["tensor"]).run(CASES, "evaluation_and_sample", tree=config, windows=5):
             assert other[0] == pytest.approx(loss, rel=1e-6), layout
             assert other[1] == pytest.approx(bits, rel=1e-6), layout
             assert other[2] == ids, layout
 
 
-def test_init_from_another_run(ranks: Callable[[int], Any], tmp_path: Path) -> None:
+def test_init_from_another_run(ranks: Callable[..., Any], tmp_path: Path) -> None:
     """Weights come from the other run, on another layout; its guide does not: W starts as the loaded factors' product."""
     source = {**tree("low_rank", tensor=2, guide="off"), "run": {"dir": str(tmp_path / "source")}}
-    ranks(2).run(CASES, "save_start", tree=source)
+    ranks(2, 2).run(CASES, "save_start", tree=source)
     here = {**tree("low_rank"), "run": {"dir": str(tmp_path / "here")}, "init_from": str(tmp_path / "source")}
     got = ranks(1).run(CASES, "weights", tree=here)[0]
     trained = ranks(1).run(CASES, "weights", tree={**tree("low_rank"), "run": source["run"], "guide": {"mode": "off"}})[0]

@@ -34,14 +34,14 @@ def tree(kind: str, *, tensor: int = 1, sequence: bool = False, stage: int = 1, 
 
 
 @pytest.fixture(scope="module")
-def train(ranks: Callable[[int], Any]) -> Callable[..., dict[str, Any]]:
+def train(ranks: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     """``train(world, tree)`` -> the first rank's result; the same case is run once."""
     done: dict[str, dict[str, Any]] = {}
 
     def run(world: int, config: dict[str, Any], steps: int = STEPS, **options: Any) -> dict[str, Any]:
         key = repr((world, config, steps, options))
         if key not in done:
-            results = ranks(world).run(CASES, "train", tree=config, steps=steps, **options)
+            results = ranks(world, config["parallel"]["tensor"]).run(CASES, "train", tree=config, steps=steps, **options)
             for result in results:
                 assert result["losses"] == results[0]["losses"], "ranks report different losses"
                 assert not result["replicas"], f"replicas differ: {result['replicas'][:3]}"
@@ -108,7 +108,7 @@ def test_resume_equals_no_stop(train: Callable[..., dict[str, Any]], tmp_path: P
     assert second["state"] == whole["state"]
 
 
-def test_resume_on_another_layout(ranks: Callable[[int], Any], train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_resume_on_another_layout(ranks: Callable[..., Any], train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """TP 2 ZeRO 1 -> TP 1 DP 2 ZeRO 3 -> one rank ZeRO 0: the saved tensors are the same bits, the curve goes on."""
     run = {"run": {"dir": str(tmp_path)}}
     whole = train(1, tree("block_shuffle", stage=0), steps=12)
@@ -122,3 +122,23 @@ def test_resume_on_another_layout(ranks: Callable[[int], Any], train: Callable[.
     losses += train(2, {**tree("block_shuffle", stage=3, micro=1), **run}, steps=8)["losses"]
     losses += train(1, {**tree("block_shuffle", stage=0), **run}, steps=12)["losses"]
     assert np.abs(np.subtract(losses, whole["losses"])).max() < TOLERANCE
+
+
+def test_gradient_norm_in_bf16(train: Callable[..., dict[str, Any]]) -> None:
+    """Every stage reports, and clips by, the norm over all tensor-parallel ranks (DeepSpeed's stage 0 took the first one's alone)."""
+    one = train(1, tree("low_rank"), steps=3)
+    for stage in (0, 1, 2, 3):
+        for layout in (tree("low_rank", tensor=2, stage=stage), tree("low_rank", micro=1, stage=stage)):
+            other = train(2, layout, steps=3, precision="bf16")
+            np.testing.assert_allclose(other["norms"], one["norms"], rtol=0.03, err_msg=f"stage {stage} {layout['parallel']}")
+            np.testing.assert_allclose(other["losses"], one["losses"], rtol=0.01)
+
+
+def test_failed_save_leaves_nothing(ranks: Callable[..., Any], train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """One rank's disk is full: every rank hears of it, earlier checkpoints stay, nothing half-written does."""
+    config = {**tree("dense", micro=1), "run": {"dir": str(tmp_path)}}
+    train(2, config, steps=2)
+    for message, left in ranks(2, 1).run(CASES, "failed_save", tree=config, step=3):
+        assert "step 3 not written" in message
+        assert "No space left" in message
+        assert left == ["step_00000002"]

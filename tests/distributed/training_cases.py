@@ -14,7 +14,7 @@ from sffn_dist import config as configs
 from sffn_dist import model as models
 from sffn_dist import schedule as schedules
 from sffn_dist.checkpoint import store
-from sffn_dist.checkpoint.manifest import Manifest
+from sffn_dist.checkpoint.manifest import Manifest, newest
 from sffn_dist.data.batches import Batches
 from sffn_dist.parallel import host, topology
 from sffn_dist.shapes import model_tensors
@@ -37,9 +37,10 @@ def train(tree: dict[str, Any], steps: int, save_at: int | None = None, precisio
     ranks = topology.groups(config.parallel.tensor)
     torch.manual_seed(1)
     model = models.build(config, precision, ranks)
-    continued = resume.prepare_weights(model, config, ranks)
+    found = newest(Path(config.run.dir)) if config.run.dir else None
+    resume.prepare_weights(model, config, ranks, found)
     engine = engines.create(model, config, precision, ranks)
-    start = resume.restore(engine, continued, config, ranks) if continued else 0
+    start = resume.restore(engine, found, config, ranks)
     clock = schedules.of(config)
     batches = Batches(tokens(config.model.vocab), config.model.sequence, config.train.global_batch_size, config.train.seed)
     losses, norms, drawn = [], [], []
@@ -52,7 +53,7 @@ def train(tree: dict[str, Any], steps: int, save_at: int | None = None, precisio
         def loss(batch: torch.Tensor) -> torch.Tensor:
             return models.token_losses(engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
 
-        value, norm = engines.train_step(engine, loss, iter([torch.from_numpy(part) for part in micro]))
+        value, norm = engines.train_step(engine, loss, iter([torch.from_numpy(part) for part in micro]), config.train.clip)
         total = torch.tensor(value)
         dist.all_reduce(total, group=ranks.data_group)
         losses.append(float(total) / ranks.data)
@@ -70,7 +71,7 @@ def train(tree: dict[str, Any], steps: int, save_at: int | None = None, precisio
 
 def save(engine: Any, config: configs.Config, ranks: Any, step: int) -> None:
     owned = store.owned(engines.fragments(engine), config, ranks)
-    store.save(Path(config.run.dir), step, owned, config, ranks, "test")
+    store.save(Path(config.run.dir), store.Progress(step, engines.step_count(engine), "test"), owned, config, ranks)
 
 
 def state_digests(engine: Any) -> dict[str, str]:
@@ -97,3 +98,31 @@ def full_weights(tree: dict[str, Any], step: int) -> dict[str, np.ndarray]:
     manifest = Manifest.read(Path(config.run.dir) / "checkpoints" / f"step_{step:08d}")
     reader = store.Reader(manifest, config)
     return {f"{name}/{kind}": reader.full(name, kind).numpy() for name in manifest.shapes for kind in store.KINDS}
+
+
+def failed_save(tree: dict[str, Any], step: int) -> tuple[str, list[str]]:
+    """A save in which the last rank's disk is full: what every rank hears, and what is left in run.dir."""
+    config = configs.from_tree(tree)
+    host.prepare()
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    ranks = topology.groups(config.parallel.tensor)
+    model = models.build(config, "fp32", ranks)
+    resume.prepare_weights(model, config, ranks, None)
+    engine = engines.create(model, config, "fp32", ranks)
+    held = engines.fragments(engine)
+
+    def full_disk() -> Any:
+        for fragment in held:
+            if ranks.rank == ranks.world - 1:
+                raise OSError(28, "No space left on device")
+            yield fragment
+
+    try:
+        store.save(Path(config.run.dir), store.Progress(step, step, None), full_disk(), config, ranks)
+    except store.SaveError as error:
+        message = str(error)
+    else:
+        message = "saved"
+    engines.destroy(engine)
+    return message, sorted(path.name for path in (Path(config.run.dir) / "checkpoints").iterdir())

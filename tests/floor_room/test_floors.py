@@ -1,0 +1,243 @@
+"""The house's floors, read from the imports: who may import whom, what stays light, what carries a docstring."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE, KERNELS, TOOLS = ROOT / "sffn_dist", ROOT / "kernels" / "sffn_kernels", ROOT / "tools"
+FLOORS = (
+    ("config",),
+    ("shapes", "schedule", "machine"),
+    ("sffn_kernels",),
+    ("structured",),
+    ("parallel",),
+    ("model",),
+    ("data", "checkpoint", "telemetry", "inference"),
+    ("training",),
+    ("pretrain", "tools"),
+)
+FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+HEAVY = {"torch", "numpy", "megatron", "deepspeed", "datasets", "tokenizers", "triton", "transformers", "wandb"}
+BY_NAME = {"importlib.import_module", "import_module", "__import__"}
+LOWEST = ("config", "shapes", "schedule", "machine")
+LIGHT = (
+    *LOWEST,
+    *("checkpoint.manifest", "data.store", "training.identity", "training.guards", "pretrain"),
+    *("telemetry.plan", "telemetry.trackers", "telemetry.metrics", "telemetry.progress"),
+)
+
+# ------------------------------------------------------------------------------------------------------------- the reading
+
+
+def module_name(path: Path) -> str:
+    """The dotted name that a source file is imported by."""
+    relative = path.relative_to(KERNELS.parent if path.is_relative_to(KERNELS) else ROOT).with_suffix("")
+    return ".".join(relative.parts[:-1] if relative.name == "__init__" else relative.parts)
+
+
+def room_of(module: str) -> str | None:
+    """The room that a dotted name lies in; None for what is not ours, or for the bare top package."""
+    parts = module.split(".")
+    if parts[0] in ("sffn_kernels", "tools"):
+        return parts[0]
+    return parts[1] if parts[0] == "sffn_dist" and len(parts) > 1 else None
+
+
+def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]:
+    """Dotted names of everything imported anywhere in the source; ``from a import b`` gives a.b."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                kept = len(parts) - node.level + (1 if is_package else 0)
+                base = ".".join([*parts[:kept], *([base] if base else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
+            yield from (str(argument.value) for argument in node.args[:1] if isinstance(argument, ast.Constant))
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """A sentence for every import that does not come from a lower floor or the module's own room."""
+    room, found = room_of(module), []
+    for name in imports(source, module, is_package):
+        other = room_of(name)
+        if other is None or other == room:
+            continue
+        if room is None or other not in FLOOR:
+            found.append(f"{module} imports {name}, which stands on no floor")
+        elif FLOOR[other] >= FLOOR[room]:
+            found.append(f"{module} (floor {FLOOR[room]}) imports {name} (floor {FLOOR[other]})")
+    return found
+
+
+def sources() -> list[Path]:
+    found = [path for top in (PACKAGE, KERNELS, TOOLS) for path in sorted(top.rglob("*.py"))]
+    assert len(found) > 30, "the package's sources were not found"
+    return found
+
+
+SOURCES = sources()
+by_module = pytest.mark.parametrize("path", SOURCES, ids=[module_name(path) for path in SOURCES])
+
+
+# ------------------------------------------------------------------------------------------------------------------ floors
+
+
+@by_module
+def test_imports_come_from_lower_floors(path: Path) -> None:
+    assert not violations(path.read_text(encoding="utf-8"), module_name(path), path.name == "__init__.py")
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if room_of(module_name(p))], ids=module_name)
+def test_every_module_stands_on_a_floor(path: Path) -> None:
+    assert room_of(module_name(path)) in FLOOR
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("sffn_dist.shapes", "from sffn_dist import schedule"),
+        ("sffn_dist.structured.maps", "import sffn_dist.parallel.split"),
+        ("sffn_dist.data.store", "def f():\n    from sffn_dist.checkpoint import manifest"),
+        ("sffn_dist.telemetry.plan", "from ..inference.generation import sample"),
+        ("sffn_dist.telemetry.plan", "if TYPE_CHECKING:\n    from sffn_dist.training.loop import Run"),
+        ("sffn_kernels.block_diagonal", "from sffn_dist.structured import maps"),
+        ("sffn_dist.model", "import importlib\nimportlib.import_module('sffn_dist.training.engine')"),
+        ("sffn_dist.training.loop", "from sffn_dist import pretrain"),
+        ("sffn_dist.pretrain", "import tools.report"),
+        ("sffn_dist.model", "from sffn_dist.extras import x"),
+    ],
+)
+def test_the_reading_sees_a_wrong_import_in_every_form(module: str, source: str) -> None:
+    assert len(violations(source, module)) == 1
+
+
+def test_the_reading_lets_right_imports_pass() -> None:
+    source = "from sffn_dist import shapes\nfrom . import identity\nfrom ..config import Config\nimport torch, json"
+    assert not violations(source, "sffn_dist.training.loop")
+    assert not violations("from . import identity", "sffn_dist.training", is_package=True)
+
+
+@pytest.mark.parametrize("room", ["shapes", "schedule", "machine"])
+def test_lowest_floor_is_standard_library_and_config(room: str) -> None:
+    source = (PACKAGE / f"{room}.py").read_text(encoding="utf-8")
+    for name in imports(source, f"sffn_dist.{room}"):
+        assert name.split(".")[0] in sys.stdlib_module_names or name.startswith("sffn_dist.config."), name
+
+
+@by_module
+def test_modules_that_say_standard_library_only_mean_it(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    if "Standard library only" in (ast.get_docstring(ast.parse(source)) or ""):
+        foreign = {name.split(".")[0] for name in imports(source, module_name(path))} - sys.stdlib_module_names
+        assert foreign <= {"sffn_dist"}
+
+
+@by_module
+def test_deepspeed_is_imported_by_the_engine_alone(path: Path) -> None:
+    names = {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"), module_name(path))}
+    assert ("deepspeed" in names) == (module_name(path) == "sffn_dist.training.engine")
+
+
+@by_module
+def test_no_drawer_for_everything(path: Path) -> None:
+    assert not {"utils", "common", "helpers", "misc"} & set(module_name(path).split("."))
+
+
+def test_kernels_and_test_folders_shadow_no_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    folders = [path for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert folders
+    for folder in folders:
+        assert not (folder / "__init__.py").exists(), folder
+        assert importlib.util.find_spec(folder.name) is None, f"{folder} bears a package's name"
+
+
+# ------------------------------------------------------------------------------------------------------------------- light
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_import_nothing_heavy(module: str) -> None:
+    script = f"import sys, sffn_dist.{module}\nprint(*sorted({HEAVY!r} & {{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("arguments", [["--plan"], ["--plan", "--json"], ["parallel.tensor=3"], ["--help"]], ids=" ".join)
+def test_plan_help_and_refusals_import_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", str(PACKAGE / "pretrain.py"), "--config", str(ROOT / "configs/demo.json")]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == (2 if "parallel.tensor=3" in arguments else 0), done.stderr
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "sffn_dist.config" in imported, "the report of imports was not understood"
+    assert not HEAVY & {name.split(".")[0] for name in imported}
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+# -------------------------------------------------------------------------------------------------------------- docstrings
+
+OVERRIDES = {"forward", "backward", "extra_repr", "reset_parameters"}  # what torch's classes document
+
+
+def undocumented(tree: ast.Module) -> Iterator[str]:
+    """Public definitions without a docstring. A function whose body is one statement, or a property of two, may go without."""
+    if ast.get_docstring(tree) is None:
+        yield "the module"
+    pending: list[tuple[str, ast.Module | ast.ClassDef]] = [("", tree)]
+    while pending:
+        prefix, parent = pending.pop()
+        for node in parent.body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
+                continue
+            if isinstance(node, ast.ClassDef):
+                pending.append((f"{prefix}{node.name}.", node))
+                tiny = False
+            else:
+                is_property = any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+                tiny = len(node.body) <= (2 if is_property else 1) or node.name in OVERRIDES
+            if not tiny and ast.get_docstring(node) is None:
+                yield f"{prefix}{node.name} (line {node.lineno})"
+
+
+@by_module
+def test_public_names_have_docstrings(path: Path) -> None:
+    assert list(undocumented(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+def test_the_reading_of_docstrings_finds_what_is_missing() -> None:
+    source = '''
+    class A:
+        def f(self, x):
+            y = x
+            return y
+        def g(self): return 1
+        def _h(self):
+            y = 2
+            return y
+        def forward(self, x):
+            y = x
+            return y
+        @property
+        def p(self):
+            assert self
+            return 1
+    def top(x):
+        """Documented."""
+        y = x
+        return y
+    '''
+    found = [text.split(" (")[0] for text in undocumented(ast.parse(textwrap.dedent(source)))]
+    assert sorted(found) == ["A", "A.f", "the module"]
