@@ -537,7 +537,7 @@ def identity(config: Config) -> dict[str, Any]:
         idle.add("ffn.rank")
     if config.ffn.kind not in ("block_shuffle", "block_dense"):
         idle.add("ffn.blocks")
-    if not config.guided:
-        idle |= {"guide.mode", "guide.share", "guide.stochastic"}
     flat = {key: value for key, value in flatten(config).items() if key.split(".")[0] in IDENTITY and key not in idle}
-    return flat if config.guided else {**flat, "guide.mode": "off"}
+    if not config.guided:
+        flat.update({f"guide.{key}": value for key, value in Guide().model_dump(mode="json").items()})
+    return flat
