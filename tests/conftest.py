@@ -47,6 +47,15 @@ def ranks() -> Iterator[Callable[[int], Any]]:
         pool.stop()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu run where a CUDA device is, and say why elsewhere."""
+    from sffn_dist import machine
+
+    for item in items:
+        if item.get_closest_marker("gpu") and machine.cuda_capability() is None:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture
 def root() -> Path:
     return ROOT

@@ -40,6 +40,7 @@ class RankPool:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",  # more ranks than devices: gloo on the CPU everywhere
                 "PYTHONSAFEPATH": "1",
                 "PYTHONWARNINGS": "ignore",
             }
