@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sffn_dist import config as configs
+from sffn_dist import reading, rules
 from sffn_dist.config import Config, ConfigError
 from sffn_dist.training import guards
 
@@ -63,8 +64,8 @@ def ranks(config: Config) -> int:
 
 def refuse_bad_input(options: argparse.Namespace) -> Config:
     """Everything that can be wrong and is cheap to see, before torch is imported; raises ConfigError."""
-    config = configs.load(options.config, options.overrides)
-    configs.check_world(config, ranks(config) if options.plan else int(os.environ.get("WORLD_SIZE", "1")))
+    config = reading.load(options.config, options.overrides)
+    rules.check_world(config, ranks(config) if options.plan else int(os.environ.get("WORLD_SIZE", "1")))
     from sffn_dist.checkpoint import manifest
     from sffn_dist.data import store
     from sffn_dist.telemetry.trackers import check_trackers

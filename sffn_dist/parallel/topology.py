@@ -13,8 +13,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from sffn_dist import machine
-from sffn_dist.config import Config, ConfigError, check_world
+from sffn_dist.config import Config, ConfigError
 from sffn_dist.parallel import host
+from sffn_dist.rules import check_world
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import itertools
 from typing import Any
 
 from sffn_dist import machine, schedule, shapes
-from sffn_dist.config import Config, unused
+from sffn_dist.config import Config
+from sffn_dist.rules import unused
 
 
 def plan(config: Config, world: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Is this the run that ``run.dir`` holds? Compared before anything long starts. Standard library only.
 
-``run.dir/run.json`` records, at the first start, every setting that makes a run what it is (config.identity) and the fingerprint of its
+``run.dir/run.json`` records, at the first start, every setting that makes a run what it is (rules.identity) and the fingerprint of its
 data. Layout, ZeRO stage, micro batch, recomputation, precision and logging may change between restarts.
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sffn_dist import config as configs
+from sffn_dist import rules
 from sffn_dist.checkpoint.manifest import find, missing_tensors
 from sffn_dist.config import Config, ConfigError
 from sffn_dist.shapes import is_guide, model_tensors
@@ -40,7 +41,7 @@ def check(config: Config, data_fingerprint: str | None = None) -> None:
     if held is None:
         return
     # a key that is newer than the record stands for its default
-    now, held["identity"] = configs.identity(config), {**_defaults(config), **held["identity"]}
+    now, held["identity"] = rules.identity(config), {**_defaults(config), **held["identity"]}
     problems = [
         f"{key} = {json.dumps(now.get(key))}: run.dir = {str(run_dir)!r} holds a run with {json.dumps(held['identity'].get(key))}; "
         "it must stay as it was, or run.dir must name another folder"
@@ -57,7 +58,7 @@ def check(config: Config, data_fingerprint: str | None = None) -> None:
 
 
 def _defaults(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in configs.defaults().items() if key in configs.identity(config)}
+    return {key: value for key, value in configs.defaults().items() if key in rules.identity(config)}
 
 
 def check_source_of_weights(config: Config) -> None:
@@ -78,7 +79,7 @@ def check_source_of_weights(config: Config) -> None:
 def record(config: Config, data_fingerprint: str) -> dict[str, Any]:
     """What run.json holds."""
     return {
-        "identity": configs.identity(config),
+        "identity": rules.identity(config),
         "data_fingerprint": data_fingerprint,
         "config": config.model_dump(mode="json"),
     }

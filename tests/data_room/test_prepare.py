@@ -23,7 +23,7 @@ from sffn_dist.data.shards import open_corpus, verify
 PREPARER = """
 import json, logging, os, sys, time
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-from sffn_dist.config import from_tree
+from sffn_dist.reading import from_tree
 from sffn_dist.data import build
 from sffn_dist.data.prepare import prepare
 go_on, describe = sys.argv[2], build._describe

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from sffn_dist import config as configs
 from sffn_dist import model as models
+from sffn_dist import reading
 from sffn_dist import schedule as schedules
 from sffn_dist.checkpoint.manifest import newest
 from sffn_dist.inference.evaluation import evaluate
@@ -21,7 +22,7 @@ from sffn_dist.training import resume
 
 
 def _model(tree: dict[str, Any], *, weights: bool = True) -> tuple[Any, configs.Config, Any]:
-    config = configs.from_tree(tree)
+    config = reading.from_tree(tree)
     host.prepare()
     if not dist.is_initialized():
         dist.init_process_group("gloo")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from sffn_dist import config as configs
 from sffn_dist import model as models
+from sffn_dist import reading
 from sffn_dist import schedule as schedules
 from sffn_dist.checkpoint import store
 from sffn_dist.checkpoint.manifest import Manifest, newest
@@ -30,7 +31,7 @@ def tokens(vocab: int) -> np.ndarray:
 
 def train(tree: dict[str, Any], steps: int, save_at: int | None = None, precision: str = "fp32") -> dict[str, Any]:
     """Losses and gradient norms of ``steps`` steps (from the newest checkpoint in run.dir, if any), then what came out."""
-    config = configs.from_tree(tree)
+    config = reading.from_tree(tree)
     host.prepare()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -94,7 +95,7 @@ def differing_replicas(engine: Any, config: configs.Config, ranks: Any) -> list[
 
 def full_weights(tree: dict[str, Any], step: int) -> dict[str, np.ndarray]:
     """Full fp32 weights and moments of a saved step."""
-    config = configs.from_tree(tree)
+    config = reading.from_tree(tree)
     manifest = Manifest.read(Path(config.run.dir) / "checkpoints" / f"step_{step:08d}")
     reader = store.Reader(manifest, config)
     return {f"{name}/{kind}": reader.full(name, kind).numpy() for name in manifest.shapes for kind in store.KINDS}
@@ -102,7 +103,7 @@ def full_weights(tree: dict[str, Any], step: int) -> dict[str, np.ndarray]:
 
 def failed_save(tree: dict[str, Any], step: int) -> tuple[str, list[str]]:
     """A save in which the last rank's disk is full: what every rank hears, and what is left in run.dir."""
-    config = configs.from_tree(tree)
+    config = reading.from_tree(tree)
     host.prepare()
     if not dist.is_initialized():
         dist.init_process_group("gloo")

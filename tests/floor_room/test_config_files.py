@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sffn_dist.config import Config, ConfigError, from_tree, key_fields, load
+from sffn_dist.config import Config, ConfigError, key_fields
+from sffn_dist.reading import from_tree, load
 
 SMALL: dict[str, Any] = {
     "model": {"layers": 4, "width": 64, "heads": 4, "kv_heads": 2, "sequence": 32, "vocab": 512},

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sffn_dist.config import Config, ConfigError, check_world, flatten, from_tree, identity, unused
+from sffn_dist.config import Config, ConfigError, flatten
+from sffn_dist.reading import from_tree
+from sffn_dist.rules import check_world, identity, unused
 from sffn_dist.shapes import model_tensors
 
 SMALL: dict[str, Any] = {

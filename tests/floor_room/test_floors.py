@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, KERNELS, TOOLS = ROOT / "sffn_dist", ROOT / "kernels" / "sffn_kernels", ROOT / "tools"
 FLOORS = (
     ("config",),
-    ("shapes", "schedule", "machine"),
+    ("rules",),
+    ("reading", "shapes", "schedule", "machine"),
     ("sffn_kernels",),
     ("structured",),
     ("parallel",),
@@ -28,7 +29,7 @@ FLOORS = (
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "numpy", "megatron", "deepspeed", "datasets", "tokenizers", "triton", "transformers", "wandb"}
 BY_NAME = {"importlib.import_module", "import_module", "__import__"}
-LOWEST = ("config", "shapes", "schedule", "machine")
+LOWEST = ("config", "rules", "reading", "shapes", "schedule", "machine")
 LIGHT = (
     *LOWEST,
     *("checkpoint.manifest", "data.store", "training.identity", "training.guards", "pretrain"),
@@ -130,7 +131,7 @@ def test_the_reading_lets_right_imports_pass() -> None:
     assert not violations("from . import identity", "sffn_dist.training", is_package=True)
 
 
-@pytest.mark.parametrize("room", ["shapes", "schedule", "machine"])
+@pytest.mark.parametrize("room", ["rules", "shapes", "schedule", "machine"])
 def test_lowest_floor_is_standard_library_and_config(room: str) -> None:
     source = (PACKAGE / f"{room}.py").read_text(encoding="utf-8")
     for name in imports(source, f"sffn_dist.{room}"):

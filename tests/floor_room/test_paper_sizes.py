@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sffn_dist import shapes
-from sffn_dist.config import Config, load
+from sffn_dist.config import Config
+from sffn_dist.reading import load
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PAPER = sorted(path.stem for path in (CONFIGS / "paper").glob("*.json"))

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from sffn_dist import schedule, shapes
-from sffn_dist.config import Config, from_tree, load
+from sffn_dist.config import Config
+from sffn_dist.reading import from_tree, load
 from sffn_dist.telemetry.plan import plan, render, si
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sffn_dist.config import from_tree
+from sffn_dist.reading import from_tree
 from sffn_dist.schedule import Schedule, of, uniform
 
 
