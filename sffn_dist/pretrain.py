@@ -157,7 +157,7 @@ def pretrain(config: Config) -> int:
     )
     if ranks.main:
         store.sweep(run_dir)
-        resume.write_json(run_dir / identity.NAME, identity.record(config, corpus.meta.fingerprint))
+        identity.write(config, corpus.meta.fingerprint)
         told = run.step == train.steps and (run_dir / "summary.json").exists()
         trackers = Trackers() if told else open_trackers(config.logging, run_dir, configs.flatten(config), run.step)
         run.reports = loop.open_reports(config, precision, ranks, trackers, run.step)

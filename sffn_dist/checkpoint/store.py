@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from sffn_dist.checkpoint.manifest import FORMAT, NAME, VERSION, BrokenCheckpoint, Manifest, Piece, checkpoints, folder_of
 from sffn_dist.config import Config
+from sffn_dist.durable import sync
 from sffn_dist.parallel.split import shard, unshard
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.shapes import model_tensors
@@ -106,7 +106,7 @@ def _write_fragments(path: Path, fragments: Iterable[Fragment], topology: Topolo
         for kind, view in fragment.tensors.items():
             tensors[piece.key(kind, fragment.name)] = view.detach().to("cpu", copy=True)
     save_file(tensors, path)
-    _sync(path)
+    sync(path)
     return pieces
 
 
@@ -130,12 +130,12 @@ def _publish(temporary: Path, target: Path, progress: Progress, config: Config, 
         "tensors": tensors,
     }
     (temporary / NAME).write_text(json.dumps(manifest), encoding="utf-8")
-    _sync(temporary / NAME)
-    _sync(temporary)
+    sync(temporary / NAME)
+    sync(temporary)
     if target.exists():  # the same step saved before, by a run that was then stopped
         shutil.rmtree(target)
     temporary.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def prune(run_dir: Path, keep: int, saved: Path) -> None:
@@ -225,14 +225,6 @@ def revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+" if state.stdout.strip() else "") if head.returncode == 0 else None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _barrier() -> None:

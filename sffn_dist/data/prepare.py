@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from sffn_dist.config import Config, ConfigError
 from sffn_dist.data.store import CorpusError, is_usable, locate, read_meta
+from sffn_dist.durable import sync
 
 log = logging.getLogger(__name__)
 
@@ -77,22 +77,14 @@ def _say_if_broken(folder: Path) -> None:
 def _publish(temporary: Path, folder: Path) -> None:
     """Make the finished folder appear under its name, safe against a power cut at any moment."""
     for path in temporary.iterdir():
-        _sync(path)
-    _sync(temporary)
+        sync(path)
+    sync(temporary)
     if folder.exists():
         broken = _temporary(folder, "broken")
         folder.rename(broken)
         shutil.rmtree(broken)
     temporary.rename(folder)
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)
 
 
 # ------------------------------------------------------------------------------------------------------------------ locking

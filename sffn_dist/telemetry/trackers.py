@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from sffn_dist.config import ConfigError, Logging
+from sffn_dist.durable import write_text
 
 _log = getLogger(__name__)
 
@@ -155,12 +156,7 @@ def wandb_id(run_dir: Path) -> str:
     if found:
         return found
     made = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(made + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    write_text(path, made + "\n")
     return made
 
 

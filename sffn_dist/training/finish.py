@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import sys
@@ -10,11 +11,12 @@ from typing import Any
 from sffn_dist import model as models
 from sffn_dist import shapes
 from sffn_dist.data.shards import Corpus
+from sffn_dist.durable import write_text
 from sffn_dist.inference.evaluation import Evaluation
 from sffn_dist.inference.generation import sample
 from sffn_dist.telemetry import metrics
 from sffn_dist.telemetry.progress import format_duration
-from sffn_dist.training import loop, resume
+from sffn_dist.training import loop
 from sffn_dist.training.loop import Run
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ def finish(run: Run, corpus: Corpus) -> None:
     numbers = {**summary(run, result, corpus.meta.unigram_entropy), "sample": text}
     print(table(numbers, run), flush=True)
     try:
-        resume.write_json(run.dir / "summary.json", numbers)
+        write_text(run.dir / "summary.json", json.dumps(numbers, indent=1) + "\n")
     except OSError as error:  # the run is over and printed: a full disk takes only this file
         log.warning("summary.json not written: %s", error)
     run.reports.trackers.finish(numbers)

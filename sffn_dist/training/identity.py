@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sffn_dist import config as configs
-from sffn_dist import rules
+from sffn_dist import durable, rules
 from sffn_dist.checkpoint.manifest import find, missing_tensors
 from sffn_dist.config import Config, ConfigError
 from sffn_dist.shapes import is_guide, model_tensors
@@ -76,10 +76,11 @@ def check_source_of_weights(config: Config) -> None:
         raise ConfigError([f"init_from = {config.init_from!r}: {problem}" for problem in problems])
 
 
-def record(config: Config, data_fingerprint: str) -> dict[str, Any]:
-    """What run.json holds."""
-    return {
+def write(config: Config, data_fingerprint: str) -> None:
+    """Record the run in run.dir."""
+    tree = {
         "identity": rules.identity(config),
         "data_fingerprint": data_fingerprint,
         "config": config.model_dump(mode="json"),
     }
+    durable.write_text(Path(config.run.dir) / NAME, json.dumps(tree, indent=1) + "\n")

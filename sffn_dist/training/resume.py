@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,13 +71,3 @@ def restore(engine: engines.Engine, found: Manifest | None, config: Config, topo
         own = (fragment for fragment in engines.fragments(engine) if not is_guide(fragment.name))
         Reader(manifests.find("init_from", config.init_from), config).restore(own, topology, kinds=("weight",))
     return 0
-
-
-def write_json(path: Path, tree: Any) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(tree, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

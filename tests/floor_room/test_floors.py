@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, KERNELS, TOOLS = ROOT / "sffn_dist", ROOT / "kernels" / "sffn_kernels", ROOT / "tools"
 FLOORS = (
-    ("config",),
+    ("config", "durable"),
     ("rules",),
     ("reading", "shapes", "schedule", "machine"),
     ("sffn_kernels",),
@@ -29,7 +29,7 @@ FLOORS = (
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "numpy", "megatron", "deepspeed", "datasets", "tokenizers", "triton", "transformers", "wandb"}
 BY_NAME = {"importlib.import_module", "import_module", "__import__"}
-LOWEST = ("config", "rules", "reading", "shapes", "schedule", "machine")
+LOWEST = ("config", "durable", "rules", "reading", "shapes", "schedule", "machine")
 LIGHT = (
     *LOWEST,
     *("checkpoint.manifest", "data.store", "training.identity", "training.guards", "pretrain"),
