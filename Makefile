@@ -2,6 +2,8 @@
 # make lint   ruff and mypy                                  make install   .venv with everything in it
 PYTHON ?= python3
 VENV ?= .venv
+# where torch comes from, if not from pip's default: TORCH_OPTIONS="--index-url ..."
+TORCH_OPTIONS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PYTHONSAFEPATH := 1
@@ -12,8 +14,9 @@ install: $(READY)
 
 # torch first, at the version that the constraints pin: a bare requirement would take whichever build is newest
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python {v[0]}.{v[1]}: must be 3.11 to 3.13; name one with PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH_OPTIONS) $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[track,hf,dev]'
 	touch $@
 

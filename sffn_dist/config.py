@@ -46,7 +46,7 @@ class Run(Section):
 class Model(Section):
     """The transformer around the feed-forward layers (paper.md, table of models)."""
 
-    layers: PositiveInt
+    layers: Annotated[int, Field(gt=0, le=10_000)]
     width: PositiveInt = Field(description="of the residual stream, h")
     heads: PositiveInt = Field(description="query heads")
     kv_heads: PositiveInt | None = Field(None, description="key/value heads (GQA); default: heads")
@@ -93,7 +93,7 @@ class Data(Section):
 class Train(Section):
     """Recipe (paper, appendix): AdamW, linear warm-up, cosine to a tenth."""
 
-    steps: PositiveInt
+    steps: Annotated[int, Field(gt=0, le=10_000_000)]
     global_batch_size: PositiveInt = Field(512, description="sequences a step, over all ranks")
     micro_batch_size: PositiveInt = Field(8, description="sequences a forward pass, a rank")
     seed: Seed = 0
@@ -164,7 +164,7 @@ class Config(Section):
     zero: Zero = Zero()
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     recompute: Literal["none", "full"] = "none"
-    init_from: str | None = Field(None, description="checkpoint, or run, whose weights this run starts from")
+    init_from: str | None = Field(None, min_length=1, description="checkpoint, or run, whose weights this run starts from")
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
     sample: Sample = Sample()

@@ -7,10 +7,13 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on disk."""
+    """Wait until a file, or a folder's list of names, is on disk. Some file systems know no such thing of folders: let them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -18,7 +21,10 @@ def sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace the file's content in one step."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    sync(part)
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        sync(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     sync(path.parent)

@@ -16,8 +16,8 @@ _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 
 
 @cache
-def cuda_capability() -> tuple[int, int] | None:
-    """Compute capability of the first visible CUDA device that the installed torch can use, else None."""
+def cuda() -> tuple[int, int, int] | None:
+    """(visible devices, compute capability of the first: major, minor) by the driver, None without CUDA or with a CPU build of torch."""
     try:
         if "+cpu" in importlib.metadata.version("torch"):
             return None
@@ -25,25 +25,31 @@ def cuda_capability() -> tuple[int, int] | None:
     except (importlib.metadata.PackageNotFoundError, OSError):
         return None
     count, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not enough(count.value):
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         return None
     if driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, 0):
         return None
     driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, 0)
-    return major.value, minor.value
+    return count.value, major.value, minor.value
 
 
-def ranks_here() -> int:
-    """Ranks that the launcher started on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+def ranks_here(otherwise: int = 1) -> int:
+    """Ranks that the launcher started on this node; ``otherwise`` without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or otherwise)
 
 
-def enough(devices: int) -> bool:
-    """True if every rank of this node has a CUDA device: its own among them, or the one that Slurm shows to each task.
+def enough(devices: int, ranks: int) -> bool:
+    """True if every one of a node's ranks has a CUDA device: its own among them, or the one that Slurm shows to each task.
 
-    Ranks that would share devices run on the CPU: so the demo's two ranks run anywhere.
+    Ranks that would share devices run on the CPU, and the plan says so: the demo's two ranks run anywhere.
     """
-    return devices >= ranks_here() or (devices == 1 and "SLURM_LOCALID" in os.environ)
+    return devices >= ranks or (devices == 1 and "SLURM_LOCALID" in os.environ)
+
+
+def cuda_capability(ranks: int | None = None) -> tuple[int, int] | None:
+    """Compute capability of the devices that this node's ranks run on, None if they run on the CPU."""
+    found = cuda()
+    return found[1:] if found and enough(found[0], ranks or ranks_here()) else None
 
 
 @cache
@@ -57,21 +63,22 @@ def cpu_has_bf16() -> bool:
     return not words.isdisjoint(wanted)
 
 
-def precision(setting: Literal["auto", "bf16", "fp32"]) -> Literal["bf16", "fp32"]:
+def precision(setting: Literal["auto", "bf16", "fp32"], ranks: int | None = None) -> Literal["bf16", "fp32"]:
     """What "auto" means here: bf16 on CUDA devices and CPUs with bf16 units, else fp32."""
     if setting != "auto":
         return setting
-    capability = cuda_capability()
+    capability = cuda_capability(ranks)
     able = capability >= _BF16_CAPABILITY if capability else cpu_has_bf16()
     return "bf16" if able else "fp32"
 
 
-def device_name() -> str:
-    """The device that a rank here would run on, for the plan."""
-    capability = cuda_capability()
+def device_name(ranks: int | None = None) -> str:
+    """What this node's ranks run on, for the plan."""
+    found, capability = cuda(), cuda_capability(ranks)
     if capability:
         return f"cuda, compute capability {capability[0]}.{capability[1]}"
-    return f"cpu, {cores()} cores{', bf16 units' if cpu_has_bf16() else ''}"
+    cpu = f"cpu, {cores()} cores{', bf16 units' if cpu_has_bf16() else ''}"
+    return cpu if not found else f"{cpu}: NOT on CUDA, {found[0]} device(s) do not go round {ranks or ranks_here()} ranks"
 
 
 def cores() -> int:

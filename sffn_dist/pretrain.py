@@ -18,6 +18,7 @@ if sys.path and os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.a
 import argparse
 import json
 import logging
+import platform
 import time
 import warnings
 from collections.abc import Sequence
@@ -57,15 +58,19 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError([f"{message}; see --help"])
 
 
-def ranks(config: Config) -> int:
-    """Ranks that were started, or that --plan assumes: one data-parallel replica."""
-    return int(os.environ.get("WORLD_SIZE", "0")) or config.parallel.tensor
+def started_ranks(otherwise: int) -> int:
+    """Ranks that the launcher started; ``otherwise`` without one. Raises ConfigError if WORLD_SIZE is no number of ranks."""
+    text = os.environ.get("WORLD_SIZE", str(otherwise))
+    if not text.isdecimal() or not int(text):
+        raise ConfigError([f"environment variable WORLD_SIZE = {text!r}: must be the number of ranks"])
+    return int(text)
 
 
 def refuse_bad_input(options: argparse.Namespace) -> Config:
     """Everything that can be wrong and is cheap to see, before torch is imported; raises ConfigError."""
     config = reading.load(options.config, options.overrides)
-    rules.check_world(config, ranks(config) if options.plan else int(os.environ.get("WORLD_SIZE", "1")))
+    # --plan assumes one data-parallel replica where nothing was started
+    rules.check_world(config, started_ranks(config.parallel.tensor if options.plan else 1))
     from sffn_dist.checkpoint import manifest
     from sffn_dist.data import store
     from sffn_dist.telemetry.trackers import check_trackers
@@ -84,29 +89,35 @@ def refuse_bad_input(options: argparse.Namespace) -> Config:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0; 2 where the input is refused; 1 where the finished weights could not be saved."""
     guards.watch_launcher()
-    main_rank = os.environ.get("RANK", "0") == "0"
+    main_rank, begun = os.environ.get("RANK", "0") == "0", False
     try:
         options = arguments(argv)
         config = refuse_bad_input(options)
+        if config.parallel.tensor > 1:
+            # Megatron's linears count on one queue: a collective started before a product then runs before it, and overlaps.
+            # The driver reads it once, when the plan first asks for devices.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         from sffn_dist.telemetry.plan import plan, render
 
         if options.plan or main_rank:
-            numbers = plan(config, ranks(config))
+            numbers = plan(config, started_ranks(config.parallel.tensor))
             print(json.dumps(numbers, indent=1) if options.plan and options.json else render(numbers), flush=True)
         if options.plan:
             return 0
         lock = guards.RunLock(Path(config.run.dir))
         if main_rank:
             lock.acquire()
+        begun = True
         return pretrain(config)
     except ConfigError as error:
-        if main_rank:
-            for problem in error.problems:
-                print(f"pretrain.py: error: {problem}", file=sys.stderr)
-            sys.stderr.flush()
-        else:
-            # a launcher ends all ranks once one has gone: let the one that speaks be the first
+        if not main_rank:
+            # a launcher ends all ranks once one has gone: rank 0 speaks first, and for all
             time.sleep(3.0)
+        speaker = "" if main_rank else f"rank {os.environ['RANK']} on {platform.node()}: "
+        # once it has begun, a rank may have a fault of its own: a folder that its node does not see, say
+        for problem in error.problems if main_rank or begun else ():
+            print(f"pretrain.py: error: {speaker}{problem}", file=sys.stderr)
+        sys.stderr.flush()
         return REFUSED
 
 
@@ -122,7 +133,8 @@ def pretrain(config: Config) -> int:
     from sffn_dist.data.batches import Batches, heldout_batches
     from sffn_dist.parallel import host, topology
     from sffn_dist.telemetry.trackers import Trackers, open_trackers
-    from sffn_dist.training import engine, finish, identity, loop, resume
+    from sffn_dist.training import engine, finish, identity, loop, reporting, resume
+    from sffn_dist.training.run import Heldout, Run
 
     precision, train, run_dir = machine.precision(config.precision), config.train, Path(config.run.dir)
     corpus = shards.open_corpus(prepare.prepare(config))
@@ -130,7 +142,7 @@ def pretrain(config: Config) -> int:
     batches = Batches(corpus.train, config.model.sequence, train.global_batch_size, train.seed)
     windows = list(heldout_batches(corpus.heldout, config.model.sequence, config.evaluation_sequences, 64))
 
-    ranks = topology.start(config)
+    here = topology.start(config)
     host.seed(train.seed)
     found = manifest.newest(run_dir)
     topology.agree(
@@ -141,26 +153,29 @@ def pretrain(config: Config) -> int:
             "sight of run.dir": (run_dir / guards.LOCK_NAME).exists(),
         }
     )
-    gpt = models.build(config, precision, ranks)
-    resume.prepare_weights(gpt, config, ranks, found)
-    deepspeed_engine = engine.create(gpt, config, precision, ranks)
-    run = loop.Run(
+    gpt = models.build(config, precision, here)
+    resume.prepare_weights(gpt, config, here, found)
+    deepspeed_engine = engine.create(gpt, config, precision, here)
+    run = Run(
         config=config,
         precision=precision,
         schedule=schedule.of(config),
-        topology=ranks,
+        topology=here,
         engine=deepspeed_engine,
         batches=batches,
-        heldout=loop.Heldout(np.concatenate(windows), corpus.token_bytes),
+        heldout=Heldout(np.concatenate(windows), corpus.token_bytes),
         data_fingerprint=corpus.meta.fingerprint,
-        step=resume.restore(deepspeed_engine, found, config, ranks),
+        step=resume.restore(deepspeed_engine, found, config, here),
     )
-    if ranks.main:
-        store.sweep(run_dir)
-        identity.write(config, corpus.meta.fingerprint)
-        told = run.step == train.steps and (run_dir / "summary.json").exists()
-        trackers = Trackers() if told else open_trackers(config.logging, run_dir, configs.flatten(config), run.step)
-        run.reports = loop.open_reports(config, precision, ranks, trackers, run.step)
+    if here.main:
+        try:
+            store.sweep(run_dir)
+            identity.write(config, corpus.meta.fingerprint)
+            told = run.step == train.steps and (run_dir / "summary.json").exists()
+            trackers = Trackers() if told else open_trackers(config.logging, run_dir, configs.flatten(config), run.step)
+            run.reports = reporting.open_reports(config, precision, here, trackers, run.step)
+        except OSError as error:
+            raise ConfigError([f"run.dir = {config.run.dir!r}: cannot be written: {error}"]) from None
         if found:
             run.reports.progress.note(f"continuing at step {run.step} of {train.steps} from {found.folder}")
     try:

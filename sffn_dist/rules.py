@@ -148,6 +148,8 @@ def identity(config: Config) -> dict[str, Any]:
     if config.ffn.kind not in ("block_shuffle", "block_dense"):
         idle.add("ffn.blocks")
     flat = {key: value for key, value in flatten(config).items() if key.split(".")[0] in IDENTITY and key not in idle}
+    # what a default stands for: naming it makes no other run
+    flat |= {"model.kv_heads": config.kv_heads, "model.attention_dim": config.attention_dim, "ffn.width": config.ffn_width}
     if not config.guided:
         flat.update({f"guide.{key}": value for key, value in Guide().model_dump(mode="json").items()})
     return flat

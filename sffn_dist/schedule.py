@@ -82,8 +82,9 @@ class Schedule:
         return self.alpha(step) if self.stochastic else 1.0
 
     def expected_guided_share(self) -> float:
-        """The same over the whole run."""
-        return sum(self.expected_drawn_share(step) for step in range(self.guided_steps)) / self.total_steps
+        """The same over the whole run: guided/total, or with the coin sum(alpha)/total = (guided + 1)/2/total."""
+        drawn = (self.guided_steps + 1) / 2 if self.stochastic and self.guided_steps else self.guided_steps
+        return drawn / self.total_steps
 
 
 def of(config: Config) -> Schedule:
@@ -97,6 +98,11 @@ def of(config: Config) -> Schedule:
         stochastic=config.guide.stochastic,
         seed=config.train.seed,
     )
+
+
+def due(step: int, interval: int, total: int) -> bool:
+    """True after the last step and after every ``interval`` ones (0: only after the last)."""
+    return step == total or (interval > 0 and step % interval == 0)
 
 
 def uniform(seed: int, step: int, layer: int, linear: int) -> float:

@@ -45,7 +45,7 @@ class SaveError(OSError):
 
 
 @dataclass(frozen=True)
-class Progress:
+class Position:
     """Where a run is: steps taken, Adam's own count of them, and the fingerprint of the data."""
 
     step: int
@@ -53,12 +53,12 @@ class Progress:
     data_fingerprint: str | None
 
 
-def save(run_dir: Path, progress: Progress, fragments: Iterable[Fragment], config: Config, topology: Topology) -> Path:
+def save(run_dir: Path, position: Position, fragments: Iterable[Fragment], config: Config, topology: Topology) -> Path:
     """Write ``run_dir/checkpoints/step_...`` by all ranks; complete or not there.
 
     ``fragments`` are those of this rank that no other rank also holds: see :func:`owned`. Raises SaveError on every rank if any failed.
     """
-    target = folder_of(run_dir, progress.step)
+    target = folder_of(run_dir, position.step)
     temporary = target.with_name(f".{target.name}{PARTIAL}")
     if topology.main:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -74,7 +74,7 @@ def save(run_dir: Path, progress: Progress, fragments: Iterable[Fragment], confi
     problems = [report[2] for report in reports if report[2]]
     if topology.main and not problems:
         try:
-            _publish(temporary, target, progress, config, topology, reports)
+            _publish(temporary, target, position, config, topology, reports)
         except Exception as error:
             problems = [f"rank 0: {type(error).__name__}: {error}"]
     verdict = [problems]
@@ -82,7 +82,7 @@ def save(run_dir: Path, progress: Progress, fragments: Iterable[Fragment], confi
     if verdict[0]:
         if topology.main:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise SaveError(f"checkpoint of step {progress.step} not written: {verdict[0][0]}")
+        raise SaveError(f"checkpoint of step {position.step} not written: {verdict[0][0]}")
     return target
 
 
@@ -110,7 +110,7 @@ def _write_fragments(path: Path, fragments: Iterable[Fragment], topology: Topolo
     return pieces
 
 
-def _publish(temporary: Path, target: Path, progress: Progress, config: Config, topology: Topology, reports: list[Any]) -> None:
+def _publish(temporary: Path, target: Path, position: Position, config: Config, topology: Topology, reports: list[Any]) -> None:
     """Manifest, sync, rename."""
     tensors: dict[str, dict[str, Any]] = {
         name: {"shape": list(spec.shape), "pieces": []} for name, spec in model_tensors(config).items()
@@ -121,7 +121,7 @@ def _publish(temporary: Path, target: Path, progress: Progress, config: Config, 
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        **asdict(progress),
+        **asdict(position),
         "tensor_parallel": topology.tensor,
         "config": config.model_dump(mode="json"),
         "versions": versions(),
@@ -132,10 +132,12 @@ def _publish(temporary: Path, target: Path, progress: Progress, config: Config, 
     (temporary / NAME).write_text(json.dumps(manifest), encoding="utf-8")
     sync(temporary / NAME)
     sync(temporary)
-    if target.exists():  # the same step saved before, by a run that was then stopped
-        shutil.rmtree(target)
+    older = target.with_name(f".{target.name}.older{PARTIAL}")
+    if target.exists():  # the same step saved before, broken since
+        target.rename(older)
     temporary.rename(target)
     sync(target.parent)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def prune(run_dir: Path, keep: int, saved: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sffn_dist import machine
+from sffn_dist.config import ConfigError
 
 
 class CpuRandomTracker:
@@ -51,7 +52,7 @@ class CpuRandomTracker:
 
 def has_cuda() -> bool:
     """True if this rank runs on a CUDA device."""
-    return torch.cuda.is_available() and machine.enough(torch.cuda.device_count())
+    return torch.cuda.is_available() and machine.enough(torch.cuda.device_count(), machine.ranks_here())
 
 
 def device() -> torch.device:
@@ -62,10 +63,15 @@ def device() -> torch.device:
 
 
 def prepare() -> None:
-    """Make megatron-core and DeepSpeed run without CUDA; idempotent."""
+    """Make megatron-core run without CUDA; idempotent. Raises ConfigError where the driver offers CUDA and torch cannot use it."""
+    if machine.cuda_capability() and not has_cuda():
+        raise ConfigError(
+            [
+                f"torch {torch.__version__} cannot use the CUDA device(s) that the driver shows; install a build for this driver, "
+                "or hide them: CUDA_VISIBLE_DEVICES= "
+            ]
+        )
     if has_cuda():
-        # Megatron's linears count on one queue: a collective started before a product then runs before it, and overlaps
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device())
         return
     from megatron.core.tensor_parallel import random as megatron_random

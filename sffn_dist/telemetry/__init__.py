@@ -1,1 +1,1 @@
-"""Telemetry: FLOPs and MFU, metrics, progress, trackers, plan, report."""
+"""Telemetry: the plan, metrics, progress, trackers, what a device can do."""

@@ -17,6 +17,8 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+from sffn_dist.durable import sync
+
 _log = getLogger(__name__)
 
 PENDING_LINES = 10_000  # kept in memory while the disk is full: a few MB
@@ -115,7 +117,7 @@ class MetricsLog:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, self.path)
-            _sync_folder(self.path.parent)
+            sync(self.path.parent)
             self._clean = True
         fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._size = os.fstat(fd).st_size
@@ -213,14 +215,3 @@ def _floats(value: Any) -> Any:
     if isinstance(value, list):
         return [_floats(item) for item in value]
     return value
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last over a power cut, where the file system can."""
-    try:
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    with suppress(OSError):
-        os.fsync(fd)
-    os.close(fd)

@@ -21,8 +21,9 @@ def plan(config: Config, world: int) -> dict[str, Any]:
     clock = schedule.of(config)
     step_tokens = config.train.global_batch_size * config.model.sequence
     flops, guided = shapes.flops_per_token(config) * step_tokens, shapes.guide_flops_per_token(config) * step_tokens
+    here = machine.ranks_here(otherwise=world)
     data_parallel = max(1, world // config.parallel.tensor)
-    precision = machine.precision(config.precision)
+    precision = machine.precision(config.precision, here)
     return {
         "run.dir": config.run.dir,
         "ffn": config.ffn.model_dump(mode="json", exclude_none=True),
@@ -40,7 +41,7 @@ def plan(config: Config, world: int) -> dict[str, Any]:
         "tokens": step_tokens * clock.total_steps,
         "phases": _phases(clock),
         "precision": precision,
-        "device": machine.device_name(),
+        "device": machine.device_name(here),
         "ranks": {"world": world, "tensor": config.parallel.tensor, "data": data_parallel},
         "accumulation_steps": config.accumulation_steps(data_parallel),
         "memory_per_rank": shapes.memory_per_rank(config, precision, data_parallel),

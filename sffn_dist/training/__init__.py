@@ -1,1 +1,1 @@
-"""Training: engine, loop, phases, guards."""
+"""Training: engine, loop, what is told of it, resuming, guards."""

@@ -7,6 +7,7 @@ the moments of a parameter; checkpoints read and write through it, so that any s
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -113,7 +114,10 @@ def train_step(
         engine.backward(loss)
         if engine.is_gradient_accumulation_boundary() and engine.zero_optimization_stage() == 0:
             norm = _gradient_norm(engine)
-            _clip(engine, norm, clip)
+            if math.isfinite(norm):
+                _clip(engine, norm, clip)
+            else:  # as the other stages do: no step, nothing decays
+                _drop_gradients(engine)
         engine.step()
         total = loss.detach() if total is None else total + loss.detach()
         count += 1
@@ -136,6 +140,14 @@ def _gradient_norm(engine: Engine) -> float:
     total = torch.stack(squares).sum() if squares else torch.zeros((), device=engine.device)
     torch.distributed.all_reduce(total, group=mpu.get_tensor_model_parallel_group())
     return float(total.sqrt())
+
+
+def _drop_gradients(engine: Engine) -> None:
+    """Make the coming optimiser step do nothing. In bf16 DeepSpeed itself skips a step whose gradients are not finite."""
+    if isinstance(engine.optimizer, torch.optim.Optimizer):
+        engine.optimizer.zero_grad(set_to_none=True)
+    else:
+        next(p for p in engine.module.parameters() if p.grad is not None).grad.fill_(math.nan)
 
 
 def _clip(engine: Engine, norm: float, limit: float) -> None:

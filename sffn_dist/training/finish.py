@@ -17,7 +17,7 @@ from sffn_dist.inference.generation import sample
 from sffn_dist.telemetry import metrics
 from sffn_dist.telemetry.progress import format_duration
 from sffn_dist.training import loop
-from sffn_dist.training.loop import Run
+from sffn_dist.training.run import Run
 
 log = logging.getLogger(__name__)
 

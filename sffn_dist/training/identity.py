@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sffn_dist import config as configs
-from sffn_dist import durable, rules
+from sffn_dist import durable, reading, rules
 from sffn_dist.checkpoint.manifest import find, missing_tensors
 from sffn_dist.config import Config, ConfigError
 from sffn_dist.shapes import is_guide, model_tensors
@@ -28,7 +28,8 @@ def recorded(run_dir: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError([f"run.dir = {str(run_dir)!r}: its {NAME} cannot be read: {error}"]) from None
+        rule = f"its {NAME} is damaged ({error}); put it right, or choose another run.dir"
+        raise ConfigError([f"run.dir = {str(run_dir)!r}: {rule}"]) from None
 
 
 def check(config: Config, data_fingerprint: str | None = None) -> None:
@@ -68,10 +69,11 @@ def check_source_of_weights(config: Config) -> None:
     wanted = {name: spec.shape for name, spec in model_tensors(config).items() if not is_guide(name)}
     problems = list(itertools.islice(missing_tensors(found, wanted), 5))
     # what shapes do not show
-    there, here = found.config.get("model", {}), config.model.model_dump(mode="json")
-    for key in ("heads", "kv_heads", "norm", "norm_epsilon", "activation", "rope_base"):
-        if not problems and there.get(key) != here[key]:
-            problems.append(f"its model.{key} is {json.dumps(there.get(key))}, {json.dumps(here[key])} here")
+    there, here = rules.identity(reading.from_tree(found.config)), rules.identity(config)
+    for key in ("heads", "kv_heads", "norm", "norm_epsilon", "activation", "bias", "tie_embeddings", "rope_base"):
+        key = f"model.{key}"
+        if not problems and there[key] != here[key]:
+            problems.append(f"its {key} is {json.dumps(there[key])}, {json.dumps(here[key])} here")
     if problems:
         raise ConfigError([f"init_from = {config.init_from!r}: {problem}" for problem in problems])
 

@@ -46,16 +46,14 @@ def _factor_names(specs: dict[str, Any], prefix: str) -> list[str]:
     return [leaf for leaf in leaves if leaf not in ("guide", "bias")]
 
 
-def prepare_weights(model: GPTModel, config: Config, topology: Topology, found: Manifest | None) -> Manifest | None:
-    """Set the model's weights: those of ``found``, the run's newest checkpoint, or those of a start. Returns ``found``."""
+def prepare_weights(model: GPTModel, config: Config, topology: Topology, found: Manifest | None) -> None:
+    """Set the model's weights: those of ``found``, the run's newest checkpoint, or those of a start."""
     if found is not None:
         load_weights(model, found, config, topology)
-        return found
-    if config.init_from:
+    elif config.init_from:
         start_from(model, manifests.find("init_from", config.init_from), config, topology)
     else:
         models.initialise(model, config, topology)
-    return None
 
 
 def restore(engine: engines.Engine, found: Manifest | None, config: Config, topology: Topology) -> int:

@@ -29,8 +29,13 @@ def tokens(vocab: int) -> np.ndarray:
     return (np.cumsum(noise) % vocab).astype(np.uint16)
 
 
-def train(tree: dict[str, Any], steps: int, save_at: int | None = None, precision: str = "fp32") -> dict[str, Any]:
-    """Losses and gradient norms of ``steps`` steps (from the newest checkpoint in run.dir, if any), then what came out."""
+def train(
+    tree: dict[str, Any], steps: int, save_at: int | None = None, precision: str = "fp32", nan_at: int | None = None
+) -> dict[str, Any]:
+    """Losses and gradient norms of ``steps`` steps (from the newest checkpoint in run.dir, if any), then what came out.
+
+    ``nan_at``: the step whose loss is made nan.
+    """
     config = reading.from_tree(tree)
     host.prepare()
     if not dist.is_initialized():
@@ -52,7 +57,8 @@ def train(tree: dict[str, Any], steps: int, save_at: int | None = None, precisio
         micro = batches.at(step, ranks.data_rank, ranks.data, micro_batch_size=config.train.micro_batch_size)
 
         def loss(batch: torch.Tensor) -> torch.Tensor:
-            return models.token_losses(engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
+            mean = models.token_losses(engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
+            return mean * float("nan") if step == nan_at else mean  # noqa: B023
 
         value, norm = engines.train_step(engine, loss, iter([torch.from_numpy(part) for part in micro]), config.train.clip)
         total = torch.tensor(value)
@@ -62,6 +68,7 @@ def train(tree: dict[str, Any], steps: int, save_at: int | None = None, precisio
         if step + 1 == save_at:
             save(engine, config, ranks, step + 1)
     result = {"losses": losses, "norms": norms, "drawn": drawn, "start": start, "optimizer": type(engine.optimizer).__name__}
+    result["adam_steps"] = engines.step_count(engine)
     result["replicas"] = differing_replicas(engine, config, ranks)
     result["state"] = state_digests(engine)
     if "run" in tree:
@@ -72,7 +79,7 @@ def train(tree: dict[str, Any], steps: int, save_at: int | None = None, precisio
 
 def save(engine: Any, config: configs.Config, ranks: Any, step: int) -> None:
     owned = store.owned(engines.fragments(engine), config, ranks)
-    store.save(Path(config.run.dir), store.Progress(step, engines.step_count(engine), "test"), owned, config, ranks)
+    store.save(Path(config.run.dir), store.Position(step, engines.step_count(engine), "test"), owned, config, ranks)
 
 
 def state_digests(engine: Any) -> dict[str, str]:
@@ -120,7 +127,7 @@ def failed_save(tree: dict[str, Any], step: int) -> tuple[str, list[str]]:
             yield fragment
 
     try:
-        store.save(Path(config.run.dir), store.Progress(step, step, None), full_disk(), config, ranks)
+        store.save(Path(config.run.dir), store.Position(step, step, None), full_disk(), config, ranks)
     except store.SaveError as error:
         message = str(error)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -60,7 +61,7 @@ def test_main_job(root: Path, tmp_path: Path, stage: int) -> None:
         "data": {"dir": str(tmp_path / "data"), "source": str(tmp_path / "text")},
         "train": {"steps": 30, "global_batch_size": 16, "micro_batch_size": 4, "learning_rate": 3e-3},
         "zero": {"stage": stage},
-        "checkpoint": {"interval": 10},
+        "checkpoint": {"interval": 10, "keep": 3},
         "run": {"dir": str(tmp_path / "run")},
     }
     (tmp_path / "config.json").write_text(json.dumps(tree), encoding="utf-8")
@@ -73,3 +74,12 @@ def test_main_job(root: Path, tmp_path: Path, stage: int) -> None:
     assert [row["step"] for row in rows] == list(range(30))
     assert rows[-1]["loss"] < rows[0]["loss"] - 1.0
     assert all(row["grad_norm"] > 0 for row in rows)
+    for step in (20, 30):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
+    again = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert "continuing at step 10" in again.stderr
+    resumed = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in resumed] == list(range(30))
+    for before, after in zip(rows, resumed, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], abs=0.05)
