@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sffn_dist import config as configs
 from sffn_dist import reading, rules
 from sffn_dist.config import Config, ConfigError
 from sffn_dist.training import guards
@@ -128,11 +127,10 @@ def pretrain(config: Config) -> int:
 
     from sffn_dist import machine, schedule
     from sffn_dist import model as models
-    from sffn_dist.checkpoint import manifest, store
+    from sffn_dist.checkpoint import manifest
     from sffn_dist.data import prepare, shards
     from sffn_dist.data.batches import Batches, heldout_batches
     from sffn_dist.parallel import host, topology
-    from sffn_dist.telemetry.trackers import Trackers, open_trackers
     from sffn_dist.training import engine, finish, identity, loop, reporting, resume
     from sffn_dist.training.run import Heldout, Run
 
@@ -168,16 +166,7 @@ def pretrain(config: Config) -> int:
         step=resume.restore(deepspeed_engine, found, config, here),
     )
     if here.main:
-        try:
-            store.sweep(run_dir)
-            identity.write(config, corpus.meta.fingerprint)
-            told = run.step == train.steps and (run_dir / "summary.json").exists()
-            trackers = Trackers() if told else open_trackers(config.logging, run_dir, configs.flatten(config), run.step)
-            run.reports = reporting.open_reports(config, precision, here, trackers, run.step)
-        except OSError as error:
-            raise ConfigError([f"run.dir = {config.run.dir!r}: cannot be written: {error}"]) from None
-        if found:
-            run.reports.progress.note(f"continuing at step {run.step} of {train.steps} from {found.folder}")
+        reporting.begin(run, found.folder if found else None)
     try:
         loop.train(run)
     except loop.LostWeightsError as error:

@@ -10,17 +10,34 @@ import torch
 from sffn_dist import model as models
 from sffn_dist import schedule as schedules
 from sffn_dist import shapes
-from sffn_dist.config import Config
+from sffn_dist.checkpoint import store
+from sffn_dist.config import Config, ConfigError, flatten
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Now
 from sffn_dist.telemetry.metrics import MetricsLog
 from sffn_dist.telemetry.peak import measured_flops, peak_flops
 from sffn_dist.telemetry.progress import Estimate, Progress, format_duration
-from sffn_dist.telemetry.trackers import Trackers
+from sffn_dist.telemetry.trackers import Trackers, open_trackers
+from sffn_dist.training import identity
 from sffn_dist.training.run import Reports, Run
 
 DISK_RATE = 500e6  # bytes a second, until a checkpoint was timed
 EARLY_STEPS = 3  # after so many steps of a process the estimate of the whole run is printed
+
+
+def begin(run: Run, continued: Path | None) -> None:
+    """Rank 0 takes run.dir in hand: leftovers out, the run's record and logs in; raises ConfigError where it cannot be written."""
+    config = run.config
+    try:
+        store.sweep(run.dir)
+        identity.write(config, run.data_fingerprint)
+        told = run.step == run.schedule.total_steps and (run.dir / "summary.json").exists()
+        trackers = Trackers() if told else open_trackers(config.logging, run.dir, flatten(config), run.step)
+        run.reports = open_reports(config, run.precision, run.topology, trackers, run.step)
+    except OSError as error:
+        raise ConfigError([f"run.dir = {config.run.dir!r}: cannot be written: {error}"]) from None
+    if continued:
+        run.reports.progress.note(f"continuing at step {run.step} of {run.schedule.total_steps} from {continued}")
 
 
 def open_reports(config: Config, precision: str, topology: Topology, trackers: Trackers, step: int) -> Reports:
