@@ -8,6 +8,7 @@ from typing import Any
 from sffn_dist import machine, schedule, shapes
 from sffn_dist.config import Config
 from sffn_dist.rules import unused
+from sffn_dist.telemetry.memory import memory_per_rank
 
 
 def plan(config: Config, world: int) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def plan(config: Config, world: int) -> dict[str, Any]:
         "device": machine.device_name(here),
         "ranks": {"world": world, "tensor": config.parallel.tensor, "data": data_parallel},
         "accumulation_steps": config.accumulation_steps(data_parallel),
-        "memory_per_rank": shapes.memory_per_rank(config, precision, data_parallel),
+        "memory_per_rank": memory_per_rank(config, precision, data_parallel),
         "unused": unused(config),
     }
 

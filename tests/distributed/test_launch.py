@@ -48,6 +48,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> tuple[Path, str]:
+    """run.dir and printed page of an uninterrupted run."""
+    run = folder / "whole"
+    code, out, err = finish(start(Path(__file__).resolve().parents[2], folder, f"run.dir={run}"))
+    assert code == 0, err
+    return run, out
+
+
 def start(root: Path, folder: Path, *overrides: str, ranks: int = 2) -> subprocess.Popen[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -92,19 +101,20 @@ def ranks_alive(run: Path) -> list[int]:
     return found
 
 
-def test_killed_and_restarted_equals_uninterrupted(root: Path, folder: Path) -> None:
-    whole, broken = folder / "whole", folder / "broken"
-    code, out, err = finish(start(root, folder, f"run.dir={whole}"))
-    assert code == 0, err
-    assert [row["step"] for row in rows(whole)] == list(range(STEPS))
-    summary = json.loads((whole / "summary.json").read_text())
+def test_what_a_run_writes(whole: tuple[Path, str]) -> None:
+    run, out = whole
+    assert [row["step"] for row in rows(run)] == list(range(STEPS))
+    summary = json.loads((run / "summary.json").read_text())
     wanted = {"heldout_loss", "unigram_entropy", "perplexity", "bits_per_byte", "tokens_per_s", "seconds", "steps"}
     assert wanted <= summary.keys()
     assert f"{summary['heldout_loss']:.4f}" in out
     assert f"{summary['unigram_entropy']:.4f}" in out
-    assert {"step", "tokens", "loss", "alpha", "lr", "grad_norm", "tokens_per_s"} <= rows(whole)[0].keys()
-    assert (whole / "tensorboard").is_dir()
+    assert {"step", "tokens", "loss", "alpha", "lr", "grad_norm", "tokens_per_s"} <= rows(run)[0].keys()
+    assert (run / "tensorboard").is_dir()
 
+
+def test_killed_and_restarted_equals_uninterrupted(root: Path, folder: Path, whole: tuple[Path, str]) -> None:
+    broken = folder / "broken"
     stop_at = random.randint(1, STEPS - 2)
     victim = start(root, folder, f"run.dir={broken}")
     deadline = time.monotonic() + 120
@@ -126,7 +136,7 @@ def test_killed_and_restarted_equals_uninterrupted(root: Path, folder: Path) -> 
     victim.communicate()
     code, _, err = finish(start(root, folder, f"run.dir={broken}"))
     assert code == 0, err
-    assert curve(broken) == curve(whole), f"stopped after {stop_at} steps"
+    assert curve(broken) == curve(whole[0]), f"stopped after {stop_at} steps"
 
 
 @pytest.mark.parametrize(
@@ -146,15 +156,13 @@ def test_refused_through_the_launcher(root: Path, folder: Path, override: str, w
     assert not (folder / "refused").exists()
 
 
-def test_another_run_in_run_dir_is_refused(root: Path, folder: Path) -> None:
-    """After the first test's run: another seed is refused, another layout goes on (and finds the run complete)."""
-    whole = folder / "whole"
-    if not (whole / "run.json").exists():
-        pytest.skip("needs the run of test_killed_and_restarted_equals_uninterrupted")
-    before = {path: path.read_bytes() for path in whole.glob("*.json*")}
+def test_another_run_in_run_dir_is_refused(root: Path, folder: Path, whole: tuple[Path, str]) -> None:
+    """Another seed is refused, another layout goes on (and finds the run complete)."""
+    run, _ = whole
+    before = {path: path.read_bytes() for path in run.glob("*.json*")}
 
     def alone(*overrides: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, SCRIPT, "--config", str(folder / "tiny.json"), f"run.dir={whole}", *overrides]
+        command = [sys.executable, SCRIPT, "--config", str(folder / "tiny.json"), f"run.dir={run}", *overrides]
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -164,7 +172,7 @@ def test_another_run_in_run_dir_is_refused(root: Path, folder: Path) -> None:
         assert result.returncode == 2, result.stderr
         assert override.split("=")[0] in result.stderr
         assert time.monotonic() - began < 5
-    assert before == {path: path.read_bytes() for path in whole.glob("*.json*")}, "a refusal changes nothing"
+    assert before == {path: path.read_bytes() for path in run.glob("*.json*")}, "a refusal changes nothing"
     again = alone("parallel.tensor=1", "zero.stage=3", "train.micro_batch_size=1", "recompute=full")
     assert again.returncode == 0, again.stderr
-    assert [row["step"] for row in rows(whole)] == list(range(STEPS))
+    assert [row["step"] for row in rows(run)] == list(range(STEPS))

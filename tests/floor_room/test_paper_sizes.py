@@ -12,6 +12,7 @@ import pytest
 from sffn_dist import shapes
 from sffn_dist.config import Config
 from sffn_dist.reading import load
+from sffn_dist.telemetry.memory import memory_per_rank
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PAPER = sorted(path.stem for path in (CONFIGS / "paper").glob("*.json"))
@@ -171,7 +172,7 @@ def test_tensor_parallel_ranks_share_all_but_the_replicated(kind: str, overrides
 
 def memory(data_parallel: int, precision: str = "bf16", **over: Any) -> dict[str, int]:
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in over.items()]
-    return shapes.memory_per_rank(load(CONFIGS / "paper" / "s_low_rank_32.json", overrides), precision, data_parallel)
+    return memory_per_rank(load(CONFIGS / "paper" / "s_low_rank_32.json", overrides), precision, data_parallel)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

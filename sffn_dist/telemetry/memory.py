@@ -1,0 +1,48 @@
+"""Estimated memory of a rank, for the plan. Standard library only."""
+
+from __future__ import annotations
+
+from sffn_dist.config import Config
+from sffn_dist.shapes import ffn_structure, parameters_per_rank, reduce_bucket
+
+
+def memory_per_rank(config: Config, precision: str, data_parallel: int) -> dict[str, int]:
+    """Estimated bytes a rank: weights, gradients, fp32 master weights and Adam moments under the ZeRO stage, activations."""
+    n, stage, low = parameters_per_rank(config), config.zero.stage, 2 if precision == "bf16" else 4
+    share = [data_parallel if stage >= level else 1 for level in (3, 2, 1)]
+    # DeepSpeed keeps fp32 master weights apart from the weights in ZeRO 1-3, and always under bf16
+    master = 4 if precision == "bf16" or stage else 0
+    accumulated = 4 if precision == "bf16" and stage else 0  # gradients are summed over micro-steps in fp32
+    memory = {
+        "weights": n * low // share[0],
+        "gradients": n * (low + accumulated) // share[1],
+        "optimizer": n * (8 + master) // share[2],
+        # two buckets, so that one fills while the other is reduced
+        "buffers": 2 * reduce_bucket(config) * low if stage else 0,
+        "activations": activation_bytes(config, low),
+    }
+    return {**memory, "total": sum(memory.values())}
+
+
+def activation_bytes(config: Config, element: int) -> int:
+    """Estimated bytes of activations kept for backward by one micro-batch, the logits' fp32 copies included."""
+    p = config.parallel.tensor
+    tokens = config.train.micro_batch_size * config.model.sequence
+    shared = p if config.parallel.sequence else 1
+    h, layers = config.model.width, config.model.layers
+    logits = 3 * 4 * tokens * config.model.vocab // p  # logits in fp32, their exponentials, their gradient
+    stream = 2 * h * element * tokens // shared  # a layer's input and its residual sum
+    if config.recompute == "full":
+        return logits + layers * stream // 2 + max(_layer_elements(config, i) for i in range(layers)) * tokens * element
+    return logits + sum(stream + _layer_elements(config, layer) * tokens * element for layer in range(layers))
+
+
+def _layer_elements(config: Config, layer: int) -> int:
+    """Elements a token that a layer keeps beside the residual stream: norms' outputs, q k v, attention, z, the wide pair."""
+    p, h, f = config.parallel.tensor, config.model.width, config.ffn_width
+    shared = p if config.parallel.sequence else 1
+    attention = (2 * config.attention_dim + 2 * config.kv_heads * config.head_dim) // p
+    wide = (3 if config.gated else 2) * f // p
+    structure = ffn_structure(config, layer)
+    narrow = 0 if structure.kind == "dense" else structure.bottleneck(h, f) + structure.bottleneck(f, h)
+    return 2 * h // shared + attention + wide + narrow
