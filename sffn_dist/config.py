@@ -44,7 +44,7 @@ class Run(Section):
 
 
 class Model(Section):
-    """The transformer around the feed-forward layers (paper.md, table of models)."""
+    """The transformer around the feed-forward layers (paper, appendix: models)."""
 
     layers: Annotated[int, Field(gt=0, le=10_000)]
     width: PositiveInt = Field(description="of the residual stream, h")

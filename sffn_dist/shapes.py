@@ -309,7 +309,7 @@ def _embedding_lookup(config: Config) -> int:
 
 
 def flops_per_token(config: Config) -> int:
-    """Forward and backward FLOPs a token without the guide (paper.md, section 2): 6 x matrix parameters + 12 L A S.
+    """Forward and backward FLOPs a token without the guide (the authors' formula): 6 x matrix parameters + 12 L A S.
 
     The tied embedding counts once (its product with the hidden state), causal attention is not halved, recomputation does not count.
     """

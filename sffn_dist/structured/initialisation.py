@@ -1,4 +1,4 @@
-"""Initialisation of the paper (paper.md, section 1).
+"""Initialisation of the paper (arXiv 2406.16450, appendix).
 
 Dense matrices N(0, std). LowRank: the SVD of a fresh N(0, std) matrix of full size truncated to R, sqrt(S) into each factor. Block
 factors, and BlockDense's dense factor: a Gaussian replaced by the nearest orthonormal matrix U V^T, block by block, so that all

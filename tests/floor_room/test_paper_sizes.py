@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and recipes of every config file against the paper's published tables (paper.md, sections 3 and 4)."""
+"""Parameters, FLOPs and recipes of every config file against the paper's published tables."""
 
 from __future__ import annotations
 

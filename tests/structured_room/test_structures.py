@@ -1,6 +1,6 @@
 """Structured matrices: the map is its dense meaning, from_dense is the optimum, initialisation is the paper's.
 
-The references are written from paper.md's formulas with plain loops, not with the package's own maps.
+The references are written from the paper's formulas with plain loops, not with the package's own maps.
 """
 
 from __future__ import annotations
