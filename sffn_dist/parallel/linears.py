@@ -224,9 +224,6 @@ class StructuredRowParallelLinear(StructuredLinear):
             is_expert=is_expert,
             tp_group=tp_group,
         )
-        # the bias is added to the rank's own tokens
-        if self.bias is not None:
-            self.bias.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
         if config.perform_initialization:
             self.reset_parameters()
 

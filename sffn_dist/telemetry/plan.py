@@ -14,7 +14,7 @@ from sffn_dist.telemetry.memory import memory_per_rank
 def plan(config: Config, world: int) -> dict[str, Any]:
     """One JSON-ready object. Parameters and FLOPs without the guide stand under ``parameters`` and ``flops_per_step``.
 
-    FLOPs are those of forward and backward (the formula of shapes.flops_per_token), not of recomputation; ``memory_per_rank`` is an estimate in bytes.
+    FLOPs are those of forward and backward (shapes.flops_per_token), not of recomputation; ``memory_per_rank`` is an estimate in bytes.
     """
     parts = shapes.parameters_by_part(config)
     guide = parts.pop("guide")
