@@ -205,6 +205,11 @@ class Config(Section):
         """Held-out sequences of an evaluation: no more than the whole run trains on, so that a trial run stays short."""
         return min(self.evaluation.sequences, self.train.steps * self.train.global_batch_size)
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimiser step, over all ranks."""
+        return self.train.global_batch_size * self.model.sequence
+
     def accumulation_steps(self, data_parallel: int) -> int:
         """Micro-steps of a step on each of ``data_parallel`` ranks."""
         return max(1, self.train.global_batch_size // (self.train.micro_batch_size * data_parallel))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from sffn_dist.parallel.linears import StructuredColumnParallelLinear, Structure
 from sffn_dist.parallel.split import shard
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Now, Schedule
-from sffn_dist.shapes import Layout, ffn_structure, model_tensors
+from sffn_dist.shapes import Layout, TensorSpec, ffn_structure, model_tensors
 from sffn_dist.structured import initialisation
 
 gelu_tanh = functools.partial(F.gelu, approximate="tanh")
@@ -197,19 +197,19 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _units(config: Config) -> dict[str, list[str]]:
+def _units(names: Iterable[str]) -> dict[str, list[str]]:
     """What is drawn together: unit -> parameter names. The factors of a linear are one draw, other matrices one each."""
     units: dict[str, list[str]] = {}
-    for name in model_tensors(config):
+    for name in names:
         prefix, _, leaf = name.rpartition(".")
         factor = ".mlp." in name and leaf not in ("weight", "bias")
         units.setdefault(prefix if factor else name, []).append(name)
     return units
 
 
-def _draw(config: Config, unit: str, names: list[str]) -> dict[str, Tensor]:
+def _draw(config: Config, specs: dict[str, TensorSpec], unit: str, names: list[str]) -> dict[str, Tensor]:
     """Full fp32 tensors of a unit by parameter name; the same on every machine of equal torch."""
-    specs, std = model_tensors(config), config.model.init_std
+    std = config.model.init_std
     generator = _generator(config.train.seed, unit)
     if names == [unit]:
         shape = specs[unit].shape
@@ -230,9 +230,10 @@ def initialise(model: GPTModel, config: Config, topology: Topology) -> None:
     So the weights are the same for every layout. Ranks draw units in turn and broadcast them: an SVD of 8192 x 2048 takes seconds,
     and a rank's own library must not decide the signs of its singular vectors.
     """
-    units = list(_units(config).items())
-    drawn = {unit: _draw(config, unit, names) for i, (unit, names) in enumerate(units) if i % topology.world == topology.rank}
     specs, parameters = model_tensors(config), dict(model.named_parameters())
+    units = list(_units(specs).items())
+    own_units = units[topology.rank :: topology.world]
+    drawn = {unit: _draw(config, specs, unit, names) for unit, names in own_units}
     for i, (unit, names) in enumerate(units):
         for name in names:
             own = drawn[unit].pop(name) if unit in drawn else torch.empty(specs[name].shape)

@@ -20,7 +20,7 @@ def plan(config: Config, world: int) -> dict[str, Any]:
     guide = parts.pop("guide")
     ffn = parts["ffn_dense"] + parts["ffn_structured"]
     clock = schedule.of(config)
-    step_tokens = config.train.global_batch_size * config.model.sequence
+    step_tokens = config.tokens_per_step
     flops, guided = shapes.flops_per_token(config) * step_tokens, shapes.guide_flops_per_token(config) * step_tokens
     here = machine.ranks_here(otherwise=world)
     data_parallel = max(1, world // config.parallel.tensor)

@@ -85,6 +85,10 @@ class Estimate:
         """Seconds of a step of cost 1; None until one was observed."""
         return statistics.median(self._seen["step"]) if self._seen["step"] else self._first_step
 
+    def cost_left(self, step: int) -> float:
+        """Cost of the steps from ``step`` on, in units of a step of cost 1."""
+        return self._left[min(max(step, self.start_step), self.total_steps)]
+
     def remaining(
         self, step: int, remaining_evaluations: int = 0, remaining_checkpoints: int = 0, remaining_samples: int = 0
     ) -> float | None:
@@ -92,7 +96,7 @@ class Estimate:
         each = self.step_seconds()
         if each is None:
             return None
-        left = self._left[min(max(step, self.start_step), self.total_steps)] * each
+        left = self.cost_left(step) * each
         counts = {"evaluation": remaining_evaluations, "checkpoint": remaining_checkpoints, "sample": remaining_samples}
         for kind, count in counts.items():
             seen = self._seen[kind]

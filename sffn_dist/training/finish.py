@@ -66,7 +66,7 @@ def summary(run: Run, evaluation: Evaluation, unigram_entropy: float) -> dict[st
     except OSError:
         rows = []
     seconds = sum(row["seconds"] for row in rows)
-    tokens = run.config.train.global_batch_size * run.config.model.sequence
+    tokens = run.config.tokens_per_step
     return {
         "heldout_loss": evaluation.loss,
         "unigram_entropy": unigram_entropy,

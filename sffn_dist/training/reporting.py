@@ -42,7 +42,8 @@ def begin(run: Run, continued: Path | None) -> None:
 
 def open_reports(config: Config, precision: str, topology: Topology, trackers: Trackers, step: int) -> Reports:
     """Metrics, progress and estimate of rank 0."""
-    tokens = config.train.global_batch_size * config.model.sequence
+    flops = shapes.flops_per_token(config) * config.tokens_per_step
+    guide_flops = shapes.guide_flops_per_token(config) * config.tokens_per_step
     peak = peak_flops(torch.cuda.get_device_name(), precision) if topology.device.type == "cuda" else None
     # a forward pass is a third of a step; a sampled token reads up to prompt + tokens positions of one sequence
     one_sequence = 1 / 3 / config.train.global_batch_size
@@ -57,17 +58,25 @@ def open_reports(config: Config, precision: str, topology: Topology, trackers: T
         progress=Progress(
             config.train.steps,
             step,
-            flops_per_step=shapes.flops_per_token(config) * tokens,
+            flops_per_step=flops,
             peak_flops=peak * topology.world if peak else None,
             enabled=config.logging.progress,
         ),
-        estimate=Estimate(config.train.steps, step, extra, costs=_costs(config), assumed={"checkpoint": saved / DISK_RATE}),
+        estimate=Estimate(
+            config.train.steps,
+            step,
+            extra,
+            costs=_costs(config, guide_flops / flops),
+            assumed={"checkpoint": saved / DISK_RATE},
+        ),
+        flops_per_step=flops,
+        guide_flops_per_step=guide_flops,
     )
 
 
-def _costs(config: Config) -> list[float]:
-    """FLOPs of each step in units of an unguided one."""
-    clock, more = schedules.of(config), shapes.guide_flops_per_token(config) / shapes.flops_per_token(config)
+def _costs(config: Config, more: float) -> list[float]:
+    """FLOPs of each step in units of an unguided one; ``more`` is what all guides together add to it."""
+    clock = schedules.of(config)
     return [1.0 + more * clock.expected_drawn_share(step) for step in range(clock.total_steps)]
 
 
@@ -76,10 +85,10 @@ def report_step(run: Run, now: Now, loss: float, norm: float, drawn: int, second
     if run.reports is None:
         return
     config, reports = run.config, run.reports
-    tokens = config.train.global_batch_size * config.model.sequence
+    tokens = config.tokens_per_step
     linears = sum(1 for _ in models.structured_linears(run.model))
     share = drawn / linears if linears else 0.0
-    flops = tokens * (shapes.flops_per_token(config) + share * shapes.guide_flops_per_token(config))
+    flops = reports.flops_per_step + share * reports.guide_flops_per_step
     row = {
         "step": now.step,
         "tokens": (now.step + 1) * tokens,
@@ -124,10 +133,8 @@ def announce_bound(run: Run) -> None:
     """Before the first step of a long run: what its matrix products alone will take."""
     if run.reports is None or run.step >= run.schedule.total_steps:
         return
-    config = run.config
     rate = measured_flops(run.topology.device, run.precision) * run.topology.world
-    flops = shapes.flops_per_token(config) * config.train.global_batch_size * config.model.sequence
-    seconds = flops * sum(_costs(config)[run.step :]) / rate
+    seconds = run.reports.flops_per_step * run.reports.estimate.cost_left(run.step) / rate
     if seconds > 600:
         run.reports.progress.note(
             f"estimated time: at least {format_duration(seconds)}, matrix products alone at {rate / 1e12:.3g} TFLOP/s; "

@@ -37,6 +37,8 @@ class Reports:
     trackers: Trackers
     progress: Progress
     estimate: Estimate
+    flops_per_step: int  # without the guide
+    guide_flops_per_step: int  # when every guide is computed
 
     def close(self) -> None:
         """End the progress line and close the logs; the trackers finish with the summary."""

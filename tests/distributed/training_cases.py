@@ -29,6 +29,14 @@ def tokens(vocab: int) -> np.ndarray:
     return (np.cumsum(noise) % vocab).astype(np.uint16)
 
 
+def join(config: configs.Config) -> topology.Topology:
+    """This rank's place in the pool."""
+    host.prepare()
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return topology.groups(config.parallel.tensor)
+
+
 def train(
     tree: dict[str, Any], steps: int, save_at: int | None = None, precision: str = "fp32", nan_at: int | None = None
 ) -> dict[str, Any]:
@@ -37,10 +45,7 @@ def train(
     ``nan_at``: the step whose loss is made nan.
     """
     config = reading.from_tree(tree)
-    host.prepare()
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    ranks = topology.groups(config.parallel.tensor)
+    ranks = join(config)
     torch.manual_seed(1)
     model = models.build(config, precision, ranks)
     found = newest(Path(config.run.dir)) if config.run.dir else None
@@ -111,10 +116,7 @@ def full_weights(tree: dict[str, Any], step: int) -> dict[str, np.ndarray]:
 def failed_save(tree: dict[str, Any], step: int) -> tuple[str, list[str]]:
     """A save in which the last rank's disk is full: what every rank hears, and what is left in run.dir."""
     config = reading.from_tree(tree)
-    host.prepare()
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    ranks = topology.groups(config.parallel.tensor)
+    ranks = join(config)
     model = models.build(config, "fp32", ranks)
     resume.prepare_weights(model, config, ranks, None)
     engine = engines.create(model, config, "fp32", ranks)

@@ -21,18 +21,6 @@ SMALL: dict[str, Any] = {
 Write = Callable[..., Path]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """write(tree or text, name) -> path of a config file."""
-
-    def to_file(tree: Any, name: str = "a.json") -> Path:
-        path = tmp_path / name
-        path.write_text(tree if isinstance(tree, str) else json.dumps(tree), encoding="utf-8")
-        return path
-
-    return to_file
-
-
 def changed(**over: Any) -> dict[str, Any]:
     """SMALL with ``section__key=value`` set; None takes the key away."""
     tree = json.loads(json.dumps(SMALL))
