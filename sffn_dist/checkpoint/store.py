@@ -77,11 +77,11 @@ def save(run_dir: Path, position: Position, fragments: Iterable[Fragment], confi
             _publish(temporary, target, position, config, topology, reports)
         except Exception as error:
             problems = [f"rank 0: {type(error).__name__}: {error}"]
+    if topology.main and problems:  # before the others hear of it: who catches SaveError finds nothing left, on any rank
+        shutil.rmtree(temporary, ignore_errors=True)
     verdict = [problems]
     dist.broadcast_object_list(verdict, src=0)
     if verdict[0]:
-        if topology.main:
-            shutil.rmtree(temporary, ignore_errors=True)
         raise SaveError(f"checkpoint of step {position.step} not written: {verdict[0][0]}")
     return target
 
