@@ -23,15 +23,24 @@ Role = Literal["column", "row"]
 
 @dataclass(frozen=True)
 class Cut:
-    """Split ``view`` (which refines a tensor's shape) along ``axes``: each in turn takes as many ways as divide it."""
+    """Split ``view`` (which refines a tensor's shape) along ``axes``: each in turn takes as many ways as divide it.
+
+    ``many`` names one axis that is cut instead, into p parts, where it can be and p is at least ``many_from``.
+    """
 
     view: tuple[int, ...]
     axes: tuple[int, ...]
+    many: int | None = None
+    many_from: int = 0
+
+    def turned(self, p: int) -> bool:
+        """Whether p ranks cut axis ``many``."""
+        return self.many is not None and p >= max(2, self.many_from) and self.view[self.many] % p == 0
 
     def ways(self, p: int) -> tuple[tuple[int, int], ...]:
         """(axis, ways) pairs whose ways multiply to p; raises ValueError if p does not fit."""
         left, pairs = p, []
-        for axis in self.axes:
+        for axis in (self.many,) if self.turned(p) and self.many is not None else self.axes:
             ways = math.gcd(self.view[axis], left)
             left //= ways
             pairs.append((axis, ways))
@@ -95,6 +104,13 @@ class TensorSpec:
             return -1
         owners = self._dim_of_axes()
         return next((owners[axis] for axis, ways in self.cut.ways(p) if ways > 1), owners[self.cut.axes[0]])
+
+    def block_groups(self, p: int) -> tuple[int, ...]:
+        """For each of p ranks, which group of blocks of a block factor (blocks, outputs, inputs) it holds; all 0 for a matrix."""
+        if self.cut is None or len(self.shape) < 3 or p == 1:
+            return (0,) * p
+        parts = [{axis: (start, length) for axis, start, length in self.cut.starts(p, rank)} for rank in range(p)]
+        return tuple(part[0][0] // part[0][1] if 0 in part else 0 for part in parts)
 
 
 @dataclass(frozen=True)
@@ -205,7 +221,11 @@ def _block_in(layout: Layout, structure: Structure, shape: tuple[int, ...]) -> C
         return Cut((blocks, rows, layout.view[1]), (0, 2))
     if len(layout.view) == 2:
         return Cut(shape, ())
-    return Cut((blocks, rows, layout.view[1], layout.view[2]), (3, 0, 2))
+    # Two routes to z, h wide; elements received a token and rank, x (p-1)/p. With the features as they lie every rank has a part of all
+    # of z (of h/q where the blocks k are cut q ways): to sum, h/q. Or the wide features are exchanged for whole blocks k first, f/p, and
+    # every rank has its h/p of z complete: f/p + h/p, which is less where f + h < p h and p divides the blocks (then q = 1).
+    width, inner = blocks * rows, math.prod(layout.view)
+    return Cut((blocks, rows, layout.view[1], layout.view[2]), (3, 0, 2), many=0, many_from=inner // width + 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- the whole model

@@ -1,31 +1,73 @@
 """Structured parallel linears: Megatron's ColumnParallelLinear and RowParallelLinear with factors in place of the matrix.
 
 They take the constructor arguments of Megatron's linears and return ``(output, bias)``, so ``MLPSubmodules(linear_fc1=...,
-linear_fc2=...)`` takes them. Only the bottleneck z is exchanged (S tokens, p ranks, SP = sequence parallelism):
-
-    column (h -> f)   z = first(x) on the rank's tokens (SP) or on all (no SP), by a replicated factor;
-                      SP: all-gather z over tokens; no SP: identity, all-reduce in backward; then the rank's part of the second factor
-    row (f -> h)      z = the rank's part of the first factor on its features, a partial sum;
-                      SP: reduce-scatter z over tokens; no SP: all-reduce; then second(z) by a replicated factor
-
-With the guide on (``guide_weight`` = alpha): y = alpha W x + (1 - alpha) second(first(x)), bias added after (paper, section 4).
+linear_fc2=...)`` takes them. What a rank computes and what travels is in bottleneck.py; here are the parameters, cut by the split table,
+and the state of the guide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor, nn
 
-from sffn_dist.parallel import collectives
+from sffn_dist.parallel.bottleneck import Column, Gradients, Half, Row, Weights
+from sffn_dist.parallel.collectives import Exchange, Tokens
 from sffn_dist.parallel.split import shard
 from sffn_dist.shapes import Layout, Role, Structure, TensorSpec, inner_layout, linear_tensors
-from sffn_dist.structured import initialisation, maps
+from sffn_dist.structured import initialisation
+
+
+class _ColumnFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, half: Column, alpha: float | None, x: Tensor, *parameters: Tensor) -> Tensor:
+        weights = weights_of(parameters, alpha)
+        y, z = half.widen(x, half.exchange.spread(half.narrow(x, weights.first)), weights, alpha)
+        ctx.half, ctx.alpha, ctx.parameters = half, alpha, [parameter.shape for parameter in parameters]
+        ctx.save_for_backward(x, z, *(weight for weight in weights if weight is not None))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x, z, *saved = ctx.saved_tensors
+        gradients = ctx.half.backward(grads[0], x, z, Weights(*saved), ctx.alpha)
+        return None, None, gradients.x, *gradients_of(gradients, ctx.parameters)
+
+
+class _RowFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, half: Row, alpha: float | None, x: Tensor, *parameters: Tensor) -> Tensor:
+        weights = weights_of(parameters, alpha)
+        y, read, z = half.forward(x, weights, alpha)
+        ctx.half, ctx.alpha, ctx.parameters = half, alpha, [parameter.shape for parameter in parameters]
+        kept = x if alpha is not None else None  # only the guide reads the features as they came
+        ctx.save_for_backward(kept, read, z, *(weight for weight in weights if weight is not None))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x, read, z, *saved = ctx.saved_tensors
+        weights = Weights(*saved)
+        begun = ctx.half.begin_backward(grads[0], z, weights, ctx.alpha)
+        gradients = ctx.half.finish_backward(begun, read if x is None else x, read, weights)
+        return None, None, gradients.x, *gradients_of(gradients, ctx.parameters)
+
+
+def weights_of(parameters: Sequence[Tensor], alpha: float | None) -> Weights:
+    """The weights that take part, of a linear's [first, second] or [first, second, guide]."""
+    return Weights(*(parameters if alpha is not None else parameters[:2]))
+
+
+def gradients_of(gradients: Gradients, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
+    """Gradients in the order of a linear's parameters. An undrawn guide's is zero, not absent: ZeRO-3 would apply the last step's again."""
+    found = (gradients.first, gradients.second)
+    if len(shapes) == 2:
+        return found
+    return *found, gradients.first.new_zeros(shapes[2]) if gradients.guide is None else gradients.guide
 
 
 class StructuredLinear(nn.Module):
@@ -58,7 +100,7 @@ class StructuredLinear(nn.Module):
         self.skip_bias_add = skip_bias_add
         self.group = get_tensor_model_parallel_group_if_none(tp_group, is_expert=is_expert)
         self.ranks, self.rank = self.group.size(), self.group.rank()
-        self.sequence_parallel = bool(config.sequence_parallel) and self.ranks > 1
+        self.sequence_parallel = bool(config.sequence_parallel) and self.ranks > 1 and not is_expert
         self.halves = 2 if gated else 1
         self.guide_weight: float | None = None
         self.specs = linear_tensors(structure, self.role, input_size, output_size, gated=gated, bias=bias, guide=guide)
@@ -67,17 +109,19 @@ class StructuredLinear(nn.Module):
         for name in ("guide", "bias"):
             if name not in self.specs:
                 self.register_parameter(name, None)
+        self.split = self._split("tokens" if self.sequence_parallel else "caller" if is_expert else "replicated")
 
     def _parameter(self, name: str, spec: TensorSpec) -> nn.Parameter:
         on_host = self.config.use_cpu_initialization
         device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
         parameter = nn.Parameter(torch.zeros(spec.local_shape(self.ranks), dtype=self.config.params_dtype, device=device))
-        # read by gradient norms (a replicated parameter counts once) and by sum_partial_gradients
+        # read by gradient norms (a replicated parameter counts once) and by whoever sums what is sequence_parallel: the bias alone, which
+        # is added to the rank's own tokens; a factor's gradient leaves backward complete
         marks: dict[str, Any] = {
             "tensor_model_parallel": spec.cut is not None,
             "partition_dim": spec.partition_dim(self.ranks),
             "partition_stride": 1,
-            "sequence_parallel": spec.cut is None and self.sequence_parallel,
+            "sequence_parallel": name == "bias" and spec.cut is None and self.sequence_parallel,
             "allreduce": True,
         }
         for mark, value in marks.items():
@@ -97,11 +141,14 @@ class StructuredLinear(nn.Module):
     def factors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.specs if name not in ("guide", "bias")}
 
-    def _keep_guide_gradient(self, z: Tensor) -> Tensor:
-        """An undrawn guide's gradient is zero, not absent: else ZeRO-3 would apply the last step's again. z is the narrow place."""
-        if self.guide is not None and self.guide_weight is None and torch.is_grad_enabled():
-            return z + self.guide[:0].sum().to(z.dtype)
-        return z
+    @property
+    def weights(self) -> list[Tensor]:
+        """[first factor, second factor], and the guide if there is one."""
+        found = [*self.factors.values()]
+        return found if self.guide is None else [*found, self.guide]
+
+    def _split(self, tokens: Tokens) -> Half:
+        raise NotImplementedError
 
     def _finish(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.skip_bias_add or self.bias is None:
@@ -166,26 +213,13 @@ class StructuredColumnParallelLinear(StructuredLinear):
         if config.perform_initialization:
             self.reset_parameters()
 
-    def _exchange(self, z: Tensor) -> Tensor:
-        move = collectives.gather_tokens if self.sequence_parallel else collectives.copy
-        return move(z, self.group)
-
-    def _first_block(self) -> int:
-        """The first of block_shuffle's output blocks that this rank holds."""
-        cut = self.specs["block_out"].cut
-        assert cut is not None
-        return next((start for axis, start, _ in cut.starts(self.ranks, self.rank) if axis == 0), 0) if cut.axes else 0
+    def _split(self, tokens: Tokens) -> Column:
+        read = self.specs["block_out"] if self.structure.kind == "block_shuffle" else self.specs["up"]
+        return Column(self.structure, Exchange(self.group, tokens, read.block_groups(self.ranks)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (S or S/p, batch, h) -> (S, batch, f/p), and the bias if it is left to the caller."""
-        factors = self.factors
-        z = self._exchange(self._keep_guide_gradient(maps.first(self.structure, x, factors)))
-        first_block = self._first_block() if self.structure.kind == "block_shuffle" else 0
-        y = maps.second(self.structure, z, factors, first_block)
-        if self.guide_weight is None:
-            return self._finish(y)
-        assert self.guide is not None, "guide_weight is set on a linear without a guide"
-        return self._finish(torch.lerp(y, F.linear(self._exchange(x), self.guide), self.guide_weight))
+        return self._finish(_ColumnFunction.apply(self.split, self.guide_weight, x, *self.weights))
 
 
 class StructuredRowParallelLinear(StructuredLinear):
@@ -227,29 +261,11 @@ class StructuredRowParallelLinear(StructuredLinear):
         if config.perform_initialization:
             self.reset_parameters()
 
-    def _exchange(self, z: Tensor) -> Tensor:
-        move = collectives.scatter_tokens if self.sequence_parallel else collectives.reduce
-        return move(z, self.group)
-
-    def _place_blocks(self, z: Tensor) -> Tensor:
-        """z of the rank's input blocks -> z of all of them, zero elsewhere."""
-        block_in = self.specs["block_in"]
-        assert block_in.cut is not None
-        blocks, outputs, _ = block_in.shape
-        held = block_in.local_shape(self.ranks)[0]
-        if held == blocks:
-            return z
-        start = next(start for axis, start, _ in block_in.cut.starts(self.ranks, self.rank) if axis == 0)
-        return F.pad(z, (start * outputs, (blocks - start - held) * outputs))
+    def _split(self, tokens: Tokens) -> Row:
+        wrote = self.specs["down"] if self.structure.kind == "low_rank" else self.specs["block_in"]
+        turn = wrote.cut is not None and wrote.cut.turned(self.ranks)
+        return Row(self.structure, Exchange(self.group, tokens, wrote.block_groups(self.ranks)), turn)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (S, batch, f/p) -> (S or S/p, batch, h), and the bias if it is left to the caller."""
-        factors = self.factors
-        z = self._keep_guide_gradient(maps.first(self.structure, x, factors))
-        if self.structure.kind != "low_rank":
-            z = self._place_blocks(z)
-        y = maps.second(self.structure, self._exchange(z), factors)
-        if self.guide_weight is None:
-            return self._finish(y)
-        assert self.guide is not None, "guide_weight is set on a linear without a guide"
-        return self._finish(torch.lerp(y, self._exchange(F.linear(x, self.guide)), self.guide_weight))
+        return self._finish(_RowFunction.apply(self.split, self.guide_weight, x, *self.weights))

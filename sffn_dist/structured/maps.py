@@ -6,8 +6,6 @@
 
 In index form BlockShuffle is z[k, q] = sum_p V[k, q, p] x[k*N/B + p]; z flattened is read as (r, l) with l fastest;
 y[s*B + l] = sum_r U[l, s, r] z[r*B + l].
-
-The two halves take a rank's shard as well as the whole: they read the sizes from the factor they are given.
 """
 
 from __future__ import annotations
@@ -31,10 +29,10 @@ def first(structure: Structure, x: Tensor, factors: Factors) -> Tensor:
     return block_diagonal(x, factors["block_in"])
 
 
-def second(structure: Structure, z: Tensor, factors: Factors, first_block: int = 0) -> Tensor:
-    """z (..., bottleneck) -> y (..., M); ``first_block`` is the first block of block_shuffle's factor that this shard holds."""
+def second(structure: Structure, z: Tensor, factors: Factors) -> Tensor:
+    """z (..., bottleneck) -> y (..., M)."""
     if structure.kind == "block_shuffle":
-        return shuffled_block_diagonal(z, factors["block_out"], structure.needed_blocks, first_block)
+        return shuffled_block_diagonal(z, factors["block_out"])
     return F.linear(z, factors["up"])
 
 

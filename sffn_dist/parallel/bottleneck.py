@@ -1,0 +1,193 @@
+"""How a structured linear is computed on p tensor-parallel ranks, forward and backward: only the bottleneck z is exchanged.
+
+    column (h -> f)   z = A x, A replicated, on the rank's tokens; spread z; y = U z, U the rank's part
+    row (f -> h)      z = A x, A the rank's part, on the rank's features; collect z; y = U z, U replicated, on the rank's tokens
+
+(A, U: first and second factor; spread, collect: collectives.Exchange.) With the guide: y = alpha W x + (1 - alpha) U z (paper, section 4),
+where W is split as Megatron splits a dense linear, at its price.
+
+Backward is written by hand so that products run while collectives do: U's gradient while dz travels, dx while the gradient of a
+replicated factor is summed. That gradient is partial wherever a rank saw only some tokens; no factor leaves with it so.
+
+Shapes: x (rows, ..., inputs) and y (rows, ..., outputs), rows being S, or S/p with sequence parallelism; z narrow (n, rows, ..., w) or
+wide (rows, ..., w), where w is (l, r), a row for each block, if block_shuffle's second factor is to read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sffn_dist.parallel.collectives import Exchange, Pending, all_to_all, sum_gradient
+from sffn_dist.shapes import Structure
+from sffn_dist.structured.products import Blocks, Interleaved, Matrix, Product, deal, undeal
+
+
+class Weights(NamedTuple):
+    """A linear's first and second factor, and its guide where that takes part."""
+
+    first: Tensor
+    second: Tensor
+    guide: Tensor | None = None
+
+
+class Gradients(NamedTuple):
+    """What a backward pass returns; the guide's is None where it took no part."""
+
+    x: Tensor
+    first: Tensor
+    second: Tensor
+    guide: Tensor | None
+
+
+_DENSE = Matrix()
+
+
+@dataclass(frozen=True)
+class Half:
+    """What both linears of a feed-forward layer are told: their structure, and how the bottleneck is exchanged."""
+
+    structure: Structure
+    exchange: Exchange
+
+    @cached_property
+    def first(self) -> Product:
+        return Matrix() if self.structure.kind == "low_rank" else Blocks()
+
+    @cached_property
+    def second(self) -> Product:
+        return Interleaved() if self.shuffled else Matrix()
+
+    @property
+    def shuffled(self) -> bool:
+        return self.structure.kind == "block_shuffle"
+
+    @cached_property
+    def dense(self) -> Exchange:
+        """How x and y move for the guide: as Megatron moves them, all features at once."""
+        return replace(self.exchange, chunks=(0,) * self.exchange.ranks)
+
+    def _complete(self, gradient: Tensor) -> Pending:
+        """A replicated factor's gradient, summed over the ranks that saw a part of it."""
+        if self.exchange.tokens == "replicated":  # every rank saw all tokens and all of z
+            return Pending(gradient)
+        return sum_gradient(gradient, self.exchange.group)
+
+
+@dataclass(frozen=True)
+class Column(Half):
+    """The first linear."""
+
+    def narrow(self, x: Tensor, first: Tensor) -> Tensor:
+        """A x of the rank's tokens, as a narrow z: a view, not laid out yet."""
+        z, n = self.first.forward(x, first), self.exchange.count
+        if self.shuffled:  # feature (r, l): a chunk holds some blocks l
+            return z.unflatten(-1, (-1, n, self.structure.needed_blocks // n)).movedim(-2, 0).transpose(-1, -2)
+        return z.unflatten(-1, (n, -1)).movedim(-2, 0)
+
+    def _join(self, narrow: Tensor) -> Tensor:
+        """A narrow z -> (rows, ..., bottleneck), as A wrote it."""
+        if self.shuffled:
+            return narrow.transpose(-1, -2).movedim(0, -2).flatten(-3)
+        return narrow.movedim(0, -2).flatten(-2)
+
+    def widen(self, x: Tensor, z: Pending, weights: Weights, alpha: float | None) -> tuple[Tensor, Tensor]:
+        """Y, and the wide z that was on its way."""
+        if alpha is None or weights.guide is None:
+            wide = z.wait()
+            return self.second.forward(wide, weights.second), wide
+        whole = self.dense.spread(x.unsqueeze(0))
+        wide = z.wait()
+        y = self.second.forward(wide, weights.second)
+        return torch.lerp(y, _DENSE.forward(whole.wait(), weights.guide), alpha), wide
+
+    def backward(self, grad: Tensor, x: Tensor, z: Tensor, weights: Weights, alpha: float | None) -> Gradients:
+        """Gradients of x and of the weights from that of y; ``z`` is wide."""
+        grad_x_guide, grad_guide = None, None
+        if alpha is not None and weights.guide is not None:
+            whole = self.dense.spread(x.unsqueeze(0))  # gathered again, as Megatron does: nothing h wide is kept for all tokens
+            mixed, grad = grad * alpha, grad * (1 - alpha)
+            grad_x_guide = self.dense.collect(_DENSE.input_gradient(mixed, weights.guide))
+            grad_guide = _DENSE.weight_gradient(mixed, whole.wait(), weights.guide)
+        travelling = self.exchange.collect(self.second.input_gradient(grad, weights.second))
+        grad_second = self.second.weight_gradient(grad, z, weights.second)
+        grad_z = self._join(travelling.wait())
+        grad_first = self._complete(self.first.weight_gradient(grad_z, x, weights.first))
+        grad_x = self.first.input_gradient(grad_z, weights.first)
+        if grad_x_guide is not None:
+            grad_x = grad_x + grad_x_guide.wait().squeeze(0)
+        return Gradients(grad_x, grad_first.wait(), grad_second, grad_guide)
+
+
+class Begun(NamedTuple):
+    """The first part of a row's backward: what travels while the wide features are rebuilt."""
+
+    grad_z: Pending
+    grad_second: Pending
+    grad_y: Pending | None
+
+
+@dataclass(frozen=True)
+class Row(Half):
+    """The second linear. ``turn`` says that the wide features are exchanged for whole blocks before the first factor (shapes.Cut.many)."""
+
+    turn: bool = False
+
+    def turned(self, x: Tensor) -> Pending:
+        """Features (k, s', own l) of x -> (own k, s', l)."""
+        if not self.turn:
+            return Pending(x)
+        p, blocks = self.exchange.ranks, self.structure.needed_blocks
+        parts = x.unflatten(-1, (p, -1, blocks // p)).movedim(-3, 0)  # by groups of k: (p, rows, ..., k s', own l)
+        return all_to_all(parts, self.exchange.group).then(lambda came: came.movedim(0, -2).flatten(-3))
+
+    def _turned_back(self, x: Tensor) -> Pending:
+        """The inverse of :meth:`turned`."""
+        if not self.turn:
+            return Pending(x)
+        p, blocks = self.exchange.ranks, self.structure.needed_blocks
+        parts = x.unflatten(-1, (-1, p, blocks // p)).movedim(-2, 0)
+        return all_to_all(parts, self.exchange.group).then(lambda came: came.movedim(0, -3).flatten(-3))
+
+    def forward(self, x: Tensor, weights: Weights, alpha: float | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Y, x as the first factor reads it, and z of the rank's tokens as the second one does."""
+        read = self.turned(x).wait()
+        travelling = self.exchange.collect(self.first.forward(read, weights.first))
+        guided = None
+        if alpha is not None and weights.guide is not None:
+            guided = self.dense.collect(_DENSE.forward(x, weights.guide))
+        z = travelling.wait().movedim(0, -2).flatten(-2)
+        if self.shuffled:
+            z = deal(z, self.structure.needed_blocks).contiguous()
+        y = self.second.forward(z, weights.second)
+        if guided is not None and alpha is not None:
+            y = torch.lerp(y, guided.wait().squeeze(0), alpha)
+        return y, read, z
+
+    def begin_backward(self, grad: Tensor, z: Tensor, weights: Weights, alpha: float | None) -> Begun:
+        """What needs only dy and z: dz goes out, the replicated second factor's gradient is computed and goes out to be summed."""
+        grad_y = None
+        if alpha is not None and weights.guide is not None:
+            grad_y = self.dense.spread((grad * alpha).unsqueeze(0))
+            grad = grad * (1 - alpha)
+        grad_z = self.second.input_gradient(grad, weights.second)
+        if self.shuffled:
+            grad_z = undeal(grad_z)
+        travelling = self.exchange.spread(grad_z.unflatten(-1, (self.exchange.count, -1)).movedim(-2, 0))
+        return Begun(travelling, self._complete(self.second.weight_gradient(grad, z, weights.second)), grad_y)
+
+    def finish_backward(self, begun: Begun, x: Tensor, read: Tensor, weights: Weights) -> Gradients:
+        """Gradients of x and of the weights; ``x`` and ``read`` as in forward."""
+        grad_z = begun.grad_z.wait()
+        travelling = self._turned_back(self.first.input_gradient(grad_z, weights.first))
+        grad_first = self.first.weight_gradient(grad_z, read, weights.first)
+        grad_x, grad_guide = travelling.wait(), None
+        if begun.grad_y is not None and weights.guide is not None:
+            grad_y = begun.grad_y.wait()
+            grad_x = grad_x + _DENSE.input_gradient(grad_y, weights.guide)
+            grad_guide = _DENSE.weight_gradient(grad_y, x, weights.guide)
+        return Gradients(grad_x, grad_first, begun.grad_second.wait(), grad_guide)

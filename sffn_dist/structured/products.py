@@ -1,0 +1,82 @@
+"""A factor as a linear map in three products without autograd: forward, input gradient, weight gradient.
+
+Whoever splits a linear over ranks writes its backward by hand, to put collectives between these products.
+
+Shapes: x (..., inputs), y (..., outputs), any leading dimensions; the sizes are read from the weight, so a shard serves as the whole does.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch.nn.functional as F
+from sffn_kernels import block_diagonal
+from torch import Tensor
+
+
+class Product(Protocol):
+    """y = A x for the A that a weight stands for."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Y."""
+
+    def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """dL/dx = A^T dL/dy."""
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """dL/dweight, summed over tokens; ``weight`` tells the sizes."""
+
+
+class Matrix:
+    """weight (M, N): y = weight x."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return grad.matmul(weight)
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad.flatten(0, -2).t().mm(x.flatten(0, -2))
+
+
+class Blocks:
+    """weight (K, O, I): x grouped by block (k, i) -> y grouped by block (k, o)."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return block_diagonal.product(x.unflatten(-1, (weight.shape[0], -1)), weight).flatten(-2)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return block_diagonal.input_gradient(grad.unflatten(-1, (weight.shape[0], -1)), weight).flatten(-2)
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        blocks = weight.shape[0]
+        return block_diagonal.weight_gradient(grad.unflatten(-1, (blocks, -1)), x.unflatten(-1, (blocks, -1)))
+
+
+class Interleaved:
+    """weight (K, O, R), Monarch's second factor: z (..., K, R), a row for each block -> y (..., O*K), the blocks interleaved (s, l)."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return block_diagonal.product(x, weight).transpose(-1, -2).flatten(-2)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return block_diagonal.input_gradient(self._by_block(grad, weight), weight)
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return block_diagonal.weight_gradient(self._by_block(grad, weight), x)
+
+    @staticmethod
+    def _by_block(grad: Tensor, weight: Tensor) -> Tensor:
+        """(..., s*K + l) -> (..., l, s)."""
+        return grad.unflatten(-1, (weight.shape[1], weight.shape[0])).transpose(-1, -2)
+
+
+def deal(z: Tensor, blocks: int) -> Tensor:
+    """Monarch's shuffle: feature r*B + l of z (..., R*B) -> place (l, r) of (..., B, R), a view: row l feeds block l."""
+    return z.unflatten(-1, (-1, blocks)).transpose(-1, -2)
+
+
+def undeal(z: Tensor) -> Tensor:
+    """The inverse of :func:`deal`: (..., B, R) -> (..., R*B)."""
+    return z.transpose(-1, -2).flatten(-2)
