@@ -163,7 +163,7 @@ class Config(Section):
     parallel: Parallel = Parallel()
     zero: Zero = Zero()
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "bottleneck", "full"] = "none"
     init_from: str | None = Field(None, min_length=1, description="checkpoint, or run, whose weights this run starts from")
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()

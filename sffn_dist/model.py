@@ -19,18 +19,19 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sffn_dist.config import Config
 from sffn_dist.parallel import host
 from sffn_dist.parallel.collectives import sum_partial_gradients
+from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.layers import CoreAttention, NormLayer
 from sffn_dist.parallel.linears import StructuredColumnParallelLinear, StructuredLinear, StructuredRowParallelLinear
 from sffn_dist.parallel.split import shard
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Now, Schedule
-from sffn_dist.shapes import Layout, TensorSpec, ffn_structure, model_tensors
+from sffn_dist.shapes import TensorSpec, ffn_structure, model_tensors
 from sffn_dist.structured import initialisation
 
 gelu_tanh = functools.partial(F.gelu, approximate="tanh")
@@ -69,13 +70,14 @@ def transformer_config(config: Config, precision: str) -> TransformerConfig:
 
 
 def mlp_spec(config: Config, layer: int) -> ModuleSpec:
-    """The feed-forward layer: Megatron's MLP over dense or structured linears."""
+    """The feed-forward layer: Megatron's MLP over dense linears, or ours over structured ones."""
     structure = ffn_structure(config, layer)
     if structure.kind == "dense":
         return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
     params = {"structure": structure, "guide": config.guided}
     return ModuleSpec(
-        module=MLP,
+        module=StructuredMLP,
+        params={"recompute": "bottleneck" if config.recompute == "bottleneck" else "none"},
         submodules=MLPSubmodules(
             linear_fc1=ModuleSpec(module=StructuredColumnParallelLinear, params=params),
             linear_fc2=ModuleSpec(module=StructuredRowParallelLinear, params=params),
@@ -120,22 +122,9 @@ def build(config: Config, precision: str, topology: Topology) -> GPTModel:
     if config.recompute == "full":
         for layer in model.decoder.layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    for layer in model.decoder.layers:
-        check_layouts(layer.mlp.linear_fc1, layer.mlp.linear_fc2)
     _mark_parameters(model, config)
     sum_partial_gradients(model, topology.tensor_group)
     return model
-
-
-def check_layouts(first: nn.Module, second: nn.Module) -> None:
-    """Refuse a second linear that reads its features in another order than the first one writes them; raises ValueError."""
-
-    def layout(linear: nn.Module) -> Layout:
-        return linear.layout if isinstance(linear, StructuredLinear) else Layout((inner,), (0,))
-
-    inner: int = second.input_size  # type: ignore[assignment]
-    if layout(first) != layout(second):
-        raise ValueError(f"linear_fc1 writes features as {layout(first)}, linear_fc2 reads them as {layout(second)}")
 
 
 def _mark_parameters(model: GPTModel, config: Config) -> None:

@@ -16,6 +16,8 @@ def broken(config: Config) -> Iterable[str]:
     yield from _attention_rules(config)
     yield from _ffn_rules(config)
     yield from _tensor_parallel_rules(config)
+    if config.recompute == "bottleneck" and not config.structured:
+        yield "recompute = bottleneck: there is no structured feed-forward layer, whose bottleneck could be kept; use none or full"
     if config.train.global_batch_size % config.train.micro_batch_size:
         yield (
             f"train.micro_batch_size = {config.train.micro_batch_size}: must divide "

@@ -78,6 +78,14 @@ class Half:
         return sum_gradient(gradient, self.exchange.group)
 
 
+class Widened(NamedTuple):
+    """What a column makes of a bottleneck: y, the wide z, x of all tokens if the guide read it."""
+
+    y: Tensor
+    z: Tensor
+    whole: Tensor | None
+
+
 @dataclass(frozen=True)
 class Column(Half):
     """The first linear."""
@@ -95,24 +103,27 @@ class Column(Half):
             return narrow.transpose(-1, -2).movedim(0, -2).flatten(-3)
         return narrow.movedim(0, -2).flatten(-2)
 
-    def widen(self, x: Tensor, z: Pending, weights: Weights, alpha: float | None) -> tuple[Tensor, Tensor]:
-        """Y, and the wide z that was on its way."""
+    def widen(self, x: Tensor, z: Pending, weights: Weights, alpha: float | None) -> Widened:
+        """Y, with the wide z that was on its way and, if the guide takes part, x of all tokens."""
         if alpha is None or weights.guide is None:
             wide = z.wait()
-            return self.second.forward(wide, weights.second), wide
-        whole = self.dense.spread(x.unsqueeze(0))
+            return Widened(self.second.forward(wide, weights.second), wide, None)
+        gathering = self.dense.spread(x.unsqueeze(0))
         wide = z.wait()
         y = self.second.forward(wide, weights.second)
-        return torch.lerp(y, _DENSE.forward(whole.wait(), weights.guide), alpha), wide
+        whole = gathering.wait()
+        return Widened(torch.lerp(y, _DENSE.forward(whole, weights.guide), alpha), wide, whole)
 
-    def backward(self, grad: Tensor, x: Tensor, z: Tensor, weights: Weights, alpha: float | None) -> Gradients:
-        """Gradients of x and of the weights from that of y; ``z`` is wide."""
+    def backward(
+        self, grad: Tensor, x: Tensor, z: Tensor, weights: Weights, alpha: float | None, whole: Tensor | None = None
+    ) -> Gradients:
+        """Gradients of x and of the weights from that of y; ``z`` is wide; x of all tokens is ``whole``, or gathered for the guide."""
         grad_x_guide, grad_guide = None, None
         if alpha is not None and weights.guide is not None:
-            whole = self.dense.spread(x.unsqueeze(0))  # gathered again, as Megatron does: nothing h wide is kept for all tokens
+            gathering = self.dense.spread(x.unsqueeze(0)) if whole is None else Pending(whole)
             mixed, grad = grad * alpha, grad * (1 - alpha)
             grad_x_guide = self.dense.collect(_DENSE.input_gradient(mixed, weights.guide))
-            grad_guide = _DENSE.weight_gradient(mixed, whole.wait(), weights.guide)
+            grad_guide = _DENSE.weight_gradient(mixed, gathering.wait(), weights.guide)
         travelling = self.exchange.collect(self.second.input_gradient(grad, weights.second))
         grad_second = self.second.weight_gradient(grad, z, weights.second)
         grad_z = self._join(travelling.wait())

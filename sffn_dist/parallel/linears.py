@@ -26,7 +26,9 @@ class _ColumnFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, half: Column, alpha: float | None, x: Tensor, *parameters: Tensor) -> Tensor:
         weights = weights_of(parameters, alpha)
-        y, z = half.widen(x, half.exchange.spread(half.narrow(x, weights.first)), weights, alpha)
+        y, z, _ = half.widen(
+            x, half.exchange.spread(half.narrow(x, weights.first)), weights, alpha
+        )  # of x, own tokens are kept
         ctx.half, ctx.alpha, ctx.parameters = half, alpha, [parameter.shape for parameter in parameters]
         ctx.save_for_backward(x, z, *(weight for weight in weights if weight is not None))
         return y

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from sffn_dist.config import Config
-from sffn_dist.shapes import ffn_structure, parameters_per_rank, reduce_bucket
+from sffn_dist.shapes import ffn_structure, layer_tensors, parameters_per_rank, reduce_bucket
+
+_SECOND = {"low_rank": "up", "block_dense": "up", "block_shuffle": "block_out"}
 
 
 def memory_per_rank(config: Config, precision: str, data_parallel: int) -> dict[str, int]:
@@ -32,17 +34,32 @@ def activation_bytes(config: Config, element: int) -> int:
     h, layers = config.model.width, config.model.layers
     logits = 3 * 4 * tokens * config.model.vocab // p  # logits in fp32, their exponentials, their gradient
     stream = 2 * h * element * tokens // shared  # a layer's input and its residual sum
+    kept = [_layer_elements(config, layer, config.recompute == "bottleneck") for layer in range(layers)]
+    whole = [_layer_elements(config, layer, False) for layer in range(layers)]
     if config.recompute == "full":
-        return logits + layers * stream // 2 + max(_layer_elements(config, i) for i in range(layers)) * tokens * element
-    return logits + sum(stream + _layer_elements(config, layer) * tokens * element for layer in range(layers))
+        return logits + layers * stream // 2 + max(whole) * tokens * element
+    rebuilt = max(all_of - some for all_of, some in zip(whole, kept, strict=True))  # one layer's at a time
+    return logits + layers * stream + (sum(kept) + rebuilt) * tokens * element
 
 
-def _layer_elements(config: Config, layer: int) -> int:
-    """Elements a token that a layer keeps beside the residual stream: norms' outputs, q k v, attention, z, the wide pair."""
+def _layer_elements(config: Config, layer: int, narrow: bool) -> int:
+    """Elements a token that a layer keeps beside the residual stream: norms' outputs, q k v, attention, the feed-forward layer's."""
+    p, h = config.parallel.tensor, config.model.width
+    attention = (2 * config.attention_dim + 2 * config.kv_heads * config.head_dim) // p
+    return 2 * h // (p if config.parallel.sequence else 1) + attention + feed_forward_elements(config, layer, narrow)
+
+
+def feed_forward_elements(config: Config, layer: int, narrow: bool) -> int:
+    """Elements a token that a rank keeps of a feed-forward layer beside its input; ``narrow``: the bottlenecks alone."""
     p, h, f = config.parallel.tensor, config.model.width, config.ffn_width
     shared = p if config.parallel.sequence else 1
-    attention = (2 * config.attention_dim + 2 * config.kv_heads * config.head_dim) // p
-    wide = (3 if config.gated else 2) * f // p
+    # gated: both halves, the activated one, the other one plus its offset, and their product; else the activation's input and output
+    wide = (5 if config.gated else 2) * f // p
     structure = ffn_structure(config, layer)
-    narrow = 0 if structure.kind == "dense" else structure.bottleneck(h, f) + structure.bottleneck(f, h)
-    return 2 * h // shared + attention + wide + narrow
+    if structure.kind == "dense":
+        return wide
+    z_1, z_2 = structure.bottleneck(h, f), structure.bottleneck(f, h) // shared
+    chunks = max(layer_tensors(config, layer)[f"mlp.linear_fc1.{_SECOND[structure.kind]}"].block_groups(p)) + 1
+    if narrow:
+        return min(z_1 // shared, z_1 // chunks) + z_2
+    return wide + z_1 // chunks + z_2

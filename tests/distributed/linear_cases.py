@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 import torch.nn.functional as F
-from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from sffn_dist.parallel import host, topology
 from sffn_dist.parallel.collectives import sum_partial_gradients
+from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.linears import StructuredColumnParallelLinear, StructuredRowParallelLinear
 from sffn_dist.parallel.split import shard, unshard
 from sffn_dist.shapes import Structure, linear_tensors
@@ -53,17 +56,40 @@ def _error(got: Tensor, want: Tensor) -> float:
     return (got - want).square().mean().sqrt().item() / (scale or 1.0)
 
 
+def _ours(
+    structure: Structure, h: int, f: int, gated: bool, bias: bool, sequence: bool, alpha: float | None, recompute: str, p: int
+) -> StructuredMLP:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=h,
+        ffn_hidden_size=f,
+        num_attention_heads=p,
+        kv_channels=4,
+        gated_linear_unit=gated,
+        activation_func=F.silu if gated else functools.partial(F.gelu, approximate="tanh"),
+        add_bias_linear=bias,
+        bias_activation_fusion=False,
+        params_dtype=torch.float64,
+        tensor_model_parallel_size=p,
+        sequence_parallel=sequence,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+    )
+    params = {"structure": structure, "guide": alpha is not None}
+    linears = MLPSubmodules(
+        linear_fc1=ModuleSpec(StructuredColumnParallelLinear, params=params),
+        linear_fc2=ModuleSpec(StructuredRowParallelLinear, params=params),
+    )
+    return StructuredMLP(config, linears, ffn_hidden_size=f, recompute=recompute)
+
+
 def feed_forward_errors(
     kind: str, rank: int | None, blocks: int | None, h: int, f: int, gated: bool, bias: bool, sequence: bool,
-    alpha: float | None, rows: int, batch: int,
+    alpha: float | None, rows: int, batch: int, recompute: str,
 ) -> dict[str, float]:  # fmt: skip
     """Relative RMS error of the output and of every gradient, on this rank, against the reference."""
-    host.prepare()
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-    p = torch.distributed.get_world_size()
-    ranks = topology.groups(p)
-    structure = Structure(kind, rank, blocks)
+    ranks = join()
+    p, structure = ranks.tensor, Structure(kind, rank, blocks)
     full = _full_tensors(structure, h, f, gated, bias, guide=alpha is not None)
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(rows, batch, h, generator=generator, dtype=torch.float64)
@@ -76,29 +102,17 @@ def feed_forward_errors(
     y_ref = _reference(structure, full, x_ref, gated, alpha)
     (y_ref * weight).sum().backward()
 
-    config = ModelParallelConfig(
-        params_dtype=torch.float64,
-        tensor_model_parallel_size=p,
-        sequence_parallel=sequence,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-    )
-    options: dict[str, Any] = {"structure": structure, "config": config, "bias": bias, "guide": alpha is not None}
-    layers = torch.nn.ModuleDict(
-        {
-            "column": StructuredColumnParallelLinear(h, 2 * f if gated else f, stride=2 if gated else 1, **options),
-            "row": StructuredRowParallelLinear(f, h, **options),
-        }
-    )
+    mlp = _ours(structure, h, f, gated, bias, sequence, alpha, recompute, p)
+    layers = {"column": mlp.linear_fc1, "row": mlp.linear_fc2}
     for role, layer in layers.items():
         layer.guide_weight = alpha
         for name, tensor in full[role].items():
             getattr(layer, name).data.copy_(shard(tensor.detach(), layer.specs[name], p, ranks.tensor_rank))
-    sum_partial_gradients(layers, ranks.tensor_group)
+    sum_partial_gradients(mlp, ranks.tensor_group)
     mine = slice(ranks.tensor_rank * rows // p, (ranks.tensor_rank + 1) * rows // p) if sequence else slice(None)
     x_local = x[mine].clone().requires_grad_()
-    y, no_bias = layers["row"](_activation(layers["column"](x_local)[0], gated))
-    assert no_bias is None
+    y, left = mlp(x_local)
+    y = y if left is None else y + left
     (y * weight[mine]).sum().backward()
 
     errors = {"y": _error(y.detach(), y_ref[mine].detach()), "x.grad": _error(x_local.grad, x_ref.grad[mine])}
@@ -111,3 +125,11 @@ def feed_forward_errors(
             if spec.cut is None:  # replicas: bit-identical
                 assert all(torch.equal(part, parts[0]) for part in parts), f"{role}.{name}: replicated gradients differ"
     return errors
+
+
+def join() -> topology.Topology:
+    """This rank's place, all ranks of the pool being one tensor-parallel group."""
+    host.prepare()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    return topology.groups(torch.distributed.get_world_size())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 CASES = Path(__file__).with_name("linear_cases.py")
-# kind, rank, blocks, h, f: odd sizes, blocks of 3, fewer blocks than ranks
+# kind, rank, blocks, h, f: odd sizes, blocks of 3, fewer blocks than ranks, and BlockShuffle's features turned (f + h < p h)
 SHAPES: dict[int, list[tuple[str, int | None, int | None, int, int]]] = {
     1: [("low_rank", 7, None, 15, 33), ("block_dense", 9, 3, 15, 33), ("block_shuffle", None, 3, 15, 33)],
     2: [
@@ -19,6 +19,7 @@ SHAPES: dict[int, list[tuple[str, int | None, int | None, int, int]]] = {
         ("block_dense", 6, 1, 15, 22),
         ("block_shuffle", None, 2, 14, 44),
         ("block_shuffle", None, 4, 20, 48),
+        ("block_shuffle", None, 4, 68, 48),
         ("block_shuffle", None, 1, 15, 22),
     ],
     4: [
@@ -26,20 +27,22 @@ SHAPES: dict[int, list[tuple[str, int | None, int | None, int, int]]] = {
         ("block_dense", 8, 2, 14, 20),
         ("block_dense", 8, 8, 16, 24),
         ("block_shuffle", None, 2, 14, 40),
+        ("block_shuffle", None, 4, 20, 64),
         ("block_shuffle", None, 4, 20, 48),
         ("block_shuffle", None, 1, 15, 20),
     ],
 }  # fmt: skip
+SWITCHES = list(itertools.product(*[[False, True]] * 4, ["none", "bottleneck"]))
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_equal_one_device(ranks: Callable[..., Any], world: int) -> None:
-    for shape, gated, sequence, guided in itertools.product(SHAPES[world], *[[False, True]] * 3):
+@pytest.mark.parametrize("shape", [(world, *shape) for world in SHAPES for shape in SHAPES[world]], ids=str)
+def test_ranks_equal_one_device(ranks: Callable[..., Any], shape: tuple[Any, ...]) -> None:
+    world, kind, rank, blocks, h, f = shape
+    for gated, bias, sequence, guided, recompute in SWITCHES:
         if sequence and world == 1:
             continue
-        kind, rank, blocks, h, f = shape
         arguments: dict[str, Any] = {
-            "kind": kind, "rank": rank, "blocks": blocks, "h": h, "f": f, "gated": gated, "bias": gated != guided,
+            "kind": kind, "rank": rank, "blocks": blocks, "h": h, "f": f, "gated": gated, "bias": bias, "recompute": recompute,
             "sequence": sequence, "alpha": 0.3 if guided else None, "rows": 3 * world if sequence else 5, "batch": 3,
         }  # fmt: skip
         for errors in ranks(world, world).run(CASES, "feed_forward_errors", **arguments):

@@ -1,0 +1,194 @@
+"""What a step sends over the tensor-parallel group, from the split table alone. Standard library only.
+
+Counted are elements *received* by one rank, exactly, p ranks, a tensor of n elements:
+
+    all_gather (n gathered), reduce_scatter (n given), all_to_all (n given)   n (p-1)/p
+    all_reduce                                                               2n (p-1)/p
+
+A bottleneck z of r features in ``count`` chunks (TensorSpec.block_groups) is spread or collected as parallel/collectives.py says. With
+sequence parallelism, T tokens: spread and collect are T r / count; without: spread is nothing, collect an all-reduce of T r (an all-gather
+if there are as many chunks as ranks). parallel/ledger.py counts what is really sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from sffn_dist.config import Config
+from sffn_dist.shapes import Role, Structure, TensorSpec, ffn_structure, layer_tensors, linear_tensors
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Elements that a rank receives in one micro-batch. ``purpose``: forward, backward, or gradient (of what every rank holds)."""
+
+    purpose: str
+    kind: str
+    elements: Fraction
+    place: str = ""
+    size: int | None = None  # bytes of an element, where it is not the activations'
+
+
+@dataclass(frozen=True)
+class Group:
+    """A tensor-parallel group of ``ranks`` and what it shares: ``tokens`` of a micro-batch, split among it with ``sequence``."""
+
+    ranks: int
+    tokens: int
+    sequence: bool
+
+    def moved(self, purpose: str, kind: str, elements: int) -> Iterator[Moved]:
+        """Nothing, in a group of one."""
+        if self.ranks > 1:
+            yield Moved(purpose, kind, Fraction((2 if kind == "all_reduce" else 1) * elements * (self.ranks - 1), self.ranks))
+
+    def spread(self, purpose: str, width: int, count: int = 1) -> Iterator[Moved]:
+        """``width`` features of the rank's tokens -> its chunk of all tokens."""
+        if self.sequence:
+            kind = "all_gather" if count == 1 else "all_to_all"
+            yield from self.moved(purpose, kind, self.tokens * width // count)
+
+    def collect(self, purpose: str, width: int, count: int = 1) -> Iterator[Moved]:
+        """The rank's chunk of all tokens -> all features of the rank's tokens."""
+        if self.sequence:
+            kind = "reduce_scatter" if count == 1 else "all_to_all"
+            yield from self.moved(purpose, kind, self.tokens * width // count)
+        else:
+            gathered = 1 < count == self.ranks
+            yield from self.moved(purpose, "all_gather" if gathered else "all_reduce", self.tokens * width)
+
+    def sum_gradient(self, spec: TensorSpec) -> Iterator[Moved]:
+        """The gradient of a tensor that every rank holds and computes from its own tokens."""
+        if self.sequence and spec.cut is None:
+            yield from self.moved("gradient", "all_reduce", spec.numel)
+
+
+def dense_linear(group: Group, role: Role, inputs: int, outputs: int) -> Iterator[Moved]:
+    """Megatron's column-parallel (inputs -> outputs) or row-parallel linear, without its bias."""
+    if role == "column":
+        yield from group.spread("forward", inputs)
+        yield from group.spread("backward", inputs)  # again, for the weight's gradient
+        yield from group.collect("backward", inputs)
+    else:
+        yield from group.collect("forward", outputs)
+        yield from group.spread("backward", outputs)
+
+
+def structured_linear(
+    group: Group,
+    structure: Structure,
+    role: Role,
+    inputs: int,
+    outputs: int,
+    specs: dict[str, TensorSpec],
+    narrow: bool = False,
+) -> Iterator[Moved]:
+    """One linear without its guide and bias; ``narrow``: with ``recompute: bottleneck``, which moves some of it once more."""
+    names = [name for name in specs if name not in ("guide", "bias")]
+    replicated, wide = names if role == "column" else reversed(names)
+    count = max(specs[wide].block_groups(group.ranks)) + 1
+    width = structure.bottleneck(inputs, outputs)
+    if role == "column":
+        yield from group.spread("forward", width, count)
+        yield from group.collect("backward", width, count)
+        if narrow and count < group.ranks:
+            yield from group.spread("backward", width, count)
+    else:
+        cut = specs[wide].cut
+        turns = 1 if cut is not None and cut.turned(group.ranks) else 0
+        yield from _times(turns, group.moved("forward", "all_to_all", group.tokens * inputs // group.ranks))
+        yield from group.collect("forward", width, count)
+        yield from group.spread("backward", width, count)
+        yield from _times(turns * (1 + narrow), group.moved("backward", "all_to_all", group.tokens * inputs // group.ranks))
+    yield from group.sum_gradient(specs[replicated])
+
+
+def _times(times: int, moved: Iterable[Moved]) -> Iterator[Moved]:
+    return (replace(one, elements=one.elements * times) for one in moved if times)
+
+
+def feed_forward(
+    group: Group, structure: Structure, h: int, f: int, *, gated: bool = False, narrow: bool = False
+) -> list[Moved]:
+    """Both linears of a feed-forward layer h -> f -> h without biases; ``structure`` may be dense."""
+    if structure.kind == "dense":
+        return [*dense_linear(group, "column", h, f), *dense_linear(group, "row", f, h)]
+    wide = 2 * f if gated else f
+    first = linear_tensors(structure, "column", h, wide, gated=gated)
+    second = linear_tensors(structure, "row", f, h)
+    return [
+        *structured_linear(group, structure, "column", h, wide, first, narrow),
+        *structured_linear(group, structure, "row", f, h, second, narrow),
+    ]
+
+
+def total(moved: Iterable[Moved], purpose: str | None = None) -> Fraction:
+    """Elements, of one purpose or of all."""
+    return sum((one.elements for one in moved if purpose in (None, one.purpose)), Fraction(0))
+
+
+# ---------------------------------------------------------------------------------------------------------- the whole model
+
+
+def group_of(config: Config) -> Group:
+    """The run's tensor-parallel group and one micro-batch."""
+    tokens = config.train.micro_batch_size * config.model.sequence
+    return Group(config.parallel.tensor, tokens, config.parallel.sequence and config.parallel.tensor > 1)
+
+
+def guided_linear(group: Group, h: int, role: Role) -> Iterator[Moved]:
+    """What a linear's guide adds in a step that draws it: it is split as a dense linear is."""
+    return dense_linear(group, role, h, h)
+
+
+def layer_traffic(config: Config, layer: int, *, guide: bool = False) -> list[Moved]:
+    """A transformer layer's, by place in it; with ``guide`` that of its guides, drawn, alone."""
+    group, h, f = group_of(config), config.model.width, config.ffn_width
+    structure, specs = ffn_structure(config, layer), layer_tensors(config, layer)
+    moved: list[Moved] = []
+
+    def at(place: str, some: Iterable[Moved]) -> None:
+        moved.extend(replace(one, place=place) for one in some)
+
+    for name, role, inputs, outputs in (
+        ("mlp.linear_fc1", "column", h, 2 * f if config.gated else f),
+        ("mlp.linear_fc2", "row", f, h),
+    ):
+        way: Role = "column" if role == "column" else "row"
+        if guide:
+            at(name, guided_linear(group, h, way) if f"{name}.guide" in specs else ())
+        elif structure.kind == "dense":
+            at(name, dense_linear(group, way, inputs, outputs))
+        else:
+            own = {key.rpartition(".")[2]: spec for key, spec in specs.items() if key.startswith(f"{name}.")}
+            at(name, structured_linear(group, structure, way, inputs, outputs, own, config.recompute == "bottleneck"))
+    if guide:
+        return moved
+    at("self_attention.linear_qkv", dense_linear(group, "column", h, h))
+    at("self_attention.linear_proj", dense_linear(group, "row", h, h))
+    for name, spec in specs.items():
+        if len(spec.shape) == 1:  # norms, and biases of row-parallel linears
+            at(name, group.sum_gradient(spec))
+    return moved
+
+
+def model_traffic(config: Config) -> list[Moved]:
+    """One micro-batch's of the whole model without guides: embedding, layers, output layer, loss."""
+    group, h = group_of(config), config.model.width
+    moved: list[Moved] = []
+
+    def at(place: str, some: Iterable[Moved]) -> None:
+        moved.extend(replace(one, place=f"{place}.{one.place}" if one.place else place) for one in some)
+
+    at("embedding.word_embeddings", dense_linear(group, "row", h, h))  # rows of the vocabulary are cut: partial sums
+    for layer in range(config.model.layers):
+        at(f"decoder.layers.{layer}", layer_traffic(config, layer))
+    for name in ("weight", "bias") if config.model.norm == "layernorm" else ("weight",):
+        at(f"decoder.final_layernorm.{name}", group.sum_gradient(TensorSpec((h,))))
+    at("output_layer", dense_linear(group, "column", h, h))
+    # the vocabulary-parallel loss: each token's largest logit, its label's, and the sum of exponentials, in fp32
+    for _ in range(3):
+        moved.extend(replace(one, size=4) for one in group.moved("forward", "all_reduce", group.tokens))
+    return moved
