@@ -77,8 +77,6 @@ def _tensor_parallel_rules(config: Config) -> Iterable[str]:
     yield from multiple("ffn.width", config.ffn_width)
     if config.parallel.sequence:
         yield from multiple("model.sequence", config.model.sequence)
-    if ffn.kind in ("low_rank", "block_dense") and ffn.rank is not None:
-        yield from multiple("ffn.rank", ffn.rank)
     if ffn.kind in ("block_shuffle", "block_dense") and ffn.blocks is not None:
         if ffn.blocks % p and p % ffn.blocks:
             yield f"ffn.blocks = {ffn.blocks}: must be divisible by parallel.tensor = {p}, or divide it"

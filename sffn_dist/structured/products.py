@@ -50,8 +50,7 @@ class Blocks:
         return block_diagonal.input_gradient(grad.unflatten(-1, (weight.shape[0], -1)), weight).flatten(-2)
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        blocks = weight.shape[0]
-        return block_diagonal.weight_gradient(grad.unflatten(-1, (blocks, -1)), x.unflatten(-1, (blocks, -1)))
+        return block_diagonal.weight_gradient(grad.unflatten(-1, weight.shape[:2]), x.unflatten(-1, (weight.shape[0], -1)))
 
 
 class Interleaved:

@@ -49,7 +49,8 @@ def table_mismatches(tree: dict[str, Any]) -> list[str]:
             problems.append(f"{name}: {tuple(parameter.shape)}, table {spec.local_shape(ranks.tensor)}")
         if parameter.tensor_model_parallel != (spec.cut is not None):
             problems.append(f"{name}: marked tensor_model_parallel {parameter.tensor_model_parallel}")
-        split_by_tokens = config.parallel.sequence and ranks.tensor > 1 and spec.cut is None
+        # of what every rank holds, vectors; a replicated factor's gradient is summed by its linear
+        split_by_tokens = config.parallel.sequence and ranks.tensor > 1 and spec.cut is None and len(spec.shape) == 1
         if bool(getattr(parameter, "sequence_parallel", False)) != split_by_tokens:
             problems.append(f"{name}: marked sequence_parallel {not split_by_tokens}")
     return problems

@@ -82,8 +82,10 @@ def test_zero_stages_agree(train: Callable[..., dict[str, Any]], kind: str) -> N
         {"tensor": 2, "sequence": True, "stage": 3, "model": {"activation": "swiglu", "norm": "rmsnorm", "bias": False}},
         {"tensor": 2, "sequence": True, "stage": 2, "recompute": "full"},
         {"tensor": 2, "stage": 3, "recompute": "full", "model": {"tie_embeddings": False}},
+        {"tensor": 2, "sequence": True, "stage": 3, "recompute": "bottleneck", "model": {"activation": "swiglu"}},
+        {"tensor": 2, "stage": 1, "recompute": "bottleneck"},
     ],
-    ids=["swiglu-rmsnorm-nobias-zero3", "recompute-zero2", "recompute-zero3-untied"],
+    ids=["swiglu-rmsnorm-nobias-zero3", "recompute-zero2", "recompute-zero3-untied", "bottleneck-zero3", "bottleneck-zero1"],
 )
 def test_four_ranks(train: Callable[..., dict[str, Any]], options: dict[str, Any]) -> None:
     """TP 2 x DP 2 under ZeRO 2 and 3, recomputation, the other model options: equal to one plain rank."""
@@ -93,6 +95,16 @@ def test_four_ranks(train: Callable[..., dict[str, Any]], options: dict[str, Any
 
 def test_recomputation_changes_nothing(train: Callable[..., dict[str, Any]]) -> None:
     assert train(1, tree("block_dense", recompute="full"))["losses"] == train(1, tree("block_dense"))["losses"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FFN if kind != "dense"])
+def test_keeping_only_the_bottleneck_changes_nothing(train: Callable[..., dict[str, Any]], kind: str) -> None:
+    """Bit for bit, with the guide's coin, on two tensor-parallel ranks that split the tokens too."""
+    layout = {"tensor": 2, "sequence": True}
+    kept, rebuilt = train(2, tree(kind, **layout)), train(2, tree(kind, recompute="bottleneck", **layout))
+    assert sum(rebuilt["drawn"]) > 0, "the guide took part"
+    assert rebuilt["losses"] == kept["losses"]
+    assert rebuilt["state"] == kept["state"]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

@@ -77,7 +77,6 @@ def test_a_broken_rule_names_key_value_and_rule(over: dict[str, Any], key: str, 
         ),
         ({"model.kv_heads": 2}, ["model.kv_heads = 2"]),
         ({"model.vocab": 510}, ["model.vocab = 510"]),
-        ({**LOW_RANK, "ffn.rank": 30}, ["ffn.rank = 30"]),
         ({**LOW_RANK, "ffn.width": 254}, ["ffn.width = 254"]),
         ({"model.sequence": 30, "parallel.sequence": True}, ["model.sequence = 30"]),
     ],
@@ -86,6 +85,16 @@ def test_sizes_that_four_tensor_parallel_ranks_do_not_divide(over: dict[str, Any
     config({**over, "parallel.tensor": 1})  # with one rank the same sizes are fine
     found = problems(lambda: config({**over, "parallel.tensor": 4}))
     assert found == tuple(f"{name}: must be divisible by parallel.tensor = 4" for name in key)
+
+
+def test_the_rank_is_cut_nowhere() -> None:
+    config({**LOW_RANK, "ffn.rank": 30, "parallel.tensor": 4})
+
+
+def test_a_bottleneck_is_kept_only_where_there_is_one() -> None:
+    config({"recompute": "bottleneck"})
+    for over in ({"ffn.kind": "dense"}, {"ffn.dense_layers": list(range(config().model.layers))}):
+        assert problems(lambda over=over: config({**over, "recompute": "bottleneck"}))[0].startswith("recompute = bottleneck: ")
 
 
 def test_the_sequence_is_split_only_with_sequence_parallelism() -> None:
@@ -163,6 +172,7 @@ def test_unused_settings_are_told_and_are_no_errors() -> None:
         {"zero.stage": 3},
         {"precision": "fp32"},
         {"recompute": "full"},
+        {"recompute": "bottleneck"},
         {"train.micro_batch_size": 2},
         {"run.dir": "elsewhere"},
         {"data.dir": "elsewhere"},

@@ -159,7 +159,7 @@ def test_overrides_and_the_number_of_ranks_reach_the_plan(tmp_path: Path) -> Non
 REFUSALS = {
     "unknown key": (["train.step=3"], ["train.step: unknown key", "train.steps"]),
     "wrong type": (["train.steps=many"], ['train.steps = "many": must be']),
-    "rank": (["ffn.kind=low_rank", "ffn.rank=127"], ["ffn.rank = 127: must be divisible by parallel.tensor = 2"]),
+    "width": (["ffn.kind=low_rank", "ffn.width=511"], ["ffn.width = 511: must be divisible by parallel.tensor = 2"]),
     "blocks": (["ffn.blocks=3"], ["ffn.blocks = 3: "]),
     "heads": (["model.heads=1", "model.kv_heads=1"], ["model.heads = 1: must be divisible by parallel.tensor = 2"]),
     "batch": (["train.micro_batch_size=7"], ["train.micro_batch_size = 7: must divide train.global_batch_size = 16"]),
