@@ -175,7 +175,8 @@ class Ledger(TorchDispatchMode):
     ``groups`` names process groups; another one is called by its ranks, "ranks 0,2". ValueError if two labels name one group.
 
     place     the innermost module of ``model`` in whose forward, or in the backward of whose forward, the collective was issued;
-              the parameter's name in a hook on a leaf; "" elsewhere. A forward that ran before the ledger was opened has no place.
+              the parameter's name in a hook on a leaf; "" elsewhere: in the model's own forward, outside of it, and in the backward of
+              what ran before the ledger was opened
     purpose   "forward": in a module's forward; "backward": in an autograd node of a backward pass, or in a forward recomputed there;
               "gradient": under :func:`purpose`; "other": outside of all these, and in hooks on leaves and at the end of a backward pass
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +19,8 @@ from sffn_dist import model as models
 from sffn_dist import reading
 from sffn_dist import schedule as schedules
 from sffn_dist.parallel import host, topology
-from sffn_dist.parallel.ledger import Ledger, purpose
+from sffn_dist.parallel.ledger import Entry, Ledger, purpose
 from sffn_dist.training import engine as engines
-
-Row = tuple[Any, ...]  # kind, group, place, purpose, calls, elements, bytes
 
 
 def _join(tensor: int) -> topology.Topology:
@@ -37,18 +34,12 @@ def _open(model: nn.Module, ranks: topology.Topology) -> Ledger:
     return Ledger(model, {"tensor": ranks.tensor_group, "data": ranks.data_group})
 
 
-def _rows(ledger: Ledger) -> list[Row]:
-    return [dataclasses.astuple(entry) for entry in ledger.entries]
-
-
 class _FeedForward(nn.Module):
     """Megatron's own linears, one after the other."""
 
     def __init__(self, h: int, f: int, sequence: bool):
         super().__init__()
-        config = ModelParallelConfig(
-            tensor_model_parallel_size=dist.get_world_size(), sequence_parallel=sequence, use_cpu_initialization=True
-        )
+        config = ModelParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sequence, use_cpu_initialization=True)
         options: dict[str, Any] = {"config": config, "init_method": nn.init.ones_, "bias": False, "skip_bias_add": False}
         self.linear_fc1 = ColumnParallelLinear(h, f, **options)
         self.linear_fc2 = RowParallelLinear(f, h, input_is_parallel=True, **options)
@@ -57,17 +48,17 @@ class _FeedForward(nn.Module):
         return self.linear_fc2(self.linear_fc1(x)[0])[0]
 
 
-def megatron_linears(h: int, f: int, rows: int, batch: int, sequence: bool) -> list[Row]:
+def megatron_linears(h: int, f: int, rows: int, batch: int, sequence: bool) -> list[Entry]:
     """A forward and a backward over ``rows`` x ``batch`` tokens."""
-    ranks = _join(dist.get_world_size() if dist.is_initialized() else 2)
+    ranks = _join(2)
     model = _FeedForward(h, f, sequence)
     x = torch.randn(rows // (ranks.tensor if sequence else 1), batch, h, requires_grad=True)
     with _open(model, ranks) as ledger:
         model(x).sum().backward()
-    return _rows(ledger)
+    return ledger.entries
 
 
-def model_step(tree: dict[str, Any]) -> tuple[list[Row], list[str]]:
+def model_step(tree: dict[str, Any]) -> tuple[list[Entry], list[str]]:
     """A GPTModel's forward and backward: the rows, and the names of what the ledger changed in loss and gradients."""
     config = reading.from_tree(tree)
     ranks = _join(config.parallel.tensor)
@@ -84,10 +75,10 @@ def model_step(tree: dict[str, Any]) -> tuple[list[Row], list[str]]:
         results.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}})
     changed = [name for name in results[0] if not all(torch.equal(results[0][name], other[name]) for other in results[1:])]
     hooked = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
-    return _rows(ledger), changed + hooked
+    return ledger.entries, changed + hooked
 
 
-def engine_step(tree: dict[str, Any]) -> tuple[list[Row], dict[str, int]]:
+def engine_step(tree: dict[str, Any]) -> tuple[list[Entry], dict[str, int]]:
     """An optimiser step of the engine; the rows, and the elements of every parameter of the rank."""
     config = reading.from_tree(tree)
     ranks = _join(config.parallel.tensor)
@@ -105,7 +96,7 @@ def engine_step(tree: dict[str, Any]) -> tuple[list[Row], dict[str, int]]:
     with _open(model, ranks) as ledger:
         engines.train_step(engine, loss, iter([tokens]), config.train.clip)
     engines.destroy(engine)
-    return _rows(ledger), sizes
+    return ledger.entries, sizes
 
 
 def _exchanges(rank: int) -> dict[str, Callable[[], Any]]:
@@ -151,18 +142,18 @@ def _coalesced(collective: Callable[..., Any], *calls: list[Tensor]) -> None:
             collective(*tensors)
 
 
-def each_collective() -> dict[str, list[Row]]:
+def each_collective() -> dict[str, list[Entry]]:
     """The rows of every collective by itself, outside of any module."""
     ranks = _join(2)
     rows = {}
     for name, exchange in _exchanges(ranks.rank).items():
         with Ledger(nn.Identity(), {}) as ledger:
             exchange()
-        rows[name] = _rows(ledger)
+        rows[name] = ledger.entries
     return rows
 
 
-def labels() -> tuple[list[Row], str]:
+def labels() -> tuple[list[Entry], str]:
     """Two groups of the same ranks under two labels; a group that two labels name."""
     ranks = _join(2)
     with Ledger(nn.Identity(), {"tensor": ranks.tensor_group, "all": dist.group.WORLD}) as ledger:
@@ -171,8 +162,8 @@ def labels() -> tuple[list[Row], str]:
     try:
         Ledger(nn.Identity(), {"tensor": ranks.tensor_group, "model": ranks.tensor_group})
     except ValueError as error:
-        return _rows(ledger), str(error)
-    return _rows(ledger), ""
+        return ledger.entries, str(error)
+    return ledger.entries, ""
 
 
 def unknown() -> str:
@@ -230,7 +221,7 @@ class _Nest(nn.Module):
         return _SumBackward.apply(y)
 
 
-def nested(recompute: bool | None) -> list[Row]:
+def nested(recompute: bool | None) -> list[Entry]:
     """Places and purposes in a module within a module; recompute: None, or whether the checkpoint is reentrant."""
     _join(2)
     model = nn.ModuleDict({"outer": _Nest(recompute)})
@@ -239,7 +230,7 @@ def nested(recompute: bool | None) -> list[Row]:
         y = model["outer"](x)
         dist.all_reduce(torch.zeros(2))
         y.sum().backward()
-    return _rows(ledger)
+    return ledger.entries
 
 
 class _Refuses(nn.Module):
@@ -247,7 +238,7 @@ class _Refuses(nn.Module):
         raise ValueError("refused")
 
 
-def exception() -> tuple[int, list[Row]]:
+def exception() -> tuple[int, list[Entry]]:
     """An exception in a module's forward: the hooks left behind, and what a collective after it, still in the ledger, is called."""
     _join(2)
     model = nn.Sequential(nn.Identity(), _Refuses())
@@ -259,4 +250,4 @@ def exception() -> tuple[int, list[Row]]:
         raise KeyError
     dist.all_reduce(torch.zeros(2))
     left = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_hooks_always_called) for m in model.modules())
-    return left, _rows(ledger)
+    return left, ledger.entries
