@@ -170,7 +170,7 @@ class _Frame(NamedTuple):
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the collectives issued while it is open; opened again, it goes on counting. It changes no result.
+    """Counts the collectives issued while it is open; opened again later, it goes on counting. It changes no result.
 
     ``groups`` names process groups; another one is called by its ranks, "ranks 0,2". ValueError if two labels name one group.
 
@@ -221,7 +221,8 @@ class Ledger(TorchDispatchMode):
         return sum((entry.elements for entry in self.select(**match)), Fraction())
 
     def __enter__(self) -> Ledger:
-        assert not self._hooks, "the ledger is open already"
+        if self._hooks:
+            raise RuntimeError("the ledger is open already")
         self._thread = threading.get_ident()
         for name, module in self._modules.items():  # outermost of the module's hooks: theirs may communicate too (ZeRO 3)
             self._hooks.append(module.register_forward_pre_hook(functools.partial(self._enter, name), prepend=True))

@@ -184,7 +184,7 @@ def test_counts_are_exact_and_sums_select() -> None:
     parts = [torch.zeros(n) for n in (2, 5, 1)]
     model = nn.ModuleDict({"a": nn.Identity(), "ab": nn.Identity()})
     model["a"].register_forward_hook(lambda *_: dist.all_reduce(torch.zeros(5)))
-    model["ab"].register_forward_hook(lambda *_: dist.all_gather(parts, parts[1]))
+    model["ab"].register_forward_hook(lambda *_: dist.all_to_all(parts, parts))
     assert dist.group.WORLD
     ledger = Ledger(model, {"all": dist.group.WORLD})
     for _ in range(2):
@@ -194,10 +194,12 @@ def test_counts_are_exact_and_sums_select() -> None:
             dist.reduce_scatter_tensor(torch.zeros(7, dtype=torch.float64), torch.zeros(21, dtype=torch.float64))
     assert ledger.entries == [
         Entry("all_reduce", "all", "a", "forward", 2, Fraction(40, 3), Fraction(160, 3)),
-        Entry("all_gather", "all", "ab", "forward", 2, Fraction(6), Fraction(24)),
+        Entry("all_to_all", "all", "ab", "forward", 2, Fraction(6), Fraction(24)),
         Entry("reduce_scatter", "all", "", "other", 2, Fraction(28), Fraction(224)),
     ]
     assert ledger.elements() == Fraction(40, 3) + 34
     assert ledger.elements(place="a") == Fraction(40, 3)
     assert ledger.elements(place="") == ledger.elements(kind="reduce_scatter") == ledger.elements(purpose="other") == 28
+    with ledger, pytest.raises(RuntimeError, match="open already"):
+        ledger.__enter__()
     assert ledger.elements(group="tensor") == ledger.elements(place="a", purpose="other") == 0
