@@ -203,3 +203,24 @@ def test_counts_are_exact_and_sums_select() -> None:
     with ledger, pytest.raises(RuntimeError, match="open already"):
         ledger.__enter__()
     assert ledger.elements(group="tensor") == ledger.elements(place="a", purpose="other") == 0
+
+
+class _Penalty(nn.Module):
+    """Takes a gradient in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        y.register_hook(lambda gradient: dist.all_reduce(gradient.clone()))
+        return torch.autograd.grad(y.sum(), x)[0]
+
+
+@pytest.mark.usefixtures("three_ranks")
+def test_a_backward_pass_within_a_forward_is_backward() -> None:
+    model = _Penalty()
+    with Ledger(model, {}) as ledger:
+        model(torch.ones(1, 2, requires_grad=True))
+    assert [(row.place, row.purpose) for row in ledger.entries] == [("inner", "backward")]
