@@ -144,7 +144,7 @@ def guided_linear(group: Group, h: int, role: Role) -> Iterator[Moved]:
 
 
 def layer_traffic(config: Config, layer: int, *, guide: bool = False) -> list[Moved]:
-    """A transformer layer's, by place in it; with ``guide`` that of its guides, drawn, alone."""
+    """A transformer layer's, by place in it; with ``guide`` what its guides add where they are drawn."""
     group, h, f = group_of(config), config.model.width, config.ffn_width
     structure, specs = ffn_structure(config, layer), layer_tensors(config, layer)
     moved: list[Moved] = []
@@ -164,12 +164,17 @@ def layer_traffic(config: Config, layer: int, *, guide: bool = False) -> list[Mo
         else:
             own = {key.rpartition(".")[2]: spec for key, spec in specs.items() if key.startswith(f"{name}.")}
             at(name, structured_linear(group, structure, way, inputs, outputs, own, config.recompute == "bottleneck"))
-    if guide:
-        return moved
-    at("self_attention.linear_qkv", dense_linear(group, "column", h, h))
-    at("self_attention.linear_proj", dense_linear(group, "row", h, h))
+    if not guide:
+        at("self_attention.linear_qkv", dense_linear(group, "column", h, h))
+        at("self_attention.linear_proj", dense_linear(group, "row", h, h))
+    if config.recompute == "full":  # forward again, up to the last tensor that backward reads: a dense layer's last sum is not
+        moved += [
+            replace(one, purpose="backward")
+            for one in moved
+            if one.purpose == "forward" and not (structure.kind == "dense" and one.place == "mlp.linear_fc2")
+        ]
     for name, spec in specs.items():
-        if len(spec.shape) == 1:  # norms, and biases of row-parallel linears
+        if len(spec.shape) == 1 and not guide:  # norms, and biases of row-parallel linears
             at(name, group.sum_gradient(spec))
     return moved
 

@@ -34,6 +34,7 @@ sys.path.insert(
 
 from bench import rows
 from bench.naive_split import NaiveMLP
+
 from sffn_dist.parallel import host, topology
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.linears import StructuredColumnParallelLinear, StructuredRowParallelLinear

@@ -30,6 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sffn_dist.parallel import ledger
+
 Tokens = Literal["tokens", "replicated", "caller"]
 
 
@@ -158,7 +160,8 @@ def _flat(parts: Tensor) -> Tensor:
 
 def sum_gradient(gradient: Tensor, group: dist.ProcessGroup) -> Pending:
     """The gradient of a parameter that every rank holds and each has a part of; ``gradient`` is used up."""
-    return all_reduce(gradient, group)
+    with ledger.purpose("gradient"):
+        return all_reduce(gradient, group)
 
 
 def sum_partial_gradients(module: nn.Module, group: dist.ProcessGroup) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from sffn_dist.parallel import host, topology
 from sffn_dist.parallel.collectives import sum_partial_gradients
 from sffn_dist.parallel.feed_forward import StructuredMLP
+from sffn_dist.parallel.ledger import Ledger
 from sffn_dist.parallel.linears import StructuredColumnParallelLinear, StructuredRowParallelLinear
 from sffn_dist.parallel.split import shard, unshard
 from sffn_dist.shapes import Structure, linear_tensors
@@ -58,7 +61,7 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 def _ours(
     structure: Structure, h: int, f: int, gated: bool, bias: bool, sequence: bool, alpha: float | None, recompute: str, p: int
-) -> StructuredMLP:
+) -> MLP:
     config = TransformerConfig(
         num_layers=1,
         hidden_size=h,
@@ -75,6 +78,8 @@ def _ours(
         use_cpu_initialization=True,
         perform_initialization=False,
     )
+    if structure.kind == "dense":
+        return MLP(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), ffn_hidden_size=f)
     params = {"structure": structure, "guide": alpha is not None}
     linears = MLPSubmodules(
         linear_fc1=ModuleSpec(StructuredColumnParallelLinear, params=params),
@@ -125,6 +130,30 @@ def feed_forward_errors(
             if spec.cut is None:  # replicas: bit-identical
                 assert all(torch.equal(part, parts[0]) for part in parts), f"{role}.{name}: replicated gradients differ"
     return errors
+
+
+def traffic(
+    kind: str, rank: int | None, blocks: int | None, h: int, f: int, gated: bool, sequence: bool, alpha: float | None,
+    rows: int, batch: int, recompute: str,
+) -> dict[tuple[str, str, str], Fraction]:  # fmt: skip
+    """Elements that this rank receives in forward and backward of one layer, by (linear, purpose, kind); dense is Megatron's own."""
+    ranks = join()
+    p, structure = ranks.tensor, Structure(kind, rank, blocks)
+    mlp = _ours(structure, h, f, gated, False, sequence, alpha, recompute, p)
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter)
+    for linear in (mlp.linear_fc1, mlp.linear_fc2):
+        linear.guide_weight = alpha
+    x = torch.randn(rows // p if sequence else rows, batch, h, dtype=torch.float64, requires_grad=True)
+    with Ledger(mlp, {"tensor": ranks.tensor_group}) as ledger:
+        mlp(x)[0].sum().backward()
+    found: dict[tuple[str, str, str], Fraction] = {}
+    for entry in ledger.entries:
+        assert entry.group == "tensor"
+        assert entry.bytes == 8 * entry.elements
+        place = entry.place or "both"  # with recompute = bottleneck the layer calls neither of its linears
+        found[place, entry.purpose, entry.kind] = entry.elements
+    return found
 
 
 def join() -> topology.Topology:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sffn_dist.checkpoint.manifest import newest
 from sffn_dist.inference.evaluation import evaluate
 from sffn_dist.inference.generation import sample
 from sffn_dist.parallel import host, topology
+from sffn_dist.parallel.ledger import Ledger
 from sffn_dist.shapes import model_tensors
 from sffn_dist.training import resume
 
@@ -54,6 +56,16 @@ def table_mismatches(tree: dict[str, Any]) -> list[str]:
         if bool(getattr(parameter, "sequence_parallel", False)) != split_by_tokens:
             problems.append(f"{name}: marked sequence_parallel {not split_by_tokens}")
     return problems
+
+
+def traffic(tree: dict[str, Any], guided: bool) -> dict[tuple[str, str, str], tuple[Fraction, Fraction]]:
+    """(Elements, bytes) that this rank receives over the tensor-parallel group in one micro-batch, by (place, purpose, kind)."""
+    model, config, ranks = _model(tree)
+    (models.mix_guide(model, 0.5) if guided else models.unset_guide(model))
+    tokens = _tokens(config, config.train.micro_batch_size)
+    with Ledger(model, {"tensor": ranks.tensor_group}) as ledger:
+        models.token_losses(model, tokens[:, :-1], tokens[:, 1:]).mean().backward()
+    return {(e.place, e.purpose, e.kind): (e.elements, e.bytes) for e in ledger.select(group="tensor") if e.elements}
 
 
 def guided_difference(tree: dict[str, Any]) -> tuple[float, float, int]:

@@ -1,0 +1,171 @@
+"""What a step sends: the ledger's counts equal the formulas, the formulas equal the published table."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sffn_dist import reading
+from sffn_dist.shapes import Structure, linear_tensors
+from sffn_dist.traffic import Group, Moved, dense_linear, feed_forward, layer_traffic, model_traffic, total
+
+LINEARS = Path(__file__).with_name("linear_cases.py")
+MODELS = Path(__file__).with_name("model_cases.py")
+# kind, rank, blocks, h, f
+SHAPES: dict[int, list[tuple[str, int | None, int | None, int, int]]] = {
+    2: [
+        ("dense", None, None, 16, 64),
+        ("low_rank", 4, None, 16, 64),
+        ("block_dense", 8, 4, 16, 64),
+        ("block_dense", 6, 1, 16, 64),
+        ("block_shuffle", None, 4, 16, 64),
+        ("block_shuffle", None, 1, 16, 64),
+    ],
+    4: [
+        ("dense", None, None, 16, 64),
+        ("low_rank", 4, None, 16, 64),
+        ("block_dense", 8, 4, 16, 64),
+        ("block_dense", 8, 2, 16, 64),
+        ("block_shuffle", None, 4, 16, 64),
+        ("block_shuffle", None, 2, 16, 64),
+        ("block_shuffle", None, 4, 24, 48),  # f + h < p h: the features are turned
+    ],
+}
+
+
+def table(kind: str, rank: int | None, blocks: int | None, h: int, f: int, p: int, t: int) -> dict[str, Fraction]:
+    """The table written out: elements a token and rank, each x (p-1)/p, the gradients' for t tokens."""
+    b, r = blocks or 1, rank or 0
+    g = min(b, p)  # groups of blocks; where ranks are more, BlockShuffle's second linear cuts q groups of the other blocks too
+    q = math.gcd(b, p // g)
+    part = Fraction(p - 1, p)
+    if kind == "dense":
+        columns = 2 * h, 3 * h, 0, 2 * h, 2 * h
+    elif kind == "low_rank":
+        columns = 2 * r, 2 * r, Fraction(4 * h * r, t), 2 * r, 2 * r
+    elif kind == "block_dense":
+        gathered = r if b >= p else 2 * r
+        columns = r + Fraction(r, g), r + Fraction(r, g), Fraction(2 * h * r * (1 + b), b * t), gathered, 2 * r
+    else:
+        second = min(Fraction(h, q), Fraction(f + h, p)) if b >= p else Fraction(h, q)
+        turned = b >= p and f + h < p * h
+        without = (Fraction(f, p) + h,) * 2 if turned else (2 * h, h if b >= p else 2 * h)
+        columns = Fraction(h, g) + second, Fraction(h, g) + second, Fraction(4 * h * h, b * t), *without
+    names = ("forward", "backward", "gradient", "forward without SP", "backward without SP")
+    return {name: part * column for name, column in zip(names, columns, strict=True)}
+
+
+@pytest.mark.parametrize(("p", "shape"), [(p, shape) for p in SHAPES for shape in SHAPES[p]], ids=str)
+def test_the_table(ranks: Callable[..., Any], p: int, shape: tuple[Any, ...]) -> None:
+    """The ledger of p ranks, per token, equals the table, for every structure, with and without sequence parallelism."""
+    expected = table(*shape, p, 12)
+    for sequence in (True, False):
+        found = ranks(p, p).run(LINEARS, "traffic", **case(shape, sequence=sequence, rows=4, batch=3))
+        assert all(counts == found[0] for counts in found), "ranks receive different amounts"
+        sums: dict[str, Fraction] = defaultdict(Fraction)
+        for (_, purpose, _), elements in found[0].items():
+            sums[purpose] += elements / 12
+        suffix = "" if sequence else " without SP"
+        assert sums["forward"] == expected[f"forward{suffix}"]
+        assert sums["backward"] == expected[f"backward{suffix}"]
+        assert sums["gradient"] == (expected["gradient"] if sequence else 0)
+
+
+def case(shape: tuple[Any, ...], **more: Any) -> dict[str, Any]:
+    return {
+        **dict(zip(("kind", "rank", "blocks", "h", "f"), shape, strict=True)),
+        "gated": False,
+        "alpha": None,
+        "recompute": "none",
+        "rows": 8,
+        "batch": 3,
+        **more,
+    }
+
+
+def by_kind(moved: Iterable[Moved]) -> dict[tuple[str, str], Fraction]:
+    sums: dict[tuple[str, str], Fraction] = defaultdict(Fraction)
+    for one in moved:
+        sums[one.purpose, one.kind] += one.elements
+    return {key: elements for key, elements in sums.items() if elements}
+
+
+@pytest.mark.parametrize(("p", "shape"), [(p, shape) for p in SHAPES for shape in SHAPES[p]], ids=str)
+def test_layers_send_what_is_predicted(ranks: Callable[..., Any], p: int, shape: tuple[Any, ...]) -> None:
+    """By purpose and kind of collective: gated or not, with the guide, keeping the bottlenecks alone."""
+    kind, rank, blocks, h, f = shape
+    switches = itertools.product([True, False], [True, False], [None, 0.5], ["none", "bottleneck"])
+    for sequence, gated, alpha, recompute in switches:
+        if kind == "dense" and (alpha or recompute != "none"):
+            continue
+        arguments = case(shape, sequence=sequence, gated=gated, alpha=alpha, recompute=recompute)
+        group = Group(p, 24, sequence)
+        expected = feed_forward(group, Structure(kind, rank, blocks), h, f, gated=gated, narrow=recompute == "bottleneck")
+        if alpha:
+            expected += [*dense_linear(group, "column", h, h), *dense_linear(group, "row", h, h)]
+        found: dict[tuple[str, str], Fraction] = defaultdict(Fraction)
+        for (_, purpose, way), elements in ranks(p, p).run(LINEARS, "traffic", **arguments)[0].items():
+            found[purpose, way] += elements
+        assert found == by_kind(expected), arguments
+
+
+def tree(kind: str, sequence: bool, **extra: Any) -> dict[str, Any]:
+    model = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "attention_dim": 32, "sequence": 8, "vocab": 64}
+    return {
+        "model": {**model, **extra.pop("model", {})},
+        "ffn": {"kind": kind, "width": 64, "rank": 8, "blocks": 4, "dense_layers": [0]},
+        "guide": {"mode": "fixed_step", "share": 0.5},
+        "train": {"steps": 4, "global_batch_size": 2, "micro_batch_size": 2},
+        "parallel": {"tensor": 2, "sequence": sequence},
+        "recompute": "none",
+        **extra,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("low_rank", {}),
+        ("block_dense", {"recompute": "full"}),
+        ("block_shuffle", {"recompute": "bottleneck", "model": {"activation": "swiglu", "norm": "rmsnorm", "bias": False}}),
+        ("low_rank", {"recompute": "bottleneck", "model": {"tie_embeddings": False}}),
+    ],
+    ids=["plain", "full", "bottleneck-swiglu", "bottleneck-untied"],
+)
+@pytest.mark.parametrize("sequence", [True, False])
+def test_models_send_what_is_predicted(ranks: Callable[..., Any], kind: str, sequence: bool, extra: dict[str, Any]) -> None:
+    """Every collective of a micro-batch over the tensor-parallel group, by place, purpose and kind, in elements and bytes."""
+    for guided in (False, True):
+        config = reading.from_tree(tree(kind, sequence, **extra))
+        expected: dict[tuple[str, str, str], list[Fraction]] = defaultdict(lambda: [Fraction(), Fraction()])
+        moved = model_traffic(config)
+        if guided:
+            moved += [
+                Moved(one.purpose, one.kind, one.elements, f"decoder.layers.{layer}.{one.place}")
+                for layer in range(config.model.layers)
+                for one in layer_traffic(config, layer, guide=True)
+            ]
+        for one in moved:
+            place = one.place
+            if config.recompute == "bottleneck" and ".1.mlp.linear_fc" in place and not place.endswith("bias"):
+                place = place.rpartition(".")[0]  # the layer calls neither of its linears
+            sums = expected[place, one.purpose, one.kind]
+            sums[0] += one.elements
+            sums[1] += one.elements * (one.size or 4)
+        found = ranks(2, 2).run(MODELS, "traffic", tree=tree(kind, sequence, **extra), guided=guided)[0]
+        assert found == {key: tuple(sums) for key, sums in expected.items()}
+
+
+def test_one_rank_sends_nothing() -> None:
+    config = reading.from_tree({**tree("low_rank", True), "parallel": {"tensor": 1, "sequence": True}})
+    assert model_traffic(config) == []
+    specs = linear_tensors(Structure("low_rank", 8), "column", 16, 64)
+    assert all(spec.block_groups(1) == (0,) for spec in specs.values())
+    assert total([]) == 0
