@@ -22,10 +22,11 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor, nn
 
-from sffn_dist.parallel import collectives
+from sffn_dist.parallel import collectives, sharded_state
 from sffn_dist.parallel.split import shard
+from sffn_dist.parallel.standalone import check_sizes, check_structure, draw_alike
 from sffn_dist.shapes import Layout, Role, Structure, TensorSpec, inner_layout, linear_tensors
-from sffn_dist.structured import initialisation, maps
+from sffn_dist.structured import maps
 
 
 class StructuredLinear(nn.Module):
@@ -60,6 +61,9 @@ class StructuredLinear(nn.Module):
         self.ranks, self.rank = self.group.size(), self.group.rank()
         self.sequence_parallel = bool(config.sequence_parallel) and self.ranks > 1
         self.halves = 2 if gated else 1
+        self.is_expert = is_expert
+        check_structure(structure)
+        check_sizes(structure, input_size, output_size // self.halves)
         self.guide_weight: float | None = None
         self.specs = linear_tensors(structure, self.role, input_size, output_size, gated=gated, bias=bias, guide=guide)
         for name, spec in self.specs.items():
@@ -67,10 +71,11 @@ class StructuredLinear(nn.Module):
         for name in ("guide", "bias"):
             if name not in self.specs:
                 self.register_parameter(name, None)
+        self.register_load_state_dict_pre_hook(sharded_state.restore_names)
 
     def _parameter(self, name: str, spec: TensorSpec) -> nn.Parameter:
         on_host = self.config.use_cpu_initialization
-        device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+        device = "cpu" if on_host else torch.cuda.current_device()
         parameter = nn.Parameter(torch.zeros(spec.local_shape(self.ranks), dtype=self.config.params_dtype, device=device))
         # read by gradient norms (a replicated parameter counts once) and by sum_partial_gradients
         marks: dict[str, Any] = {
@@ -78,20 +83,27 @@ class StructuredLinear(nn.Module):
             "partition_dim": spec.partition_dim(self.ranks),
             "partition_stride": 1,
             "sequence_parallel": spec.cut is None and self.sequence_parallel,
-            "allreduce": True,
+            # Megatron reduces an expert's gradients over the experts' data-parallel group
+            "allreduce": not (self.is_expert and self.config.expert_model_parallel_size > 1),
         }
         for mark, value in marks.items():
             setattr(parameter, mark, value)
         return parameter
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
-        """The paper's initialisation; every tensor-parallel rank draws the full factors from an equal generator and cuts them."""
-        full = initialisation.draw(
-            self.structure, self.input_size, self.output_size, std, generator, guide=self.guide is not None
-        )
+    def reset_parameters(self, generator: torch.Generator | None = None, std: float | None = None) -> None:
+        """The paper's initialisation, one full draw cut for every tensor-parallel rank; ``std`` is config.init_method_std, or 0.02."""
+        std = getattr(self.config, "init_method_std", 0.02) if std is None else std
+        sizes = self.input_size, self.output_size
+        full = draw_alike(self.structure, self.specs, sizes, std, generator, self.group, expert=self.is_expert)
         for name, tensor in full.items():
             getattr(self, name).copy_(shard(tensor, self.specs[name], self.ranks, self.rank))
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: sharded_state.Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """For megatron-core's ``dist_checkpointing``: see :mod:`sffn_dist.parallel.sharded_state`."""
+        return sharded_state.linear_sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
     @property
     def factors(self) -> dict[str, Tensor]:
