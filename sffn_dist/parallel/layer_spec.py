@@ -89,12 +89,11 @@ def structured_layer_spec(
     layer = spec.submodules
     if base is None:
         layer.input_layernorm = layer.pre_mlp_layernorm = NormLayer
-    mlp = getattr(layer, "mlp", None)
+    mlp: Any = getattr(layer, "mlp", None)
     held = getattr(mlp, "submodules", None)
     if not isinstance(held, MLPSubmodules):
-        module = getattr(getattr(mlp, "module", mlp), "__name__", mlp)
         raise ValueError(
-            f"base: its mlp is {module}, not built of two linears (MLPSubmodules); "
+            f"base: its mlp is {getattr(mlp, 'module', mlp)}, not built of two linears (MLPSubmodules); "
             "for experts put structured_mlp_submodules() into their own spec"
         )
     if layer.pre_mlp_layernorm is IdentityOp:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -26,6 +30,7 @@ from sffn_dist.parallel.split import part_view, shard
 from sffn_dist.shapes import TensorSpec
 
 VOCAB, LENGTH = 32, 8
+Named = dict[str, tuple[nn.Parameter, Tensor, TensorSpec, StructuredLinear]]  # parameter, its value, its spec, its linear
 
 
 def _groups(tensor: int) -> None:
@@ -131,12 +136,13 @@ def wrong_after_load(tensor: int, structure: dict[str, Any], gated: bool, folder
     return [name for name, (parameter, value, _) in _owned(model).items() if not torch.equal(parameter.detach(), value)]
 
 
-def first_weights(tensor: int, structure: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Every structured parameter as megatron-core's own construction leaves it; the ranks' generators disagree."""
+def first_weights(tensor: int, structure: dict[str, Any], seed: int, std: float = 0.2) -> dict[str, tuple[Any, bool]]:
+    """Every structured parameter as its construction leaves it, and whether it is replicated; the ranks' random states disagree."""
     _groups(tensor)
     torch.manual_seed(seed + dist.get_rank())
-    model = _gpt(_config(tensor), structure)
-    return {name: parameter.detach().numpy() for name, (parameter, _, spec) in _owned(model).items() if spec is not None}
+    model = _gpt(_config(tensor, init_method_std=std), structure)
+    owned = _owned(model).items()
+    return {name: (parameter.detach().numpy(), spec.cut is None) for name, (parameter, _, spec) in owned if spec is not None}
 
 
 def _moe_groups(layout: str) -> tuple[ProcessGroupCollection, dict[str, Any]]:
@@ -162,41 +168,93 @@ def _moe_groups(layout: str) -> tuple[ProcessGroupCollection, dict[str, Any]]:
     }[layout]
 
 
-def mixture(layout: str, structure: dict[str, Any], gated: bool, ranks: int) -> dict[str, Any]:
-    """Output and gradients of megatron-core's MoELayer over two structured experts; of all tokens, of each expert by its number.
-
-    ``ranks`` is how many ranks the tokens lie on in the layouts compared; layout "one" takes them all.
-    """
-    tensor = layout == "tensor"
-    _groups(ranks if tensor else 1)
+def _mixture(layout: str, structure: dict[str, Any], gated: bool, ranks: int, bias: bool = False) -> tuple[MoELayer, Named]:
+    """megatron-core's MoELayer over two structured experts, and every expert's parameters by the expert's number."""
+    _groups(ranks if layout == "tensor" else 1)
     collection, sizes = _moe_groups(layout)
     config = _config(
         **sizes, num_moe_experts=2, moe_router_topk=2, moe_router_load_balancing_type="none", moe_token_dispatcher_type="allgather",
-        add_bias_linear=False, moe_ffn_hidden_size=48, gated_linear_unit=gated, activation_func=F.silu if gated else F.gelu,
+        add_bias_linear=bias, moe_ffn_hidden_size=48, gated_linear_unit=gated, activation_func=F.silu if gated else F.gelu,
         params_dtype=torch.float64, moe_router_dtype="fp64",
     )  # fmt: skip
     experts = ModuleSpec(module=SequentialMLP, submodules=structured_mlp_submodules(**structure))
     layer = MoELayer(config, MoESubmodules(experts=experts), layer_number=1, pg_collection=collection)
-    rank = 0 if layout == "one" else dist.get_rank()
-    named: dict[str, tuple[nn.Parameter, TensorSpec, int, int]] = {}
-    with torch.no_grad():
-        layer.router.weight.copy_(_full("router", tuple(layer.router.weight.shape), torch.float64))
-        for number, expert in zip(layer.local_expert_indices, layer.experts.local_experts, strict=True):
-            for name in ("linear_fc1", "linear_fc2"):
-                linear = getattr(expert, name)
-                for leaf, spec in linear.specs.items():
-                    key, parameter = f"{number}.{name}.{leaf}", getattr(linear, leaf)
-                    parameter.copy_(shard(_full(key, spec.shape, torch.float64), spec, linear.ranks, linear.rank))
-                    named[key] = parameter, spec, linear.ranks, linear.rank
-    x_all, weight = (_full(name, (4 * ranks, 3, config.hidden_size), torch.float64) for name in ("x", "output"))
-    mine = slice(None) if layout == "one" else slice(4 * rank, 4 * rank + 4)
+    named: Named = {}
+    for number, expert in zip(layer.local_expert_indices, layer.experts.local_experts, strict=True):
+        for name in ("linear_fc1", "linear_fc2"):
+            linear = getattr(expert, name)
+            for leaf, spec in linear.specs.items():
+                full = _full(f"{number}.{name}.{leaf}", spec.shape, torch.float64)
+                value = shard(full, spec, linear.ranks, linear.rank)
+                named[f"{number}.{name}.{leaf}"] = getattr(linear, leaf), value, spec, linear
+    return layer, named
+
+
+@torch.no_grad()
+def _set_mixture(layer: MoELayer, named: Named) -> None:
+    for name, parameter in layer.router.named_parameters():
+        parameter.copy_(_full(f"router.{name}", tuple(parameter.shape), torch.float64))
+    for parameter, value, _, _ in named.values():
+        parameter.copy_(value)
+
+
+def mixture(layout: str, structure: dict[str, Any], gated: bool, bias: bool, ranks: int) -> dict[str, Any]:
+    """Output and gradients for this rank's tokens; gradients of its experts, in place in the full tensor, and if they are replicated.
+
+    ``ranks`` is how many ranks the tokens lie on in the layouts compared; layout "one" takes them all.
+    """
+    vars(moe_utils).setdefault("te_general_gemm", None)  # megatron-core 0.16.1 leaves it undefined without Transformer Engine
+    layer, named = _mixture(layout, structure, gated, ranks, bias)
+    _set_mixture(layer, named)
+    x_all, weight = (_full(name, (4 * ranks, 3, layer.config.hidden_size), torch.float64) for name in ("x", "output"))
+    mine = slice(None) if layout == "one" else slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
     x = x_all[mine].clone().requires_grad_()
-    y, bias = layer(x)
-    assert bias is None
+    y, left_bias = layer(x)
+    assert left_bias is None
     (y * weight[mine]).sum().backward()
     gradients = {}
-    for key, (parameter, spec, p, own) in named.items():
+    for key, (parameter, _, spec, linear) in named.items():
         held = torch.zeros(spec.shape, dtype=torch.float64)
-        part_view(held, spec, p, own).copy_(parameter.grad.reshape(part_view(held, spec, p, own).shape))
+        part = part_view(held, spec, linear.ranks, linear.rank)
+        part.copy_(parameter.grad.reshape(part.shape))
         gradients[key] = held.numpy(), spec.cut is None
     return {"y": y.detach().numpy(), "x": x.grad.numpy(), "gradients": gradients}
+
+
+def save_mixture(layout: str, structure: dict[str, Any], bias: bool, ranks: int, folder: str) -> None:
+    """A checkpoint of gated experts."""
+    layer, named = _mixture(layout, structure, True, ranks, bias)
+    _set_mixture(layer, named)
+    dist_checkpointing.save(layer.sharded_state_dict(prefix="moe."), folder)
+
+
+def wrong_in_mixture(layout: str, structure: dict[str, Any], bias: bool, ranks: int, folder: str) -> list[str]:
+    """Names of the experts' parameters that a loaded checkpoint does not give back bit for bit."""
+    layer, named = _mixture(layout, structure, True, ranks, bias)
+    loaded = dist_checkpointing.load(layer.sharded_state_dict(prefix="moe."), folder)
+    layer.load_state_dict({name.removeprefix("moe."): value for name, value in loaded.items()})
+    return [name for name, (parameter, value, _, _) in named.items() if not torch.equal(parameter.detach(), value)]
+
+
+def refusal(**arguments: Any) -> str:
+    """What ``structured_layer_spec`` says to these arguments; base "experts" is a layer of experts."""
+    if "base" in arguments:
+        arguments["base"] = get_gpt_layer_local_spec(num_experts=2)
+    try:
+        structured_layer_spec(**arguments)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def check_base_is_kept() -> None:
+    """A base with a norm inside its attention, and with the one before the feed-forward layer fused into a linear."""
+    base = get_gpt_layer_local_spec(qk_layernorm=True)
+    base.submodules.pre_mlp_layernorm = IdentityOp  # Transformer Engine's specs
+    before = copy.deepcopy(base)
+    spec = structured_layer_spec("low_rank", rank=4, base=base)
+    spec.submodules.mlp.params["own"] = spec.submodules.self_attention.params["own"] = True
+    assert base == before
+    assert spec.submodules.self_attention.submodules == base.submodules.self_attention.submodules
+    assert spec.submodules.pre_mlp_layernorm is NormLayer, "the norm would have gone with the linear that held it"
+    assert spec.submodules.mlp.submodules.linear_fc1.params["structure"].rank == 4
