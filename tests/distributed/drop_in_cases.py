@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, optim_state_to_sharding_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -120,20 +121,37 @@ def losses(tensor: int, structure: dict[str, Any], steps: int) -> list[float]:
     return found
 
 
+def _with_moments(model: GPTModel, **metadata: Any) -> tuple[dict[str, Any], torch.optim.Optimizer]:
+    """What a user saves and loads: the weights, and the optimizer's moment of each, here twice the weight."""
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"momentum_buffer": 2 * parameter.detach()}
+    weights, state = model.sharded_state_dict(metadata=metadata or None), optimizer.state_dict()
+    of_parameter = get_param_id_to_sharded_param_map(weights, model.parameters())
+    optim_state_to_sharding_state(state, of_parameter)
+    return {"model": weights, "optimizer": state}, optimizer
+
+
 def save(tensor: int, structure: dict[str, Any], gated: bool, folder: str, **metadata: Any) -> None:
     """A checkpoint of the weights that the names stand for."""
     _groups(tensor)
     model = _gpt(_config(tensor, gated_linear_unit=gated, activation_func=F.silu if gated else F.gelu), structure)
     _set_weights(model)
-    dist_checkpointing.save(model.sharded_state_dict(metadata=metadata or None), folder)
+    dist_checkpointing.save(_with_moments(model, **metadata)[0], folder)
 
 
 def wrong_after_load(tensor: int, structure: dict[str, Any], gated: bool, folder: str, **metadata: Any) -> list[str]:
-    """Names of the parameters that a loaded checkpoint does not give back bit for bit."""
+    """Names of the parameters that a loaded checkpoint does not give back bit for bit, or not their moments."""
     _groups(tensor)
     model = _gpt(_config(tensor, gated_linear_unit=gated, activation_func=F.silu if gated else F.gelu), structure)
-    model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(metadata=metadata or None), folder))
-    return [name for name, (parameter, value, _) in _owned(model).items() if not torch.equal(parameter.detach(), value)]
+    template, optimizer = _with_moments(model, **metadata)
+    loaded = dist_checkpointing.load(template, folder)
+    model.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    owned = _owned(model).items()
+    wrong = [name for name, (parameter, value, _) in owned if not torch.equal(parameter.detach(), value)]
+    moments = {name: optimizer.state[parameter]["momentum_buffer"] for name, (parameter, _, _) in owned}
+    return wrong + [f"{name}: moment" for name, (_, value, _) in owned if not torch.equal(moments[name], 2 * value)]
 
 
 def first_weights(tensor: int, structure: dict[str, Any], seed: int, std: float = 0.2) -> dict[str, tuple[Any, bool]]:
