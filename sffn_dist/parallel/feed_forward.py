@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sffn_dist.parallel.bottleneck import Column, Row
 from sffn_dist.parallel.collectives import Pending
-from sffn_dist.parallel.linears import StructuredLinear, gradients_of, weights_of
+from sffn_dist.parallel.functions import gradients_of, weights_of
+from sffn_dist.parallel.linears import StructuredLinear
 
 Recompute = Literal["none", "bottleneck"]
 

@@ -1,6 +1,7 @@
 """The host without CUDA: what megatron-core and DeepSpeed need so that the same model runs on gloo.
 
-megatron-core asks ``torch.cuda.current_device()`` for its buffers and forks a CUDA random state; :func:`prepare` answers with the CPU.
+megatron-core asks ``torch.cuda.current_device()`` for its buffers, forks a CUDA random state and waits for CUDA before it writes a
+checkpoint; :func:`prepare` answers for the CPU.
 With CUDA it chooses the rank's device.
 """
 
@@ -79,6 +80,7 @@ def prepare() -> None:
     cpu = torch.device("cpu")
     cuda: Any = torch.cuda
     cuda.current_device = lambda: cpu
+    cuda.synchronize = lambda device=None: None  # its checkpoint writer waits for copies; here they are done when they return
     state: Any = megatron_random
     if not isinstance(state._CUDA_RNG_STATE_TRACKER, CpuRandomTracker):
         state._CUDA_RNG_STATE_TRACKER = CpuRandomTracker()

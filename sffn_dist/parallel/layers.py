@@ -30,7 +30,7 @@ class Norm(nn.Module):
         super().__init__()
         self.rms = config.normalization == "RMSNorm"
         self.shape, self.eps = (hidden_size,), eps
-        device = "cpu" if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.bias = None if self.rms else nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device=device))
         for parameter in self.parameters():

@@ -7,7 +7,7 @@ and the state of the guide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,61 +15,13 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor, nn
 
-from sffn_dist.parallel.bottleneck import Column, Gradients, Half, Row, Weights
+from sffn_dist.parallel import sharded_state
+from sffn_dist.parallel.bottleneck import Column, Half, Row
 from sffn_dist.parallel.collectives import Exchange, Tokens
+from sffn_dist.parallel.functions import ColumnFunction, RowFunction
 from sffn_dist.parallel.split import shard
+from sffn_dist.parallel.standalone import check_sizes, check_structure, draw_alike
 from sffn_dist.shapes import Layout, Role, Structure, TensorSpec, inner_layout, linear_tensors
-from sffn_dist.structured import initialisation
-
-
-class _ColumnFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, half: Column, alpha: float | None, x: Tensor, *parameters: Tensor) -> Tensor:
-        weights = weights_of(parameters, alpha)
-        y, z, _ = half.widen(
-            x, half.exchange.spread(half.narrow(x, weights.first)), weights, alpha
-        )  # of x, own tokens are kept
-        ctx.half, ctx.alpha, ctx.parameters = half, alpha, [parameter.shape for parameter in parameters]
-        ctx.save_for_backward(x, z, *(weight for weight in weights if weight is not None))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, z, *saved = ctx.saved_tensors
-        gradients = ctx.half.backward(grads[0], x, z, Weights(*saved), ctx.alpha)
-        return None, None, gradients.x, *gradients_of(gradients, ctx.parameters)
-
-
-class _RowFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, half: Row, alpha: float | None, x: Tensor, *parameters: Tensor) -> Tensor:
-        weights = weights_of(parameters, alpha)
-        y, read, z = half.forward(x, weights, alpha)
-        ctx.half, ctx.alpha, ctx.parameters = half, alpha, [parameter.shape for parameter in parameters]
-        kept = x if alpha is not None else None  # only the guide reads the features as they came
-        ctx.save_for_backward(kept, read, z, *(weight for weight in weights if weight is not None))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, read, z, *saved = ctx.saved_tensors
-        weights = Weights(*saved)
-        begun = ctx.half.begin_backward(grads[0], z, weights, ctx.alpha)
-        gradients = ctx.half.finish_backward(begun, read if x is None else x, read, weights)
-        return None, None, gradients.x, *gradients_of(gradients, ctx.parameters)
-
-
-def weights_of(parameters: Sequence[Tensor], alpha: float | None) -> Weights:
-    """The weights that take part, of a linear's [first, second] or [first, second, guide]."""
-    return Weights(*(parameters if alpha is not None else parameters[:2]))
-
-
-def gradients_of(gradients: Gradients, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-    """Gradients in the order of a linear's parameters. An undrawn guide's is zero, not absent: ZeRO-3 would apply the last step's again."""
-    found = (gradients.first, gradients.second)
-    if len(shapes) == 2:
-        return found
-    return *found, gradients.first.new_zeros(shapes[2]) if gradients.guide is None else gradients.guide
 
 
 class StructuredLinear(nn.Module):
@@ -104,6 +56,9 @@ class StructuredLinear(nn.Module):
         self.ranks, self.rank = self.group.size(), self.group.rank()
         self.sequence_parallel = bool(config.sequence_parallel) and self.ranks > 1 and not is_expert
         self.halves = 2 if gated else 1
+        self.is_expert = is_expert
+        check_structure(structure)
+        check_sizes(structure, input_size, output_size // self.halves)
         self.guide_weight: float | None = None
         self.specs = linear_tensors(structure, self.role, input_size, output_size, gated=gated, bias=bias, guide=guide)
         for name, spec in self.specs.items():
@@ -111,11 +66,12 @@ class StructuredLinear(nn.Module):
         for name in ("guide", "bias"):
             if name not in self.specs:
                 self.register_parameter(name, None)
+        self.register_load_state_dict_pre_hook(sharded_state.restore_names)
         self.split = self._split("tokens" if self.sequence_parallel else "caller" if is_expert else "replicated")
 
     def _parameter(self, name: str, spec: TensorSpec) -> nn.Parameter:
         on_host = self.config.use_cpu_initialization
-        device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+        device = "cpu" if on_host else torch.cuda.current_device()
         parameter = nn.Parameter(torch.zeros(spec.local_shape(self.ranks), dtype=self.config.params_dtype, device=device))
         # read by gradient norms (a replicated parameter counts once) and by whoever sums what is sequence_parallel: the bias alone, which
         # is added to the rank's own tokens; a factor's gradient leaves backward complete
@@ -124,20 +80,27 @@ class StructuredLinear(nn.Module):
             "partition_dim": spec.partition_dim(self.ranks),
             "partition_stride": 1,
             "sequence_parallel": name == "bias" and spec.cut is None and self.sequence_parallel,
-            "allreduce": True,
+            # Megatron reduces an expert's gradients over the experts' data-parallel group
+            "allreduce": not (self.is_expert and self.config.expert_model_parallel_size > 1),
         }
         for mark, value in marks.items():
             setattr(parameter, mark, value)
         return parameter
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
-        """The paper's initialisation; every tensor-parallel rank draws the full factors from an equal generator and cuts them."""
-        full = initialisation.draw(
-            self.structure, self.input_size, self.output_size, std, generator, guide=self.guide is not None
-        )
+    def reset_parameters(self, generator: torch.Generator | None = None, std: float | None = None) -> None:
+        """The paper's initialisation, one full draw cut for every tensor-parallel rank; ``std`` is config.init_method_std, or 0.02."""
+        std = getattr(self.config, "init_method_std", 0.02) if std is None else std
+        sizes = self.input_size, self.output_size
+        full = draw_alike(self.structure, self.specs, sizes, std, generator, self.group, expert=self.is_expert)
         for name, tensor in full.items():
             getattr(self, name).copy_(shard(tensor, self.specs[name], self.ranks, self.rank))
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: sharded_state.Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """For megatron-core's ``dist_checkpointing``: see :mod:`sffn_dist.parallel.sharded_state`."""
+        return sharded_state.linear_sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
     @property
     def factors(self) -> dict[str, Tensor]:
@@ -151,6 +114,17 @@ class StructuredLinear(nn.Module):
 
     def _split(self, tokens: Tokens) -> Half:
         raise NotImplementedError
+
+    @property
+    def explicit_expert_comm(self) -> bool:
+        """Megatron's word for it: tokens are brought and results are summed by the caller, the dispatcher of experts."""
+        return self.split.exchange.tokens == "caller"
+
+    @explicit_expert_comm.setter
+    def explicit_expert_comm(
+        self, value: bool
+    ) -> None:  # a shared expert that overlaps its own exchange sets it after building
+        self.split = self._split("caller" if value else "tokens" if self.sequence_parallel else "replicated")
 
     def _finish(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.skip_bias_add or self.bias is None:
@@ -221,7 +195,7 @@ class StructuredColumnParallelLinear(StructuredLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (S or S/p, batch, h) -> (S, batch, f/p), and the bias if it is left to the caller."""
-        return self._finish(_ColumnFunction.apply(self.split, self.guide_weight, x, *self.weights))
+        return self._finish(ColumnFunction.apply(self.split, self.guide_weight, x, *self.weights))
 
 
 class StructuredRowParallelLinear(StructuredLinear):
@@ -270,4 +244,4 @@ class StructuredRowParallelLinear(StructuredLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (S, batch, f/p) -> (S or S/p, batch, h), and the bias if it is left to the caller."""
-        return self._finish(_RowFunction.apply(self.split, self.guide_weight, x, *self.weights))
+        return self._finish(RowFunction.apply(self.split, self.guide_weight, x, *self.weights))
