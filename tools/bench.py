@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -69,15 +70,15 @@ def tp(args: argparse.Namespace) -> list[dict[str, Any]]:
         "inner": args.inner,
         "tokens": args.tokens,
         "repeats": args.repeats,
-        "sequence": [True, False],
+        "sequence": {"on": [True], "off": [False], "both": [True, False]}[args.sequence],
         "structures": structures,
     }
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks[0])]
-    done = subprocess.run(
-        [*launch, str(BENCH / "tensor_parallel.py"), json.dumps(settings)], stdout=subprocess.PIPE, text=True, check=False
-    )
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONSAFEPATH": "1"}
+    command = [*launch, str(BENCH / "tensor_parallel.py"), json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
     if done.returncode:
-        sys.exit(f"bench: the ranks ended with {done.returncode}")
+        sys.exit(f"{done.stderr}bench: the ranks ended with {done.returncode}")
     found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -120,6 +121,9 @@ def arguments() -> argparse.ArgumentParser:
 
     command("comm", "elements received by a rank, a token; (p-1)/p included", 2048, 8192, [2, 4, 8])
     timing = command("tp", "forward + backward time of one feed-forward layer over p ranks", 1024, 2048, [2])
+    timing.add_argument(
+        "--sequence", choices=("on", "off", "both"), default="on", help="sequence parallelism (default %(default)s)"
+    )
     timing.add_argument("--repeats", type=int, default=15, help="interleaved repeats (default %(default)s)")
     return parser
 

@@ -28,9 +28,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # kernels/, also where PYTHONSAFEPATH keeps the script's folder out
+# kernels/, also where PYTHONSAFEPATH keeps the script's own folder out
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import rows
 from bench.naive_split import NaiveMLP

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from sffn_dist import machine, schedule, shapes
+from sffn_dist import machine, schedule, shapes, traffic
 from sffn_dist.config import Config
 from sffn_dist.rules import unused
 from sffn_dist.telemetry.memory import memory_per_rank
@@ -46,14 +46,58 @@ def plan(config: Config, world: int) -> dict[str, Any]:
         "ranks": {"world": world, "tensor": config.parallel.tensor, "data": data_parallel},
         "accumulation_steps": config.accumulation_steps(data_parallel),
         "memory_per_rank": memory_per_rank(config, precision, data_parallel),
+        "communication": communication(config, precision, data_parallel),
         "unused": unused(config),
     }
 
 
+def communication(config: Config, precision: str, data_parallel: int) -> dict[str, Any]:
+    """What a rank receives from its tensor-parallel group (traffic.py): elements and bytes of a micro-batch by layer, of a step in all.
+
+    ``guide`` is what the guides add where they are drawn, ``all_dense`` what the same model with dense feed-forward layers receives.
+    ZeRO's own traffic, over the data-parallel group, is not in it.
+    """
+    size, steps = 2 if precision == "bf16" else 4, config.accumulation_steps(data_parallel)
+    layers = range(config.model.layers)
+    guides = [moved for layer in layers for moved in traffic.layer_traffic(config, layer, guide=True)]
+    return {
+        "layers": [
+            {
+                "layer": layer,
+                "ffn": config.kind_of_layer(layer),
+                **{place: _received(some, size) for place, some in _by_linear(traffic.layer_traffic(config, layer)).items()},
+            }
+            for layer in layers
+        ],
+        "step": _received(traffic.model_traffic(config), size, steps),
+        "guide": _received(guides, size, steps),
+        "all_dense": _received(traffic.model_traffic(_all_dense(config)), size, steps),
+    }
+
+
+def _by_linear(moved: list[traffic.Moved]) -> dict[str, list[traffic.Moved]]:
+    """Attention's, both feed-forward linears', and the rest, which is the norms' gradients."""
+    places: dict[str, list[traffic.Moved]] = {"attention": [], "linear_fc1": [], "linear_fc2": [], "norms": []}
+    for one in moved:
+        part = "attention" if one.place.startswith("self_attention") else one.place.removeprefix("mlp.").split(".")[0]
+        places[part if part in places else "norms"].append(one)
+    return places
+
+
+def _received(moved: list[traffic.Moved], size: int, times: int = 1) -> dict[str, float]:
+    """Elements by purpose, and bytes."""
+    elements = {purpose: float(times * traffic.total(moved, purpose)) for purpose in ("forward", "backward", "gradient")}
+    return {**elements, "bytes": float(times * sum(one.elements * (one.size or size) for one in moved))}
+
+
+def _all_dense(config: Config) -> Config:
+    recompute = "none" if config.recompute == "bottleneck" else config.recompute
+    return config.model_copy(update={"ffn": config.ffn.model_copy(update={"kind": "dense"}), "recompute": recompute})
+
+
 def _dense_ffn(config: Config) -> int:
     """Parameters of the same feed-forward layers were they all dense."""
-    dense = config.model_copy(update={"ffn": config.ffn.model_copy(update={"kind": "dense"})})
-    return shapes.parameters_by_part(dense)["ffn_dense"]
+    return shapes.parameters_by_part(_all_dense(config))["ffn_dense"]
 
 
 def _phases(clock: schedule.Schedule) -> list[dict[str, Any]]:
@@ -61,6 +105,13 @@ def _phases(clock: schedule.Schedule) -> list[dict[str, Any]]:
     return [
         {"phase": clock.at(first).phase, "first_step": first, "last_step": end - 1} for first, end in itertools.pairwise(edges)
     ]
+
+
+def _layer_line(plan: dict[str, Any]) -> str:
+    """What the feed-forward linears of one layer of each kind receive in a micro-batch."""
+    kinds = {layer["ffn"]: layer for layer in plan["communication"]["layers"]}
+    sums = {kind: layer["linear_fc1"]["bytes"] + layer["linear_fc2"]["bytes"] for kind, layer in kinds.items()}
+    return "a micro-batch's FFN: " + ", ".join(f"{kind} {si(amount, 'B')}" for kind, amount in sums.items())
 
 
 def si(number: float, unit: str = "") -> str:
@@ -100,6 +151,12 @@ def render(plan: dict[str, Any]) -> str:
             f"about {si(memory['total'], 'B')}: " + ", ".join(f"{k} {si(v, 'B')}" for k, v in memory.items() if k != "total"),
         ),
     ]
+    if ranks["tensor"] > 1:
+        received = {key: plan["communication"][key]["bytes"] for key in ("step", "guide", "all_dense")}
+        guide = f", + {si(received['guide'], 'B')} where guides are drawn" if received["guide"] else ""
+        dense = f" (all dense: {si(received['all_dense'], 'B')})" if ffn["kind"] != "dense" else ""
+        layers = f"; {_layer_line(plan)}"
+        lines.append(("received", f"{si(received['step'], 'B')} a rank and step by tensor parallelism{dense}{guide}{layers}"))
     lines += [("unused", f"{key}: {reason}") for key, reason in plan["unused"].items()]
     lines.append(("writes to", plan["run.dir"]))
     return "\n".join(f"  {name:<14} {text}" for name, text in lines)

@@ -156,6 +156,29 @@ def traffic(
     return found
 
 
+def saved_bytes(
+    kind: str, rank: int | None, blocks: int | None, h: int, f: int, gated: bool, sequence: bool, recompute: str, rows: int
+) -> int:
+    """Bytes that one layer keeps for backward on this rank: storages counted once, without parameters."""
+    ranks = join()
+    p, structure = ranks.tensor, Structure(kind, rank, blocks)
+    mlp = _ours(structure, h, f, gated, False, sequence, None, recompute, p)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in mlp.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(rows // p if sequence else rows, 1, h, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = mlp(x)[0]
+    y.sum().backward()
+    return sum(kept.values())
+
+
 def join() -> topology.Topology:
     """This rank's place, all ranks of the pool being one tensor-parallel group."""
     host.prepare()

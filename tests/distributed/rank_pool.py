@@ -5,6 +5,7 @@ As a script: one rank, which reads pickled (file, function, arguments) from stdi
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pickle
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -78,9 +80,18 @@ class RankPool:
         return [answer[1] for answer in answers]
 
     def stop(self) -> None:
+        """Let ranks end by themselves, which ends the helper processes of libraries too; one that is stuck is killed."""
         for process in self._processes:
-            process.kill()
-            process.wait()
+            assert process.stdin
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+        deadline = time.monotonic() + 5.0
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         self._processes.clear()
 
 

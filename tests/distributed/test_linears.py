@@ -48,3 +48,25 @@ def test_ranks_equal_one_device(ranks: Callable[..., Any], shape: tuple[Any, ...
         for errors in ranks(world, world).run(CASES, "feed_forward_errors", **arguments):
             worst = max(errors, key=lambda name: errors[name])
             assert errors[worst] < 1e-12, f"{worst}: {errors[worst]:.1e} in {arguments}"
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("kind", "rank", "blocks", "share"),
+    [("low_rank", 16, None, 1 / 5), ("block_dense", 24, 4, 1 / 5), ("block_shuffle", None, 4, 1 / 3)],
+)
+def test_the_bottlenecks_alone_are_kept(
+    ranks: Callable[..., Any], world: int, kind: str, rank: int | None, blocks: int | None, share: float
+) -> None:
+    """At a third of the dense parameters (h 64, f 256); what is kept is x and both bottlenecks, each split over the ranks."""
+    sizes = {"h": 64, "f": 256, "rows": 16, "gated": False, "sequence": world > 1}
+
+    def kept(kind: str, rank: int | None, blocks: int | None, recompute: str) -> list[int]:
+        structure = {"kind": kind, "rank": rank, "blocks": blocks, "recompute": recompute}
+        return ranks(world, world).run(CASES, "saved_bytes", **structure, **sizes)
+
+    dense, ours = kept("dense", None, None, "none"), kept(kind, rank, blocks, "bottleneck")
+    assert dense == [8 * 16 * (64 + 2 * 256) // world] * world
+    assert ours == [8 * 16 * (64 + 2 * (rank or 64)) // world] * world
+    assert max(ours) <= share * min(dense)
+    assert max(ours) < min(kept(kind, rank, blocks, "none")) / 2

@@ -17,6 +17,7 @@ from sffn_dist.shapes import Structure, linear_tensors
 from sffn_dist.traffic import Group, Moved, dense_linear, feed_forward, layer_traffic, model_traffic, total
 
 LINEARS = Path(__file__).with_name("linear_cases.py")
+TRAINING = Path(__file__).with_name("training_cases.py")
 MODELS = Path(__file__).with_name("model_cases.py")
 # kind, rank, blocks, h, f
 SHAPES: dict[int, list[tuple[str, int | None, int | None, int, int]]] = {
@@ -161,6 +162,17 @@ def test_models_send_what_is_predicted(ranks: Callable[..., Any], kind: str, seq
             sums[1] += one.elements * (one.size or 4)
         found = ranks(2, 2).run(MODELS, "traffic", tree=tree(kind, sequence, **extra), guided=guided)[0]
         assert found == {key: tuple(sums) for key, sums in expected.items()}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_step_receives_what_the_plan_says(ranks: Callable[..., Any], stage: int) -> None:
+    """A step of the engine with two micro-batches; ZeRO adds nothing to the tensor-parallel group's forward, backward, gradients."""
+    train = {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2}
+    config = {**tree("block_dense", True, recompute="bottleneck"), "train": train, "zero": {"stage": stage}}
+    for found, planned in ranks(2, 2).run(TRAINING, "received", tree=config):
+        assert found == {purpose: planned[purpose] for purpose in found}
+        assert all(found.values())
+        assert planned["bytes"] == 4 * sum(found.values())
 
 
 def test_one_rank_sends_nothing() -> None:

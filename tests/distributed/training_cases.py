@@ -18,7 +18,9 @@ from sffn_dist.checkpoint import store
 from sffn_dist.checkpoint.manifest import Manifest, newest
 from sffn_dist.data.batches import Batches
 from sffn_dist.parallel import host, topology
+from sffn_dist.parallel.ledger import Ledger
 from sffn_dist.shapes import model_tensors
+from sffn_dist.telemetry.plan import communication
 from sffn_dist.training import engine as engines
 from sffn_dist.training import resume
 
@@ -80,6 +82,28 @@ def train(
         save(engine, config, ranks, steps)
     engines.destroy(engine)
     return result
+
+
+def received(tree: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Elements by purpose that this rank receives from its tensor-parallel group in one step of the engine; what the plan says."""
+    config = reading.from_tree(tree)
+    ranks = join(config)
+    model = models.build(config, "fp32", ranks)
+    resume.prepare_weights(model, config, ranks, None)
+    engine = engines.create(model, config, "fp32", ranks)
+    models.unset_guide(model)
+    batches = Batches(tokens(config.model.vocab), config.model.sequence, config.train.global_batch_size, config.train.seed)
+    micro = batches.at(0, ranks.data_rank, ranks.data, micro_batch_size=config.train.micro_batch_size)
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        return models.token_losses(engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
+
+    with Ledger(model, {"tensor": ranks.tensor_group, "data": ranks.data_group}) as ledger:
+        engines.train_step(engine, loss, iter([torch.from_numpy(part) for part in micro]), config.train.clip)
+    engines.destroy(engine)
+    purposes = ("forward", "backward", "gradient")
+    found = {purpose: float(ledger.elements(group="tensor", purpose=purpose)) for purpose in purposes}
+    return found, communication(config, "fp32", ranks.data)["step"]
 
 
 def save(engine: Any, config: configs.Config, ranks: Any, step: int) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sffn_dist.config import FFNKind
 from sffn_dist.parallel.split import shard, unshard
 from sffn_dist.shapes import Cut, Role, Structure, TensorSpec, inner_layout, linear_tensors
+from sffn_dist.traffic import Group, structured_linear, total
 
 KINDS: tuple[FFNKind, ...] = ("dense", "low_rank", "block_shuffle", "block_dense")
 
@@ -116,6 +118,8 @@ def test_first_linear_writes_the_layout_that_the_second_reads(pair: Pair, p: int
 
 @settings(max_examples=200, deadline=None)
 @given(pairs(), RANKS)
+@example(Pair(Structure("block_shuffle", blocks=4), 8, 16, False), 4)  # turned
+@example(Pair(Structure("block_shuffle", blocks=4), 4, 32, True), 4)  # not worth it
 def test_factors_hold_the_features_of_the_layout_in_order(pair: Pair, p: int) -> None:
     """Label every entry of a wide factor with the inner feature it makes or reads, cut the labels, compare with the layout."""
     assume(pair.fits(p))
@@ -139,7 +143,40 @@ def test_factors_hold_the_features_of_the_layout_in_order(pair: Pair, p: int) ->
         in_order = part.t().reshape(-1) if kind == "block_shuffle" else part  # as shuffled_block_diagonal lays them out
         assert torch.equal(in_order, pair.outputs_of(p, rank))
         taken = shard(labels_in.expand(read.shape).contiguous(), read, p, rank)
-        assert torch.equal(taken[:, 0].reshape(-1) if taken.dim() == 3 else taken[0], pair.outputs_of(p, rank)[: f // p])
+        expected = pair.outputs_of(p, rank)[: f // p]
+        if kind == "block_shuffle" and p > f / min(pair.h, f) + 1 and blocks % p == 0:
+            expected = torch.arange(f).chunk(p)[rank]  # features are exchanged for whole blocks before they are read
+        assert torch.equal(taken[:, 0].reshape(-1) if taken.dim() == 3 else taken[0], expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(pairs(), RANKS)
+def test_ranks_share_the_groups_of_blocks_evenly(pair: Pair, p: int) -> None:
+    assume(pair.fits(p))
+    for spec in (*pair.specs("column").values(), *pair.specs("row").values()):
+        groups = spec.block_groups(p)
+        assert len(groups) == p
+        assert {groups.count(group) for group in range(max(groups) + 1)} == {p // (max(groups) + 1)}
+        if len(spec.shape) < 3 or spec.cut is None:
+            assert max(groups) == 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 40), st.integers(1, 12), st.integers(1, 16))
+def test_block_shuffle_takes_the_cheaper_of_its_two_routes(blocks: int, width: int, inner: int, p: int) -> None:
+    """What its second linear receives in forward, as it is cut and as it would be the other way."""
+    h, f, group = blocks * width, blocks * blocks * inner, Group(p, p, sequence=True)
+    structure = Structure("block_shuffle", blocks=blocks)
+    assume(Pair(structure, h, f, False).fits(p))
+    specs = linear_tensors(structure, "row", f, h)
+    cut = specs["block_in"].cut
+    assert cut is not None
+
+    def received(many_from: int) -> Fraction:
+        other = {**specs, "block_in": TensorSpec(specs["block_in"].shape, replace(cut, many_from=many_from))}
+        return total(structured_linear(group, structure, "row", f, h, other), "forward")
+
+    assert received(cut.many_from) == min(received(0), received(p + 1))
 
 
 @pytest.mark.parametrize(
