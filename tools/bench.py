@@ -7,11 +7,13 @@ python tools/bench.py tp        time of one layer over p ranks: ours, the naive 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,65 +23,73 @@ from sffn_dist.traffic import Group, feed_forward, total
 BENCH = Path(__file__).resolve().parents[1] / "kernels" / "bench"
 
 
-def comm(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of elements received, a token and rank; from the split table, exactly."""
-    h, f, tokens = args.width, args.inner, args.tokens
-    structures = [
-        Structure("dense"),
+def structures(args: argparse.Namespace) -> list[Structure]:
+    """The three structures by the sizes asked for; raises ValueError where sizes do not fit one another or the ranks."""
+    found = [
         Structure("low_rank", rank=args.rank),
         Structure("block_dense", rank=args.block_rank, blocks=args.blocks),
         Structure("block_shuffle", blocks=args.blocks),
     ]
+    for p in args.ranks:
+        for size, name in ((args.tokens, "tokens"), (args.inner, "inner")):
+            if size % p:
+                raise ValueError(f"--{name} {size}: must be divisible by --ranks {p}")
+    for name in ("width", "inner", "block_rank"):
+        if getattr(args, name) % args.blocks:
+            raise ValueError(f"--blocks {args.blocks}: must divide --{name.replace('_', '-')} {getattr(args, name)}")
+    for p in args.ranks:
+        for structure in found:
+            try:
+                feed_forward(Group(p, args.tokens, True), structure, args.width, args.inner)
+            except ValueError as error:
+                raise ValueError(f"--ranks {p} with {structure.kind}: {error}") from None
+    return found
+
+
+def comm(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of elements received, a token and rank; from the split table, exactly."""
+    h, f, tokens = args.width, args.inner, args.tokens
     rows = []
     for p in args.ranks:
-        dense = total(feed_forward(Group(p, tokens, True), structures[0], h, f), "forward")
-        for structure in structures:
-            split = feed_forward(Group(p, tokens, True), structure, h, f)
-            whole = feed_forward(Group(p, tokens, False), structure, h, f)
-            narrow = feed_forward(Group(p, tokens, True), structure, h, f, narrow=True)
-            rows.append(
-                {
-                    "kind": structure.kind,
-                    "p": p,
-                    "elements": float(total(split, "forward") / tokens),
-                    "ratio_to_dense": float(total(split, "forward") / dense),
-                    "backward": float(total(split, "backward") / tokens),
-                    "backward_recompute_bottleneck": float(total(narrow, "backward") / tokens),
-                    "gradients": float(total(split, "gradient") / tokens),
-                    "without_sp_forward": float(total(whole, "forward") / tokens),
-                    "without_sp_backward": float(total(whole, "backward") / tokens),
-                    "tokens": tokens,
-                    "h": h,
-                    "f": f,
-                    "rank": structure.rank,
-                    "blocks": structure.blocks,
-                }
-            )
+        split, whole = Group(p, tokens, True), Group(p, tokens, False)
+        dense = feed_forward(split, Structure("dense"), h, f)
+        for structure in (Structure("dense"), *structures(args)):
+            kept, full = (feed_forward(group, structure, h, f) for group in (split, whole))
+            narrow = feed_forward(split, structure, h, f, narrow=True)
+            columns = {
+                "elements": total(kept, "forward"),
+                "backward": total(kept, "backward"),
+                "gradients": total(kept, "gradient"),
+                "without_sp_forward": total(full, "forward"),
+                "without_sp_backward": total(full, "backward"),
+                "backward_recompute_bottleneck": total(narrow, "backward"),
+            }
+            ratio = total(kept, "forward") / total(dense, "forward") if p > 1 else 1
+            shape = {"tokens": tokens, "h": h, "f": f, "rank": structure.rank, "blocks": structure.blocks}
+            elements = {name: float(column / tokens) for name, column in columns.items()}
+            rows.append({"kind": structure.kind, "p": p, **elements, "ratio_to_dense": float(ratio), **shape})
     return rows
 
 
 def tp(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of measured times; starts the ranks."""
-    structures = [
-        {"kind": "low_rank", "rank": args.rank},
-        {"kind": "block_dense", "rank": args.block_rank, "blocks": args.blocks},
-        {"kind": "block_shuffle", "blocks": args.blocks},
-    ]
     settings = {
         "width": args.width,
         "inner": args.inner,
         "tokens": args.tokens,
         "repeats": args.repeats,
         "sequence": {"on": [True], "off": [False], "both": [True, False]}[args.sequence],
-        "structures": structures,
+        "structures": [asdict(structure) for structure in structures(args)],
     }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks[0])]
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONSAFEPATH": "1"}
-    command = [*launch, str(BENCH / "tensor_parallel.py"), json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
-    if done.returncode:
-        sys.exit(f"{done.stderr}bench: the ranks ended with {done.returncode}")
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    found: list[dict[str, Any]] = []
+    for p in args.ranks:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(p)]
+        quiet = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONSAFEPATH": "1"}
+        command = [*launch, str(BENCH / "tensor_parallel.py"), json.dumps(settings)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
+        if done.returncode:
+            sys.exit(f"{done.stderr}bench: the {p} ranks ended with {done.returncode}")
+        found += json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -100,6 +110,14 @@ def table(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,15 +125,16 @@ def arguments() -> argparse.ArgumentParser:
 
     def command(name: str, text: str, width: int, tokens: int, ranks: list[int]) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--width", type=int, default=width, metavar="H", help="model width h (default %(default)s)")
-        sub.add_argument("--inner", type=int, default=4 * width, metavar="F", help="inner width f (default %(default)s)")
-        sub.add_argument("--rank", type=int, default=width // 4, help="rank of low_rank (default %(default)s)")
-        sub.add_argument("--block-rank", type=int, default=3 * width // 8, help="rank of block_dense (default %(default)s)")
-        sub.add_argument("--blocks", type=int, default=4, help="blocks of the block structures (default %(default)s)")
-        sub.add_argument("--tokens", type=int, default=tokens, help="tokens of a micro-batch (default %(default)s)")
+        sub.add_argument("--width", type=positive, default=width, metavar="H", help="model width h (default %(default)s)")
+        sub.add_argument("--inner", type=positive, metavar="F", help="inner width f (default 4 h)")
+        sub.add_argument("--rank", type=positive, help="rank of low_rank (default h/4)")
+        sub.add_argument("--block-rank", type=positive, help="rank of block_dense (default 3h/8)")
+        sub.add_argument("--blocks", type=positive, default=4, help="blocks of the block structures (default %(default)s)")
+        sub.add_argument("--tokens", type=positive, default=tokens, help="tokens of a micro-batch (default %(default)s)")
         sub.add_argument(
-            "--ranks", type=int, nargs="+", default=ranks, metavar="P", help="tensor-parallel ranks (default %(default)s)"
+            "--ranks", type=positive, nargs="+", default=ranks, metavar="P", help="tensor-parallel ranks (default %(default)s)"
         )
+        sub.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
         sub.add_argument("--json", action="store_true", help="print a JSON list of rows")
         return sub
 
@@ -124,14 +143,30 @@ def arguments() -> argparse.ArgumentParser:
     timing.add_argument(
         "--sequence", choices=("on", "off", "both"), default="on", help="sequence parallelism (default %(default)s)"
     )
-    timing.add_argument("--repeats", type=int, default=15, help="interleaved repeats (default %(default)s)")
+    timing.add_argument("--repeats", type=positive, default=15, help="interleaved repeats (default %(default)s)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one benchmark and print its rows."""
-    args = arguments().parse_args(argv)
+    parser = arguments()
+    args = parser.parse_args(argv)
+    if args.inner is None:
+        args.inner = 4 * args.width
+    if args.rank is None:
+        args.rank = args.width // 4
+    if args.block_rank is None:
+        args.block_rank = 3 * args.width // 8
+    try:
+        structures(args)
+    except ValueError as error:
+        parser.error(str(error))
     rows = comm(args) if args.command == "comm" else tp(args)
+    if args.csv:
+        with args.csv.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
     print(json.dumps(rows, indent=1) if args.json else table(rows, COLUMNS[args.command]))
 
 

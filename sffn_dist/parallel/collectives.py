@@ -110,9 +110,9 @@ class Exchange:
         return self.chunks[self.group.rank()]
 
     @cached_property
-    def _by_chunk(self) -> list[int]:
+    def _by_chunk(self) -> tuple[int, ...]:
         """Ranks in order of their chunk."""
-        return sorted(range(self.ranks), key=lambda rank: self.chunks[rank])
+        return tuple(sorted(range(self.ranks), key=lambda rank: self.chunks[rank]))
 
     @property
     def grows(self) -> bool:
@@ -125,7 +125,7 @@ class Exchange:
             return Pending(z[self.own].contiguous())
         if self.count == 1:
             return all_gather(z[0], self.group).then(_flat)
-        return all_to_all(z if self.chunks == tuple(range(self.ranks)) else z[list(self.chunks)], self.group).then(_flat)
+        return all_to_all(_in_order(z, self.chunks), self.group).then(_flat)
 
     def collect(self, z: Tensor) -> Pending:
         """Wide (rows, ..., w) -> narrow (n, rows/p, ..., w), summed; ``z`` is used up. Raises ValueError if p does not divide the rows."""
@@ -149,9 +149,13 @@ class Exchange:
 
     def _sum_chunks(self, parts: Tensor) -> Tensor:
         """(p, ...) by rank -> (n, ...), the parts of each chunk summed in the order of ranks: always the same bits."""
-        if self._by_chunk != list(range(self.ranks)):
-            parts = parts[self._by_chunk]
+        parts = _in_order(parts, self._by_chunk)
         return parts if self.count == self.ranks else parts.unflatten(0, (self.count, -1)).sum(1)
+
+
+def _in_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Entries of dimension 0 in this order; no list of indices goes to the device."""
+    return x if order == tuple(range(x.shape[0])) else torch.stack([x[i] for i in order])
 
 
 def _flat(parts: Tensor) -> Tensor:

@@ -1,0 +1,73 @@
+"""tools/bench.py as a user starts it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def bench(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(root / "tools" / "bench.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def rows(root: Path, *arguments: str) -> list[dict[str, Any]]:
+    done = bench(root, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def test_what_travels_beside_dense(root: Path) -> None:
+    """h 2048, f 8192: low_rank of rank 512, block_dense of rank 768 in 4 blocks, block_shuffle of 4 blocks, as a share of dense."""
+    found = {(row["kind"], row["p"]): row for row in rows(root, "comm")}
+    assert {p for _, p in found} == {2, 4, 8}
+    for p, shuffle in ((2, 0.75), (4, 0.625), (8, 0.375)):
+        assert found["dense", p]["elements"] == 2 * 2048 * (p - 1) / p
+        assert found["dense", p]["backward"] == 3 * 2048 * (p - 1) / p
+        assert found["low_rank", p]["ratio_to_dense"] == 0.25
+        assert found["low_rank", p]["gradients"] == 4 * 2048 * 512 / 8192 * (p - 1) / p
+        assert found["block_dense", p]["ratio_to_dense"] == (768 + 768 / min(4, p)) / 4096
+        assert found["block_dense", p]["ratio_to_dense"] <= 0.29
+        assert found["block_shuffle", p]["ratio_to_dense"] == shuffle
+
+
+def test_every_provider_is_timed(root: Path, tmp_path: Path) -> None:
+    """Two real ranks, a layer so small that the times say nothing."""
+    sizes = ["--width", "32", "--tokens", "16", "--repeats", "2", "--sequence", "both"]
+    found = rows(root, "tp", *sizes, "--csv", str(tmp_path / "rows.csv"))
+    kinds, providers = {"low_rank", "block_dense", "block_shuffle"}, {"dense", "naive", "bottleneck", "recomputed"}
+    assert {(row["kind"], row["provider"], row["sequence"]) for row in found} == {
+        (kind, provider, sequence) for kind in kinds for provider in providers for sequence in (True, False)
+    }
+    for row in found:
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert (row["p"], row["repeats"], row["op"]) == (2, 2, "ffn_tensor_parallel")
+        assert row["speedup_over_dense"] > 0
+    with (tmp_path / "rows.csv").open(encoding="utf-8", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [row["median_ms"] for row in written] == [str(row["median_ms"]) for row in found]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["comm", "--ranks", "3"], "--tokens 8192: must be divisible by --ranks 3"),
+        (["comm", "--blocks", "5"], "--blocks 5: must divide --width 2048"),
+        (["comm", "--ranks", "8", "--inner", "2056"], "--ranks 8 with block_shuffle"),
+        (["tp", "--ranks", "0"], "--ranks: 0 is not above 0"),
+        (["tp", "--width", "wide"], "--width"),
+        (["tp", "--tokens", "7"], "--tokens 7: must be divisible by --ranks 2"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(root: Path, arguments: list[str], says: str) -> None:
+    done = bench(root, *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
