@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from sffn_dist.checkpoint.store import MOMENTS, Fragment
 from sffn_dist.config import Config
 from sffn_dist.parallel import host
-from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.topology import ModelParallelUnit, Topology
 from sffn_dist.shapes import is_guide, reduce_bucket
 
@@ -59,9 +58,6 @@ def create(model: nn.Module, config: Config, precision: str, topology: Topology)
     The learning rate is 0 until :func:`set_learning_rate`; optimizer state exists from the start, all zero.
     """
     _quieten()
-    if config.zero.stage == 3 and config.recompute == "bottleneck":
-        # such a layer's backward reads its linears' weights without calling them: ZeRO-3 gathers and frees them with the layer
-        deepspeed.utils.set_z3_leaf_modules(model, [StructuredMLP])
     named = list(model.named_parameters())
     groups = [[p for n, p in named if not is_guide(n)], [p for n, p in named if is_guide(n)]]
     train = config.train

@@ -74,6 +74,9 @@ def test_zero_stages_agree(train: Callable[..., dict[str, Any]], kind: str) -> N
     for stage, result in enumerate(stages):
         assert difference(stages[0], result) < TOLERANCE, f"stage {stage}"
     assert len({result["optimizer"] for result in stages}) == 3, "other optimizers did the stages"
+    assert difference(stages[0], train(2, tree(kind, stage=3, micro=1), part_all=True)) < TOLERANCE, (
+        "stage 3, every tensor parted"
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,9 @@ def test_zero_stages_agree(train: Callable[..., dict[str, Any]], kind: str) -> N
 def test_four_ranks(train: Callable[..., dict[str, Any]], options: dict[str, Any]) -> None:
     """TP 2 x DP 2 under ZeRO 2 and 3, recomputation, the other model options: equal to one plain rank."""
     plain = {key: value for key, value in options.items() if key == "model"}
-    assert difference(train(1, tree("block_shuffle", **plain)), train(4, tree("block_shuffle", micro=1, **options))) < TOLERANCE
+    parted = {"part_all": True} if options["stage"] == 3 else {}
+    split = train(4, tree("block_shuffle", micro=1, **options), **parted)
+    assert difference(train(1, tree("block_shuffle", **plain)), split) < TOLERANCE
 
 
 def test_recomputation_changes_nothing(train: Callable[..., dict[str, Any]]) -> None:

@@ -40,11 +40,16 @@ def join(config: configs.Config) -> topology.Topology:
 
 
 def train(
-    tree: dict[str, Any], steps: int, save_at: int | None = None, precision: str = "fp32", nan_at: int | None = None
+    tree: dict[str, Any],
+    steps: int,
+    save_at: int | None = None,
+    precision: str = "fp32",
+    nan_at: int | None = None,
+    part_all: bool = False,
 ) -> dict[str, Any]:
     """Losses and gradient norms of ``steps`` steps (from the newest checkpoint in run.dir, if any), then what came out.
 
-    ``nan_at``: the step whose loss is made nan.
+    ``nan_at``: the step whose loss is made nan. ``part_all``: ZeRO 3 parts and frees every parameter; it would leave such small ones whole.
     """
     config = reading.from_tree(tree)
     ranks = join(config)
@@ -52,7 +57,7 @@ def train(
     model = models.build(config, precision, ranks)
     found = newest(Path(config.run.dir)) if config.run.dir else None
     resume.prepare_weights(model, config, ranks, found)
-    engine = engines.create(model, config, precision, ranks)
+    engine = _create_parted(model, config, precision, ranks) if part_all else engines.create(model, config, precision, ranks)
     start = resume.restore(engine, found, config, ranks)
     clock = schedules.of(config)
     batches = Batches(tokens(config.model.vocab), config.model.sequence, config.train.global_batch_size, config.train.seed)
@@ -82,6 +87,21 @@ def train(
         save(engine, config, ranks, steps)
     engines.destroy(engine)
     return result
+
+
+def _create_parted(model: Any, config: configs.Config, precision: str, ranks: Any) -> Any:
+    usual = engines.deepspeed_config
+
+    def parted(*arguments: Any) -> dict[str, Any]:
+        tree = usual(*arguments)
+        tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return tree
+
+    engines.deepspeed_config = parted
+    try:
+        return engines.create(model, config, precision, ranks)
+    finally:
+        engines.deepspeed_config = usual
 
 
 def received(tree: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
