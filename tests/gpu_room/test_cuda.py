@@ -83,3 +83,26 @@ def test_main_job(root: Path, tmp_path: Path, stage: int) -> None:
     assert [row["step"] for row in resumed] == list(range(30))
     for before, after in zip(rows, resumed, strict=True):
         assert after["loss"] == pytest.approx(before["loss"], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("structure", "share"),
+    [
+        ({"kind": "low_rank", "rank": 256}, 1 / 5),
+        ({"kind": "block_dense", "rank": 384, "blocks": 4}, 1 / 5),
+        ({"kind": "block_shuffle", "blocks": 4}, 1 / 3),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else "",
+)
+def test_the_bottlenecks_alone_are_kept(structure: dict[str, Any], share: float) -> None:
+    """By the allocator, bf16, a third of the dense parameters: bytes kept for backward; the same bits; near float64."""
+    script = Path(__file__).with_name("feed_forward_layer.py")
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    command = [sys.executable, str(script), json.dumps(structure)]
+    result = subprocess.run(command, env={**os.environ, **alone}, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["equal"], "rebuilding the wide activations changes results"
+    assert found["error"] < 1e-2
+    assert found["bottleneck"] <= share * found["dense"] * 1.001  # the allocator rounds
+    assert found["bottleneck"] < found["none"] / 2
