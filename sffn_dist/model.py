@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -33,6 +34,11 @@ from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Now, Schedule
 from sffn_dist.shapes import TensorSpec, ffn_structure, model_tensors
 from sffn_dist.structured import initialisation
+
+# megatron-core warns of any feed-forward layer but its own, once a layer: it hands those no process group; ours are parallel_state's
+logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
+    lambda record: not record.getMessage().startswith("Unknown MLP type")
+)
 
 gelu_tanh = functools.partial(F.gelu, approximate="tanh")
 
@@ -75,14 +81,13 @@ def mlp_spec(config: Config, layer: int) -> ModuleSpec:
     if structure.kind == "dense":
         return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
     params = {"structure": structure, "guide": config.guided}
-    return ModuleSpec(
-        module=StructuredMLP,
-        params={"recompute": "bottleneck" if config.recompute == "bottleneck" else "none"},
-        submodules=MLPSubmodules(
-            linear_fc1=ModuleSpec(module=StructuredColumnParallelLinear, params=params),
-            linear_fc2=ModuleSpec(module=StructuredRowParallelLinear, params=params),
-        ),
+    linears = MLPSubmodules(
+        linear_fc1=ModuleSpec(module=StructuredColumnParallelLinear, params=params),
+        linear_fc2=ModuleSpec(module=StructuredRowParallelLinear, params=params),
     )
+    if config.recompute == "bottleneck":
+        return ModuleSpec(module=StructuredMLP, params={"recompute": "bottleneck"}, submodules=linears)
+    return ModuleSpec(module=MLP, submodules=linears)
 
 
 def layer_spec(config: Config, layer: int) -> ModuleSpec:

@@ -6,8 +6,9 @@ Counted are elements *received* by one rank, exactly, p ranks, a tensor of n ele
     all_reduce                                                               2n (p-1)/p
 
 A bottleneck z of r features in ``count`` chunks (TensorSpec.block_groups) is spread or collected as parallel/collectives.py says. With
-sequence parallelism, T tokens: spread and collect are T r / count; without: spread is nothing, collect an all-reduce of T r (an all-gather
-if there are as many chunks as ranks). parallel/ledger.py counts what is really sent.
+sequence parallelism, T tokens: spread and collect are T r / count; without: spread is nothing, collect an all-gather of T r if there are as
+many chunks as ranks, an all-reduce of it if there is one, else an all-to-all of T r / count and then an all-gather of T r.
+parallel/ledger.py counts what is really sent.
 """
 
 from __future__ import annotations
@@ -56,8 +57,12 @@ class Group:
             kind = "reduce_scatter" if count == 1 else "all_to_all"
             yield from self.moved(purpose, kind, self.tokens * width // count)
         else:
-            gathered = 1 < count == self.ranks
-            yield from self.moved(purpose, "all_gather" if gathered else "all_reduce", self.tokens * width)
+            elements = self.tokens * width
+            if 1 < count < self.ranks and elements // count % self.ranks == 0:
+                yield from self.moved(purpose, "all_to_all", elements // count)
+                yield from self.moved(purpose, "all_gather", elements)
+            else:
+                yield from self.moved(purpose, "all_gather" if 1 < count == self.ranks else "all_reduce", elements)
 
     def sum_gradient(self, spec: TensorSpec) -> Iterator[Moved]:
         """The gradient of a tensor that every rank holds and computes from its own tokens."""

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,26 +24,37 @@ BENCH = Path(__file__).resolve().parents[1] / "kernels" / "bench"
 
 
 def structures(args: argparse.Namespace) -> list[Structure]:
-    """The three structures by the sizes asked for; raises ValueError where sizes do not fit one another or the ranks."""
-    found = [
+    """The three structures by the sizes asked for."""
+    return [
         Structure("low_rank", rank=args.rank),
         Structure("block_dense", rank=args.block_rank, blocks=args.blocks),
         Structure("block_shuffle", blocks=args.blocks),
     ]
-    for p in args.ranks:
-        for size, name in ((args.tokens, "tokens"), (args.inner, "inner")):
-            if size % p:
-                raise ValueError(f"--{name} {size}: must be divisible by --ranks {p}")
+
+
+def misfits(args: argparse.Namespace) -> Iterator[str]:
+    """What sizes do not fit one another, or the ranks."""
+    smaller = min(args.width, args.inner)
+    for name in ("rank", "block_rank"):
+        if getattr(args, name) > smaller:
+            yield f"--{_option(name)} {getattr(args, name)}: must not exceed {smaller}, the smaller width"
     for name in ("width", "inner", "block_rank"):
         if getattr(args, name) % args.blocks:
-            raise ValueError(f"--blocks {args.blocks}: must divide --{name.replace('_', '-')} {getattr(args, name)}")
+            yield f"--blocks {args.blocks}: must divide --{_option(name)} {getattr(args, name)}"
     for p in args.ranks:
-        for structure in found:
-            try:
-                feed_forward(Group(p, args.tokens, True), structure, args.width, args.inner)
-            except ValueError as error:
-                raise ValueError(f"--ranks {p} with {structure.kind}: {error}") from None
-    return found
+        for name in ("tokens", "inner"):
+            if getattr(args, name) % p:
+                yield f"--{name} {getattr(args, name)}: must be divisible by --ranks {p}"
+        if p > 1 and args.inner % args.blocks**2:
+            yield f"--blocks {args.blocks}: its square must divide --inner {args.inner} under tensor parallelism (block_shuffle)"
+        if args.command == "tp" and args.blocks % p:
+            yield f"--blocks {args.blocks}: must be divisible by --ranks {p}, since the naive split cuts whole blocks"
+    if args.command == "tp" and args.repeats < 2:
+        yield f"--repeats {args.repeats}: must be at least 2"
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def comm(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -157,11 +168,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.rank = args.width // 4
     if args.block_rank is None:
         args.block_rank = 3 * args.width // 8
-    try:
-        structures(args)
+    for misfit in misfits(args):
+        parser.error(misfit)
+    try:  # blocks and ranks that do not divide one another
+        rows = comm(args) if args.command == "comm" else tp(args)
     except ValueError as error:
         parser.error(str(error))
-    rows = comm(args) if args.command == "comm" else tp(args)
     if args.csv:
         with args.csv.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -107,13 +108,14 @@ def timed(layer: nn.Module, x: torch.Tensor, device: torch.device) -> Callable[[
 def measure(structure: Structure, sequence: bool, settings: dict[str, Any], ranks: topology.Topology) -> list[dict[str, Any]]:
     """Rows of one structure, with or without sequence parallelism."""
     h, f, tokens = settings["width"], settings["inner"], settings["tokens"]
+    sequence = sequence and ranks.tensor > 1
     config = transformer(h, f, ranks.tensor, sequence)
     rows_here = tokens // ranks.tensor if sequence else tokens
     x = torch.randn(rows_here, 1, h, dtype=config.params_dtype, device=ranks.device).requires_grad_()
     layers = providers(structure, h, f, sequence, ranks)
     cases = {name: timed(layer, x, ranks.device) for name, layer in layers.items()}
     times = rows.interleaved(cases, settings["repeats"])
-    medians = {name: sorted(some)[len(some) // 2] for name, some in times.items()}
+    medians = {name: statistics.median(some) for name, some in times.items()}
     sizes = {"rank": structure.rank, "blocks": structure.blocks}
     shape = {"kind": structure.kind, "p": ranks.tensor, "sequence": sequence, "tokens": tokens, "h": h, "f": f, **sizes}
     return [

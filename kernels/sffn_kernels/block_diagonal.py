@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -44,6 +45,7 @@ class _BlockDiagonal(torch.autograd.Function):
         return product(x, weight)  # (T, K, O)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None]:
         (grad,) = grads
         x, weight = ctx.saved_tensors

@@ -35,12 +35,21 @@ class Weights(NamedTuple):
     guide: Tensor | None = None
 
 
-class Gradients(NamedTuple):
-    """What a backward pass returns; the guide's is None where it took no part."""
+class Wanted(NamedTuple):
+    """Whose gradients are wanted; what is frozen costs no product and no sum. The same on every rank."""
 
-    x: Tensor
-    first: Tensor
-    second: Tensor
+    x: bool = True
+    first: bool = True
+    second: bool = True
+    guide: bool = True
+
+
+class Gradients(NamedTuple):
+    """What a backward pass returns; None for what was not wanted, and for a guide that took no part."""
+
+    x: Tensor | None
+    first: Tensor | None
+    second: Tensor | None
     guide: Tensor | None
 
 
@@ -71,8 +80,11 @@ class Half:
         """How x and y move for the guide: as Megatron moves them, all features at once."""
         return replace(self.exchange, chunks=(0,) * self.exchange.ranks)
 
-    def _complete(self, gradient: Tensor) -> Pending:
+    def _complete(self, product: Product, grad: Tensor, x: Tensor, weight: Tensor, wanted: bool) -> Pending | None:
         """A replicated factor's gradient, summed over the ranks that saw a part of it."""
+        if not wanted:
+            return None
+        gradient = product.weight_gradient(grad, x, weight)
         if self.exchange.tokens == "replicated":  # every rank saw all tokens and all of z
             return Pending(gradient)
         return sum_gradient(gradient, self.exchange.group)
@@ -115,30 +127,49 @@ class Column(Half):
         return Widened(torch.lerp(y, _DENSE.forward(whole, weights.guide), alpha), wide, whole)
 
     def backward(
-        self, grad: Tensor, x: Tensor, z: Tensor, weights: Weights, alpha: float | None, whole: Tensor | None = None
+        self,
+        grad: Tensor,
+        x: Tensor,
+        z: Tensor,
+        weights: Weights,
+        alpha: float | None,
+        wanted: Wanted,
+        whole: Tensor | None = None,
     ) -> Gradients:
         """Gradients of x and of the weights from that of y; ``z`` is wide; x of all tokens is ``whole``, or gathered for the guide."""
-        grad_x_guide, grad_guide = None, None
+        grad_x, grad_x_guide, grad_guide = None, None, None
         if alpha is not None and weights.guide is not None:
-            gathering = self.dense.spread(x.unsqueeze(0)) if whole is None else Pending(whole)
+            gathering = self.dense.spread(x.unsqueeze(0)) if whole is None and wanted.guide else None
             mixed, grad = grad * alpha, grad * (1 - alpha)
-            grad_x_guide = self.dense.collect(_DENSE.input_gradient(mixed, weights.guide))
-            grad_guide = _DENSE.weight_gradient(mixed, gathering.wait(), weights.guide)
-        travelling = self.exchange.collect(self.second.input_gradient(grad, weights.second))
-        grad_second = self.second.weight_gradient(grad, z, weights.second)
-        grad_z = self._join(travelling.wait())
-        grad_first = self._complete(self.first.weight_gradient(grad_z, x, weights.first))
-        grad_x = self.first.input_gradient(grad_z, weights.first)
-        if grad_x_guide is not None:
+            if wanted.x:
+                grad_x_guide = self.dense.collect(_DENSE.input_gradient(mixed, weights.guide))
+            if wanted.guide:
+                read = whole if gathering is None else gathering.wait()
+                assert read is not None
+                grad_guide = _DENSE.weight_gradient(mixed, read, weights.guide)
+        travelling = None
+        if wanted.x or wanted.first:
+            travelling = self.exchange.collect(self.second.input_gradient(grad, weights.second))
+        grad_second = self.second.weight_gradient(grad, z, weights.second) if wanted.second else None
+        grad_first = None
+        if travelling is not None:
+            grad_z = self._join(travelling.wait())
+            grad_first = self._complete(self.first, grad_z, x, weights.first, wanted.first)
+            grad_x = self.first.input_gradient(grad_z, weights.first) if wanted.x else None
+        if grad_x is not None and grad_x_guide is not None:
             grad_x = grad_x + grad_x_guide.wait().squeeze(0)
-        return Gradients(grad_x, grad_first.wait(), grad_second, grad_guide)
+        return Gradients(grad_x, _arrived(grad_first), grad_second, grad_guide)
+
+
+def _arrived(pending: Pending | None) -> Tensor | None:
+    return None if pending is None else pending.wait()
 
 
 class Begun(NamedTuple):
     """The first part of a row's backward: what travels while the wide features are rebuilt."""
 
-    grad_z: Pending
-    grad_second: Pending
+    grad_z: Pending | None
+    grad_second: Pending | None
     grad_y: Pending | None
 
 
@@ -179,26 +210,31 @@ class Row(Half):
             y = torch.lerp(y, guided.wait().squeeze(0), alpha)
         return y, read, z
 
-    def begin_backward(self, grad: Tensor, z: Tensor, weights: Weights, alpha: float | None) -> Begun:
+    def begin_backward(self, grad: Tensor, z: Tensor, weights: Weights, alpha: float | None, wanted: Wanted) -> Begun:
         """What needs only dy and z: dz goes out, the replicated second factor's gradient is computed and goes out to be summed."""
         grad_y = None
         if alpha is not None and weights.guide is not None:
-            grad_y = self.dense.spread((grad * alpha).unsqueeze(0))
+            grad_y = self.dense.spread((grad * alpha).unsqueeze(0)) if wanted.x or wanted.guide else None
             grad = grad * (1 - alpha)
-        grad_z = self.second.input_gradient(grad, weights.second)
-        if self.shuffled:
-            grad_z = undeal(grad_z)
-        travelling = self.exchange.spread(grad_z.unflatten(-1, (self.exchange.count, -1)).movedim(-2, 0))
-        return Begun(travelling, self._complete(self.second.weight_gradient(grad, z, weights.second)), grad_y)
+        travelling = None
+        if wanted.x or wanted.first:
+            grad_z = self.second.input_gradient(grad, weights.second)
+            if self.shuffled:
+                grad_z = undeal(grad_z)
+            travelling = self.exchange.spread(grad_z.unflatten(-1, (self.exchange.count, -1)).movedim(-2, 0))
+        return Begun(travelling, self._complete(self.second, grad, z, weights.second, wanted.second), grad_y)
 
-    def finish_backward(self, begun: Begun, x: Tensor, read: Tensor, weights: Weights) -> Gradients:
+    def finish_backward(self, begun: Begun, x: Tensor, read: Tensor, weights: Weights, wanted: Wanted) -> Gradients:
         """Gradients of x and of the weights; ``x`` and ``read`` as in forward."""
-        grad_z = begun.grad_z.wait()
-        travelling = self._turned_back(self.first.input_gradient(grad_z, weights.first))
-        grad_first = self.first.weight_gradient(grad_z, read, weights.first)
-        grad_x, grad_guide = travelling.wait(), None
+        grad_x, grad_first, grad_guide = None, None, None
+        if begun.grad_z is not None:
+            grad_z = begun.grad_z.wait()
+            travelling = self._turned_back(self.first.input_gradient(grad_z, weights.first)) if wanted.x else None
+            grad_first = self.first.weight_gradient(grad_z, read, weights.first) if wanted.first else None
+            grad_x = _arrived(travelling)
         if begun.grad_y is not None and weights.guide is not None:
             grad_y = begun.grad_y.wait()
-            grad_x = grad_x + _DENSE.input_gradient(grad_y, weights.guide)
-            grad_guide = _DENSE.weight_gradient(grad_y, x, weights.guide)
-        return Gradients(grad_x, grad_first, begun.grad_second.wait(), grad_guide)
+            if grad_x is not None:
+                grad_x = grad_x + _DENSE.input_gradient(grad_y, weights.guide)
+            grad_guide = _DENSE.weight_gradient(grad_y, x, weights.guide) if wanted.guide else None
+        return Gradients(grad_x, grad_first, _arrived(begun.grad_second), grad_guide)

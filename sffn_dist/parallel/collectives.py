@@ -14,7 +14,7 @@ the other's adjoint, so the forward of one is the backward of the other:
     replicated  (every rank has all tokens)
       n = 1                              identity                    all-reduce
       n = p                              take own chunk              all-gather of features
-      else                               take own chunk              zero-padded all-reduce
+      else                               take own chunk              all-to-all of parts, sum, all-gather
     caller      (somebody else sums: Megatron's token dispatcher of experts)
       any n                              take own chunk              zero-padded
 """
@@ -44,6 +44,7 @@ class Pending:
 
     def then(self, finish: Callable[[Tensor], Tensor]) -> Pending:
         """Itself, its result passed through ``finish``."""
+        assert self._finish is None
         self._finish = finish
         return self
 
@@ -140,11 +141,14 @@ class Exchange:
             return all_to_all(by_rank, self.group).then(self._sum_chunks)
         if self.tokens == "replicated" and self.count == self.ranks:
             return all_gather(z, self.group).then(self._sum_chunks)
+        if self.tokens == "replicated" and self.count > 1 and z.numel() % self.ranks == 0:
+            # each rank sums one p-th part of every chunk: r/n, then r; a zero-padded all-reduce would be 2r
+            summed = all_to_all(z.reshape(self.ranks, -1), self.group).then(self._sum_chunks).wait()  # (n, numel/p)
+            return all_gather(summed, self.group).then(lambda parts: parts.movedim(0, 1).reshape(self.count, *z.shape))
+        padded = z.unsqueeze(0)
         if self.count > 1:
             padded = z.new_zeros(self.count, *z.shape)
             padded[self.own] = z
-        else:
-            padded = z.unsqueeze(0)
         return all_reduce(padded, self.group) if self.tokens == "replicated" else Pending(padded)
 
     def _sum_chunks(self, parts: Tensor) -> Tensor:

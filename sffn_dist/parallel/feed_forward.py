@@ -12,16 +12,19 @@ same bits as without.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from sffn_dist.parallel.bottleneck import Column, Row
+from sffn_dist.parallel import ledger
+from sffn_dist.parallel.bottleneck import Column, Gradients, Row, Wanted, Weights
 from sffn_dist.parallel.collectives import Pending
-from sffn_dist.parallel.functions import gradients_of, weights_of
+from sffn_dist.parallel.functions import autocast, gradients_of, weights_of
 from sffn_dist.parallel.linears import StructuredLinear
 
 Recompute = Literal["none", "bottleneck"]
@@ -63,54 +66,80 @@ class StructuredMLP(MLP):
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """x (S or S/p, batch, h) -> y of the same shape, and the second linear's bias, left to the caller as Megatron does."""
+        """x (S or S/p, batch, h) -> y of the same shape, and the second linear's bias, left to the caller as Megatron does.
+
+        With ``per_token_scale`` (an expert's) all that autograd keeps is kept, whatever ``recompute`` says.
+        """
         if self.recompute == "none" or per_token_scale is not None or not torch.is_grad_enabled():
             return super().forward(hidden_states, per_token_scale, **kwargs)
-        parameters = (self.linear_fc1.bias, *self.linear_fc1.weights, *self.linear_fc2.weights)
-        return _Bottleneck.apply(self, hidden_states, *parameters), self.linear_fc2.bias
+        for linear in (self.linear_fc1, self.linear_fc2):
+            _bring_weights(linear)
+        x, weights, off = autocast(hidden_states, [*self.linear_fc1.weights, *self.linear_fc2.weights])
+        with off:
+            return _Bottleneck.apply(self, x, self.linear_fc1.bias, *weights), self.linear_fc2.bias
+
+
+def _bring_weights(linear: StructuredLinear) -> None:
+    """The linear is not called, so call what Megatron's data parallelism hooked before it: it may still be gathering the weights."""
+    for hook in list(linear._forward_pre_hooks.values()):
+        if getattr(hook, "__module__", "").startswith("megatron.core.distributed"):
+            hook(linear)
 
 
 class _Bottleneck(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mlp: StructuredMLP, x: Tensor, bias: Tensor | None, *parameters: Tensor) -> Tensor:
-        linears = (mlp.linear_fc1, mlp.linear_fc2)
-        ctx.mlp, ctx.alphas = mlp, [linear.guide_weight for linear in linears]
         half = len(parameters) // 2
+        ctx.mlp, ctx.alphas = mlp, [linear.guide_weight for linear in (mlp.linear_fc1, mlp.linear_fc2)]
         ctx.shapes = [[parameter.shape for parameter in some] for some in (parameters[:half], parameters[half:])]
-        first = weights_of(parameters[:half], ctx.alphas[0])
-        second = weights_of(parameters[half:], ctx.alphas[1])
+        first, second = _weights(parameters, ctx.alphas)
         column, row = _splits(mlp)
-        narrow = column.narrow(x, first.first)
-        y, wide, _ = column.widen(x, column.exchange.spread(narrow), first, ctx.alphas[0])
-        out, _, z = row.forward(mlp.between(y, bias), second, ctx.alphas[1])
-        kept = narrow if column.exchange.grows else wide
-        ctx.save_for_backward(x, kept, z, bias, *parameters)
+        with ledger.inside(mlp.linear_fc1):
+            narrow = column.narrow(x, first.first)
+            y, wide, _ = column.widen(x, column.exchange.spread(narrow), first, ctx.alphas[0])
+        features = mlp.between(y, bias).to(y.dtype)
+        with ledger.inside(mlp.linear_fc2):
+            out, _, z = row.forward(features, second, ctx.alphas[1])
+        ctx.save_for_backward(x, narrow if column.exchange.grows else wide, z, bias, *parameters)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, kept, z, bias, *parameters = ctx.saved_tensors
-        half = len(parameters) // 2
-        first = weights_of(parameters[:half], ctx.alphas[0])
-        second = weights_of(parameters[half:], ctx.alphas[1])
-        column, row = _splits(ctx.mlp)
-        wide = column.exchange.spread(kept) if column.exchange.grows else Pending(kept)
-        begun = row.begin_backward(grads[0], z, second, ctx.alphas[1])
-        y, z_wide, whole = column.widen(x, wide, first, ctx.alphas[0])
+        mlp, alphas, half, needs = ctx.mlp, ctx.alphas, len(parameters) // 2, ctx.needs_input_grad
+        first, second = _weights(parameters, alphas)
+        column, row = _splits(mlp)
+        of_first = Wanted(needs[1], *needs[3 : 3 + half])
+        of_second = Wanted(any(needs[1 : 3 + half]), *needs[3 + half :])
+        with ledger.inside(mlp.linear_fc1):
+            rising = column.exchange.spread(kept) if column.exchange.grows else Pending(kept)
+        with ledger.inside(mlp.linear_fc2):
+            begun = row.begin_backward(grads[0], z, second, alphas[1], of_second)
+        with ledger.inside(mlp.linear_fc1):
+            y, wide, whole = column.widen(x, rising, first, alphas[0])
         with torch.enable_grad():
             leaves = [y.requires_grad_()] + ([] if bias is None else [bias.detach().requires_grad_()])
-            features = ctx.mlp.between(*leaves) if bias is not None else ctx.mlp.between(y, None)
-        read = row.turned(features.detach()).wait()
-        of_row = row.finish_backward(begun, features.detach(), read, second)
-        grad_y, *grad_bias = torch.autograd.grad(features, leaves, of_row.x)
-        of_column = column.backward(grad_y, x, z_wide, first, ctx.alphas[0], whole)
-        return (
-            None,
-            of_column.x,
-            grad_bias[0] if grad_bias else None,
-            *gradients_of(of_column, ctx.shapes[0]),
-            *gradients_of(of_row, ctx.shapes[1]),
+            features = mlp.between(y, leaves[1] if len(leaves) > 1 else None).to(y.dtype)
+        with ledger.inside(mlp.linear_fc2):
+            read = row.turned(features.detach()).wait()
+            row_gradients = row.finish_backward(begun, features.detach(), read, second, of_second)
+        grad_bias, column_gradients = None, Gradients(None, None, None, None)
+        if row_gradients.x is not None:
+            grad_y, *of_bias = torch.autograd.grad(features, leaves, row_gradients.x)
+            grad_bias = of_bias[0] if of_bias else None
+            with ledger.inside(mlp.linear_fc1):
+                column_gradients = column.backward(grad_y, x, wide, first, alphas[0], of_first, whole)
+        of_weights = (
+            *gradients_of(column_gradients, ctx.shapes[0], of_first, x),
+            *gradients_of(row_gradients, ctx.shapes[1], of_second, x),
         )
+        return None, column_gradients.x, grad_bias, *of_weights
+
+
+def _weights(parameters: Sequence[Tensor], alphas: Sequence[float | None]) -> tuple[Weights, Weights]:
+    half = len(parameters) // 2
+    return weights_of(parameters[:half], alphas[0]), weights_of(parameters[half:], alphas[1])
 
 
 def _splits(mlp: StructuredMLP) -> tuple[Column, Row]:

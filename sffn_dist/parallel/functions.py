@@ -1,57 +1,63 @@
 """Autograd over bottleneck.py: what a structured linear keeps for backward.
 
-The weights themselves are saved, never a view of them: a saved view would keep ZeRO-3's gathered copy alive until backward.
+The weights themselves are saved, never a view of them: a saved view would keep ZeRO-3's gathered copy alive until backward. Backward is
+written by hand with collectives in it, so it has no derivative of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from sffn_dist.parallel.bottleneck import Column, Gradients, Row, Weights
+from sffn_dist.parallel.bottleneck import Column, Gradients, Row, Wanted, Weights
 
 
 class ColumnFunction(torch.autograd.Function):
     """(split, alpha, x, first, second[, guide]) -> y."""
 
     @staticmethod
-    def forward(ctx: Any, half: Column, alpha: float | None, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, split: Column, alpha: float | None, x: Tensor, *parameters: Tensor) -> Tensor:
         weights = weights_of(parameters, alpha)
-        z = half.exchange.spread(half.narrow(x, weights.first))
-        y, wide, _ = half.widen(x, z, weights, alpha)  # of x the rank's own tokens are kept
-        ctx.half, ctx.alpha, ctx.parameters = half, alpha, [parameter.shape for parameter in parameters]
+        z = split.exchange.spread(split.narrow(x, weights.first))
+        y, wide, _ = split.widen(x, z, weights, alpha)  # of x the rank's own tokens are kept
+        ctx.split, ctx.alpha, ctx.shapes = split, alpha, [parameter.shape for parameter in parameters]
         ctx.save_for_backward(x, wide, *(weight for weight in weights if weight is not None))
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, z, *saved = ctx.saved_tensors
-        gradients = ctx.half.backward(grads[0], x, z, Weights(*saved), ctx.alpha)
-        return None, None, gradients.x, *gradients_of(gradients, ctx.parameters)
+        wanted = Wanted(*ctx.needs_input_grad[2:])
+        gradients = ctx.split.backward(grads[0], x, z, Weights(*saved), ctx.alpha, wanted)
+        return None, None, gradients.x, *gradients_of(gradients, ctx.shapes, wanted, x)
 
 
 class RowFunction(torch.autograd.Function):
     """(split, alpha, x, first, second[, guide]) -> y."""
 
     @staticmethod
-    def forward(ctx: Any, half: Row, alpha: float | None, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, split: Row, alpha: float | None, x: Tensor, *parameters: Tensor) -> Tensor:
         weights = weights_of(parameters, alpha)
-        y, read, z = half.forward(x, weights, alpha)
-        ctx.half, ctx.alpha, ctx.parameters = half, alpha, [parameter.shape for parameter in parameters]
+        y, read, z = split.forward(x, weights, alpha)
+        ctx.split, ctx.alpha, ctx.shapes = split, alpha, [parameter.shape for parameter in parameters]
         kept = x if alpha is not None else None  # only the guide reads the features as they came
         ctx.save_for_backward(kept, read, z, *(weight for weight in weights if weight is not None))
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, read, z, *saved = ctx.saved_tensors
-        weights = Weights(*saved)
-        begun = ctx.half.begin_backward(grads[0], z, weights, ctx.alpha)
-        gradients = ctx.half.finish_backward(begun, read if x is None else x, read, weights)
-        return None, None, gradients.x, *gradients_of(gradients, ctx.parameters)
+        weights, wanted = Weights(*saved), Wanted(*ctx.needs_input_grad[2:])
+        begun = ctx.split.begin_backward(grads[0], z, weights, ctx.alpha, wanted)
+        gradients = ctx.split.finish_backward(begun, read if x is None else x, read, weights, wanted)
+        return None, None, gradients.x, *gradients_of(gradients, ctx.shapes, wanted, z)
 
 
 def weights_of(parameters: Sequence[Tensor], alpha: float | None) -> Weights:
@@ -59,9 +65,19 @@ def weights_of(parameters: Sequence[Tensor], alpha: float | None) -> Weights:
     return Weights(*(parameters if alpha is not None else parameters[:2]))
 
 
-def gradients_of(gradients: Gradients, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
+def gradients_of(gradients: Gradients, shapes: Sequence[torch.Size], wanted: Wanted, like: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients in the order of a linear's parameters. An undrawn guide's is zero, not absent: ZeRO-3 would apply the last step's again."""
     found = (gradients.first, gradients.second)
     if len(shapes) == 2:
         return found
-    return *found, gradients.first.new_zeros(shapes[2]) if gradients.guide is None else gradients.guide
+    undrawn = gradients.guide is None and wanted.guide
+    return *found, like.new_zeros(shapes[2]) if undrawn else gradients.guide
+
+
+def autocast(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], contextlib.AbstractContextManager[Any]]:
+    """Under torch.autocast, x and weights in its precision, as it casts a linear's, and a context in which it is off."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x, list(weights), contextlib.nullcontext()
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), [weight.to(dtype) for weight in weights], torch.autocast(kind, enabled=False)

@@ -26,6 +26,8 @@ What else there is to know:
   expert-tensor-parallel group the factors that every rank holds have their gradients summed in backward.
 * Checkpoints: ``model.sharded_state_dict()`` with megatron-core's ``dist_checkpointing``; they load on any tensor-parallel size. Layers
   of different structures need ``metadata={"non_homogeneous_layers": True}``, as with megatron-core's own.
+* First weights are the paper's, of standard deviation ``config.init_method_std``; ``init_method`` and ``output_layer_init_method`` make
+  no difference to them.
 * The guide starts switched off. A linear adds it, with weight alpha, while its ``guide_weight`` is alpha and not None.
 """
 
@@ -35,9 +37,10 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from sffn_dist.config import FFNKind
@@ -53,7 +56,7 @@ __all__ = ["NormLayer", "structured_layer_spec", "structured_mlp_submodules"]
 def structured_mlp_submodules(
     kind: FFNKind, *, rank: int | None = None, blocks: int | None = None, guide: bool = False
 ) -> MLPSubmodules:
-    """Two structured linears for any module that takes ``MLPSubmodules``: ``MLP``, ``SharedExpertMLP``, the experts of a ``MoELayer``.
+    """Two structured linears for a module that takes ``MLPSubmodules``: ``MLP``, the experts of a ``MoELayer``.
 
     ``kind`` "low_rank" needs ``rank``, "block_dense" ``rank`` and ``blocks``, "block_shuffle" ``blocks``; ``guide`` adds the dense
     matrix of self-guided training to each. Experts::
@@ -82,6 +85,7 @@ def structured_layer_spec(
     blocks: int | None = None,
     guide: bool = False,
     recompute: Recompute = "none",
+    tp_group: dist.ProcessGroup | None = None,
     base: ModuleSpec | None = None,
 ) -> ModuleSpec:
     """A transformer layer whose feed-forward layer is structured: y = W2 act(W1 x), W1 (f or 2f, h) and W2 (h, f) of the given kind.
@@ -89,9 +93,11 @@ def structured_layer_spec(
     ``base`` is the layer's spec, by default megatron-core's ``get_gpt_layer_local_spec()`` with norms that run on any device and under
     sequence parallelism; it is copied, never changed, and everything but its feed-forward linears is kept. Where it has no norm before
     the feed-forward layer because Transformer Engine fuses that into the first linear, the copy gets one. With ``recompute``
-    "bottleneck" backward keeps the two bottlenecks and rebuilds the f-wide activations (parallel/feed_forward.py).
+    "bottleneck" backward keeps the two bottlenecks and rebuilds the f-wide activations (parallel/feed_forward.py). ``tp_group`` is then
+    needed by models built over groups that are not ``parallel_state``'s: megatron-core hands a layer's group to its own MLP alone (and
+    says "Unknown MLP type" of any other, which is all that it means).
 
-    Raises ValueError as :func:`structured_mlp_submodules` does, and for a base whose ``mlp`` is not built of two linears.
+    Raises ValueError as :func:`structured_mlp_submodules` does, and for a base whose ``mlp`` is not megatron-core's MLP.
     """
     linears = structured_mlp_submodules(kind, rank=rank, blocks=blocks, guide=guide)
     spec = copy.deepcopy(base) if base is not None else get_gpt_layer_local_spec()
@@ -108,5 +114,10 @@ def structured_layer_spec(
     if layer.pre_mlp_layernorm is IdentityOp:
         layer.pre_mlp_layernorm = NormLayer
     submodules = replace(held, linear_fc1=linears.linear_fc1, linear_fc2=linears.linear_fc2)
-    layer.mlp = replace(mlp, module=StructuredMLP, params={**mlp.params, "recompute": recompute}, submodules=submodules)
+    if mlp.module is not MLP:
+        raise ValueError(f"base: its mlp is a {mlp.module.__name__}, which would be lost; it must be megatron-core's MLP")
+    layer.mlp = replace(mlp, submodules=submodules)
+    if recompute != "none":
+        params = {**mlp.params, "recompute": recompute, **({"tp_group": tp_group} if tp_group is not None else {})}
+        layer.mlp = replace(layer.mlp, module=StructuredMLP, params=params)
     return spec

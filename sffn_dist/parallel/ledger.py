@@ -43,6 +43,7 @@ _c10d: Any = dist.distributed_c10d  # type: ignore[attr-defined]
 _autograd: Any = torch._C._autograd
 _functions: Any = torch._C._functions
 _MARK: ContextVar[Purpose | None] = ContextVar("purpose", default=None)
+_PLACE: ContextVar[nn.Module | None] = ContextVar("place", default=None)
 
 
 @contextlib.contextmanager
@@ -53,6 +54,16 @@ def purpose(name: Purpose) -> Iterator[None]:
         yield
     finally:
         _MARK.reset(token)
+
+
+@contextlib.contextmanager
+def inside(module: nn.Module) -> Iterator[None]:
+    """Collectives issued inside are entered at this module's place, though it is not called."""
+    token = _PLACE.set(module)
+    try:
+        yield
+    finally:
+        _PLACE.reset(token)
 
 
 # ------------------------------------------------------------------------------------------- what is received, by operator
@@ -174,7 +185,8 @@ class Ledger(TorchDispatchMode):
 
     ``groups`` names process groups; another one is called by its ranks, "ranks 0,2". ValueError if two labels name one group.
 
-    place     the innermost module of ``model`` in whose forward, or in the backward of whose forward, the collective was issued;
+    place     the module of :func:`inside`, else
+              the innermost module of ``model`` in whose forward, or in the backward of whose forward, the collective was issued;
               the parameter's name in a hook on a leaf; "" elsewhere: in the model's own forward, outside of it, and in the backward of
               what ran before the ledger was opened
     purpose   "forward": in a module's forward; "backward": in an autograd node of a backward pass, or in a forward recomputed there;
@@ -187,6 +199,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self, model: nn.Module, groups: Mapping[str, dist.ProcessGroup]):
         super().__init__()
         self._modules = dict(model.named_modules())
+        self._names = {id(module): name for name, module in self._modules.items()}
         self._parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self._labels = {group.group_name: label for label, group in groups.items()}
         if len(self._labels) < len(groups):
@@ -251,7 +264,8 @@ class Ledger(TorchDispatchMode):
         counts = collective.rule(tensors, values, group.size(), group.rank())
         label = self._labels.get(group.group_name) or f"ranks {','.join(map(str, dist.get_process_group_ranks(group)))}"
         place, running = self._where()
-        key = (collective.kind, label, place, _MARK.get() or running)
+        marked = _PLACE.get()
+        key = (collective.kind, label, self._names.get(id(marked), place), _MARK.get() or running)
         calls, elements, size = self._sums.get(key, (0, Fraction(), Fraction()))
         in_bytes = (count * x.element_size() for count, x in zip(counts, tensors, strict=True))
         self._sums[key] = (calls + 1, elements + sum(counts), size + sum(in_bytes))

@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from sffn_dist.parallel import sharded_state
 from sffn_dist.parallel.bottleneck import Column, Half, Row
 from sffn_dist.parallel.collectives import Exchange, Tokens
-from sffn_dist.parallel.functions import ColumnFunction, RowFunction
+from sffn_dist.parallel.functions import ColumnFunction, RowFunction, autocast
 from sffn_dist.parallel.split import shard
-from sffn_dist.parallel.standalone import check_sizes, check_structure, draw_alike
+from sffn_dist.parallel.standalone import check_ranks, check_sizes, check_structure, draw_alike
 from sffn_dist.shapes import Layout, Role, Structure, TensorSpec, inner_layout, linear_tensors
 
 
 class StructuredLinear(nn.Module):
     """What the column- and the row-parallel linear share: parameters by the split table, the guide's state.
 
-    ``guide_weight`` is alpha while this linear computes its guide, None while it does not; the run sets it once a step.
+    ``guide_weight`` is alpha while this linear computes its guide, None while it does not; the run sets it once a step. Setting it on a
+    linear without a guide raises ValueError.
     """
 
     role: Role
@@ -58,8 +59,10 @@ class StructuredLinear(nn.Module):
         self.halves = 2 if gated else 1
         self.is_expert = is_expert
         check_structure(structure)
+        inner = input_size if self.role == "row" else output_size // self.halves
         check_sizes(structure, input_size, output_size // self.halves)
-        self.guide_weight: float | None = None
+        check_ranks(structure, inner, self.ranks)
+        self._guide_weight: float | None = None
         self.specs = linear_tensors(structure, self.role, input_size, output_size, gated=gated, bias=bias, guide=guide)
         for name, spec in self.specs.items():
             self.register_parameter(name, self._parameter(name, spec))
@@ -114,6 +117,16 @@ class StructuredLinear(nn.Module):
 
     def _split(self, tokens: Tokens) -> Half:
         raise NotImplementedError
+
+    @property
+    def guide_weight(self) -> float | None:
+        return self._guide_weight
+
+    @guide_weight.setter
+    def guide_weight(self, alpha: float | None) -> None:
+        if alpha is not None and self.guide is None:
+            raise ValueError(f"guide_weight = {alpha}: this linear was built without a guide")
+        self._guide_weight = alpha
 
     @property
     def explicit_expert_comm(self) -> bool:
@@ -195,7 +208,10 @@ class StructuredColumnParallelLinear(StructuredLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (S or S/p, batch, h) -> (S, batch, f/p), and the bias if it is left to the caller."""
-        return self._finish(ColumnFunction.apply(self.split, self.guide_weight, x, *self.weights))
+        x, weights, off = autocast(x, self.weights)
+        with off:
+            y = ColumnFunction.apply(self.split, self.guide_weight, x, *weights)
+        return self._finish(y)
 
 
 class StructuredRowParallelLinear(StructuredLinear):
@@ -244,4 +260,7 @@ class StructuredRowParallelLinear(StructuredLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (S, batch, f/p) -> (S or S/p, batch, h), and the bias if it is left to the caller."""
-        return self._finish(RowFunction.apply(self.split, self.guide_weight, x, *self.weights))
+        x, weights, off = autocast(x, self.weights)
+        with off:
+            y = RowFunction.apply(self.split, self.guide_weight, x, *weights)
+        return self._finish(y)

@@ -44,6 +44,17 @@ def check_sizes(structure: Structure, inputs: int, outputs: int) -> None:
             raise ValueError(f"blocks = {structure.blocks}: must divide the {side} size {size}")
 
 
+def check_ranks(structure: Structure, inner: int, ranks: int) -> None:
+    """Raise ValueError if the ``inner`` features cannot be split over that many tensor-parallel ranks."""
+    if ranks == 1:
+        return
+    if inner % ranks:
+        raise ValueError(f"inner width {inner}: must be divisible by the {ranks} tensor-parallel ranks")
+    blocks = structure.blocks or 1
+    if structure.kind == "block_shuffle" and inner % blocks**2:
+        raise ValueError(f"blocks = {blocks}: its square must divide the inner width {inner} under tensor parallelism")
+
+
 @torch.no_grad()
 def draw_alike(
     structure: Structure,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -151,8 +152,7 @@ def traffic(
     for entry in ledger.entries:
         assert entry.group == "tensor"
         assert entry.bytes == 8 * entry.elements
-        place = entry.place or "both"  # with recompute = bottleneck the layer calls neither of its linears
-        found[place, entry.purpose, entry.kind] = entry.elements
+        found[entry.place, entry.purpose, entry.kind] = entry.elements
     return found
 
 
@@ -177,6 +177,55 @@ def saved_bytes(
         y = mlp(x)[0]
     y.sum().backward()
     return sum(kept.values())
+
+
+def other_uses(kind: str, rank: int | None, blocks: int | None, sequence: bool, recompute: str) -> dict[str, Any]:
+    """A layer under autocast, with frozen weights, differentiated twice, by its second linear's guide that it has not."""
+    ranks = join()
+    p, structure, h, f = ranks.tensor, Structure(kind, rank, blocks), 16, 64
+    mlp = _ours(structure, h, f, True, True, sequence, None, recompute, p).float()
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    found: dict[str, Any] = {}
+    x = torch.randn(8 // p if sequence else 8, 2, h, requires_grad=True)
+
+    def gradients(layer: Any, value: Tensor) -> list[Tensor]:
+        y = layer(value)[0]
+        return [y, *torch.autograd.grad(y.float().sum(), [value, *layer.parameters()], allow_unused=True)][:-1]
+
+    exact = gradients(mlp, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = gradients(mlp, x)
+    found["autocast"] = (low[0].dtype == torch.bfloat16, max(_error(a.float(), b) for a, b in zip(low, exact, strict=True)))
+
+    frozen = [mlp.linear_fc1.weights[0], mlp.linear_fc2.weights[1]]  # those that every rank holds
+    for weight in frozen:
+        weight.requires_grad_(False)
+    rest = [weight for weight in mlp.parameters() if weight.requires_grad and weight is not mlp.linear_fc2.bias]
+    with Ledger(mlp, {"tensor": ranks.tensor_group}) as ledger:
+        found_rest = torch.autograd.grad(mlp(x)[0].sum(), [x, *rest])
+    same = dict(zip([id(x), *map(id, mlp.parameters())], exact[1:], strict=False))
+    found["frozen"] = max(_error(a, same[id(b)]) for a, b in zip(found_rest, [x, *rest], strict=True))
+    found["summed"] = float(ledger.elements(purpose="gradient"))
+    for weight in mlp.parameters():
+        weight.requires_grad_(weight is mlp.linear_fc2.weights[1])
+    with Ledger(mlp, {"tensor": ranks.tensor_group}) as ledger:
+        (last,) = torch.autograd.grad(mlp(x.detach())[0].sum(), mlp.linear_fc2.weights[1:2])
+    found["last"] = _error(last, same[id(mlp.linear_fc2.weights[1])])
+    found["last_backward"] = float(ledger.elements(purpose="backward"))
+    for weight in mlp.parameters():
+        weight.requires_grad_()
+
+    (first,) = torch.autograd.grad(mlp(x)[0].square().sum(), [x], create_graph=True)
+    try:
+        first.square().sum().backward()
+    except RuntimeError as error:
+        found["twice"] = str(error)
+    try:
+        mlp.linear_fc2.guide_weight = 0.5
+    except ValueError as error:
+        found["guide"] = str(error)
+    return found
 
 
 def join() -> topology.Topology:

@@ -70,3 +70,29 @@ def test_the_bottlenecks_alone_are_kept(
     assert ours == [8 * 16 * (64 + 2 * (rank or 64)) // world] * world
     assert max(ours) <= share * min(dense)
     assert max(ours) < min(kept(kind, rank, blocks, "none")) / 2
+    # without sequence parallelism x is whole on every rank, and z but for the chunk that block_shuffle's first linear reads
+    sizes["sequence"] = False
+    assert kept("dense", None, None, "none") == [8 * 16 * (64 + 2 * 256 // world)] * world
+    narrow = 64 + 64 // world if kind == "block_shuffle" else 2 * (rank or 0)
+    assert kept(kind, rank, blocks, "bottleneck") == [8 * 16 * (64 + narrow)] * world
+
+
+@pytest.mark.parametrize("recompute", ["none", "bottleneck"])
+@pytest.mark.parametrize("sequence", [True, False])
+@pytest.mark.parametrize(("kind", "rank", "blocks"), [("low_rank", 4, None), ("block_dense", 8, 2), ("block_shuffle", None, 2)])
+def test_other_uses(
+    ranks: Callable[..., Any], kind: str, rank: int | None, blocks: int | None, sequence: bool, recompute: str
+) -> None:
+    """Autocast computes in its precision; what is frozen is neither computed nor summed; a second derivative is refused, not wrong."""
+    arguments = {"kind": kind, "rank": rank, "blocks": blocks, "sequence": sequence, "recompute": recompute}
+    for found in ranks(2, 2).run(CASES, "other_uses", **arguments):
+        casts, error = found["autocast"]
+        assert casts
+        assert error < 0.03
+        assert found["frozen"] < 1e-6
+        assert found["summed"] == 0
+        assert found["last"] < 1e-6
+        if recompute == "none":
+            assert found["last_backward"] == 0, "nothing needs to travel for the last factor's gradient"
+        assert "once_differentiable" in found["twice"]
+        assert found["guide"].startswith("guide_weight = 0.5")
