@@ -95,10 +95,10 @@ def _set_weights(module: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------------------------- cases
 
 
-def losses(tensor: int, structure: dict[str, Any], steps: int) -> list[float]:
+def losses(tensor: int, structure: dict[str, Any], steps: int, sequence: bool = True) -> list[float]:
     """Losses of a few AdamW steps as somebody's own loop over megatron-core's parts takes them."""
     _groups(tensor)
-    config = _config(tensor)
+    config = _config(tensor, sequence_parallel=sequence and tensor > 1)
     model = _gpt(config, structure)
     _set_weights(model)
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -119,6 +119,32 @@ def losses(tensor: int, structure: dict[str, Any], steps: int) -> list[float]:
         found.append(float(loss))
     assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     return found
+
+
+def loss_of_gathered_weights(structure: dict[str, Any], overlap: bool) -> float:
+    """Loss over two data-parallel ranks that each hold the right half of the weights, as the distributed optimizer leaves them.
+
+    With ``overlap`` Megatron gathers the other half while the forward pass runs, a module's just before the module is called.
+    """
+    _groups(1)
+    config = _config()
+    model = _gpt(config, structure)
+    _set_weights(model)
+    options = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, overlap_param_gather=overlap, overlap_grad_reduce=overlap, bucket_size=1500
+    )
+    wrapped = DistributedDataParallel(config, options, model)
+    for buffer in wrapped.buffers:
+        for bucket in buffer.buckets:
+            for rank, part in enumerate(bucket.param_data.chunk(dist.get_world_size())):
+                if rank != dist.get_rank():
+                    part.zero_()
+    if not overlap:
+        wrapped.start_param_sync(force_sync=True)
+    tokens = torch.randint(0, VOCAB, (3, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(LENGTH).expand(3, LENGTH)
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
+    return float(wrapped(tokens[:, :-1], positions, mask, labels=tokens[:, 1:]).mean())
 
 
 def _with_moments(model: GPTModel, **metadata: Any) -> tuple[dict[str, Any], torch.optim.Optimizer]:

@@ -25,8 +25,20 @@ def test_stock_model_trains_as_on_one_rank(ranks: Callable[..., Any], kind: str)
     one = ranks(1, 1).run(CASES, "losses", tensor=1, structure=STRUCTURES[kind], steps=3)[0]
     assert all(math.isfinite(loss) for loss in one)
     assert one[2] < one[1] < one[0]
-    for split in ranks(2, 2).run(CASES, "losses", tensor=2, structure=STRUCTURES[kind], steps=3):
-        assert split == pytest.approx(one, rel=1e-5)
+    for sequence, recompute in ((True, "none"), (True, "bottleneck"), (False, "none")):
+        structure = {**STRUCTURES[kind], "recompute": recompute}
+        for split in ranks(2, 2).run(CASES, "losses", tensor=2, structure=structure, steps=3, sequence=sequence):
+            assert split == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("recompute", ["none", "bottleneck"])
+def test_weights_that_megatron_gathers_during_forward_are_waited_for(ranks: Callable[..., Any], recompute: str) -> None:
+    structure = {**STRUCTURES["low_rank"], "recompute": recompute}
+    there, coming = (
+        ranks(2, 1).run(CASES, "loss_of_gathered_weights", structure=structure, overlap=overlap) for overlap in (False, True)
+    )
+    assert there == coming
+    assert there[0] == there[1]
 
 
 @by_kind
@@ -129,3 +141,10 @@ def test_linears_refuse_sizes_that_do_not_fit(ranks: Callable[..., Any]) -> None
     ):
         with pytest.raises(AssertionError, match=f"ValueError: {words}: must"):
             ranks(1, 1).run(CASES, "first_weights", tensor=1, structure=structure, seed=0)
+
+
+def test_linears_refuse_ranks_that_do_not_fit(ranks: Callable[..., Any]) -> None:
+    """f is 48: 16 divides it, 36 does not."""
+    ranks(2, 2).run(CASES, "first_weights", tensor=2, structure={"kind": "block_shuffle", "blocks": 4}, seed=0)
+    with pytest.raises(AssertionError, match="ValueError: blocks = 6: its square must divide the inner width 48"):
+        ranks(2, 2).run(CASES, "first_weights", tensor=2, structure={"kind": "block_shuffle", "blocks": 6}, seed=0)

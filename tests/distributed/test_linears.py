@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 CASES = Path(__file__).with_name("linear_cases.py")
+NAIVE = Path(__file__).with_name("naive_cases.py")
 # kind, rank, blocks, h, f: odd sizes, blocks of 3, fewer blocks than ranks, and BlockShuffle's features turned (f + h < p h)
 SHAPES: dict[int, list[tuple[str, int | None, int | None, int, int]]] = {
     1: [("low_rank", 7, None, 15, 33), ("block_dense", 9, 3, 15, 33), ("block_shuffle", None, 3, 15, 33)],
@@ -96,3 +97,16 @@ def test_other_uses(
             assert found["last_backward"] == 0, "nothing needs to travel for the last factor's gradient"
         assert "once_differentiable" in found["twice"]
         assert found["guide"].startswith("guide_weight = 0.5")
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+@pytest.mark.parametrize(
+    "structure",
+    [{"kind": "low_rank", "rank": 6}, {"kind": "block_dense", "rank": 8, "blocks": 4}, {"kind": "block_shuffle", "blocks": 4}],
+    ids=lambda structure: structure["kind"],
+)
+def test_the_naive_split_computes_the_same(ranks: Callable[..., Any], structure: dict[str, Any], sequence: bool) -> None:
+    """What the benchmark compares with is the same layer."""
+    for inputs, outputs in ((16, 32), (32, 16)):
+        for error in ranks(2, 2).run(NAIVE, "error", structure=structure, inputs=inputs, outputs=outputs, sequence=sequence):
+            assert error < 1e-4
