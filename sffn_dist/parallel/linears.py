@@ -120,6 +120,7 @@ class StructuredLinear(nn.Module):
 
     @property
     def guide_weight(self) -> float | None:
+        """Alpha of the coming forward passes; None: the guide is not computed."""
         return self._guide_weight
 
     @guide_weight.setter

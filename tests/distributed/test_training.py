@@ -87,15 +87,19 @@ def test_zero_stages_agree(train: Callable[..., dict[str, Any]], kind: str) -> N
         {"tensor": 2, "stage": 3, "recompute": "full", "model": {"tie_embeddings": False}},
         {"tensor": 2, "sequence": True, "stage": 3, "recompute": "bottleneck", "model": {"activation": "swiglu"}},
         {"tensor": 2, "stage": 1, "recompute": "bottleneck"},
+        {"kind": "low_rank", "tensor": 2, "sequence": True, "stage": 2, "recompute": "bottleneck"},
+        {"kind": "block_dense", "tensor": 2, "stage": 3, "recompute": "bottleneck"},
     ],
-    ids=["swiglu-rmsnorm-nobias-zero3", "recompute-zero2", "recompute-zero3-untied", "bottleneck-zero3", "bottleneck-zero1"],
-)
+    ids=["swiglu-rmsnorm-nobias-zero3", "recompute-zero2", "recompute-zero3-untied", "bottleneck-zero3", "bottleneck-zero1",
+         "bottleneck-zero2-low_rank", "bottleneck-zero3-block_dense"],
+)  # fmt: skip
 def test_four_ranks(train: Callable[..., dict[str, Any]], options: dict[str, Any]) -> None:
     """TP 2 x DP 2 under ZeRO 2 and 3, recomputation, the other model options: equal to one plain rank."""
+    kind = options.get("kind", "block_shuffle")
     plain = {key: value for key, value in options.items() if key == "model"}
-    parted = {"part_all": True} if options["stage"] == 3 else {}
-    split = train(4, tree("block_shuffle", micro=1, **options), **parted)
-    assert difference(train(1, tree("block_shuffle", **plain)), split) < TOLERANCE
+    layout = {key: value for key, value in options.items() if key != "kind"}
+    split = train(4, tree(kind, micro=1, **layout), part_all=options["stage"] == 3)
+    assert difference(train(1, tree(kind, **plain)), split) < TOLERANCE
 
 
 def test_recomputation_changes_nothing(train: Callable[..., dict[str, Any]]) -> None:
@@ -138,6 +142,19 @@ def test_resume_on_another_layout(ranks: Callable[..., Any], train: Callable[...
     assert all(np.array_equal(before[key], after[key]) and not np.isnan(before[key]).any() for key in before)
     losses += train(2, {**tree("block_shuffle", stage=3, micro=1), **run}, steps=8)["losses"]
     losses += train(1, {**tree("block_shuffle", stage=0), **run}, steps=12)["losses"]
+    assert np.abs(np.subtract(losses, whole["losses"])).max() < TOLERANCE
+
+
+def test_resume_where_block_shuffle_takes_the_other_route(train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """TP 4, where the features are exchanged for whole blocks, cuts a factor along another axis than one rank or TP 2 does."""
+    shuffle = {"ffn": {"width": 64, "kind": "block_shuffle", "blocks": 4}, "model": {"kv_heads": 4}}
+    run = {"run": {"dir": str(tmp_path)}}
+    whole = train(1, tree("block_shuffle", **shuffle), steps=9)
+    losses = train(4, {**tree("block_shuffle", tensor=4, sequence=True, recompute="bottleneck", **shuffle), **run}, steps=3)[
+        "losses"
+    ]
+    losses += train(2, {**tree("block_shuffle", tensor=2, **shuffle), **run}, steps=6)["losses"]
+    losses += train(4, {**tree("block_shuffle", tensor=4, **shuffle), **run}, steps=9)["losses"]
     assert np.abs(np.subtract(losses, whole["losses"])).max() < TOLERANCE
 
 
