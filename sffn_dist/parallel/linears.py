@@ -27,8 +27,7 @@ from sffn_dist.shapes import Layout, Role, Structure, TensorSpec, inner_layout, 
 class StructuredLinear(nn.Module):
     """What the column- and the row-parallel linear share: parameters by the split table, the guide's state.
 
-    ``guide_weight`` is alpha while this linear computes its guide, None while it does not; the run sets it once a step. Setting it on a
-    linear without a guide raises ValueError.
+    ``guide_weight`` is alpha while this linear computes its guide, None while it does not; the run sets it once a step.
     """
 
     role: Role
@@ -125,6 +124,7 @@ class StructuredLinear(nn.Module):
 
     @guide_weight.setter
     def guide_weight(self, alpha: float | None) -> None:
+        """Raises ValueError where there is no guide."""
         if alpha is not None and self.guide is None:
             raise ValueError(f"guide_weight = {alpha}: this linear was built without a guide")
         self._guide_weight = alpha

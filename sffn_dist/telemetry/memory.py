@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sffn_dist.config import Config
-from sffn_dist.shapes import ffn_structure, layer_tensors, parameters_per_rank, reduce_bucket
+from sffn_dist.counts import parameters_per_rank, reduce_bucket
+from sffn_dist.shapes import ffn_structure, layer_tensors
 
 _SECOND = {"low_rank": "up", "block_dense": "up", "block_shuffle": "block_out"}
 

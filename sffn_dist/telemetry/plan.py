@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from sffn_dist import machine, schedule, shapes, traffic
+from sffn_dist import counts, machine, schedule, traffic
 from sffn_dist.config import Config
 from sffn_dist.rules import unused
 from sffn_dist.telemetry.memory import memory_per_rank
@@ -14,14 +14,14 @@ from sffn_dist.telemetry.memory import memory_per_rank
 def plan(config: Config, world: int) -> dict[str, Any]:
     """One JSON-ready object. Parameters and FLOPs without the guide stand under ``parameters`` and ``flops_per_step``.
 
-    FLOPs are those of forward and backward (shapes.flops_per_token), not of recomputation; ``memory_per_rank`` is an estimate in bytes.
+    FLOPs are those of forward and backward (counts.flops_per_token), not of recomputation; ``memory_per_rank`` is an estimate in bytes.
     """
-    parts = shapes.parameters_by_part(config)
+    parts = counts.parameters_by_part(config)
     guide = parts.pop("guide")
     ffn = parts["ffn_dense"] + parts["ffn_structured"]
     clock = schedule.of(config)
     step_tokens = config.tokens_per_step
-    flops, guided = shapes.flops_per_token(config) * step_tokens, shapes.guide_flops_per_token(config) * step_tokens
+    flops, guided = counts.flops_per_token(config) * step_tokens, counts.guide_flops_per_token(config) * step_tokens
     here = machine.ranks_here(otherwise=world)
     data_parallel = max(1, world // config.parallel.tensor)
     precision = machine.precision(config.precision, here)
@@ -97,7 +97,7 @@ def _all_dense(config: Config) -> Config:
 
 def _dense_ffn(config: Config) -> int:
     """Parameters of the same feed-forward layers were they all dense."""
-    return shapes.parameters_by_part(_all_dense(config))["ffn_dense"]
+    return counts.parameters_by_part(_all_dense(config))["ffn_dense"]
 
 
 def _phases(clock: schedule.Schedule) -> list[dict[str, Any]]:

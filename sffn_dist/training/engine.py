@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from sffn_dist.checkpoint.store import MOMENTS, Fragment
 from sffn_dist.config import Config
+from sffn_dist.counts import reduce_bucket
 from sffn_dist.parallel import host
 from sffn_dist.parallel.topology import ModelParallelUnit, Topology
-from sffn_dist.shapes import is_guide, reduce_bucket
+from sffn_dist.shapes import is_guide
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if host.has_cuda() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

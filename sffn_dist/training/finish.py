@@ -8,8 +8,8 @@ import math
 import sys
 from typing import Any
 
+from sffn_dist import counts
 from sffn_dist import model as models
-from sffn_dist import shapes
 from sffn_dist.data.shards import Corpus
 from sffn_dist.durable import write_text
 from sffn_dist.inference.evaluation import Evaluation
@@ -76,7 +76,7 @@ def summary(run: Run, evaluation: Evaluation, unigram_entropy: float) -> dict[st
         "seconds": seconds,
         "steps": run.step,
         "tokens": run.step * tokens,
-        "parameters": shapes.parameters(run.config),
+        "parameters": counts.parameters(run.config),
         "precision": run.precision,
         "ranks": {"world": run.topology.world, "tensor": run.topology.tensor, "data": run.topology.data},
     }

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from sffn_dist import counts
 from sffn_dist import model as models
 from sffn_dist import schedule as schedules
-from sffn_dist import shapes
 from sffn_dist.checkpoint import store
 from sffn_dist.config import Config, ConfigError, flatten
 from sffn_dist.parallel.topology import Topology
@@ -42,14 +42,14 @@ def begin(run: Run, continued: Path | None) -> None:
 
 def open_reports(config: Config, precision: str, topology: Topology, trackers: Trackers, step: int) -> Reports:
     """Metrics, progress and estimate of rank 0."""
-    flops = shapes.flops_per_token(config) * config.tokens_per_step
-    guide_flops = shapes.guide_flops_per_token(config) * config.tokens_per_step
+    flops = counts.flops_per_token(config) * config.tokens_per_step
+    guide_flops = counts.guide_flops_per_token(config) * config.tokens_per_step
     peak = peak_flops(torch.cuda.get_device_name(), precision) if topology.device.type == "cuda" else None
     # a forward pass is a third of a step; a sampled token reads up to prompt + tokens positions of one sequence
     one_sequence = 1 / 3 / config.train.global_batch_size
     sampled = config.sample.tokens**2 / 2 / config.model.sequence
     extra = {"evaluation": config.evaluation_sequences * one_sequence, "sample": sampled * one_sequence}
-    saved = 12 * shapes.parameters_per_rank(config) * topology.tensor  # bytes: fp32 weight and two moments
+    saved = 12 * counts.parameters_per_rank(config) * topology.tensor  # bytes: fp32 weight and two moments
     return Reports(
         metrics=MetricsLog(Path(config.run.dir) / "metrics.jsonl", step),
         # a row's step counts the steps taken: the one of a resumed step stands, the last one is written anew

@@ -18,7 +18,7 @@ FLOORS = (
     ("config", "durable"),
     ("rules",),
     ("reading", "shapes", "schedule", "machine"),
-    ("traffic",),
+    ("counts", "traffic"),
     ("sffn_kernels",),
     ("structured",),
     ("parallel",),
@@ -30,7 +30,7 @@ FLOORS = (
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "numpy", "megatron", "deepspeed", "datasets", "tokenizers", "triton", "transformers", "wandb"}
 BY_NAME = {"importlib.import_module", "import_module", "__import__"}
-LOWEST = ("config", "durable", "rules", "reading", "shapes", "schedule", "traffic", "machine")
+LOWEST = ("config", "durable", "rules", "reading", "shapes", "counts", "traffic", "schedule", "machine")
 LIGHT = (
     *LOWEST,
     *("checkpoint.manifest", "data.store", "training.identity", "training.guards", "pretrain"),

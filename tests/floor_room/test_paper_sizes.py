@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sffn_dist import shapes
+from sffn_dist import counts, shapes
 from sffn_dist.config import Config
 from sffn_dist.reading import load
 from sffn_dist.telemetry.memory import memory_per_rank
@@ -57,7 +57,7 @@ def paper(name: str) -> Config:
 
 
 def training_flops(config: Config) -> int:
-    return shapes.flops_per_token(config) * config.model.sequence * config.train.global_batch_size * config.train.steps
+    return counts.flops_per_token(config) * config.model.sequence * config.train.global_batch_size * config.train.steps
 
 
 def test_every_size_and_kind_has_a_file() -> None:
@@ -98,7 +98,7 @@ def test_parameters_and_flops_are_the_published_ones(name: str) -> None:
     """The authors' own counts (xl) hold biases in the total but not in the FFN's; the others come from the FLOP formula: matrices."""
     total, ffn, flops = PUBLISHED[name]
     config = paper(name)
-    millions = shapes.parameters(config) / 1e6
+    millions = counts.parameters(config) / 1e6
     assert 0 < millions - matrices(config) < 0.01 * millions
     if ffn is not None:
         assert millions == pytest.approx(total, abs=0.5)
@@ -112,7 +112,7 @@ def test_parameters_and_flops_are_the_published_ones(name: str) -> None:
 @pytest.mark.parametrize(("name", "millions"), [("wide_lowrank_m", 219), ("wide_lowrank_l", 464), ("wide_blockdiag", 211)])
 def test_the_wide_and_structured_models(name: str, millions: int) -> None:
     config = load(CONFIGS / f"{name}.json")
-    assert shapes.parameters(config) / 1e6 == pytest.approx(millions, abs=0.5)
+    assert counts.parameters(config) / 1e6 == pytest.approx(millions, abs=0.5)
     assert config.kv_heads * config.head_dim == 256
     size = "l" if name.endswith("_l") else "m"
     assert (config.train.steps, config.train.learning_rate) == MODELS[size][5:]
@@ -121,35 +121,35 @@ def test_the_wide_and_structured_models(name: str, millions: int) -> None:
 
 def test_wide_models_take_the_dense_models_training_flops_when_guided_less_often() -> None:
     wide, dense = load(CONFIGS / "wide_lowrank_m.json"), paper("m_dense")
-    assert shapes.flops_per_token(wide) < shapes.flops_per_token(dense)
-    assert shapes.flops_per_token(wide) + shapes.guide_flops_per_token(wide) > shapes.flops_per_token(dense)
+    assert counts.flops_per_token(wide) < counts.flops_per_token(dense)
+    assert counts.flops_per_token(wide) + counts.guide_flops_per_token(wide) > counts.flops_per_token(dense)
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_counts_agree_with_one_another(path: Path) -> None:
     config = load(path)
-    parts, tensors = shapes.parameters_by_part(config), shapes.model_tensors(config)
+    parts, tensors = counts.parameters_by_part(config), shapes.model_tensors(config)
     assert sum(parts.values()) == sum(math.prod(spec.shape) for spec in tensors.values())
-    assert shapes.parameters(config) == sum(parts.values()) - parts["guide"]
+    assert counts.parameters(config) == sum(parts.values()) - parts["guide"]
     assert parts["embedding"] == config.model.vocab * config.model.width
     assert (parts["guide"] > 0) == config.guided
     guided_layers = config.model.layers - len(config.ffn.dense_layers)
     h, f = config.model.width, config.ffn_width
     if config.guided:
         assert parts["guide"] == 2 * h * f * guided_layers
-    assert shapes.guide_flops_per_token(config) == 6 * parts["guide"]
+    assert counts.guide_flops_per_token(config) == 6 * parts["guide"]
     if config.parallel.tensor == 1:
-        assert shapes.parameters_per_rank(config) == sum(parts.values())
+        assert counts.parameters_per_rank(config) == sum(parts.values())
     attention = 12 * config.model.layers * config.attention_dim * config.model.sequence
-    assert shapes.flops_per_token(config) == round(6e6 * matrices(config)) + attention
+    assert counts.flops_per_token(config) == round(6e6 * matrices(config)) + attention
 
 
 def test_an_untied_embedding_is_counted_but_looked_up_for_nothing() -> None:
     file = CONFIGS / "paper" / "s_dense.json"
     tied, untied = load(file), load(file, ["model.tie_embeddings=false"])
     table = 32_000 * 768
-    assert shapes.parameters(untied) - shapes.parameters(tied) == table
-    assert shapes.flops_per_token(untied) == shapes.flops_per_token(tied)
+    assert counts.parameters(untied) - counts.parameters(tied) == table
+    assert counts.flops_per_token(untied) == counts.flops_per_token(tied)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_tensor_parallel_ranks_share_all_but_the_replicated(kind: str, overrides
         cut = sum(spec.numel for spec in specs if spec.cut)
         whole = sum(spec.numel for spec in specs if not spec.cut)
         assert cut % p == 0
-        assert shapes.parameters_per_rank(config) == cut // p + whole
+        assert counts.parameters_per_rank(config) == cut // p + whole
         assert cut > whole
 
 
@@ -188,7 +188,7 @@ def test_memory_falls_with_the_stage_and_with_data_parallel_ranks(precision: str
 
 def test_each_stage_shares_what_it_says() -> None:
     held = {stage: memory(4, zero__stage=stage) for stage in (1, 2, 3)}
-    n = shapes.parameters(paper("s_low_rank_32"))
+    n = counts.parameters(paper("s_low_rank_32"))
     assert [held[stage]["optimizer"] for stage in (1, 2, 3)] == [12 * n // 4] * 3
     assert held[2]["gradients"] * 4 == pytest.approx(held[1]["gradients"], abs=4)
     assert held[1]["weights"] == held[2]["weights"] == 2 * n == pytest.approx(4 * held[3]["weights"], abs=4)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sffn_dist import schedule, shapes
+from sffn_dist import counts, schedule
 from sffn_dist.config import Config
 from sffn_dist.reading import from_tree, load
 from sffn_dist.telemetry.plan import plan, render, si
@@ -121,7 +121,7 @@ def test_unused_settings_are_shown() -> None:
     assert all(key in page for key in got["unused"])
     assert "rank 8" not in page, "a rank that is not used is not shown as the run's"
     assert got["guide_parameters"] == 0
-    assert shapes.parameters(config) == got["parameters"]
+    assert counts.parameters(config) == got["parameters"]
     assert "unused" not in render(plan(small(), 1))
 
 
