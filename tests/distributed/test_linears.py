@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from sffn_dist import reading
+from sffn_dist.telemetry.memory import feed_forward_elements
+
 CASES = Path(__file__).with_name("linear_cases.py")
 NAIVE = Path(__file__).with_name("naive_cases.py")
 # kind, rank, blocks, h, f: odd sizes, blocks of 3, fewer blocks than ranks, and BlockShuffle's features turned (f + h < p h)
@@ -70,7 +73,25 @@ def test_the_bottlenecks_alone_are_kept(
     assert dense == [8 * 16 * (64 + 2 * 256) // world] * world
     assert ours == [8 * 16 * (64 + 2 * (rank or 64)) // world] * world
     assert max(ours) <= share * min(dense)
-    assert max(ours) < min(kept(kind, rank, blocks, "none")) / 2
+    usual = kept(kind, rank, blocks, "none")
+    assert max(ours) < min(usual) / 2
+    # what the plan's estimate of memory takes a layer to keep beside its input
+    ffn = {"kind": kind, "width": 256, "rank": rank, "blocks": blocks, "dense_layers": []}
+    for gated in (False, True):
+        sizes["gated"] = gated
+        activation = "swiglu" if gated else "gelu"
+        config = reading.from_tree(
+            {
+                "model": {"layers": 1, "width": 64, "heads": 4, "sequence": 16, "vocab": 64, "activation": activation},
+                "ffn": ffn,
+                "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+                "parallel": {"tensor": world, "sequence": True},
+            }
+        )
+        for recompute in ("none", "bottleneck"):
+            elements = 64 // world + feed_forward_elements(config, 0, recompute == "bottleneck")
+            assert kept(kind, rank, blocks, recompute) == [8 * 16 * elements] * world
+    sizes["gated"] = False
     # without sequence parallelism x is whole on every rank, and z but for the chunk that block_shuffle's first linear reads
     sizes["sequence"] = False
     assert kept("dense", None, None, "none") == [8 * 16 * (64 + 2 * 256 // world)] * world

@@ -69,7 +69,8 @@ def main() -> None:
     """A line of JSON for the structure that the arguments name."""
     structure = Structure(**json.loads(sys.argv[1]))
     host.prepare()
-    torch.distributed.init_process_group("nccl" if host.has_cuda() else "gloo")
+    backend = "nccl" if host.has_cuda() else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     topology.groups(1)
     run(layer(structure, torch.bfloat16, "none"), torch.bfloat16)  # libraries' workspaces
     _, dense = run(layer(Structure("dense"), torch.bfloat16, "none"), torch.bfloat16)
