@@ -7,6 +7,7 @@ and the state of the guide.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from sffn_dist.parallel.standalone import check_ranks, check_sizes, check_struct
 from sffn_dist.shapes import Layout, Role, Structure, TensorSpec, inner_layout, linear_tensors
 
 
-class StructuredLinear(nn.Module):
+class StructuredLinear(nn.Module, abc.ABC):
     """What the column- and the row-parallel linear share: parameters by the split table, the guide's state.
 
     ``guide_weight`` is alpha while this linear computes its guide, None while it does not; the run sets it once a step.
@@ -114,8 +115,9 @@ class StructuredLinear(nn.Module):
         found = [*self.factors.values()]
         return found if self.guide is None else [*found, self.guide]
 
+    @abc.abstractmethod
     def _split(self, tokens: Tokens) -> Half:
-        raise NotImplementedError
+        """How the linear is computed on its group's ranks."""
 
     @property
     def guide_weight(self) -> float | None:

@@ -225,6 +225,13 @@ def other_uses(kind: str, rank: int | None, blocks: int | None, sequence: bool, 
         mlp.linear_fc2.guide_weight = 0.5
     except ValueError as error:
         found["guide"] = str(error)
+    linear = mlp.linear_fc1
+    states = [linear.split.exchange.tokens]
+    for outside in (True, False):  # as a shared expert of Megatron's sets it once it is built
+        linear.explicit_expert_comm = outside
+        assert linear.explicit_expert_comm == outside
+        states.append(linear.split.exchange.tokens)
+    found["tokens"] = states
     return found
 
 

@@ -118,6 +118,8 @@ def test_other_uses(
             assert found["last_backward"] == 0, "nothing needs to travel for the last factor's gradient"
         assert "once_differentiable" in found["twice"]
         assert found["guide"].startswith("guide_weight = 0.5")
+        own = "tokens" if sequence else "replicated"
+        assert found["tokens"] == [own, "caller", own]
 
 
 @pytest.mark.parametrize("sequence", [True, False])
