@@ -49,6 +49,8 @@ def misfits(args: argparse.Namespace) -> Iterator[str]:
             yield f"--blocks {args.blocks}: its square must divide --inner {args.inner} under tensor parallelism (block_shuffle)"
         if args.command == "tp" and args.blocks % p:
             yield f"--blocks {args.blocks}: must be divisible by --ranks {p}, since the naive split cuts whole blocks"
+    if args.csv and not args.csv.absolute().parent.is_dir():
+        yield f"--csv {args.csv}: there is no folder {args.csv.absolute().parent}"
     if args.command == "tp" and args.repeats < 2:
         yield f"--repeats {args.repeats}: must be at least 2"
 

@@ -62,6 +62,7 @@ def test_every_provider_is_timed(root: Path, tmp_path: Path) -> None:
         (["comm", "--blocks", "5"], "--blocks 5: must divide --width 2048"),
         (["comm", "--ranks", "8", "--inner", "2056"], "--blocks 4: its square must divide --inner 2056"),
         (["comm", "--rank", "9000"], "--rank 9000: must not exceed 2048"),
+        (["tp", "--csv", "nowhere/rows.csv"], "--csv nowhere/rows.csv: there is no folder"),
         (["tp", "--repeats", "1"], "--repeats 1: must be at least 2"),
         (["tp", "--blocks", "1"], "--blocks 1: must be divisible by --ranks 2"),
         (["tp", "--ranks", "0"], "--ranks: 0 is not above 0"),
