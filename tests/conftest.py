@@ -27,7 +27,7 @@ def _load(path: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Any]]:
-    """``ranks(n, tensor)`` gives n living ranks, for cases of that tensor-parallel size alone; the newest three pools live on.
+    """``ranks(n, tensor)`` gives n living ranks, for cases of that tensor-parallel size alone; the newest four pools live on.
 
     Megatron does not end the groups of a size when it makes those of another, and each one's gloo threads poll: a few hundred
     of them slow two cores down.
@@ -38,7 +38,7 @@ def ranks() -> Iterator[Callable[[int], Any]]:
     def get(world: int, tensor: int = 1) -> Any:
         pool = pools.pop((world, tensor), None) or rank_pool.RankPool(world)
         pools[world, tensor] = pool  # the newest last
-        while len(pools) > 3:
+        while len(pools) > 4:
             pools.pop(next(iter(pools))).stop()
         return pool
 
