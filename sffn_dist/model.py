@@ -32,7 +32,7 @@ from sffn_dist.parallel.linears import StructuredColumnParallelLinear, Structure
 from sffn_dist.parallel.split import shard
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Now, Schedule
-from sffn_dist.shapes import TensorSpec, ffn_structure, model_tensors
+from sffn_dist.shapes import TensorSpec, ffn_linears, ffn_structure, model_tensors
 from sffn_dist.structured import initialisation
 
 # megatron-core warns of any feed-forward layer but its own, once a layer: it hands those no process group; ours are parallel_state's
@@ -210,9 +210,8 @@ def _draw(config: Config, specs: dict[str, TensorSpec], unit: str, names: list[s
         if len(shape) > 1:
             return {unit: torch.randn(shape, generator=generator) * std}
         return {unit: torch.ones(shape) if unit.endswith("norm.weight") else torch.zeros(shape)}
-    layer, first = int(unit.split(".")[2]), unit.endswith("linear_fc1")
-    h, f = config.model.width, config.ffn_width
-    inputs, outputs = (h, 2 * f if config.gated else f) if first else (f, h)
+    layer, linear = int(unit.split(".")[2]), unit.rpartition(".")[2]
+    inputs, outputs = next((inputs, outputs) for name, _, inputs, outputs in ffn_linears(config) if name == linear)
     drawn = initialisation.draw(ffn_structure(config, layer), inputs, outputs, std, generator, guide=config.guided)
     return {f"{unit}.{name}": tensor for name, tensor in drawn.items()}
 

@@ -205,6 +205,11 @@ def linear_tensors(
     return tensors
 
 
+def wide_factor(specs: dict[str, TensorSpec]) -> TensorSpec:
+    """Of a structured linear's tensors, the factor that touches the f axis: the cut one. Its groups of blocks are z's chunks."""
+    return next(spec for name, spec in specs.items() if name not in ("guide", "bias") and spec.cut is not None)
+
+
 def _shuffled_out(layout: Layout, gate: tuple[int, ...], reduced: int) -> Cut:
     """block_out (B, M/B, n/B) of a first linear: rows (gate, k, s') of block l; features lie as (gate, k, s', l)."""
     if len(layout.view) == 2:  # not cuttable
@@ -243,9 +248,15 @@ def ffn_structure(config: Config, layer: int) -> Structure:
     )
 
 
+def ffn_linears(config: Config) -> tuple[tuple[str, Role, int, int], ...]:
+    """(name, role, inputs, outputs) of a feed-forward layer's two linears; the first one's outputs are 2f if gated."""
+    h, f = config.model.width, config.ffn_width
+    return ("linear_fc1", "column", h, 2 * f if config.gated else f), ("linear_fc2", "row", f, h)
+
+
 def layer_tensors(config: Config, layer: int) -> dict[str, TensorSpec]:
     """Tensors of one transformer layer by their names inside it (megatron-core's names)."""
-    model, h, f = config.model, config.model.width, config.ffn_width
+    model, h = config.model, config.model.width
     qkv = config.attention_dim + 2 * config.kv_heads * config.head_dim
     norm = _norm(config)
     tensors: dict[str, TensorSpec] = {f"input_layernorm.{k}": v for k, v in norm.items()}
@@ -257,17 +268,8 @@ def layer_tensors(config: Config, layer: int) -> dict[str, TensorSpec]:
         tensors["self_attention.linear_proj.bias"] = TensorSpec((h,))
     tensors.update({f"pre_mlp_layernorm.{k}": v for k, v in norm.items()})
     structure = ffn_structure(config, layer)
-    wide = 2 * f if config.gated else f
-    for linear, role, inputs, outputs in (("linear_fc1", "column", h, wide), ("linear_fc2", "row", f, h)):
-        specs = linear_tensors(
-            structure,
-            "column" if role == "column" else "row",
-            inputs,
-            outputs,
-            gated=config.gated,
-            bias=model.bias,
-            guide=config.guided,
-        )
+    for linear, role, inputs, outputs in ffn_linears(config):
+        specs = linear_tensors(structure, role, inputs, outputs, gated=config.gated, bias=model.bias, guide=config.guided)
         tensors.update({f"mlp.{linear}.{name}": spec for name, spec in specs.items()})
     return tensors
 

@@ -18,7 +18,17 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from sffn_dist.config import Config
-from sffn_dist.shapes import Role, Structure, TensorSpec, ffn_structure, layer_tensors, linear_tensors
+from sffn_dist.shapes import (
+    Role,
+    Structure,
+    TensorSpec,
+    ffn_linears,
+    ffn_structure,
+    layer_tensors,
+    linear_tensors,
+    model_tensors,
+    wide_factor,
+)
 
 
 @dataclass(frozen=True)
@@ -91,9 +101,8 @@ def structured_linear(
     narrow: bool = False,
 ) -> Iterator[Moved]:
     """One linear without its guide and bias; ``narrow``: with ``recompute: bottleneck``, which moves some of it once more."""
-    names = [name for name in specs if name not in ("guide", "bias")]
-    replicated, wide = names if role == "column" else reversed(names)
-    count = max(specs[wide].block_groups(group.ranks)) + 1
+    wide = wide_factor(specs)
+    count = max(wide.block_groups(group.ranks)) + 1
     width = structure.bottleneck(inputs, outputs)
     if role == "column":
         yield from group.spread("forward", width, count)
@@ -101,13 +110,14 @@ def structured_linear(
         if narrow and count < group.ranks:
             yield from group.spread("backward", width, count)
     else:
-        cut = specs[wide].cut
-        turns = 1 if cut is not None and cut.turned(group.ranks) else 0
+        turns = 1 if wide.cut is not None and wide.cut.turned(group.ranks) else 0
         yield from _times(turns, group.moved("forward", "all_to_all", group.tokens * inputs // group.ranks))
         yield from group.collect("forward", width, count)
         yield from group.spread("backward", width, count)
         yield from _times(turns * (1 + narrow), group.moved("backward", "all_to_all", group.tokens * inputs // group.ranks))
-    yield from group.sum_gradient(specs[replicated])
+    for name, spec in specs.items():
+        if name not in ("guide", "bias"):  # of the factors, the one that every rank holds
+            yield from group.sum_gradient(spec)
 
 
 def _times(times: int, moved: Iterable[Moved]) -> Iterator[Moved]:
@@ -143,32 +153,24 @@ def group_of(config: Config) -> Group:
     return Group(config.parallel.tensor, tokens, config.parallel.sequence and config.parallel.tensor > 1)
 
 
-def guided_linear(group: Group, h: int, role: Role) -> Iterator[Moved]:
-    """What a linear's guide adds in a step that draws it: it is split as a dense linear is."""
-    return dense_linear(group, role, h, h)
-
-
 def layer_traffic(config: Config, layer: int, *, guide: bool = False) -> list[Moved]:
     """A transformer layer's, by place in it; with ``guide`` what its guides add where they are drawn."""
-    group, h, f = group_of(config), config.model.width, config.ffn_width
+    group, h = group_of(config), config.model.width
     structure, specs = ffn_structure(config, layer), layer_tensors(config, layer)
     moved: list[Moved] = []
 
     def at(place: str, some: Iterable[Moved]) -> None:
         moved.extend(replace(one, place=place) for one in some)
 
-    for name, role, inputs, outputs in (
-        ("mlp.linear_fc1", "column", h, 2 * f if config.gated else f),
-        ("mlp.linear_fc2", "row", f, h),
-    ):
-        way: Role = "column" if role == "column" else "row"
-        if guide:
-            at(name, guided_linear(group, h, way) if f"{name}.guide" in specs else ())
+    for linear, role, inputs, outputs in ffn_linears(config):
+        name = f"mlp.{linear}"
+        if guide:  # split as a dense linear is
+            at(name, dense_linear(group, role, inputs, outputs) if f"{name}.guide" in specs else ())
         elif structure.kind == "dense":
-            at(name, dense_linear(group, way, inputs, outputs))
+            at(name, dense_linear(group, role, inputs, outputs))
         else:
             own = {key.rpartition(".")[2]: spec for key, spec in specs.items() if key.startswith(f"{name}.")}
-            at(name, structured_linear(group, structure, way, inputs, outputs, own, config.recompute == "bottleneck"))
+            at(name, structured_linear(group, structure, role, inputs, outputs, own, config.recompute == "bottleneck"))
     if not guide:
         at("self_attention.linear_qkv", dense_linear(group, "column", h, h))
         at("self_attention.linear_proj", dense_linear(group, "row", h, h))
@@ -195,8 +197,9 @@ def model_traffic(config: Config) -> list[Moved]:
     at("embedding.word_embeddings", dense_linear(group, "row", h, h))  # rows of the vocabulary are cut: partial sums
     for layer in range(config.model.layers):
         at(f"decoder.layers.{layer}", layer_traffic(config, layer))
-    for name in ("weight", "bias") if config.model.norm == "layernorm" else ("weight",):
-        at(f"decoder.final_layernorm.{name}", group.sum_gradient(TensorSpec((h,))))
+    for name, spec in model_tensors(config).items():
+        if name.startswith("decoder.final_layernorm."):
+            at(name, group.sum_gradient(spec))
     at("output_layer", dense_linear(group, "column", h, h))
     # the vocabulary-parallel loss: each token's largest logit, its label's, and the sum of exponentials, in fp32
     for _ in range(3):

@@ -25,7 +25,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -37,7 +36,7 @@ from bench.naive_split import NaiveMLP
 
 from sffn_dist.parallel import host, topology
 from sffn_dist.parallel.feed_forward import StructuredMLP
-from sffn_dist.parallel.linears import StructuredColumnParallelLinear, StructuredRowParallelLinear
+from sffn_dist.parallel.layer_spec import structured_mlp_submodules
 from sffn_dist.shapes import Structure
 
 
@@ -64,11 +63,7 @@ def transformer(h: int, f: int, ranks: int, sequence: bool) -> TransformerConfig
 def providers(structure: Structure, h: int, f: int, sequence: bool, ranks: topology.Topology) -> dict[str, nn.Module]:
     """The same layer by each provider, with small random weights."""
     config = transformer(h, f, ranks.tensor, sequence)
-    params = {"structure": structure}
-    structured = MLPSubmodules(
-        linear_fc1=ModuleSpec(module=StructuredColumnParallelLinear, params=params),
-        linear_fc2=ModuleSpec(module=StructuredRowParallelLinear, params=params),
-    )
+    structured = structured_mlp_submodules(structure.kind, rank=structure.rank, blocks=structure.blocks)
     dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     layers: dict[str, nn.Module] = {
         "dense": MLP(config, dense, ffn_hidden_size=f),

@@ -107,13 +107,13 @@ class Column(Half):
         z, n = self.first.forward(x, first), self.exchange.count
         if self.shuffled:  # feature (r, l): a chunk holds some blocks l
             return z.unflatten(-1, (-1, n, self.structure.needed_blocks // n)).movedim(-2, 0).transpose(-1, -2)
-        return z.unflatten(-1, (n, -1)).movedim(-2, 0)
+        return _chunked(z, n)
 
     def _join(self, narrow: Tensor) -> Tensor:
         """A narrow z -> (rows, ..., bottleneck), as A wrote it."""
         if self.shuffled:
             return narrow.transpose(-1, -2).movedim(0, -2).flatten(-3)
-        return narrow.movedim(0, -2).flatten(-2)
+        return _joined(narrow)
 
     def widen(self, x: Tensor, z: Pending, weights: Weights, alpha: float | None) -> Widened:
         """Y, with the wide z that was on its way and, if the guide takes part, x of all tokens."""
@@ -161,6 +161,16 @@ class Column(Half):
         return Gradients(grad_x, _arrived(grad_first), grad_second, grad_guide)
 
 
+def _chunked(z: Tensor, n: int) -> Tensor:
+    """(rows, ..., n w) -> (n, rows, ..., w), a view."""
+    return z.unflatten(-1, (n, -1)).movedim(-2, 0)
+
+
+def _joined(chunks: Tensor) -> Tensor:
+    """The inverse of :func:`_chunked`."""
+    return chunks.movedim(0, -2).flatten(-2)
+
+
 def _arrived(pending: Pending | None) -> Tensor | None:
     return None if pending is None else pending.wait()
 
@@ -202,7 +212,7 @@ class Row(Half):
         guided = None
         if alpha is not None and weights.guide is not None:
             guided = self.dense.collect(_DENSE.forward(x, weights.guide))
-        z = travelling.wait().movedim(0, -2).flatten(-2)
+        z = _joined(travelling.wait())
         if self.shuffled:
             z = deal(z, self.structure.needed_blocks).contiguous()
         y = self.second.forward(z, weights.second)
@@ -221,7 +231,7 @@ class Row(Half):
             grad_z = self.second.input_gradient(grad, weights.second)
             if self.shuffled:
                 grad_z = undeal(grad_z)
-            travelling = self.exchange.spread(grad_z.unflatten(-1, (self.exchange.count, -1)).movedim(-2, 0))
+            travelling = self.exchange.spread(_chunked(grad_z, self.exchange.count))
         return Begun(travelling, self._complete(self.second, grad, z, weights.second, wanted.second), grad_y)
 
     def finish_backward(self, begun: Begun, x: Tensor, read: Tensor, weights: Weights, wanted: Wanted) -> Gradients:

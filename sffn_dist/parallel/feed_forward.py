@@ -89,10 +89,10 @@ def _bring_weights(linear: StructuredLinear) -> None:
 class _Bottleneck(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mlp: StructuredMLP, x: Tensor, bias: Tensor | None, *parameters: Tensor) -> Tensor:
-        half = len(parameters) // 2
         ctx.mlp, ctx.alphas = mlp, [linear.guide_weight for linear in (mlp.linear_fc1, mlp.linear_fc2)]
-        ctx.shapes = [[parameter.shape for parameter in some] for some in (parameters[:half], parameters[half:])]
-        first, second = _weights(parameters, ctx.alphas)
+        ctx.half = half = len(mlp.linear_fc1.weights)
+        ctx.shapes = [parameter.shape for parameter in parameters]
+        first, second = _weights(parameters, half, ctx.alphas)
         column, row = _splits(mlp)
         with ledger.inside(mlp.linear_fc1):
             narrow = column.narrow(x, first.first)
@@ -107,8 +107,8 @@ class _Bottleneck(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, kept, z, bias, *parameters = ctx.saved_tensors
-        mlp, alphas, half, needs = ctx.mlp, ctx.alphas, len(parameters) // 2, ctx.needs_input_grad
-        first, second = _weights(parameters, alphas)
+        mlp, alphas, half, needs = ctx.mlp, ctx.alphas, ctx.half, ctx.needs_input_grad
+        first, second = _weights(parameters, half, alphas)
         column, row = _splits(mlp)
         of_first = Wanted(needs[1], *needs[3 : 3 + half])
         of_second = Wanted(any(needs[1 : 3 + half]), *needs[3 + half :])
@@ -131,14 +131,13 @@ class _Bottleneck(torch.autograd.Function):
             with ledger.inside(mlp.linear_fc1):
                 column_gradients = column.backward(grad_y, x, wide, first, alphas[0], of_first, whole)
         of_weights = (
-            *gradients_of(column_gradients, ctx.shapes[0], of_first, x),
-            *gradients_of(row_gradients, ctx.shapes[1], of_second, x),
+            *gradients_of(column_gradients, ctx.shapes[:half], of_first, x),
+            *gradients_of(row_gradients, ctx.shapes[half:], of_second, x),
         )
         return None, column_gradients.x, grad_bias, *of_weights
 
 
-def _weights(parameters: Sequence[Tensor], alphas: Sequence[float | None]) -> tuple[Weights, Weights]:
-    half = len(parameters) // 2
+def _weights(parameters: Sequence[Tensor], half: int, alphas: Sequence[float | None]) -> tuple[Weights, Weights]:
     return weights_of(parameters[:half], alphas[0]), weights_of(parameters[half:], alphas[1])
 
 

@@ -22,7 +22,7 @@ from sffn_dist.parallel.collectives import Exchange, Tokens
 from sffn_dist.parallel.functions import ColumnFunction, RowFunction, autocast
 from sffn_dist.parallel.split import shard
 from sffn_dist.parallel.standalone import check_ranks, check_sizes, check_structure, draw_alike
-from sffn_dist.shapes import Layout, Role, Structure, TensorSpec, inner_layout, linear_tensors
+from sffn_dist.shapes import Layout, Role, Structure, TensorSpec, inner_layout, linear_tensors, wide_factor
 
 
 class StructuredLinear(nn.Module, abc.ABC):
@@ -206,8 +206,7 @@ class StructuredColumnParallelLinear(StructuredLinear):
             self.reset_parameters()
 
     def _split(self, tokens: Tokens) -> Column:
-        read = self.specs["block_out"] if self.structure.kind == "block_shuffle" else self.specs["up"]
-        return Column(self.structure, Exchange(self.group, tokens, read.block_groups(self.ranks)))
+        return Column(self.structure, Exchange(self.group, tokens, wide_factor(self.specs).block_groups(self.ranks)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (S or S/p, batch, h) -> (S, batch, f/p), and the bias if it is left to the caller."""
@@ -257,7 +256,7 @@ class StructuredRowParallelLinear(StructuredLinear):
             self.reset_parameters()
 
     def _split(self, tokens: Tokens) -> Row:
-        wrote = self.specs["down"] if self.structure.kind == "low_rank" else self.specs["block_in"]
+        wrote = wide_factor(self.specs)
         turn = wrote.cut is not None and wrote.cut.turned(self.ranks)
         return Row(self.structure, Exchange(self.group, tokens, wrote.block_groups(self.ranks)), turn)
 

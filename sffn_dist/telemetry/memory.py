@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from sffn_dist.config import Config
 from sffn_dist.counts import parameters_per_rank, reduce_bucket
-from sffn_dist.shapes import ffn_structure, layer_tensors
-
-_SECOND = {"low_rank": "up", "block_dense": "up", "block_shuffle": "block_out"}
+from sffn_dist.shapes import ffn_linears, ffn_structure, linear_tensors, wide_factor
 
 
 def memory_per_rank(config: Config, precision: str, data_parallel: int) -> dict[str, int]:
@@ -60,7 +58,9 @@ def feed_forward_elements(config: Config, layer: int, narrow: bool) -> int:
     if structure.kind == "dense":
         return wide
     z_1, z_2 = structure.bottleneck(h, f), structure.bottleneck(f, h) // shared
-    chunks = max(layer_tensors(config, layer)[f"mlp.linear_fc1.{_SECOND[structure.kind]}"].block_groups(p)) + 1
+    _, role, inputs, outputs = ffn_linears(config)[0]
+    read = wide_factor(linear_tensors(structure, role, inputs, outputs, gated=config.gated))
+    chunks = max(read.block_groups(p)) + 1
     if narrow:
         return min(z_1 // shared, z_1 // chunks) + z_2
     return wide + z_1 // chunks + z_2

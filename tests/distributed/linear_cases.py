@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from sffn_dist.parallel import host, topology
 from sffn_dist.parallel.collectives import sum_partial_gradients
 from sffn_dist.parallel.feed_forward import StructuredMLP
+from sffn_dist.parallel.layer_spec import structured_mlp_submodules
 from sffn_dist.parallel.ledger import Ledger
-from sffn_dist.parallel.linears import StructuredColumnParallelLinear, StructuredRowParallelLinear
 from sffn_dist.parallel.split import shard, unshard
 from sffn_dist.shapes import Structure, linear_tensors
 from sffn_dist.structured import maps
@@ -81,11 +80,8 @@ def _ours(
     )
     if structure.kind == "dense":
         return MLP(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), ffn_hidden_size=f)
-    params = {"structure": structure, "guide": alpha is not None}
-    linears = MLPSubmodules(
-        linear_fc1=ModuleSpec(StructuredColumnParallelLinear, params=params),
-        linear_fc2=ModuleSpec(StructuredRowParallelLinear, params=params),
-    )
+    sizes = {"rank": structure.rank, "blocks": structure.blocks}
+    linears = structured_mlp_submodules(structure.kind, **sizes, guide=alpha is not None)
     return StructuredMLP(config, linears, ffn_hidden_size=f, recompute=recompute)
 
 

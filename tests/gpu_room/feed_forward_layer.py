@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sffn_dist.parallel import host, topology
 from sffn_dist.parallel.feed_forward import StructuredMLP
-from sffn_dist.parallel.linears import StructuredColumnParallelLinear, StructuredRowParallelLinear
+from sffn_dist.parallel.layer_spec import structured_mlp_submodules
 from sffn_dist.shapes import Structure
 
 WIDTH, INNER, TOKENS = 1024, 4096, 4096
@@ -39,11 +38,7 @@ def layer(structure: Structure, dtype: torch.dtype, recompute: Any) -> MLP:
     if structure.kind == "dense":
         made = MLP(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), ffn_hidden_size=INNER)
     else:
-        params = {"structure": structure}
-        linears = MLPSubmodules(
-            linear_fc1=ModuleSpec(StructuredColumnParallelLinear, params=params),
-            linear_fc2=ModuleSpec(StructuredRowParallelLinear, params=params),
-        )
+        linears = structured_mlp_submodules(structure.kind, rank=structure.rank, blocks=structure.blocks)
         made = StructuredMLP(config, linears, ffn_hidden_size=INNER, recompute=recompute)
     generator = torch.Generator().manual_seed(1)
     for parameter in made.parameters():
