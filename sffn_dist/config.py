@@ -75,8 +75,13 @@ class FFN(Section):
 class Guide(Section):
     """Self-guided training (paper, section 4): o = alpha W x + (1 - alpha) U(V x)."""
 
-    mode: Literal["off", "fixed_step"] = "off"
-    share: Share = Field(0.5, description="of the training steps that are guided")
+    mode: Literal["off", "fixed_step", "fixed_flop", "window"] = Field(
+        "off", description="fixed_flop: guided steps, repeated at the end, such that the run costs what the dense model's costs"
+    )
+    share: Share = Field(0.5, description="of train.steps that are guided, from the first on (fixed_step)")
+    begin: NaturalInt = Field(0, description="first guided step (window)")
+    end: PositiveInt | None = Field(None, description="the step after the last guided one (window); default: train.steps")
+    alpha: Literal["cosine", "linear"] = Field("cosine", description="how the guide's weight falls from 1 to 0")
     stochastic: bool = Field(False, description="compute the guide only with probability alpha")
 
 
@@ -93,7 +98,7 @@ class Data(Section):
 class Train(Section):
     """Recipe (paper, appendix): AdamW, linear warm-up, cosine to a tenth."""
 
-    steps: Annotated[int, Field(gt=0, le=10_000_000)]
+    steps: Annotated[int, Field(gt=0, le=10_000_000, description="over new data; guide.mode = fixed_flop repeats some of them")]
     global_batch_size: PositiveInt = Field(512, description="sequences a step, over all ranks")
     micro_batch_size: PositiveInt = Field(8, description="sequences a forward pass, a rank")
     seed: Seed = 0
@@ -189,11 +194,6 @@ class Config(Section):
     @property
     def gated(self) -> bool:
         return self.model.activation == "swiglu"
-
-    @property
-    def guided(self) -> bool:
-        """True if some step of the run has a guide."""
-        return self.guide.mode != "off" and self.guide.share > 0 and self.structured
 
     @property
     def structured(self) -> bool:

@@ -10,8 +10,6 @@ from sffn_dist.shapes import is_guide, model_tensors
 
 def part_of(name: str, config: Config) -> str:
     """The part of the model that a parameter belongs to, as the plan lists them."""
-    if is_guide(name):
-        return "guide"
     if ".mlp." in name:
         layer = int(name.split(".")[2])
         return "ffn_dense" if config.kind_of_layer(layer) == "dense" else "ffn_structured"
@@ -21,21 +19,31 @@ def part_of(name: str, config: Config) -> str:
 
 
 def parameters_by_part(config: Config) -> dict[str, int]:
-    """Parameters by part, the guide's under "guide"."""
-    parts = dict.fromkeys(("embedding", "attention", "ffn_dense", "ffn_structured", "norms", "guide"), 0)
-    for name, spec in model_tensors(config).items():
+    """Parameters of the trained model by part, without the guide."""
+    parts = dict.fromkeys(("embedding", "attention", "ffn_dense", "ffn_structured", "norms"), 0)
+    for name, spec in model_tensors(config, guide=False).items():
         parts[part_of(name, config)] += spec.numel
     return parts
 
 
 def parameters(config: Config) -> int:
     """Parameters of the trained model, without the guide."""
-    return sum(count for part, count in parameters_by_part(config).items() if part != "guide")
+    return sum(parameters_by_part(config).values())
 
 
-def _matrix_parameters(config: Config, guide: bool) -> int:
-    tensors = model_tensors(config).items()
-    return sum(spec.numel for name, spec in tensors if len(spec.shape) > 1 and is_guide(name) == guide)
+def guide_parameters(config: Config) -> int:
+    """Parameters that a guide adds while it lasts: the dense matrices of the structured linears."""
+    return sum(spec.numel for name, spec in model_tensors(config, guide=True).items() if is_guide(name))
+
+
+def all_dense(config: Config) -> Config:
+    """The same model with dense feed-forward layers."""
+    recompute = "none" if config.recompute == "bottleneck" else config.recompute
+    return config.model_copy(update={"ffn": config.ffn.model_copy(update={"kind": "dense"}), "recompute": recompute})
+
+
+def _matrix_parameters(config: Config) -> int:
+    return sum(spec.numel for spec in model_tensors(config, guide=False).values() if len(spec.shape) > 1)
 
 
 def _embedding_lookup(config: Config) -> int:
@@ -49,19 +57,20 @@ def flops_per_token(config: Config) -> int:
     The tied embedding counts once (its product with the hidden state), causal attention is not halved, recomputation does not count.
     """
     attention = 12 * config.model.layers * config.attention_dim * config.model.sequence
-    return 6 * (_matrix_parameters(config, guide=False) - _embedding_lookup(config)) + attention
+    return 6 * (_matrix_parameters(config) - _embedding_lookup(config)) + attention
 
 
 def guide_flops_per_token(config: Config) -> int:
     """Additional FLOPs a token when every guide is computed: 6 x guide parameters."""
-    return 6 * _matrix_parameters(config, guide=True)
+    return 6 * guide_parameters(config)
 
 
-def parameters_per_rank(config: Config) -> int:
-    """Parameters that one tensor-parallel rank holds, guide included, before ZeRO."""
-    return sum(math.prod(spec.local_shape(config.parallel.tensor)) for spec in model_tensors(config).values())
+def parameters_per_rank(config: Config, *, guide: bool) -> int:
+    """Parameters that one tensor-parallel rank holds, with the guide or without, before ZeRO."""
+    tensors = model_tensors(config, guide=guide).values()
+    return sum(math.prod(spec.local_shape(config.parallel.tensor)) for spec in tensors)
 
 
-def reduce_bucket(config: Config) -> int:
+def reduce_bucket(config: Config, *, guide: bool) -> int:
     """Elements that ZeRO reduces at once: DeepSpeed's default, but never a buffer larger than the model."""
-    return min(500_000_000, parameters_per_rank(config))
+    return min(500_000_000, parameters_per_rank(config, guide=guide))

@@ -32,8 +32,9 @@ from sffn_dist.parallel.linears import StructuredColumnParallelLinear, Structure
 from sffn_dist.parallel.split import shard
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Now, Schedule
-from sffn_dist.shapes import TensorSpec, ffn_linears, ffn_structure, model_tensors
+from sffn_dist.shapes import TensorSpec, ffn_linears, ffn_structure, is_guide, model_tensors
 from sffn_dist.structured import initialisation
+from sffn_dist.structured.maps import to_dense
 
 # megatron-core warns of any feed-forward layer but its own, once a layer: it hands those no process group; ours are parallel_state's
 logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
@@ -75,12 +76,12 @@ def transformer_config(config: Config, precision: str) -> TransformerConfig:
     )
 
 
-def mlp_spec(config: Config, layer: int) -> ModuleSpec:
-    """The feed-forward layer: Megatron's MLP over dense linears, or ours over structured ones."""
+def mlp_spec(config: Config, layer: int, *, guide: bool) -> ModuleSpec:
+    """The feed-forward layer: Megatron's MLP over dense linears, or ours over structured ones, with a guide or without."""
     structure = ffn_structure(config, layer)
     if structure.kind == "dense":
         return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
-    params = {"structure": structure, "guide": config.guided}
+    params = {"structure": structure, "guide": guide}
     linears = MLPSubmodules(
         linear_fc1=ModuleSpec(module=StructuredColumnParallelLinear, params=params),
         linear_fc2=ModuleSpec(module=StructuredRowParallelLinear, params=params),
@@ -90,7 +91,7 @@ def mlp_spec(config: Config, layer: int) -> ModuleSpec:
     return ModuleSpec(module=MLP, submodules=linears)
 
 
-def layer_spec(config: Config, layer: int) -> ModuleSpec:
+def layer_spec(config: Config, layer: int, *, guide: bool) -> ModuleSpec:
     """One transformer layer: pre-norm attention and feed-forward."""
     attention = ModuleSpec(
         module=SelfAttention,
@@ -106,15 +107,15 @@ def layer_spec(config: Config, layer: int) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=NormLayer,
-            mlp=mlp_spec(config, layer),
+            mlp=mlp_spec(config, layer, guide=guide),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def build(config: Config, precision: str, topology: Topology) -> GPTModel:
-    """The rank's part of the model, its weights not yet set: see :func:`initialise`."""
-    layers = [layer_spec(config, layer) for layer in range(config.model.layers)]
+def build(config: Config, precision: str, topology: Topology, *, guide: bool) -> GPTModel:
+    """The rank's part of the model, as in the guided phase or outside of it; its weights not yet set: see :func:`initialise`."""
+    layers = [layer_spec(config, layer, guide=guide) for layer in range(config.model.layers)]
     model = GPTModel(
         config=transformer_config(config, precision),
         transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=NormLayer),
@@ -137,7 +138,7 @@ def _mark_parameters(model: GPTModel, config: Config) -> None:
 
     Megatron marks its own weights only while it initialises them, which it does not do here.
     """
-    specs, p = model_tensors(config), config.parallel.tensor
+    specs, p = model_tensors(config, guide=True), config.parallel.tensor
     for name, parameter in model.named_parameters():
         parameter.tensor_model_parallel = specs[name].cut is not None
         parameter.partition_dim = specs[name].partition_dim(p)
@@ -160,6 +161,11 @@ def structured_linears(model: GPTModel) -> Iterator[tuple[int, int, StructuredLi
         for which, linear in enumerate((layer.mlp.linear_fc1, layer.mlp.linear_fc2)):
             if isinstance(linear, StructuredLinear):
                 yield index, which, linear
+
+
+def has_guide(model: GPTModel) -> bool:
+    """True as in the guided phase: its structured linears have their dense guides."""
+    return any(linear.guide is not None for _, _, linear in structured_linears(model))
 
 
 def set_guide(model: GPTModel, schedule: Schedule, now: Now) -> int:
@@ -202,7 +208,7 @@ def _units(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _draw(config: Config, specs: dict[str, TensorSpec], unit: str, names: list[str]) -> dict[str, Tensor]:
-    """Full fp32 tensors of a unit by parameter name; the same on every machine of equal torch."""
+    """Full fp32 tensors of a unit by parameter name, its guide if that is named; the same on every machine of equal torch."""
     std = config.model.init_std
     generator = _generator(config.train.seed, unit)
     if names == [unit]:
@@ -212,7 +218,8 @@ def _draw(config: Config, specs: dict[str, TensorSpec], unit: str, names: list[s
         return {unit: torch.ones(shape) if unit.endswith("norm.weight") else torch.zeros(shape)}
     layer, linear = int(unit.split(".")[2]), unit.rpartition(".")[2]
     inputs, outputs = next((inputs, outputs) for name, _, inputs, outputs in ffn_linears(config) if name == linear)
-    drawn = initialisation.draw(ffn_structure(config, layer), inputs, outputs, std, generator, guide=config.guided)
+    guide = any(is_guide(name) for name in names)
+    drawn = initialisation.draw(ffn_structure(config, layer), inputs, outputs, std, generator, guide=guide)
     return {f"{unit}.{name}": tensor for name, tensor in drawn.items()}
 
 
@@ -223,7 +230,8 @@ def initialise(model: GPTModel, config: Config, topology: Topology) -> None:
     So the weights are the same for every layout. Ranks draw units in turn and broadcast them: an SVD of 8192 x 2048 takes seconds,
     and a rank's own library must not decide the signs of its singular vectors.
     """
-    specs, parameters = model_tensors(config), dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
+    specs = model_tensors(config, guide=has_guide(model))
     units = list(_units(specs).items())
     own_units = units[topology.rank :: topology.world]
     drawn = {unit: _draw(config, specs, unit, names) for unit, names in own_units}
@@ -234,3 +242,14 @@ def initialise(model: GPTModel, config: Config, topology: Topology) -> None:
             if topology.world > 1:
                 dist.broadcast(full, src=i % topology.world)
             parameters[name].copy_(shard(full, specs[name], topology.tensor, topology.tensor_rank))
+
+
+def guides(config: Config, topology: Topology, full: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, this rank's part) of every guide as it starts, W = to_dense(U, V), from the factors' ``full`` tensors by name."""
+    specs = model_tensors(config, guide=True)
+    for name in (name for name in specs if is_guide(name)):
+        prefix, layer = name.removesuffix("guide"), int(name.split(".")[2])
+        leaves = [other.removeprefix(prefix) for other in specs if other.startswith(prefix)]
+        factors = {leaf: full(prefix + leaf) for leaf in leaves if leaf not in ("guide", "bias")}
+        dense = to_dense(ffn_structure(config, layer), factors)
+        yield name, shard(dense, specs[name], topology.tensor, topology.tensor_rank)

@@ -126,12 +126,11 @@ def pretrain(config: Config) -> int:
     import numpy as np
 
     from sffn_dist import machine, schedule
-    from sffn_dist import model as models
     from sffn_dist.checkpoint import manifest
     from sffn_dist.data import prepare, shards
     from sffn_dist.data.batches import Batches, heldout_batches
     from sffn_dist.parallel import host, topology
-    from sffn_dist.training import engine, finish, identity, loop, reporting, resume
+    from sffn_dist.training import finish, identity, loop, reporting, resume
     from sffn_dist.training.run import Heldout, Run
 
     precision, train, run_dir = machine.precision(config.precision), config.train, Path(config.run.dir)
@@ -151,20 +150,16 @@ def pretrain(config: Config) -> int:
             "sight of run.dir": (run_dir / guards.LOCK_NAME).exists(),
         }
     )
-    gpt = models.build(config, precision, here)
-    resume.prepare_weights(gpt, config, here, found)
-    deepspeed_engine = engine.create(gpt, config, precision, here)
     run = Run(
         config=config,
         precision=precision,
         schedule=schedule.of(config),
         topology=here,
-        engine=deepspeed_engine,
         batches=batches,
         heldout=Heldout(np.concatenate(windows), corpus.token_bytes),
         data_fingerprint=corpus.meta.fingerprint,
-        step=resume.restore(deepspeed_engine, found, config, here),
     )
+    resume.start(run, found)
     if here.main:
         reporting.begin(run, found.folder if found else None)
     try:

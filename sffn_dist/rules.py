@@ -1,6 +1,6 @@
 """What joins several keys of a config: rules between them, which of them a run uses, which make it the run it is.
 
-Standard library and :mod:`sffn_dist.config` only.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sffn_dist.config import Config, ConfigError, Guide, flatten
+from sffn_dist import schedule
+from sffn_dist.config import Config, ConfigError, Guide, defaults, flatten
 
 
 def broken(config: Config) -> Iterable[str]:
     """Rules that join several keys. Yields a message for each one broken."""
-    yield from _attention_rules(config)
-    yield from _ffn_rules(config)
-    yield from _tensor_parallel_rules(config)
+    sizes = [*_attention_rules(config), *_ffn_rules(config), *_tensor_parallel_rules(config)]
+    yield from sizes
+    if not sizes and config.structured:  # FLOPs are those of sizes that fit
+        yield from _guide_rules(config)
     if config.recompute == "bottleneck" and not config.structured:
         yield "recompute = bottleneck: there is no structured feed-forward layer, whose bottleneck could be kept; use none or full"
     if config.train.global_batch_size % config.train.micro_batch_size:
@@ -89,6 +91,29 @@ def _tensor_parallel_rules(config: Config) -> Iterable[str]:
             yield f"ffn.width / ffn.blocks = {config.ffn_width // ffn.blocks}: must be divisible by {p // ffn.blocks}"
 
 
+def _guide_rules(config: Config) -> Iterable[str]:
+    guide, steps = config.guide, config.train.steps
+    if guide.mode == "window":
+        end = steps if guide.end is None else guide.end
+        end_key = "train.steps" if guide.end is None else "guide.end"
+        if guide.begin >= end:
+            yield f"guide.begin = {guide.begin}: must be below {end_key} = {end}"
+        if end > steps:
+            yield f"guide.end = {end}: must not exceed train.steps = {steps}"
+    if guide.mode == "fixed_flop":
+        share = schedule.equal_flops_share(config)
+        if share <= 0:
+            yield (
+                'guide.mode = "fixed_flop": the structured model costs as many FLOPs as the dense one, which leaves none for a guide; '
+                "lower ffn.rank, raise ffn.blocks, or use fixed_step"
+            )
+        elif share > 1:
+            yield (
+                f'guide.mode = "fixed_flop": what the structured model saves guides {share:.2f} x train.steps, must be at most 1; '
+                "use fixed_step, or guide.stochastic=false"
+            )
+
+
 def check_world(config: Config, world: int) -> None:
     """Refuse a number of ranks that the layout does not fit; raises ConfigError."""
     p, train = config.parallel.tensor, config.train
@@ -117,19 +142,42 @@ def unused(config: Config) -> dict[str, str]:
         notes["ffn.rank"] = f"ffn.kind = {kind} has no rank"
     if config.ffn.blocks is not None and kind in ("dense", "low_rank"):
         notes["ffn.blocks"] = f"ffn.kind = {kind} has no blocks"
-    if config.guide.mode != "off" and kind == "dense":
-        notes["guide.mode"] = "a dense FFN has nothing to guide"
-    elif config.guide.mode != "off" and not config.guided:
-        notes["guide.mode"] = (
-            "guide.share = 0 guides no step" if config.structured else "ffn.dense_layers leaves no structured layer"
-        )
+    notes.update(_unused_guide(config))
     if kind != "dense" and not config.structured:
         notes["ffn.kind"] = "ffn.dense_layers leaves no structured layer"
-    if config.guide.stochastic and not config.guided:
-        notes["guide.stochastic"] = "no guide"
     if config.parallel.sequence and config.parallel.tensor == 1:
         notes["parallel.sequence"] = "parallel.tensor = 1 splits nothing"
     return notes
+
+
+def _unused_guide(config: Config) -> dict[str, str]:
+    mode, notes = config.guide.mode, {}
+    guided = schedule.of(config).guided_steps > 0
+    if mode != "off" and not guided:
+        share = config.guide.share if mode == "fixed_step" else schedule.equal_flops_share(config) if config.structured else 0
+        notes["guide.mode"] = (
+            "a dense FFN has nothing to guide"
+            if config.ffn.kind == "dense"
+            else "ffn.dense_layers leaves no structured layer"
+            if not config.structured
+            else f"a share of {share:.3g} of train.steps = {config.train.steps} guides no step"
+        )
+    usual = defaults()
+    for key in sorted(GUIDE_KEYS - _used_guide_keys(config)):
+        if flatten(config)[key] != usual[key]:
+            notes[key] = f"guide.mode = {mode} does not read it" if guided else "no guide"
+    return notes
+
+
+GUIDE_KEYS = {f"guide.{key}" for key in Guide.model_fields} - {"guide.mode"}
+
+
+def _used_guide_keys(config: Config) -> set[str]:
+    """Settings of the guide that decide something in this run."""
+    if not schedule.of(config).guided_steps:
+        return set()
+    by_mode = {"fixed_step": {"guide.share"}, "window": {"guide.begin", "guide.end"}}
+    return {"guide.alpha", "guide.stochastic", *by_mode.get(config.guide.mode, ())}
 
 
 # Restarting a run with another value of these would continue another run: they are compared with what run.dir holds.
@@ -150,6 +198,10 @@ def identity(config: Config) -> dict[str, Any]:
     flat = {key: value for key, value in flatten(config).items() if key.split(".")[0] in IDENTITY and key not in idle}
     # what a default stands for: naming it makes no other run
     flat |= {"model.kv_heads": config.kv_heads, "model.attention_dim": config.attention_dim, "ffn.width": config.ffn_width}
-    if not config.guided:
-        flat.update({f"guide.{key}": value for key, value in Guide().model_dump(mode="json").items()})
+    used, usual = _used_guide_keys(config), defaults()
+    flat |= {key: usual[key] for key in GUIDE_KEYS - used}
+    if not used:
+        flat["guide.mode"] = "off"
+    elif config.guide.mode == "window" and config.guide.end is None:
+        flat["guide.end"] = config.train.steps
     return flat

@@ -254,8 +254,8 @@ def ffn_linears(config: Config) -> tuple[tuple[str, Role, int, int], ...]:
     return ("linear_fc1", "column", h, 2 * f if config.gated else f), ("linear_fc2", "row", f, h)
 
 
-def layer_tensors(config: Config, layer: int) -> dict[str, TensorSpec]:
-    """Tensors of one transformer layer by their names inside it (megatron-core's names)."""
+def layer_tensors(config: Config, layer: int, *, guide: bool) -> dict[str, TensorSpec]:
+    """Tensors of one transformer layer by their names inside it (megatron-core's names), with its guides or without."""
     model, h = config.model, config.model.width
     qkv = config.attention_dim + 2 * config.kv_heads * config.head_dim
     norm = _norm(config)
@@ -269,7 +269,7 @@ def layer_tensors(config: Config, layer: int) -> dict[str, TensorSpec]:
     tensors.update({f"pre_mlp_layernorm.{k}": v for k, v in norm.items()})
     structure = ffn_structure(config, layer)
     for linear, role, inputs, outputs in ffn_linears(config):
-        specs = linear_tensors(structure, role, inputs, outputs, gated=config.gated, bias=model.bias, guide=config.guided)
+        specs = linear_tensors(structure, role, inputs, outputs, gated=config.gated, bias=model.bias, guide=guide)
         tensors.update({f"mlp.{linear}.{name}": spec for name, spec in specs.items()})
     return tensors
 
@@ -279,12 +279,17 @@ def _norm(config: Config) -> dict[str, TensorSpec]:
     return {name: TensorSpec((config.model.width,)) for name in names}
 
 
-def model_tensors(config: Config) -> dict[str, TensorSpec]:
-    """Every parameter of the model, guide included: name in the GPTModel -> spec. A tied output layer is not listed."""
+def model_tensors(config: Config, *, guide: bool) -> dict[str, TensorSpec]:
+    """Every parameter of the model: name in the GPTModel -> spec. A tied output layer is not listed.
+
+    ``guide``: with a guide for every structured linear, as in the guided phase, or with none, as in the others.
+    """
     table = (config.model.vocab, config.model.width)
     tensors = {"embedding.word_embeddings.weight": TensorSpec(table, Cut(table, (0,)))}
     for layer in range(config.model.layers):
-        tensors.update({f"decoder.layers.{layer}.{name}": spec for name, spec in layer_tensors(config, layer).items()})
+        tensors.update(
+            {f"decoder.layers.{layer}.{name}": spec for name, spec in layer_tensors(config, layer, guide=guide).items()}
+        )
     tensors.update({f"decoder.final_layernorm.{name}": spec for name, spec in _norm(config).items()})
     if not config.model.tie_embeddings:
         tensors["output_layer.weight"] = TensorSpec(table, Cut(table, (0,)))

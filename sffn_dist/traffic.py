@@ -156,7 +156,7 @@ def group_of(config: Config) -> Group:
 def layer_traffic(config: Config, layer: int, *, guide: bool = False) -> list[Moved]:
     """A transformer layer's, by place in it; with ``guide`` what its guides add where they are drawn."""
     group, h = group_of(config), config.model.width
-    structure, specs = ffn_structure(config, layer), layer_tensors(config, layer)
+    structure, specs = ffn_structure(config, layer), layer_tensors(config, layer, guide=guide)
     moved: list[Moved] = []
 
     def at(place: str, some: Iterable[Moved]) -> None:
@@ -197,7 +197,7 @@ def model_traffic(config: Config) -> list[Moved]:
     at("embedding.word_embeddings", dense_linear(group, "row", h, h))  # rows of the vocabulary are cut: partial sums
     for layer in range(config.model.layers):
         at(f"decoder.layers.{layer}", layer_traffic(config, layer))
-    for name, spec in model_tensors(config).items():
+    for name, spec in model_tensors(config, guide=False).items():
         if name.startswith("decoder.final_layernorm."):
             at(name, group.sum_gradient(spec))
     at("output_layer", dense_linear(group, "column", h, h))

@@ -48,6 +48,7 @@ class Manifest:
     folder: Path
     step: int
     optimizer_steps: int  # Adam's own count: behind ``step`` by the steps that were skipped for a non-finite gradient
+    guide_optimizer_steps: int | None  # the guide's own: it counts from where guidance begins; None without a guide
     tensor_parallel: int
     shapes: dict[str, tuple[int, ...]]
     pieces: dict[str, tuple[Piece, ...]]
@@ -72,6 +73,7 @@ class Manifest:
                 folder=folder,
                 step=int(tree["step"]),
                 optimizer_steps=int(tree["optimizer_steps"]),
+                guide_optimizer_steps=None if (count := tree.get("guide_optimizer_steps")) is None else int(count),
                 tensor_parallel=int(tree["tensor_parallel"]),
                 shapes={name: tuple(map(int, entry["shape"])) for name, entry in tensors},
                 pieces={name: tuple(Piece(**piece) for piece in entry["pieces"]) for name, entry in tensors},

@@ -46,10 +46,11 @@ class SaveError(OSError):
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is: steps taken, Adam's own count of them, and the fingerprint of the data."""
+    """Where a run is: steps taken, Adam's own counts of them, and the fingerprint of the data."""
 
     step: int
     optimizer_steps: int
+    guide_optimizer_steps: int | None
     data_fingerprint: str | None
 
 
@@ -88,7 +89,7 @@ def save(run_dir: Path, position: Position, fragments: Iterable[Fragment], confi
 
 def owned(fragments: Iterable[Fragment], config: Config, topology: Topology) -> Iterable[Fragment]:
     """Those that this rank writes: of equal copies (ZeRO 0, tensors replicated over the tensor-parallel group) the first rank's."""
-    specs = model_tensors(config)
+    specs = model_tensors(config, guide=True)
     for fragment in fragments:
         if config.zero.stage == 0 and topology.data_rank > 0:
             continue
@@ -112,9 +113,8 @@ def _write_fragments(path: Path, fragments: Iterable[Fragment], topology: Topolo
 
 def _publish(temporary: Path, target: Path, position: Position, config: Config, topology: Topology, reports: list[Any]) -> None:
     """Manifest, sync, rename."""
-    tensors: dict[str, dict[str, Any]] = {
-        name: {"shape": list(spec.shape), "pieces": []} for name, spec in model_tensors(config).items()
-    }
+    specs = model_tensors(config, guide=position.guide_optimizer_steps is not None)
+    tensors: dict[str, dict[str, Any]] = {name: {"shape": list(spec.shape), "pieces": []} for name, spec in specs.items()}
     for _, pieces, _ in reports:
         for name, some in pieces.items():
             tensors[name]["pieces"] += [asdict(piece) for piece in some]
@@ -169,7 +169,7 @@ class Reader:
 
     def __init__(self, manifest: Manifest, config: Config):
         self.manifest = manifest
-        self.specs = model_tensors(config)
+        self.specs = model_tensors(config, guide=True)
         self._open: dict[str, Any] = {}
 
     def _part(self, name: str, kind: str, tensor_rank: int) -> Tensor:

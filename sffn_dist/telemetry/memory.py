@@ -7,9 +7,12 @@ from sffn_dist.counts import parameters_per_rank, reduce_bucket
 from sffn_dist.shapes import ffn_linears, ffn_structure, linear_tensors, wide_factor
 
 
-def memory_per_rank(config: Config, precision: str, data_parallel: int) -> dict[str, int]:
-    """Estimated bytes a rank: weights, gradients, fp32 master weights and Adam moments under the ZeRO stage, activations."""
-    n, stage, low = parameters_per_rank(config), config.zero.stage, 2 if precision == "bf16" else 4
+def memory_per_rank(config: Config, precision: str, data_parallel: int, *, guide: bool) -> dict[str, int]:
+    """Estimated bytes a rank: weights, gradients, fp32 master weights and Adam moments under the ZeRO stage, activations.
+
+    ``guide``: while the guide lasts, or without one.
+    """
+    n, stage, low = parameters_per_rank(config, guide=guide), config.zero.stage, 2 if precision == "bf16" else 4
     share = [data_parallel if stage >= level else 1 for level in (3, 2, 1)]
     # DeepSpeed keeps fp32 master weights apart from the weights in ZeRO 1-3, and always under bf16
     master = 4 if precision == "bf16" or stage else 0
@@ -19,7 +22,7 @@ def memory_per_rank(config: Config, precision: str, data_parallel: int) -> dict[
         "gradients": n * (low + accumulated) // share[1],
         "optimizer": n * (8 + master) // share[2],
         # two buckets, so that one fills while the other is reduced
-        "buffers": 2 * reduce_bucket(config) * low if stage else 0,
+        "buffers": 2 * reduce_bucket(config, guide=guide) * low if stage else 0,
         "activations": activation_bytes(config, low),
     }
     return {**memory, "total": sum(memory.values())}

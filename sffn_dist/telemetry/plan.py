@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from sffn_dist import counts, machine, schedule, traffic
@@ -17,11 +16,10 @@ def plan(config: Config, world: int) -> dict[str, Any]:
     FLOPs are those of forward and backward (counts.flops_per_token), not of recomputation; ``memory_per_rank`` is an estimate in bytes.
     """
     parts = counts.parameters_by_part(config)
-    guide = parts.pop("guide")
     ffn = parts["ffn_dense"] + parts["ffn_structured"]
     clock = schedule.of(config)
     step_tokens = config.tokens_per_step
-    flops, guided = counts.flops_per_token(config) * step_tokens, counts.guide_flops_per_token(config) * step_tokens
+    guided = clock.guided_steps > 0
     here = machine.ranks_here(otherwise=world)
     data_parallel = max(1, world // config.parallel.tensor)
     precision = machine.precision(config.precision, here)
@@ -31,21 +29,22 @@ def plan(config: Config, world: int) -> dict[str, Any]:
         "ffn.kind": config.ffn.kind,
         "parameters": sum(parts.values()),
         "parameters_by_part": parts,
-        "guide_parameters": guide,
+        "guide_parameters": counts.guide_parameters(config) if guided else 0,
         "structured_share_of_ffn": parts["ffn_structured"] / ffn,
         "ffn_parameters_of_dense": ffn / _dense_ffn(config),
-        "flops_per_step": flops,
-        "guide_flops_per_guided_step": guided,
-        "flops_total": round(flops * clock.total_steps + guided * clock.total_steps * clock.expected_guided_share()),
+        "flops_per_step": counts.flops_per_token(config) * step_tokens,
+        "guide_flops_per_guided_step": counts.guide_flops_per_token(config) * step_tokens if guided else 0,
+        "flops_total": schedule.flops(config),
+        "flops_of_dense": schedule.flops(config) / schedule.flops(counts.all_dense(config)),
         "steps": clock.total_steps,
         "tokens_per_step": step_tokens,
         "tokens": step_tokens * clock.total_steps,
-        "phases": _phases(clock),
+        "phases": _phases(config, precision, data_parallel),
         "precision": precision,
         "device": machine.device_name(here),
         "ranks": {"world": world, "tensor": config.parallel.tensor, "data": data_parallel},
         "accumulation_steps": config.accumulation_steps(data_parallel),
-        "memory_per_rank": memory_per_rank(config, precision, data_parallel),
+        "memory_per_rank": memory_per_rank(config, precision, data_parallel, guide=guided),
         "communication": communication(config, precision, data_parallel),
         "unused": unused(config),
     }
@@ -59,7 +58,8 @@ def communication(config: Config, precision: str, data_parallel: int) -> dict[st
     """
     size, steps = 2 if precision == "bf16" else 4, config.accumulation_steps(data_parallel)
     layers = range(config.model.layers)
-    guides = [moved for layer in layers for moved in traffic.layer_traffic(config, layer, guide=True)]
+    guided = [*layers] if schedule.of(config).guided_steps else []
+    guides = [moved for layer in guided for moved in traffic.layer_traffic(config, layer, guide=True)]
     return {
         "layers": [
             {
@@ -71,7 +71,7 @@ def communication(config: Config, precision: str, data_parallel: int) -> dict[st
         ],
         "step": _received(traffic.model_traffic(config), size, steps),
         "guide": _received(guides, size, steps),
-        "all_dense": _received(traffic.model_traffic(_all_dense(config)), size, steps),
+        "all_dense": _received(traffic.model_traffic(counts.all_dense(config)), size, steps),
     }
 
 
@@ -90,21 +90,30 @@ def _received(moved: list[traffic.Moved], size: int, times: int = 1) -> dict[str
     return {**elements, "bytes": float(times * sum(one.elements * (one.size or size) for one in moved))}
 
 
-def _all_dense(config: Config) -> Config:
-    recompute = "none" if config.recompute == "bottleneck" else config.recompute
-    return config.model_copy(update={"ffn": config.ffn.model_copy(update={"kind": "dense"}), "recompute": recompute})
-
-
 def _dense_ffn(config: Config) -> int:
     """Parameters of the same feed-forward layers were they all dense."""
-    return counts.parameters_by_part(_all_dense(config))["ffn_dense"]
+    return counts.parameters_by_part(counts.all_dense(config))["ffn_dense"]
 
 
-def _phases(clock: schedule.Schedule) -> list[dict[str, Any]]:
-    edges = sorted({0, clock.guided_steps, clock.total_steps})
+def _phases(config: Config, precision: str, data_parallel: int) -> list[dict[str, Any]]:
+    """The phases in order: steps, tokens, expected FLOPs over all ranks, and a rank's memory, the guide's included while it lasts."""
     return [
-        {"phase": clock.at(first).phase, "first_step": first, "last_step": end - 1} for first, end in itertools.pairwise(edges)
+        {
+            "phase": phase.name,
+            "first_step": phase.first,
+            "last_step": phase.end - 1,
+            "steps": phase.end - phase.first,
+            "tokens": (phase.end - phase.first) * config.tokens_per_step,
+            "flops": schedule.flops(config, phase),
+            "memory": memory_per_rank(config, precision, data_parallel, guide=phase.name == "guided")["total"],
+        }
+        for phase in schedule.of(config).phases()
     ]
+
+
+def _phase_line(phase: dict[str, Any]) -> str:
+    steps = f"steps {phase['first_step']}..{phase['last_step']}, {si(phase['tokens'])} tokens"
+    return f"{steps}, {si(phase['flops'])} FLOPs, {si(phase['memory'], 'B')} a rank"
 
 
 def _layer_line(plan: dict[str, Any]) -> str:
@@ -128,7 +137,6 @@ def render(plan: dict[str, Any]) -> str:
     sizes = ", ".join(f"{key} {ffn[key]}" for key in ("rank", "blocks") if key in ffn and f"ffn.{key}" not in plan["unused"])
     parts = ", ".join(f"{part} {si(count)}" for part, count in plan["parameters_by_part"].items() if count)
     guide = f" (+ guide {si(plan['guide_parameters'])} while it lasts)" if plan["guide_parameters"] else ""
-    phases = ", ".join(f"{item['phase']} {item['first_step']}..{item['last_step']}" for item in plan["phases"])
     lines = [
         (
             "feed-forward",
@@ -138,9 +146,11 @@ def render(plan: dict[str, Any]) -> str:
         ("structured", f"{plan['structured_share_of_ffn']:.0%} of the feed-forward parameters"),
         (
             "FLOPs a step",
-            f"{si(plan['flops_per_step'])}, + {si(plan['guide_flops_per_guided_step'])} when guided; all {si(plan['flops_total'])}",
+            f"{si(plan['flops_per_step'])}, + {si(plan['guide_flops_per_guided_step'])} when guided; "
+            f"all {si(plan['flops_total'])}, {plan['flops_of_dense']:.1%} of the dense model's",
         ),
-        ("steps", f"{plan['steps']} of {si(plan['tokens_per_step'])} tokens = {si(plan['tokens'])} tokens; {phases}"),
+        ("steps", f"{plan['steps']} of {si(plan['tokens_per_step'])} tokens = {si(plan['tokens'])} tokens"),
+        *((item["phase"], _phase_line(item)) for item in plan["phases"] if len(plan["phases"]) > 1),
         (
             "ranks",
             f"{ranks['world']} = tensor {ranks['tensor']} x data {ranks['data']}, {plan['accumulation_steps']} micro-steps a step",

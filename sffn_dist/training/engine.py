@@ -1,8 +1,4 @@
-"""config -> DeepSpeed engine, and what of it is the run's state: named fragments of fp32 weights and Adam moments.
-
-The only module that imports deepspeed. :func:`fragments` is the one place that knows where each ZeRO stage keeps the fp32 weight and
-the moments of a parameter; checkpoints read and write through it, so that any stage can load what another one saved.
-"""
+"""config -> DeepSpeed engine, its step and its end. The only module that imports deepspeed; what of it is the run's state: state.py."""
 
 from __future__ import annotations
 
@@ -15,23 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sffn_dist.checkpoint.store import MOMENTS, Fragment
 from sffn_dist.config import Config
 from sffn_dist.counts import reduce_bucket
 from sffn_dist.parallel import host
 from sffn_dist.parallel.topology import ModelParallelUnit, Topology
 from sffn_dist.shapes import is_guide
+from sffn_dist.training import state
+from sffn_dist.training.state import Carried, Engine
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if host.has_cuda() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 import deepspeed  # noqa: E402  (the accelerator is chosen at import)
 
-Engine = Any  # deepspeed.DeepSpeedEngine, which is not typed
 
-
-def deepspeed_config(config: Config, precision: str, data_parallel: int) -> dict[str, Any]:
-    """DeepSpeed's own dictionary for this run."""
+def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guide: bool) -> dict[str, Any]:
+    """DeepSpeed's own dictionary for this run, in its guided phase or outside of it."""
+    bucket = reduce_bucket(config, guide=guide)
     stage, bf16 = config.zero.stage, precision == "bf16"
     tree: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
@@ -43,8 +39,8 @@ def deepspeed_config(config: Config, precision: str, data_parallel: int) -> dict
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": host.has_cuda() and stage > 0,
-            "reduce_bucket_size": reduce_bucket(config),
-            "allgather_bucket_size": reduce_bucket(config),
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
         },
         "bf16": {"enabled": bf16},
     }
@@ -53,10 +49,11 @@ def deepspeed_config(config: Config, precision: str, data_parallel: int) -> dict
     return tree
 
 
-def create(model: nn.Module, config: Config, precision: str, topology: Topology) -> Engine:
+def create(model: nn.Module, config: Config, precision: str, topology: Topology, carried: Carried | None = None) -> Engine:
     """Wrap the model: AdamW on everything (the guide as its own last group), ZeRO, precision, clipping, accumulation.
 
-    The learning rate is 0 until :func:`set_learning_rate`; optimizer state exists from the start, all zero.
+    The learning rate is 0 until :func:`set_learning_rate`; optimizer state exists from the start, all zero, or what is ``carried``
+    over from another engine (then the model's weights are set by state.refresh).
     """
     _quieten()
     named = list(model.named_parameters())
@@ -73,11 +70,11 @@ def create(model: nn.Module, config: Config, precision: str, topology: Topology)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        config=deepspeed_config(config, precision, topology.data),
+        config=deepspeed_config(config, precision, topology.data, guide=bool(groups[1])),
         mpu=ModelParallelUnit(),
         dist_init_required=False,
     )
-    _create_optimizer_state(engine)
+    state.create(engine, carried)
     return engine
 
 
@@ -92,6 +89,7 @@ def _quieten() -> None:
 
 
 def destroy(engine: Engine) -> None:
+    """Take the engine apart: it, its model and all that they hold are freed once the caller's own references are gone."""
     engine.destroy()
 
 
@@ -157,98 +155,3 @@ def _clip(engine: Engine, norm: float, limit: float) -> None:
         for parameter in engine.module.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(limit / (norm + 1e-6))
-
-
-# -------------------------------------------------------------------------------------------------------------- fragments
-
-
-def _masters(engine: Engine) -> list[Tensor]:
-    """The flat fp32 tensors that AdamW steps; stage 0 in fp32 has the parameters themselves."""
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3
-        return list(optimizer.fp32_partitioned_groups_flat)
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _adam(engine: Engine) -> torch.optim.AdamW:
-    optimizer = engine.optimizer
-    inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
-    assert isinstance(inner, torch.optim.AdamW)
-    return inner
-
-
-def _create_optimizer_state(engine: Engine) -> None:
-    """Zero moments and step 0 for every master tensor, before the first step as after it."""
-    adam = _adam(engine)
-    for master in _masters(engine):
-        adam.state[master] = {
-            "step": torch.zeros((), dtype=torch.float32, device=master.device),
-            **{key: torch.zeros_like(master.data) for key in MOMENTS},
-        }
-
-
-def step_count(engine: Engine) -> int:
-    """Steps that Adam has taken: those with a non-finite gradient were skipped."""
-    return int(next(iter(_adam(engine).state.values()))["step"])
-
-
-def set_step_count(engine: Engine, steps: int) -> None:
-    """Adam's number of steps taken, for its bias correction, and DeepSpeed's."""
-    for state in _adam(engine).state.values():
-        state["step"].fill_(steps)
-    engine.global_steps = steps
-
-
-def _views(engine: Engine, master: Tensor, start: int, numel: int) -> dict[str, Tensor]:
-    state = _adam(engine).state[master]
-    flat = {"weight": master.data, **{key: state[key] for key in MOMENTS}}
-    return {key: tensor.view(-1).narrow(0, start, numel) for key, tensor in flat.items()}
-
-
-def fragments(engine: Engine) -> Iterator[Fragment]:
-    """What this rank holds of every parameter's fp32 weight and moments (nothing of some parameters in ZeRO 1-3)."""
-    named = list(engine.module.named_parameters())
-    optimizer = engine.optimizer
-    if isinstance(optimizer, torch.optim.Optimizer):  # stage 0 in fp32: torch's optimizer itself
-        for name, p in named:
-            yield Fragment(name, 0, p.numel(), _views(engine, p, 0, p.numel()))
-    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        yield from _stage_3(engine, named)
-    elif hasattr(optimizer, "fp32_groups"):
-        yield from _unpartitioned(engine, named)
-    else:
-        yield from _stage_1_2(engine, named)
-
-
-def _unpartitioned(engine: Engine, named: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
-    """Stage 0 in bf16: an fp32 copy beside every parameter, in the order of the groups."""
-    names = {id(p): name for name, p in named}
-    for group, masters in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
-        for p, master in zip(group, masters, strict=True):
-            yield Fragment(names[id(p)], 0, p.numel(), _views(engine, master, 0, p.numel()))
-
-
-def _stage_1_2(engine: Engine, named: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
-    """Stages 1 and 2: each data-parallel rank has a range of every group's flat tensor, which may cut a parameter."""
-    masters = _masters(engine)
-    for name, p in named:
-        mapping = getattr(p, "_hp_mapping", None)
-        if mapping is None:
-            continue
-        inside, outside = mapping.hp_fragment_address, mapping.lp_fragment_address
-        master = masters[mapping.param_group_index]
-        yield Fragment(name, outside.start, outside.numel, _views(engine, master, inside.start, inside.numel))
-
-
-def _stage_3(engine: Engine, named: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
-    """Stage 3: each data-parallel rank has an equal part of every parameter, the last ones padded."""
-    optimizer = engine.optimizer
-    rank = torch.distributed.get_rank(group=optimizer.dp_process_group)
-    masters = _masters(engine)
-    for name, parameter in named:
-        p: Any = parameter
-        group, offset, part = optimizer.grad_position[optimizer.get_param_id(p)]
-        start = rank * part
-        numel = min(part, p.ds_numel - start)
-        if numel > 0:
-            yield Fragment(name, start, numel, _views(engine, masters[group], offset, numel))

@@ -15,7 +15,7 @@ from sffn_dist import config as configs
 from sffn_dist import durable, reading, rules
 from sffn_dist.checkpoint.manifest import find, missing_tensors
 from sffn_dist.config import Config, ConfigError
-from sffn_dist.shapes import is_guide, model_tensors
+from sffn_dist.shapes import model_tensors
 
 NAME = "run.json"
 
@@ -66,7 +66,7 @@ def check_source_of_weights(config: Config) -> None:
     """Refuse an ``init_from`` whose model is another one; raises ConfigError."""
     assert config.init_from
     found = find("init_from", config.init_from)
-    wanted = {name: spec.shape for name, spec in model_tensors(config).items() if not is_guide(name)}
+    wanted = {name: spec.shape for name, spec in model_tensors(config, guide=False).items()}
     problems = list(itertools.islice(missing_tensors(found, wanted), 5))
     # what shapes do not show
     there, here = rules.identity(reading.from_tree(found.config)), rules.identity(config)

@@ -19,7 +19,7 @@ from sffn_dist.inference.evaluation import Evaluation, evaluate
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Now
 from sffn_dist.training import engine as engines
-from sffn_dist.training import reporting
+from sffn_dist.training import phases, reporting, state
 from sffn_dist.training.run import Run
 
 
@@ -46,6 +46,7 @@ def train(run: Run) -> None:
             time.perf_counter() - started,
             announce=run.step == min(first + reporting.EARLY_STEPS, run.schedule.total_steps),
         )
+        phases.enter(run)
         if schedules.due(run.step, config.evaluation.interval, run.schedule.total_steps):
             evaluate_now(run)
         if schedules.due(run.step, config.checkpoint.interval, run.schedule.total_steps):
@@ -124,8 +125,8 @@ def evaluate_now(run: Run) -> Evaluation:
 def save(run: Run) -> Path | None:
     """A checkpoint; a failed one (disk full, folder gone) is reported and does not stop training."""
     started = time.perf_counter()
-    fragments = store.owned(engines.fragments(run.engine), run.config, run.topology)
-    position = store.Position(run.step, engines.step_count(run.engine), run.data_fingerprint)
+    fragments = store.owned(state.fragments(run.engine), run.config, run.topology)
+    position = store.Position(run.step, *state.step_counts(run.engine), run.data_fingerprint)
     try:
         path = store.save(run.dir, position, fragments, run.config, run.topology)
     except store.SaveError as error:

@@ -49,21 +49,22 @@ def open_reports(config: Config, precision: str, topology: Topology, trackers: T
     one_sequence = 1 / 3 / config.train.global_batch_size
     sampled = config.sample.tokens**2 / 2 / config.model.sequence
     extra = {"evaluation": config.evaluation_sequences * one_sequence, "sample": sampled * one_sequence}
-    saved = 12 * counts.parameters_per_rank(config) * topology.tensor  # bytes: fp32 weight and two moments
+    total = schedules.of(config).total_steps
+    saved = 12 * counts.parameters_per_rank(config, guide=False) * topology.tensor  # bytes: fp32 weight and two moments
     return Reports(
         metrics=MetricsLog(Path(config.run.dir) / "metrics.jsonl", step),
         # a row's step counts the steps taken: the one of a resumed step stands, the last one is written anew
-        evaluations=MetricsLog(Path(config.run.dir) / "evaluations.jsonl", step + (step < config.train.steps)),
+        evaluations=MetricsLog(Path(config.run.dir) / "evaluations.jsonl", step + (step < total)),
         trackers=trackers,
         progress=Progress(
-            config.train.steps,
+            total,
             step,
             flops_per_step=flops,
             peak_flops=peak * topology.world if peak else None,
             enabled=config.logging.progress,
         ),
         estimate=Estimate(
-            config.train.steps,
+            total,
             step,
             extra,
             costs=_costs(config, guide_flops / flops),

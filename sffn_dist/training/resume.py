@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.models.gpt import GPTModel
 
@@ -12,11 +10,21 @@ from sffn_dist.checkpoint import manifest as manifests
 from sffn_dist.checkpoint.manifest import Manifest
 from sffn_dist.checkpoint.store import Reader
 from sffn_dist.config import Config
-from sffn_dist.parallel.split import shard
 from sffn_dist.parallel.topology import Topology
-from sffn_dist.shapes import ffn_structure, is_guide, model_tensors
-from sffn_dist.structured.maps import to_dense
+from sffn_dist.shapes import is_guide
 from sffn_dist.training import engine as engines
+from sffn_dist.training import state
+from sffn_dist.training.run import Run
+
+
+def start(run: Run, found: Manifest | None) -> None:
+    """Give the run its engine, in the phase of its first step, and its weights, moments and step: those of ``found``, or of a start."""
+    config, topology = run.config, run.topology
+    run.step = found.step if found else 0
+    model = models.build(config, run.precision, topology, guide=run.schedule.guided(run.step))
+    prepare_weights(model, config, topology, found)
+    run.engine = engines.create(model, config, run.precision, topology)
+    restore(run.engine, found, config, topology)
 
 
 @torch.no_grad()
@@ -30,20 +38,14 @@ def load_weights(model: GPTModel, manifest: Manifest, config: Config, topology: 
 @torch.no_grad()
 def start_from(model: GPTModel, manifest: Manifest, config: Config, topology: Topology) -> None:
     """Another run's weights (``init_from``); guides start anew as what the loaded factors stand for."""
-    reader, specs = Reader(manifest, config), model_tensors(config)
-    for name, parameter in model.named_parameters():
+    reader = Reader(manifest, config)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
         if not is_guide(name):
             parameter.copy_(reader.local(name, topology))
-            continue
-        prefix, layer = name.removesuffix("guide"), int(name.split(".")[2])
-        factors = {leaf: reader.full(prefix + leaf) for leaf in _factor_names(specs, prefix)}
-        dense = to_dense(ffn_structure(config, layer), factors)
-        parameter.copy_(shard(dense, specs[name], topology.tensor, topology.tensor_rank))
-
-
-def _factor_names(specs: dict[str, Any], prefix: str) -> list[str]:
-    leaves = [name.removeprefix(prefix) for name in specs if name.startswith(prefix)]
-    return [leaf for leaf in leaves if leaf not in ("guide", "bias")]
+    if models.has_guide(model):
+        for name, part in models.guides(config, topology, reader.full):
+            parameters[name].copy_(part)
 
 
 def prepare_weights(model: GPTModel, config: Config, topology: Topology, found: Manifest | None) -> None:
@@ -56,16 +58,14 @@ def prepare_weights(model: GPTModel, config: Config, topology: Topology, found: 
         models.initialise(model, config, topology)
 
 
-def restore(engine: engines.Engine, found: Manifest | None, config: Config, topology: Topology) -> int:
-    """fp32 weights, moments and step count into a fresh engine, bit for bit; returns the next step.
+def restore(engine: state.Engine, found: Manifest | None, config: Config, topology: Topology) -> None:
+    """fp32 weights, moments and step counts into a fresh engine, bit for bit.
 
     A start from another run takes its weights in fp32 too: the engine's own masters were made from what the model holds, maybe bf16.
     """
     if found is not None:
-        Reader(found, config).restore(engines.fragments(engine), topology)
-        engines.set_step_count(engine, found.optimizer_steps)
-        return found.step
-    if config.init_from:
-        own = (fragment for fragment in engines.fragments(engine) if not is_guide(fragment.name))
+        Reader(found, config).restore(state.fragments(engine), topology)
+        state.set_step_counts(engine, found.optimizer_steps, found.guide_optimizer_steps)
+    elif config.init_from:
+        own = (fragment for fragment in state.fragments(engine) if not is_guide(fragment.name))
         Reader(manifests.find("init_from", config.init_from), config).restore(own, topology, kinds=("weight",))
-    return 0

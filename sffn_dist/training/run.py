@@ -17,7 +17,7 @@ from sffn_dist.schedule import Schedule
 from sffn_dist.telemetry.metrics import MetricsLog
 from sffn_dist.telemetry.progress import Estimate, Progress
 from sffn_dist.telemetry.trackers import Trackers
-from sffn_dist.training import engine as engines
+from sffn_dist.training.state import Engine
 
 
 @dataclass
@@ -49,17 +49,20 @@ class Reports:
 
 @dataclass
 class Run:
-    """All of a run on this rank; ``step`` is the next step to take."""
+    """All of a run on this rank; ``step`` is the next step to take.
+
+    ``engine`` has no other owner: at a phase boundary it is replaced, and must be free to go.
+    """
 
     config: Config
     precision: str
     schedule: Schedule
     topology: Topology
-    engine: engines.Engine
     batches: Batches
     heldout: Heldout
     data_fingerprint: str
-    step: int
+    engine: Engine = None
+    step: int = 0
     reports: Reports | None = None
     evaluated: dict[int, Evaluation] = field(default_factory=dict)
 

@@ -62,7 +62,7 @@ def model_step(tree: dict[str, Any]) -> tuple[list[Entry], list[str]]:
     """A GPTModel's forward and backward: the rows, and the names of what the ledger changed in loss and gradients."""
     config = reading.from_tree(tree)
     ranks = _join(config.parallel.tensor)
-    model = models.build(config, "fp32", ranks)
+    model = models.build(config, "fp32", ranks, guide=schedules.of(config).guided(0))
     models.initialise(model, config, ranks)
     tokens = torch.randint(0, config.model.vocab, (2, config.model.sequence + 1), generator=torch.Generator().manual_seed(2))
     ledger = _open(model, ranks)
@@ -82,7 +82,7 @@ def engine_step(tree: dict[str, Any]) -> tuple[list[Entry], dict[str, int]]:
     """An optimiser step of the engine; the rows, and the elements of every parameter of the rank."""
     config = reading.from_tree(tree)
     ranks = _join(config.parallel.tensor)
-    model = models.build(config, "fp32", ranks)
+    model = models.build(config, "fp32", ranks, guide=schedules.of(config).guided(0))
     models.initialise(model, config, ranks)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     engine = engines.create(model, config, "fp32", ranks)

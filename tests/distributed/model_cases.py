@@ -29,7 +29,7 @@ def _model(tree: dict[str, Any], *, weights: bool = True) -> tuple[Any, configs.
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     ranks = topology.groups(config.parallel.tensor)
-    model = models.build(config, "fp32", ranks)
+    model = models.build(config, "fp32", ranks, guide=schedules.of(config).guided(0))
     if weights:
         resume.prepare_weights(model, config, ranks, newest(Path(config.run.dir)) if config.run.dir else None)
     return model, config, ranks
@@ -43,7 +43,7 @@ def _tokens(config: configs.Config, rows: int) -> torch.Tensor:
 def table_mismatches(tree: dict[str, Any]) -> list[str]:
     """Where the model's parameters differ from the split table, in name, shape or marks."""
     model, config, ranks = _model(tree, weights=False)
-    specs, found = model_tensors(config), dict(model.named_parameters())
+    specs, found = model_tensors(config, guide=models.has_guide(model)), dict(model.named_parameters())
     problems = [f"{name} is in one only" for name in specs.keys() ^ found.keys()]
     for name in specs.keys() & found.keys():
         spec, parameter = specs[name], found[name]

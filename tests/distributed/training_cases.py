@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from sffn_dist.parallel.ledger import Ledger
 from sffn_dist.shapes import model_tensors
 from sffn_dist.telemetry.plan import communication
 from sffn_dist.training import engine as engines
-from sffn_dist.training import resume
+from sffn_dist.training import loop, phases, resume, state
+from sffn_dist.training.run import Run
 
 
 def tokens(vocab: int) -> np.ndarray:
@@ -51,55 +54,71 @@ def train(
 
     ``nan_at``: the step whose loss is made nan. ``part_all``: ZeRO 3 parts and frees every parameter; it would leave such small ones whole.
     """
-    config = reading.from_tree(tree)
-    ranks = join(config)
-    torch.manual_seed(1)
-    model = models.build(config, precision, ranks)
-    found = newest(Path(config.run.dir)) if config.run.dir else None
-    resume.prepare_weights(model, config, ranks, found)
-    engine = _create_parted(model, config, precision, ranks) if part_all else engines.create(model, config, precision, ranks)
-    start = resume.restore(engine, found, config, ranks)
-    clock = schedules.of(config)
-    batches = Batches(tokens(config.model.vocab), config.model.sequence, config.train.global_batch_size, config.train.seed)
-    losses, norms, drawn = [], [], []
-    for step in range(start, steps):
-        now = clock.at(step)
-        drawn.append(models.set_guide(model, clock, now))
-        engines.set_learning_rate(engine, config.train.learning_rate * now.learning_rate_factor)
-        micro = batches.at(step, ranks.data_rank, ranks.data, micro_batch_size=config.train.micro_batch_size)
-
-        def loss(batch: torch.Tensor) -> torch.Tensor:
-            mean = models.token_losses(engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
-            return mean * float("nan") if step == nan_at else mean  # noqa: B023
-
-        value, norm = engines.train_step(engine, loss, iter([torch.from_numpy(part) for part in micro]), config.train.clip)
-        total = torch.tensor(value)
-        dist.all_reduce(total, group=ranks.data_group)
-        losses.append(float(total) / ranks.data)
-        norms.append(norm)
-        if step + 1 == save_at:
-            save(engine, config, ranks, step + 1)
-    result = {"losses": losses, "norms": norms, "drawn": drawn, "start": start, "optimizer": type(engine.optimizer).__name__}
-    result["adam_steps"] = engines.step_count(engine)
-    result["replicas"] = differing_replicas(engine, config, ranks)
-    result["state"] = state_digests(engine)
+    with parted() if part_all else contextlib.nullcontext():
+        run = begin(tree, precision)
+        config, start = run.config, run.step
+        losses, norms, drawn = [], [], []
+        for step in range(start, steps):
+            value, norm, some = take(run, nan=step == nan_at)
+            losses.append(value)
+            norms.append(norm)
+            drawn.append(some)
+            phases.enter(run)
+            if step + 1 == save_at:
+                save(run)
+    result = {"losses": losses, "norms": norms, "drawn": drawn, "start": start, "optimizer": type(run.engine.optimizer).__name__}
+    result["adam_steps"] = state.step_counts(run.engine)[0]
+    result["replicas"] = differing_replicas(run.engine, config, run.topology)
+    result["state"] = state_digests(run.engine)
     if "run" in tree:
-        save(engine, config, ranks, steps)
-    engines.destroy(engine)
+        save(run)
+    engines.destroy(run.engine)
     return result
 
 
-def _create_parted(model: Any, config: configs.Config, precision: str, ranks: Any) -> Any:
+def begin(tree: dict[str, Any], precision: str = "fp32") -> Run:
+    """A run as pretrain.py makes it, on the toy tokens, without reports."""
+    config = reading.from_tree(tree)
+    ranks = join(config)
+    torch.manual_seed(1)
+    batches = Batches(tokens(config.model.vocab), config.model.sequence, config.train.global_batch_size, config.train.seed)
+    heldout: Any = None
+    run = Run(config, precision, schedules.of(config), ranks, batches, heldout, "test")
+    resume.start(run, newest(Path(config.run.dir)) if config.run.dir else None)
+    return run
+
+
+def take(run: Run, nan: bool = False) -> tuple[float, float, int]:
+    """The run's next step: mean loss over all ranks, gradient norm, guides drawn. ``nan``: its loss is made nan."""
+    now, config, ranks = run.schedule.at(run.step), run.config, run.topology
+    drawn = models.set_guide(run.model, run.schedule, now)
+    engines.set_learning_rate(run.engine, config.train.learning_rate * now.learning_rate_factor)
+    micro = run.batches.at(now.data_step, ranks.data_rank, ranks.data, micro_batch_size=config.train.micro_batch_size)
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        mean = models.token_losses(run.engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
+        return mean * float("nan") if nan else mean
+
+    value, norm = engines.train_step(run.engine, loss, iter([torch.from_numpy(part) for part in micro]), config.train.clip)
+    total = torch.tensor(value)
+    dist.all_reduce(total, group=ranks.data_group)
+    run.step += 1
+    return float(total) / ranks.data, norm, drawn
+
+
+@contextlib.contextmanager
+def parted() -> Iterator[None]:
+    """Engines made inside part and free every parameter in ZeRO 3; it would leave such small ones whole."""
     usual = engines.deepspeed_config
 
-    def parted(*arguments: Any) -> dict[str, Any]:
-        tree = usual(*arguments)
+    def changed(*arguments: Any, **options: Any) -> dict[str, Any]:
+        tree = usual(*arguments, **options)
         tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return tree
 
-    engines.deepspeed_config = parted
+    engines.deepspeed_config = changed
     try:
-        return engines.create(model, config, precision, ranks)
+        yield
     finally:
         engines.deepspeed_config = usual
 
@@ -108,10 +127,9 @@ def received(tree: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
     """Elements by purpose that this rank receives from its tensor-parallel group in one step of the engine; what the plan says."""
     config = reading.from_tree(tree)
     ranks = join(config)
-    model = models.build(config, "fp32", ranks)
+    model = models.build(config, "fp32", ranks, guide=False)
     resume.prepare_weights(model, config, ranks, None)
     engine = engines.create(model, config, "fp32", ranks)
-    models.unset_guide(model)
     batches = Batches(tokens(config.model.vocab), config.model.sequence, config.train.global_batch_size, config.train.seed)
     micro = batches.at(0, ranks.data_rank, ranks.data, micro_batch_size=config.train.micro_batch_size)
 
@@ -126,23 +144,22 @@ def received(tree: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
     return found, communication(config, "fp32", ranks.data)["step"]
 
 
-def save(engine: Any, config: configs.Config, ranks: Any, step: int) -> None:
-    owned = store.owned(engines.fragments(engine), config, ranks)
-    store.save(Path(config.run.dir), store.Position(step, engines.step_count(engine), "test"), owned, config, ranks)
+def save(run: Run) -> None:
+    assert loop.save(run)
 
 
 def state_digests(engine: Any) -> dict[str, str]:
     """Hash of every fragment's weight and moments."""
     return {
         f"{fragment.name}/{fragment.start}/{kind}": hashlib.sha256(tensor.detach().float().numpy().tobytes()).hexdigest()
-        for fragment in engines.fragments(engine)
+        for fragment in state.fragments(engine)
         for kind, tensor in fragment.tensors.items()
     }
 
 
 def differing_replicas(engine: Any, config: configs.Config, ranks: Any) -> list[str]:
     """Fragments of replicated parameters whose bits differ over the tensor-parallel group."""
-    specs = model_tensors(config)
+    specs = model_tensors(config, guide=True)
     mine = {key: value for key, value in state_digests(engine).items() if specs[key.split("/")[0]].cut is None}
     everyone: list[Any] = [None] * ranks.tensor
     dist.all_gather_object(everyone, mine, group=ranks.tensor_group)
@@ -161,10 +178,10 @@ def failed_save(tree: dict[str, Any], step: int) -> tuple[str, list[str]]:
     """A save in which the last rank's disk is full: what every rank hears, and what is left in run.dir."""
     config = reading.from_tree(tree)
     ranks = join(config)
-    model = models.build(config, "fp32", ranks)
+    model = models.build(config, "fp32", ranks, guide=False)
     resume.prepare_weights(model, config, ranks, None)
     engine = engines.create(model, config, "fp32", ranks)
-    held = engines.fragments(engine)
+    held = state.fragments(engine)
 
     def full_disk() -> Any:
         for fragment in held:
@@ -173,7 +190,7 @@ def failed_save(tree: dict[str, Any], step: int) -> tuple[str, list[str]]:
             yield fragment
 
     try:
-        store.save(Path(config.run.dir), store.Position(step, step, None), full_disk(), config, ranks)
+        store.save(Path(config.run.dir), store.Position(step, step, None, None), full_disk(), config, ranks)
     except store.SaveError as error:
         message = str(error)
     else:

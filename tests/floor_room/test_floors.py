@@ -16,9 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, KERNELS, TOOLS = ROOT / "sffn_dist", ROOT / "kernels" / "sffn_kernels", ROOT / "tools"
 FLOORS = (
     ("config", "durable"),
-    ("rules",),
-    ("reading", "shapes", "schedule", "machine"),
+    ("shapes", "machine"),
     ("counts", "traffic"),
+    ("schedule",),
+    ("rules",),
+    ("reading",),
     ("sffn_kernels",),
     ("structured",),
     ("parallel",),

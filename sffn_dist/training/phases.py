@@ -1,0 +1,60 @@
+"""Phases of a run: where the guide comes or goes, the engine is made anew and the run's state goes on bit for bit.
+
+    plain -> guided     every guide starts as W = to_dense(U, V) of the current fp32 factors, moments and step count at 0 (paper, section 4)
+    guided -> plain     the guide's weights, gradients, fp32 copies and moments are gone
+
+ZeRO lays parameters and their fp32 masters out once, when an engine is made: without the guide it needs another one. The state at
+step s is that of the phase of s: a boundary is crossed before anything of step s is evaluated or saved, so a checkpoint holds what its
+step needs. Each rank keeps its own masters and moments (state.carry); the old engine and its model are freed before the new ones are made,
+so that the boundary never takes more memory than the guided phase did.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from sffn_dist import model as models
+from sffn_dist.shapes import model_tensors
+from sffn_dist.training import engine as engines
+from sffn_dist.training import state
+from sffn_dist.training.run import Run
+
+
+def enter(run: Run) -> None:
+    """Bring the run into the phase of ``run.step``, the next step; nothing to do where the parameters stay. All ranks must call it."""
+    guide = run.schedule.guided(run.step)
+    if guide == models.has_guide(run.model):
+        return
+    carried = state.carry(run.engine)
+    engines.destroy(run.engine)
+    run.engine = None
+    free(run)
+    model = models.build(run.config, run.precision, run.topology, guide=guide)
+    run.engine = engines.create(model, run.config, run.precision, run.topology, carried)
+    if guide:
+        _start_guides(run)
+    state.refresh(run.engine)
+    if run.reports:
+        went = "begins: every guide starts as its factors' product" if guide else "is over: the guide is freed"
+        run.reports.progress.note(f"after step {run.step}: the guided phase {went}")
+
+
+@torch.no_grad()
+def _start_guides(run: Run) -> None:
+    """Each guide's fp32 weights, from the factors' fp32 weights; one linear at a time."""
+    config, topology = run.config, run.topology
+    held = {fragment.name: fragment for fragment in state.fragments(run.engine)}
+    specs = model_tensors(config, guide=True)
+    for name, part in models.guides(config, topology, lambda name: state.full_weight(held, name, specs[name], topology)):
+        fragment = held.get(name)
+        if fragment is not None:
+            fragment.tensors["weight"].copy_(part.view(-1)[fragment.start : fragment.start + fragment.numel])
+
+
+def free(run: Run) -> None:
+    """Give back what nothing refers to any more: engines and their models hold each other in circles."""
+    gc.collect()
+    if run.topology.device.type == "cuda":
+        torch.cuda.empty_cache()  # the new engine's tensors are of other sizes
