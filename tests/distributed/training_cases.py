@@ -66,7 +66,13 @@ def train(
             phases.enter(run)
             if step + 1 == save_at:
                 save(run)
-    result = {"losses": losses, "norms": norms, "drawn": drawn, "start": start, "optimizer": type(run.engine.optimizer).__name__}
+    result = {
+        "losses": losses,
+        "norms": norms,
+        "drawn": drawn,
+        "start": start,
+        "optimizer": type(run.engine.optimizer).__name__,
+    }
     result["adam_steps"] = state.step_counts(run.engine)[0]
     result["replicas"] = differing_replicas(run.engine, config, run.topology)
     result["state"] = state_digests(run.engine)

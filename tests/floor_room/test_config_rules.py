@@ -128,8 +128,6 @@ def test_defaults_are_derived() -> None:
     got = config({"model.kv_heads": None, "ffn.width": None})
     assert (got.kv_heads, got.attention_dim, got.head_dim, got.ffn_width) == (8, 64, 8, 256)
     assert [got.kind_of_layer(i) for i in range(4)] == ["dense", "block_dense", "block_dense", "block_dense"]
-    assert not config({"guide.mode": "fixed_step", "ffn.kind": "dense"}).guided
-    assert config({"guide.mode": "fixed_step"}).guided
 
 
 @pytest.mark.parametrize(
@@ -147,6 +145,28 @@ def test_the_number_of_ranks(tensor: int, world: int, fits: bool) -> None:
     assert str(world) in problem
 
 
+@pytest.mark.parametrize(
+    ("over", "problem"),
+    [
+        ({"guide.mode": "window", "guide.begin": 5, "guide.end": 5}, "guide.begin = 5: must be below guide.end = 5"),
+        ({"guide.mode": "window", "guide.begin": 10}, "guide.begin = 10: must be below train.steps = 10"),
+        ({"guide.mode": "window", "guide.end": 11}, "guide.end = 11: must not exceed train.steps = 10"),
+        (
+            {"guide.mode": "fixed_flop", "ffn.kind": "low_rank", "ffn.rank": 64},
+            'guide.mode = "fixed_flop": the structured model costs',
+        ),
+        (
+            {"guide.mode": "fixed_flop", "guide.stochastic": True, "ffn.width": 8192, "ffn.rank": 4, "ffn.dense_layers": []},
+            'guide.mode = "fixed_flop": what the structured model saves guides 1.',
+        ),
+    ],
+)
+def test_the_guides_steps_fit_the_run(over: dict[str, Any], problem: str) -> None:
+    (found,) = problems(lambda: config(over))
+    assert found.startswith(problem)
+    assert config({**over, "guide.mode": "off"}).guide.mode == "off", "an unused setting is no error"
+
+
 def test_unused_settings_are_told_and_are_no_errors() -> None:
     def keys(over: dict[str, Any]) -> set[str]:
         return set(unused(config(over)))
@@ -158,6 +178,9 @@ def test_unused_settings_are_told_and_are_no_errors() -> None:
     assert keys({"ffn.kind": "low_rank"}) == {"ffn.blocks"}
     assert keys({"ffn.kind": "block_shuffle"}) == {"ffn.rank"}
     assert keys({"guide.stochastic": True}) == {"guide.stochastic"}
+    assert keys({"guide.mode": "fixed_step", "guide.share": 0.01}) == {"guide.mode", "guide.share"}
+    assert keys({"guide.mode": "window", "guide.share": 0.2, "guide.begin": 1}) == {"guide.share"}
+    assert keys({"guide.mode": "fixed_flop", "guide.begin": 1, "guide.end": 4}) == {"guide.begin", "guide.end"}
     assert keys({"guide.stochastic": True, "guide.mode": "fixed_step"}) == set()
     assert keys({"parallel.sequence": True}) == {"parallel.sequence"}
     # values that would be refused were they used
@@ -190,7 +213,11 @@ def test_identity_leaves_out_layout(over: dict[str, Any]) -> None:
         ({"ffn.kind": "low_rank", "ffn.blocks": None}, {"ffn.blocks": 4}),
         ({"ffn.kind": "dense", "ffn.rank": None}, {"ffn.rank": 4}),
         ({"ffn.kind": "dense"}, {"guide.mode": "fixed_step"}),
-        ({}, {"guide.stochastic": True}),
+        ({}, {"guide.stochastic": True, "guide.alpha": "linear"}),
+        ({"guide.mode": "fixed_step"}, {"guide.begin": 3, "guide.end": 5}),
+        ({"guide.mode": "fixed_flop"}, {"guide.share": 0.3, "guide.begin": 3}),
+        ({"guide.mode": "window"}, {"guide.share": 0.3, "guide.end": 10}),
+        ({}, {"guide.mode": "fixed_step", "guide.share": 0.0}),
     ],
 )
 def test_identity_leaves_out_what_is_unused(over: dict[str, Any], unlooked_at: dict[str, Any]) -> None:
@@ -207,6 +234,8 @@ def test_identity_leaves_out_what_is_unused(over: dict[str, Any], unlooked_at: d
         {"ffn.rank": 16},
         {"ffn.dense_layers": []},
         {"guide.mode": "fixed_step"},
+        {"guide.mode": "fixed_flop", "guide.alpha": "linear", "guide.stochastic": True},
+        {"guide.mode": "window", "guide.begin": 2, "guide.end": 5},
         {"data.source": "other.txt"},
         {"data.heldout_share": 0.5},
         {"train.seed": 1},
@@ -252,6 +281,6 @@ def test_what_the_rules_accept_the_split_table_can_cut(data: st.DataObject) -> N
     except ConfigError:
         return
     tensor = accepted.parallel.tensor
-    for name, spec in model_tensors(accepted).items():
+    for name, spec in model_tensors(accepted, guide=True).items():
         whole = tensor if spec.cut else 1
         assert math.prod(spec.local_shape(tensor)) * whole == spec.numel, name

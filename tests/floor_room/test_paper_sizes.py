@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from sffn_dist import counts, shapes
 from sffn_dist.config import Config
 from sffn_dist.reading import load
+from sffn_dist.schedule import equal_flops_share, flops, of
 from sffn_dist.telemetry.memory import memory_per_rank
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -88,8 +90,8 @@ def test_a_file_holds_what_its_name_says(name: str) -> None:
 
 def matrices(config: Config, part: str = "") -> float:
     """Millions of parameters in matrices: no biases, no norms, no guide."""
-    specs = shapes.model_tensors(config).items()
-    counts = [spec.numel for name, spec in specs if len(spec.shape) > 1 and part in name and not shapes.is_guide(name)]
+    specs = shapes.model_tensors(config, guide=False).items()
+    counts = [spec.numel for name, spec in specs if len(spec.shape) > 1 and part in name]
     return sum(counts) / 1e6
 
 
@@ -116,7 +118,7 @@ def test_the_wide_and_structured_models(name: str, millions: int) -> None:
     assert config.kv_heads * config.head_dim == 256
     size = "l" if name.endswith("_l") else "m"
     assert (config.train.steps, config.train.learning_rate) == MODELS[size][5:]
-    assert config.guided
+    assert of(config).guided_steps == round(config.train.steps / 2)
 
 
 def test_wide_models_take_the_dense_models_training_flops_when_guided_less_often() -> None:
@@ -125,21 +127,42 @@ def test_wide_models_take_the_dense_models_training_flops_when_guided_less_often
     assert counts.flops_per_token(wide) + counts.guide_flops_per_token(wide) > counts.flops_per_token(dense)
 
 
+# r of fixed_flop at 32%, the authors' (stochastic) runs
+SHARES = {"low_rank": (0.30, 0.38, 0.41, 0.43), "block_dense": (0.30, 0.40, 0.41, 0.45)}
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_fixed_flop_guides_and_repeats_the_published_share_at_the_dense_models_flops(kind: str) -> None:
+    for size, share in zip(MODELS, SHARES[kind], strict=True):
+        file = CONFIGS / "paper" / f"{size}_{kind}_32.json"
+        for coin in (True, False):
+            config = load(file, ["guide.mode=fixed_flop", f"guide.stochastic={json.dumps(coin)}"])
+            clock, steps = of(config), config.train.steps
+            assert flops(config) == pytest.approx(training_flops(paper(f"{size}_dense")), rel=0.005)
+            assert clock.total_steps == steps + clock.guided_steps
+            if coin:
+                assert equal_flops_share(config) == pytest.approx(share, abs=0.006)
+            assert clock.guided_steps == round(equal_flops_share(config) * steps)
+            own, guide = counts.flops_per_token(config), counts.guide_flops_per_token(config)
+            by_step = sum(own + guide * clock.expected_drawn_share(step) for step in range(clock.total_steps))
+            assert by_step * config.tokens_per_step == pytest.approx(flops(config), rel=1e-9)
+
+
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_counts_agree_with_one_another(path: Path) -> None:
     config = load(path)
-    parts, tensors = counts.parameters_by_part(config), shapes.model_tensors(config)
-    assert sum(parts.values()) == sum(math.prod(spec.shape) for spec in tensors.values())
-    assert counts.parameters(config) == sum(parts.values()) - parts["guide"]
+    parts, guide = counts.parameters_by_part(config), counts.guide_parameters(config)
+    for guided in (False, True):
+        tensors = shapes.model_tensors(config, guide=guided)
+        assert sum(parts.values()) + guided * guide == sum(math.prod(spec.shape) for spec in tensors.values())
+    assert counts.parameters(config) == sum(parts.values())
     assert parts["embedding"] == config.model.vocab * config.model.width
-    assert (parts["guide"] > 0) == config.guided
-    guided_layers = config.model.layers - len(config.ffn.dense_layers)
-    h, f = config.model.width, config.ffn_width
-    if config.guided:
-        assert parts["guide"] == 2 * h * f * guided_layers
-    assert counts.guide_flops_per_token(config) == 6 * parts["guide"]
+    guided_layers = config.model.layers - len(config.ffn.dense_layers) if config.structured else 0
+    assert guide == 2 * config.model.width * config.ffn_width * guided_layers
+    assert counts.guide_flops_per_token(config) == 6 * guide
     if config.parallel.tensor == 1:
-        assert counts.parameters_per_rank(config) == sum(parts.values())
+        assert counts.parameters_per_rank(config, guide=False) == sum(parts.values())
+        assert counts.parameters_per_rank(config, guide=True) == sum(parts.values()) + guide
     attention = 12 * config.model.layers * config.attention_dim * config.model.sequence
     assert counts.flops_per_token(config) == round(6e6 * matrices(config)) + attention
 
@@ -153,26 +176,28 @@ def test_an_untied_embedding_is_counted_but_looked_up_for_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["model.activation=swiglu"], ["guide.mode=fixed_step"], ["model.kv_heads=4"]], ids=str
+    ("overrides", "guide"),
+    [([], False), (["model.activation=swiglu"], False), ([], True), (["model.kv_heads=4"], False)],
+    ids=["", "swiglu", "guided", "gqa"],
 )
 @pytest.mark.parametrize("kind", ["low_rank", "block_dense", "block_shuffle"])
-def test_tensor_parallel_ranks_share_all_but_the_replicated(kind: str, overrides: list[str]) -> None:
+def test_tensor_parallel_ranks_share_all_but_the_replicated(kind: str, overrides: list[str], guide: bool) -> None:
     for p in (2, 4):
         config = load(CONFIGS / "paper" / f"s_{kind}_32.json", [f"parallel.tensor={p}", *overrides])
-        specs = shapes.model_tensors(config).values()
+        specs = shapes.model_tensors(config, guide=guide).values()
         cut = sum(spec.numel for spec in specs if spec.cut)
         whole = sum(spec.numel for spec in specs if not spec.cut)
         assert cut % p == 0
-        assert counts.parameters_per_rank(config) == cut // p + whole
+        assert counts.parameters_per_rank(config, guide=guide) == cut // p + whole
         assert cut > whole
 
 
 # ------------------------------------------------------------------------------------------------------------------ memory
 
 
-def memory(data_parallel: int, precision: str = "bf16", **over: Any) -> dict[str, int]:
+def memory(data_parallel: int, precision: str = "bf16", guide: bool = False, **over: Any) -> dict[str, int]:
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in over.items()]
-    return memory_per_rank(load(CONFIGS / "paper" / "s_low_rank_32.json", overrides), precision, data_parallel)
+    return memory_per_rank(load(CONFIGS / "paper" / "s_low_rank_32.json", overrides), precision, data_parallel, guide=guide)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -201,4 +226,4 @@ def test_memory_falls_with_tensor_parallelism_recomputation_and_micro_batches() 
     assert memory(1, train__micro_batch_size=4)["activations"] * 2 == memory(1)["activations"]
     split, sequence = memory(1, parallel__tensor=2), memory(1, parallel__tensor=2, parallel__sequence="true")
     assert sequence["activations"] < split["activations"] < memory(1)["activations"]
-    assert memory(1, guide__mode="fixed_step")["optimizer"] > memory(1)["optimizer"]
+    assert memory(1, guide=True)["optimizer"] > memory(1)["optimizer"]

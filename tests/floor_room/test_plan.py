@@ -65,10 +65,14 @@ def test_the_promised_keys_and_numbers() -> None:
     assert (got["steps"], got["tokens_per_step"], got["tokens"]) == (8, 128, 1024)
     assert got["ranks"] == {"world": 2, "tensor": 1, "data": 2}
     assert got["accumulation_steps"] == 2
+    plain, guided = got["flops_per_step"], got["flops_per_step"] + got["guide_flops_per_guided_step"]
+    memory = [phase.pop("memory") for phase in got["phases"]]
     assert got["phases"] == [
-        {"phase": "guided", "first_step": 0, "last_step": 1},
-        {"phase": "plain", "first_step": 2, "last_step": 7},
+        {"phase": "guided", "first_step": 0, "last_step": 1, "steps": 2, "tokens": 256, "flops": 2 * guided},
+        {"phase": "plain", "first_step": 2, "last_step": 7, "steps": 6, "tokens": 768, "flops": 6 * plain},
     ]
+    assert memory[0] == got["memory_per_rank"]["total"], "the guided phase takes the most"
+    assert memory[1] == plan(small(guide={"mode": "off"}), 2)["memory_per_rank"]["total"], "nothing is left of the guide"
     assert got["structured_share_of_ffn"] == parts["ffn_structured"] / (parts["ffn_structured"] + parts["ffn_dense"])
     assert got["ffn_parameters_of_dense"] == pytest.approx(
         (parts["ffn_structured"] + parts["ffn_dense"]) / (3 * parts["ffn_dense"])
@@ -82,7 +86,10 @@ def test_every_config_has_a_plan_in_plain_json(path: Path) -> None:
     assert json.loads(json.dumps(got, allow_nan=False)) == got
     assert got["parameters"] == sum(got["parameters_by_part"].values())
     assert got["phases"][0]["first_step"] == 0
-    assert got["phases"][-1]["last_step"] == config.train.steps - 1
+    assert got["phases"][-1]["last_step"] == config.train.steps - 1 == got["steps"] - 1
+    assert sum(phase["steps"] for phase in got["phases"]) == got["steps"]
+    assert sum(phase["tokens"] for phase in got["phases"]) == got["tokens"]
+    assert sum(phase["flops"] for phase in got["phases"]) == pytest.approx(got["flops_total"], rel=1e-12)
     assert all(isinstance(size, int) and size > 0 for size in got["memory_per_rank"].values())
     page = render(got)
     assert f"{got['ffn_parameters_of_dense']:.0%}" in page
@@ -115,7 +122,7 @@ def test_the_coin_halves_the_guides_flops_in_the_total() -> None:
 def test_unused_settings_are_shown() -> None:
     config = small(ffn={"kind": "dense", "rank": 8})
     got = plan(config, 1)
-    assert set(got["unused"]) == {"ffn.rank", "guide.mode"}
+    assert set(got["unused"]) == {"ffn.rank", "guide.mode", "guide.share"}
     page = render(got)
     assert "unused" in page
     assert all(key in page for key in got["unused"])

@@ -1,4 +1,4 @@
-"""The clock: the paper's formulas, a golden stochastic run, and a coin that depends on its four arguments alone."""
+"""The clock: the paper's formulas, golden tables of every mode, and a coin that depends on its four arguments alone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sffn_dist.reading import from_tree
-from sffn_dist.schedule import Schedule, of, uniform
+from sffn_dist.schedule import Phase, Schedule, equal_flops_share, of, uniform
+
+TREE: dict[str, Any] = {
+    "model": {"layers": 2, "width": 8, "heads": 2, "sequence": 4, "vocab": 64},
+    "ffn": {"kind": "low_rank", "rank": 2},
+    "train": {"steps": 1000, "global_batch_size": 8, "seed": 5},
+}
 
 
 def clock(**over: Any) -> Schedule:
-    plain = Schedule(total_steps=20, guided_steps=10, warmup_steps=2, min_learning_rate_ratio=0.1, stochastic=False, seed=0)
+    plain = Schedule(
+        total_steps=20,
+        first_pass=20,
+        guide_begin=0,
+        guide_end=10,
+        warmup_steps=2,
+        min_learning_rate_ratio=0.1,
+        alpha_form="cosine",
+        stochastic=False,
+        seed=0,
+    )
     return replace(plain, **over)
+
+
+def from_config(guide: dict[str, Any], **train: Any) -> Schedule:
+    return of(from_tree({**TREE, "guide": guide, "train": {**TREE["train"], **train}}))
 
 
 # --------------------------------------------------------------------------------------------------------------- formulas
@@ -36,12 +56,21 @@ def clock(**over: Any) -> Schedule:
     ],
 )
 def test_alpha_golden(step: int, guided: int, alpha: float) -> None:
-    assert clock(guided_steps=guided).alpha(step) == pytest.approx(alpha, abs=1e-15)
+    assert clock(guide_end=guided).alpha(step) == pytest.approx(alpha, abs=1e-15)
+    later = clock(guide_begin=100, guide_end=100 + guided)
+    assert later.alpha(100 + step) == pytest.approx(alpha, abs=1e-15)
+    assert later.alpha(99) == 0.0, "before guidance begins there is no guide"
 
 
-@given(st.integers(1, 5000), st.data())
-def test_alpha_is_half_a_cosine(guided: int, data: st.DataObject) -> None:
-    now, step = clock(guided_steps=guided), data.draw(st.integers(0, 2 * guided))
+def test_linear_alpha() -> None:
+    falling = clock(alpha_form="linear", guide_begin=4, guide_end=8)
+    assert [falling.alpha(step) for step in range(3, 10)] == [0.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("form", ["cosine", "linear"])
+@given(guided=st.integers(1, 5000), data=st.data())
+def test_alpha_falls_from_one_to_zero_half_of_it_on_either_side(form: str, guided: int, data: st.DataObject) -> None:
+    now, step = clock(guide_end=guided, alpha_form=form, total_steps=10**5), data.draw(st.integers(0, 2 * guided))
     assert now.alpha(0) == 1.0
     assert now.alpha(guided) == 0.0
     assert now.alpha(step) >= now.alpha(step + 1)
@@ -50,6 +79,7 @@ def test_alpha_is_half_a_cosine(guided: int, data: st.DataObject) -> None:
         assert now.alpha(step) + now.alpha(guided - step) == pytest.approx(1.0)
     else:
         assert now.alpha(step) == 0.0
+    assert replace(now, stochastic=True).expected_drawn_steps() == pytest.approx(sum(map(now.alpha, range(guided))))
 
 
 def test_learning_rate_warms_up_linearly_then_falls_by_a_cosine() -> None:
@@ -71,18 +101,33 @@ def test_learning_rate_stays_between_its_ends(warmup: int, low: float) -> None:
 
 
 def test_of_reads_the_config() -> None:
-    tree: dict[str, Any] = {
-        "model": {"layers": 2, "width": 8, "heads": 2},
-        "ffn": {"kind": "low_rank", "rank": 2},
-        "guide": {"mode": "fixed_step", "share": 0.25, "stochastic": True},
-        "train": {"steps": 1000, "seed": 5},
-    }
-    assert of(from_tree(tree)) == Schedule(1000, 250, 100, 0.1, True, 5)
-    assert of(from_tree({**tree, "guide": {}})).guided_steps == 0
-    assert of(from_tree({**tree, "ffn": {}})).guided_steps == 0, "a dense FFN has nothing to guide"
-    whole = of(from_tree({**tree, "guide": {"mode": "fixed_step", "share": 1.0}}))
+    coin = {"mode": "fixed_step", "share": 0.25, "stochastic": True, "alpha": "linear"}
+    assert from_config(coin) == Schedule(1000, 1000, 0, 250, 100, 0.1, "linear", True, 5)
+    assert from_config({}).guided_steps == 0
+    assert of(from_tree({**TREE, "guide": coin, "ffn": {}})).guided_steps == 0, "a dense FFN has nothing to guide"
+    whole = from_config({"mode": "fixed_step", "share": 1.0})
     assert whole.guided_steps == whole.total_steps
     assert whole.at(999).phase == "guided"
+    assert from_config({"mode": "window", "begin": 7}) == Schedule(1000, 1000, 7, 1000, 100, 0.1, "cosine", False, 5)
+    assert from_config({"mode": "window", "begin": 7, "end": 9, "share": 0.1}).phases() == [
+        Phase("plain", 0, 7),
+        Phase("guided", 7, 9),
+        Phase("plain", 9, 1000),
+    ]
+
+
+def test_fixed_flop_repeats_what_it_guided_and_stretches_the_learning_rate() -> None:
+    run = from_config({"mode": "fixed_flop"})
+    # by hand, MAC a token: embedding 64 x 8, attention 2 x 4 x 64, 12 x 2 x 8 x 4 / 6 of scores, dense layer 512, structured 2 x 2 x 40
+    dense, own, guide = 512 + 512 + 128 + 1024, 512 + 512 + 128 + 512 + 160, 512
+    share = (dense - own) / (own + guide)
+    assert equal_flops_share(from_tree({**TREE, "guide": {"mode": "fixed_flop"}})) == pytest.approx(share)
+    n = round(share * 1000)
+    assert run.phases() == [Phase("guided", 0, n), Phase("plain", n, 1000), Phase("repeat", 1000, 1000 + n)]
+    assert [run.at(step).data_step for step in (0, 999, 1000, 1000 + n - 1)] == [0, 999, 0, n - 1]
+    assert run.warmup_steps == math.ceil(0.1 * (1000 + n))
+    assert run.learning_rate_factor(1000 + n) == pytest.approx(0.1), "the cosine ends with the longer run"
+    assert run.learning_rate_factor(1000) > 0.11
 
 
 @pytest.mark.parametrize("step", [-1, 20, 21, 10**9])
@@ -91,40 +136,158 @@ def test_a_step_outside_the_run_raises(step: int) -> None:
         clock().at(step)
 
 
-def test_expected_guided_share_is_the_mean_of_what_happens() -> None:
-    assert clock().expected_guided_share() == 0.5
-    assert clock(guided_steps=0).expected_guided_share() == 0.0
-    halved = clock(total_steps=2000, guided_steps=1000, stochastic=True).expected_guided_share()
-    assert halved == pytest.approx(0.25, abs=1e-3)  # the paper's half of the dense linear, over the guided half
+@given(st.integers(1, 60), st.data())
+def test_phases_are_what_the_steps_say(steps: int, data: st.DataObject) -> None:
+    """Every step lies in one phase; the guide is there in the guided one alone; each repeated step's data was read while guided."""
+    begin = data.draw(st.integers(0, steps))
+    end = data.draw(st.integers(begin, steps))
+    repeated = data.draw(st.sampled_from([0, end - begin]))
+    run = clock(total_steps=steps + repeated, first_pass=steps, guide_begin=begin, guide_end=end)
+    named = [phase.name for phase in run.phases() for _ in range(phase.first, phase.end)]
+    assert named == [run.at(step).phase for step in range(run.total_steps)]
+    for step in range(run.total_steps):
+        now = run.at(step)
+        assert run.guided(step) == (now.phase == "guided") == (now.alpha > 0)
+        assert now.data_step == step or (now.phase == "repeat" and run.guided(now.data_step))
+    assert len({run.at(step).data_step for step in range(steps, run.total_steps)}) == repeated
+    assert not run.guided(run.total_steps), "at the end of the run the guide is gone"
 
 
 # ------------------------------------------------------------------------------------------------------------------- coin
 
 PAIRS = [(1, 0), (1, 1), (2, 0), (7, 1)]
-# (step, alpha, phase, what of PAIRS computes its guide); 20 steps, 10 of them guided, seed 7
-GOLDEN = [
-    *((0, 1.000000, "guided", "xxxx"), (1, 0.975528, "guided", "xxxx")),
-    *((2, 0.904508, "guided", "xxxx"), (3, 0.793893, "guided", "xxxx")),
-    *((4, 0.654508, "guided", "x-x-"), (5, 0.500000, "guided", "-xxx")),
-    *((6, 0.345492, "guided", "-x-x"), (7, 0.206107, "guided", "----")),
-    *((8, 0.095492, "guided", "x---"), (9, 0.024472, "guided", "----")),
-    *((10, 0.000000, "plain", "----"), (11, 0.000000, "plain", "----")),
-    *((12, 0.000000, "plain", "----"), (13, 0.000000, "plain", "----")),
-    *((14, 0.000000, "plain", "----"), (15, 0.000000, "plain", "----")),
-    *((16, 0.000000, "plain", "----"), (17, 0.000000, "plain", "----")),
-    *((18, 0.000000, "plain", "----"), (19, 0.000000, "plain", "----")),
-]
+MODES: dict[str, dict[str, Any]] = {
+    "off": {"guide_end": 0},
+    "fixed_step": {},
+    "fixed_flop": {"total_steps": 20, "first_pass": 14, "guide_end": 6},
+    "window": {"guide_begin": 5, "guide_end": 15},
+    "linear": {"alpha_form": "linear"},
+}
+# (step, alpha, phase, data step, which of PAIRS compute their guide) of 20 steps with the coin, seed 7
+GOLDEN: dict[str, list[tuple[int, float, str, int, str]]] = {
+    "off": [
+        (0, 0.000000, "plain", 0, "----"),
+        (1, 0.000000, "plain", 1, "----"),
+        (2, 0.000000, "plain", 2, "----"),
+        (3, 0.000000, "plain", 3, "----"),
+        (4, 0.000000, "plain", 4, "----"),
+        (5, 0.000000, "plain", 5, "----"),
+        (6, 0.000000, "plain", 6, "----"),
+        (7, 0.000000, "plain", 7, "----"),
+        (8, 0.000000, "plain", 8, "----"),
+        (9, 0.000000, "plain", 9, "----"),
+        (10, 0.000000, "plain", 10, "----"),
+        (11, 0.000000, "plain", 11, "----"),
+        (12, 0.000000, "plain", 12, "----"),
+        (13, 0.000000, "plain", 13, "----"),
+        (14, 0.000000, "plain", 14, "----"),
+        (15, 0.000000, "plain", 15, "----"),
+        (16, 0.000000, "plain", 16, "----"),
+        (17, 0.000000, "plain", 17, "----"),
+        (18, 0.000000, "plain", 18, "----"),
+        (19, 0.000000, "plain", 19, "----"),
+    ],
+    "fixed_step": [
+        (0, 1.000000, "guided", 0, "xxxx"),
+        (1, 0.975528, "guided", 1, "xxxx"),
+        (2, 0.904508, "guided", 2, "xxxx"),
+        (3, 0.793893, "guided", 3, "xxxx"),
+        (4, 0.654508, "guided", 4, "x-x-"),
+        (5, 0.500000, "guided", 5, "-xxx"),
+        (6, 0.345492, "guided", 6, "-x-x"),
+        (7, 0.206107, "guided", 7, "----"),
+        (8, 0.095492, "guided", 8, "x---"),
+        (9, 0.024472, "guided", 9, "----"),
+        (10, 0.000000, "plain", 10, "----"),
+        (11, 0.000000, "plain", 11, "----"),
+        (12, 0.000000, "plain", 12, "----"),
+        (13, 0.000000, "plain", 13, "----"),
+        (14, 0.000000, "plain", 14, "----"),
+        (15, 0.000000, "plain", 15, "----"),
+        (16, 0.000000, "plain", 16, "----"),
+        (17, 0.000000, "plain", 17, "----"),
+        (18, 0.000000, "plain", 18, "----"),
+        (19, 0.000000, "plain", 19, "----"),
+    ],
+    "fixed_flop": [
+        (0, 1.000000, "guided", 0, "xxxx"),
+        (1, 0.933013, "guided", 1, "xxxx"),
+        (2, 0.750000, "guided", 2, "xx-x"),
+        (3, 0.500000, "guided", 3, "xxx-"),
+        (4, 0.250000, "guided", 4, "----"),
+        (5, 0.066987, "guided", 5, "----"),
+        (6, 0.000000, "plain", 6, "----"),
+        (7, 0.000000, "plain", 7, "----"),
+        (8, 0.000000, "plain", 8, "----"),
+        (9, 0.000000, "plain", 9, "----"),
+        (10, 0.000000, "plain", 10, "----"),
+        (11, 0.000000, "plain", 11, "----"),
+        (12, 0.000000, "plain", 12, "----"),
+        (13, 0.000000, "plain", 13, "----"),
+        (14, 0.000000, "repeat", 0, "----"),
+        (15, 0.000000, "repeat", 1, "----"),
+        (16, 0.000000, "repeat", 2, "----"),
+        (17, 0.000000, "repeat", 3, "----"),
+        (18, 0.000000, "repeat", 4, "----"),
+        (19, 0.000000, "repeat", 5, "----"),
+    ],
+    "window": [
+        (0, 0.000000, "plain", 0, "----"),
+        (1, 0.000000, "plain", 1, "----"),
+        (2, 0.000000, "plain", 2, "----"),
+        (3, 0.000000, "plain", 3, "----"),
+        (4, 0.000000, "plain", 4, "----"),
+        (5, 1.000000, "guided", 5, "xxxx"),
+        (6, 0.975528, "guided", 6, "xxxx"),
+        (7, 0.904508, "guided", 7, "xxxx"),
+        (8, 0.793893, "guided", 8, "xxxx"),
+        (9, 0.654508, "guided", 9, "-x-x"),
+        (10, 0.500000, "guided", 10, "-xxx"),
+        (11, 0.345492, "guided", 11, "x--x"),
+        (12, 0.206107, "guided", 12, "----"),
+        (13, 0.095492, "guided", 13, "---x"),
+        (14, 0.024472, "guided", 14, "----"),
+        (15, 0.000000, "plain", 15, "----"),
+        (16, 0.000000, "plain", 16, "----"),
+        (17, 0.000000, "plain", 17, "----"),
+        (18, 0.000000, "plain", 18, "----"),
+        (19, 0.000000, "plain", 19, "----"),
+    ],
+    "linear": [
+        (0, 1.000000, "guided", 0, "xxxx"),
+        (1, 0.900000, "guided", 1, "x-xx"),
+        (2, 0.800000, "guided", 2, "xxxx"),
+        (3, 0.700000, "guided", 3, "xxxx"),
+        (4, 0.600000, "guided", 4, "x-x-"),
+        (5, 0.500000, "guided", 5, "-xxx"),
+        (6, 0.400000, "guided", 6, "-x-x"),
+        (7, 0.300000, "guided", 7, "--x-"),
+        (8, 0.200000, "guided", 8, "x-x-"),
+        (9, 0.100000, "guided", 9, "----"),
+        (10, 0.000000, "plain", 10, "----"),
+        (11, 0.000000, "plain", 11, "----"),
+        (12, 0.000000, "plain", 12, "----"),
+        (13, 0.000000, "plain", 13, "----"),
+        (14, 0.000000, "plain", 14, "----"),
+        (15, 0.000000, "plain", 15, "----"),
+        (16, 0.000000, "plain", 16, "----"),
+        (17, 0.000000, "plain", 17, "----"),
+        (18, 0.000000, "plain", 18, "----"),
+        (19, 0.000000, "plain", 19, "----"),
+    ],
+}
 
 
-def test_golden_stochastic_run() -> None:
-    run = clock(stochastic=True, seed=7)
-    for step, alpha, phase, taken in GOLDEN:
+@pytest.mark.parametrize("mode", MODES)
+def test_golden_run(mode: str) -> None:
+    run = clock(stochastic=True, seed=7, **MODES[mode])
+    for step, alpha, phase, data_step, taken in GOLDEN[mode]:
         now = run.at(step)
-        assert (now.step, now.data_step, now.phase) == (step, step, phase)
+        assert (now.step, now.data_step, now.phase) == (step, data_step, phase)
         assert now.alpha == pytest.approx(alpha, abs=1e-6)
         weights = [run.guide_weight(now, *pair) for pair in PAIRS]
         assert weights == [now.alpha if flag == "x" else None for flag in taken], f"step {step}"
-    assert [row[0] for row in GOLDEN] == list(range(20))
+    assert [row[0] for row in GOLDEN[mode]] == list(range(20))
 
 
 def test_without_the_coin_every_linear_is_guided_until_the_end_of_the_phase() -> None:
@@ -135,7 +298,7 @@ def test_without_the_coin_every_linear_is_guided_until_the_end_of_the_phase() ->
 
 
 def test_the_coin_is_drawn_with_probability_alpha() -> None:
-    run = clock(total_steps=1000, guided_steps=500, stochastic=True, seed=3)
+    run = clock(total_steps=1000, first_pass=1000, guide_end=500, stochastic=True, seed=3)
     for step in (0, 60, 125, 250, 375, 490):
         now = run.at(step)
         draws = [run.guide_weight(now, layer, linear) is not None for layer in range(5000) for linear in (0, 1)]
@@ -146,7 +309,7 @@ def test_the_coin_is_drawn_with_probability_alpha() -> None:
     expected = sum(now.alpha for now in steps) * 20
     deviation = math.sqrt(sum(now.alpha * (1 - now.alpha) for now in steps) * 20)
     assert abs(taken - expected) <= 3 * deviation
-    assert expected / 20 / 1000 == pytest.approx(run.expected_guided_share())
+    assert expected / 20 == pytest.approx(run.expected_drawn_steps())
 
 
 def test_each_argument_of_the_coin_matters_and_draws_are_unrelated() -> None:
