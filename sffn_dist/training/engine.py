@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor, nn
 
 from sffn_dist.config import Config
@@ -23,6 +26,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if host.has_cuda() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 import deepspeed  # noqa: E402  (the accelerator is chosen at import)
+from deepspeed.runtime.zero import parameter_offload  # noqa: E402
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 
 
 def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guide: bool) -> dict[str, Any]:
@@ -89,8 +94,19 @@ def _quieten() -> None:
 
 
 def destroy(engine: Engine) -> None:
-    """Take the engine apart: it, its model and all that they hold are freed once the caller's own references are gone."""
+    """Take the engine apart: it, its model and all that they hold are freed once the caller's own references are gone.
+
+    DeepSpeed's own ``destroy`` leaves the model in its list of running modules (which ZeRO 3 asks about the innermost one), and the
+    engine's parts in a cache of a method; Megatron leaves rotary tables in another.
+    """
     engine.destroy()
+    parameter_offload.FWD_MODULE_STACK.clear()
+    with suppress(
+        AttributeError, KeyError
+    ):  # private: a test sees it if another version calls them otherwise, a run need not end
+        RotaryEmbedding.forward.cache_clear()
+        kept = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+        inspect.getclosurevars(kept).nonlocals["func"].cache_clear()  # wrapped for NVTX ranges
 
 
 def set_learning_rate(engine: Engine, value: float) -> None:
