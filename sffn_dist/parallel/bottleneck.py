@@ -4,7 +4,8 @@
     row (f -> h)      z = A x, A the rank's part, on the rank's features; collect z; y = U z, U replicated, on the rank's tokens
 
 (A, U: first and second factor; spread, collect: collectives.Exchange.) With the guide: y = alpha W x + (1 - alpha) U z (paper, section 4),
-where W is split as Megatron splits a dense linear, at its price.
+where W is split as Megatron splits a dense linear, at its price. Both weights of the mix are scale factors of the matrix products, which
+accumulate onto one another: no pass over y or dy is made for it (where z is scaled instead, it is the narrow one).
 
 Backward is written by hand so that products run while collectives do: U's gradient while dz travels, dx while the gradient of a
 replicated factor is summed. That gradient is partial wherever a rank saw only some tokens; no factor leaves with it so.
@@ -19,7 +20,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from sffn_dist.parallel.collectives import Exchange, Pending, all_to_all, sum_gradient
@@ -80,11 +80,13 @@ class Half:
         """How x and y move for the guide: as Megatron moves them, all features at once."""
         return replace(self.exchange, chunks=(0,) * self.exchange.ranks)
 
-    def _complete(self, product: Product, grad: Tensor, x: Tensor, weight: Tensor, wanted: bool) -> Pending | None:
-        """A replicated factor's gradient, summed over the ranks that saw a part of it."""
+    def _complete(
+        self, product: Product, grad: Tensor, x: Tensor, weight: Tensor, wanted: bool, share: float = 1.0
+    ) -> Pending | None:
+        """A replicated factor's gradient, ``share`` times, summed over the ranks that saw a part of it."""
         if not wanted:
             return None
-        gradient = product.weight_gradient(grad, x, weight)
+        gradient = _times(product.weight_gradient(grad, x, weight), share)
         if self.exchange.tokens == "replicated":  # every rank saw all tokens and all of z
             return Pending(gradient)
         return sum_gradient(gradient, self.exchange.group)
@@ -124,7 +126,7 @@ class Column(Half):
         wide = z.wait()
         y = self.second.forward(wide, weights.second)
         whole = gathering.wait()
-        return Widened(torch.lerp(y, _DENSE.forward(whole, weights.guide), alpha), wide, whole)
+        return Widened(_DENSE.add_forward(y, whole, weights.guide, keep=1 - alpha, scale=alpha), wide, whole)
 
     def backward(
         self,
@@ -137,27 +139,29 @@ class Column(Half):
         whole: Tensor | None = None,
     ) -> Gradients:
         """Gradients of x and of the weights from that of y; ``z`` is wide; x of all tokens is ``whole``, or gathered for the guide."""
-        grad_x, grad_x_guide, grad_guide = None, None, None
+        grad_x, grad_x_guide, grad_guide, share = None, None, None, 1.0
         if alpha is not None and weights.guide is not None:
+            share = 1 - alpha
             gathering = self.dense.spread(x.unsqueeze(0)) if whole is None and wanted.guide else None
-            mixed, grad = grad * alpha, grad * (1 - alpha)
-            if wanted.x:
-                grad_x_guide = self.dense.collect(_DENSE.input_gradient(mixed, weights.guide))
+            if wanted.x and self.exchange.ranks > 1:
+                grad_x_guide = self.dense.collect(_DENSE.input_gradient(grad, weights.guide))
             if wanted.guide:
                 read = whole if gathering is None else gathering.wait()
                 assert read is not None
-                grad_guide = _DENSE.weight_gradient(mixed, read, weights.guide)
+                grad_guide = _DENSE.scaled_weight_gradient(grad, read, scale=alpha)
         travelling = None
         if wanted.x or wanted.first:
-            travelling = self.exchange.collect(self.second.input_gradient(grad, weights.second))
-        grad_second = self.second.weight_gradient(grad, z, weights.second) if wanted.second else None
+            travelling = self.exchange.collect(_times(self.second.input_gradient(grad, weights.second), share))
+        grad_second = _times(self.second.weight_gradient(grad, z, weights.second), share) if wanted.second else None
         grad_first = None
         if travelling is not None:
             grad_z = self._join(travelling.wait())
             grad_first = self._complete(self.first, grad_z, x, weights.first, wanted.first)
             grad_x = self.first.input_gradient(grad_z, weights.first) if wanted.x else None
-        if grad_x is not None and grad_x_guide is not None:
-            grad_x = grad_x + grad_x_guide.wait().squeeze(0)
+        if grad_x is not None and grad_x_guide is not None and alpha is not None:
+            grad_x = grad_x.add_(grad_x_guide.wait().squeeze(0), alpha=alpha)
+        elif grad_x is not None and alpha is not None and weights.guide is not None:
+            grad_x = _DENSE.add_input_gradient(grad_x, grad, weights.guide, scale=alpha)
         return Gradients(grad_x, _arrived(grad_first), grad_second, grad_guide)
 
 
@@ -171,6 +175,11 @@ def _joined(chunks: Tensor) -> Tensor:
     return chunks.movedim(0, -2).flatten(-2)
 
 
+def _times(tensor: Tensor, share: float) -> Tensor:
+    """``share`` times a tensor that nobody else holds, in its place."""
+    return tensor if share == 1.0 else tensor.mul_(share)
+
+
 def _arrived(pending: Pending | None) -> Tensor | None:
     return None if pending is None else pending.wait()
 
@@ -181,6 +190,7 @@ class Begun(NamedTuple):
     grad_z: Pending | None
     grad_second: Pending | None
     grad_y: Pending | None
+    alpha: float | None
 
 
 @dataclass(frozen=True)
@@ -210,29 +220,36 @@ class Row(Half):
         read = self.turned(x).wait()
         travelling = self.exchange.collect(self.first.forward(read, weights.first))
         guided = None
-        if alpha is not None and weights.guide is not None:
+        if alpha is not None and weights.guide is not None and self.exchange.ranks > 1:
             guided = self.dense.collect(_DENSE.forward(x, weights.guide))
         z = _joined(travelling.wait())
         if self.shuffled:
             z = deal(z, self.structure.needed_blocks).contiguous()
-        y = self.second.forward(z, weights.second)
-        if guided is not None and alpha is not None:
-            y = torch.lerp(y, guided.wait().squeeze(0), alpha)
-        return y, read, z
+        if alpha is None or weights.guide is None:
+            return self.second.forward(z, weights.second), read, z
+        return self._mix(x, z, weights.second, weights.guide, alpha, guided), read, z
+
+    def _mix(self, x: Tensor, z: Tensor, second: Tensor, guide: Tensor, alpha: float, guided: Pending | None) -> Tensor:
+        """Alpha W x + (1 - alpha) U z; ``guided`` is W x where it had to travel."""
+        if guided is None:
+            return _DENSE.add_forward(self.second.forward(z, second), x, guide, keep=1 - alpha, scale=alpha)
+        if isinstance(self.second, Matrix):
+            return self.second.add_forward(guided.wait().squeeze(0), z, second, keep=alpha, scale=1 - alpha)
+        return self.second.forward(z, second).lerp_(guided.wait().squeeze(0), alpha)
 
     def begin_backward(self, grad: Tensor, z: Tensor, weights: Weights, alpha: float | None, wanted: Wanted) -> Begun:
         """What needs only dy and z: dz goes out, the replicated second factor's gradient is computed and goes out to be summed."""
-        grad_y = None
+        grad_y, share = None, 1.0
         if alpha is not None and weights.guide is not None:
-            grad_y = self.dense.spread((grad * alpha).unsqueeze(0)) if wanted.x or wanted.guide else None
-            grad = grad * (1 - alpha)
+            grad_y = self.dense.spread(grad.unsqueeze(0)) if wanted.x or wanted.guide else None
+            share = 1 - alpha
         travelling = None
         if wanted.x or wanted.first:
-            grad_z = self.second.input_gradient(grad, weights.second)
+            grad_z = _times(self.second.input_gradient(grad, weights.second), share)
             if self.shuffled:
                 grad_z = undeal(grad_z)
             travelling = self.exchange.spread(_chunked(grad_z, self.exchange.count))
-        return Begun(travelling, self._complete(self.second, grad, z, weights.second, wanted.second), grad_y)
+        return Begun(travelling, self._complete(self.second, grad, z, weights.second, wanted.second, share), grad_y, alpha)
 
     def finish_backward(self, begun: Begun, x: Tensor, read: Tensor, weights: Weights, wanted: Wanted) -> Gradients:
         """Gradients of x and of the weights; ``x`` and ``read`` as in forward."""
@@ -242,9 +259,9 @@ class Row(Half):
             travelling = self._turned_back(self.first.input_gradient(grad_z, weights.first)) if wanted.x else None
             grad_first = self.first.weight_gradient(grad_z, read, weights.first) if wanted.first else None
             grad_x = _arrived(travelling)
-        if begun.grad_y is not None and weights.guide is not None:
+        if begun.grad_y is not None and weights.guide is not None and begun.alpha is not None:
             grad_y = begun.grad_y.wait()
             if grad_x is not None:
-                grad_x = grad_x + _DENSE.input_gradient(grad_y, weights.guide)
-            grad_guide = _DENSE.weight_gradient(grad_y, x, weights.guide) if wanted.guide else None
+                grad_x = _DENSE.add_input_gradient(grad_x, grad_y, weights.guide, scale=begun.alpha)
+            grad_guide = _DENSE.scaled_weight_gradient(grad_y, x, scale=begun.alpha) if wanted.guide else None
         return Gradients(grad_x, grad_first, _arrived(begun.grad_second), grad_guide)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from sffn_kernels import block_diagonal
 from torch import Tensor
@@ -38,6 +39,24 @@ class Matrix:
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return grad.flatten(0, -2).t().mm(x.flatten(0, -2))
+
+    # The same, scaled and added within the product itself: none of these reads or writes its output in a pass of its own.
+
+    def add_forward(self, y: Tensor, x: Tensor, weight: Tensor, *, keep: float, scale: float) -> Tensor:
+        """Keep y + scale A x, in the place of y."""
+        y = y.contiguous()
+        y.view(-1, y.shape[-1]).addmm_(x.flatten(0, -2), weight.t(), beta=keep, alpha=scale)
+        return y
+
+    def add_input_gradient(self, grad_x: Tensor, grad: Tensor, weight: Tensor, *, scale: float) -> Tensor:
+        """grad_x + scale A^T dL/dy, in the place of grad_x."""
+        grad_x = grad_x.contiguous()
+        grad_x.view(-1, grad_x.shape[-1]).addmm_(grad.flatten(0, -2), weight, alpha=scale)
+        return grad_x
+
+    def scaled_weight_gradient(self, grad: Tensor, x: Tensor, *, scale: float) -> Tensor:
+        """Scale times the gradient of the weight."""
+        return torch.addmm(x.new_zeros(()), grad.flatten(0, -2).t(), x.flatten(0, -2), beta=0, alpha=scale)
 
 
 class Blocks:
