@@ -18,12 +18,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import sffn_dist
 from sffn_dist import durable, machine, reading, rules
+from sffn_dist.checkpoint import manifest
 from sffn_dist.config import Config, ConfigError
 from sffn_dist.data import store
 from sffn_dist.telemetry import comparison, curves, variants
@@ -86,36 +87,28 @@ def planned(args: argparse.Namespace) -> tuple[list[variants.Entry], list[Run]]:
             folder = args.out / entry.variant.folder / f"seed_{seed}"
             overrides = (*entry.overrides, f"train.seed={seed}", f"run.dir={folder}")
             run = Run(entry, seed, reading.load(args.config, overrides), overrides)
-            problems += [f"variant {run.name}: {problem}" for problem in misfits(run.config, max(1, args.gpus))]
+            try:
+                check(run.config, max(1, args.gpus))
+            except ConfigError as error:
+                problems += [f"variant {run.name}: {problem}" for problem in error.problems]
             runs.append(run)
     if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
+        raise ConfigError(problems)
     return entries, runs
 
 
-def misfits(config: Config, world: int) -> Iterator[str]:
-    """What pretrain.py would refuse in this run, on this machine, before it imports torch."""
-
-    def same_run() -> None:
-        prepared = store.locate(config)
-        identity.check(config, store.read_meta(prepared).fingerprint if store.is_usable(prepared) else None)
-
+def check(config: Config, world: int) -> None:
+    """What pretrain.py refuses on this machine before it imports torch; raises ConfigError."""
     try:
         rules.check_world(config, world)
     except ConfigError as error:
-        yield from (f"{problem}; --gpus sets the ranks of a run" for problem in error.problems)
-        return
-    for check in (
-        lambda: store.check_source(config.data, config.model.vocab),
-        lambda: check_trackers(config.logging),
-        same_run,
-        lambda: identity.check_source_of_weights(config) if config.init_from else None,
-    ):
-        try:
-            check()
-        except ConfigError as error:
-            yield from error.problems
-            return
+        raise ConfigError([f"{problem}; --gpus sets the ranks of a run" for problem in error.problems]) from None
+    store.check_source(config.data, config.model.vocab)
+    check_trackers(config.logging)
+    prepared = store.locate(config)
+    identity.check(config, store.read_meta(prepared).fingerprint if store.is_usable(prepared) else None)
+    if config.init_from and manifest.newest(Path(config.run.dir)) is None:
+        identity.check_source_of_weights(config)
 
 
 def origin(world: int) -> dict[str, str]:
