@@ -30,13 +30,14 @@ FLOORS = (
     ("pretrain", "tools"),
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-HEAVY = {"torch", "numpy", "megatron", "deepspeed", "datasets", "tokenizers", "triton", "transformers", "wandb"}
+HEAVY = {"torch", "numpy", "megatron", "deepspeed", "datasets", "tokenizers", "triton", "transformers", "wandb", "matplotlib"}
 BY_NAME = {"importlib.import_module", "import_module", "__import__"}
 LOWEST = ("config", "durable", "rules", "reading", "shapes", "counts", "traffic", "schedule", "machine")
 LIGHT = (
     *LOWEST,
     *("checkpoint.manifest", "data.store", "training.identity", "training.guards", "pretrain"),
     *("telemetry.plan", "telemetry.trackers", "telemetry.metrics", "telemetry.progress"),
+    *("telemetry.variants", "telemetry.comparison", "telemetry.curves"),
 )
 
 # ------------------------------------------------------------------------------------------------------------- the reading
