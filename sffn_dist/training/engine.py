@@ -60,7 +60,7 @@ def create(model: nn.Module, config: Config, precision: str, topology: Topology,
     The learning rate is 0 until :func:`set_learning_rate`; optimizer state exists from the start, all zero, or what is ``carried``
     over from another engine (then the model's weights are set by state.refresh).
     """
-    _quieten()
+    _adjust_deepspeed()
     named = list(model.named_parameters())
     groups = [[p for n, p in named if not is_guide(n)], [p for n, p in named if is_guide(n)]]
     train = config.train
@@ -83,11 +83,15 @@ def create(model: nn.Module, config: Config, precision: str, topology: Topology,
     return engine
 
 
-def _quieten() -> None:
-    """No memory report at every start of the bf16 optimizer; on CPU, gloo in place of an extension that compiles for minutes."""
+def _adjust_deepspeed() -> None:
+    """No memory report at every start of the bf16 optimizer; no trial step of stage 0's, whose state we make (it would take 12 bytes a
+    parameter for a moment); on CPU, gloo in place of an extension that compiles for minutes.
+    """
     from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.fp16 import unfused_optimizer
 
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    unfused_optimizer.FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None
     if not host.has_cuda():
         ops: Any = deepspeed.ops.__compatible_ops__
         ops["deepspeed_shm_comm"] = False
@@ -100,6 +104,8 @@ def destroy(engine: Engine) -> None:
     engine's parts in a cache of a method; Megatron leaves rotary tables in another.
     """
     engine.destroy()
+    for parameter in engine.module.parameters():
+        parameter.__dict__.clear()  # methods bound to it and views of fp32 gradients, hung there by ZeRO: circles that nobody collects
     parameter_offload.FWD_MODULE_STACK.clear()
     with suppress(
         AttributeError, KeyError
