@@ -2,6 +2,7 @@
 
 python tools/bench.py comm      elements that a rank receives under tensor parallelism, by structure and number of ranks
 python tools/bench.py tp        time of one layer over p ranks: ours, the naive split, dense
+python tools/bench.py guide     time of one layer on one rank: with the guide, with one that takes no part, without, dense
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sffn_dist import machine
 from sffn_dist.shapes import Structure
 from sffn_dist.traffic import Group, feed_forward, total
 
@@ -51,7 +53,7 @@ def misfits(args: argparse.Namespace) -> Iterator[str]:
             yield f"--blocks {args.blocks}: must be divisible by --ranks {p}, since the naive split cuts whole blocks"
     if args.csv and not args.csv.absolute().parent.is_dir():
         yield f"--csv {args.csv}: there is no folder {args.csv.absolute().parent}"
-    if args.command == "tp" and args.repeats < 2:
+    if "repeats" in args and args.repeats < 2:
         yield f"--repeats {args.repeats}: must be at least 2"
 
 
@@ -85,30 +87,38 @@ def comm(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def tp(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of measured times; starts the ranks."""
+    """Rows of measured times over every number of ranks."""
+    sequence = {"on": [True], "off": [False], "both": [True, False]}[args.sequence]
+    return [row for p in args.ranks for row in timed("tensor_parallel", args, p, threads=1, sequence=sequence)]
+
+
+def guide(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of measured times on one rank, which has all cores."""
+    return timed("guided", args, 1, threads=machine.cores())
+
+
+def timed(script: str, args: argparse.Namespace, p: int, *, threads: int, **more: Any) -> list[dict[str, Any]]:
+    """Rows that a script of kernels/bench prints; starts its p ranks."""
     settings = {
-        "width": args.width,
-        "inner": args.inner,
-        "tokens": args.tokens,
-        "repeats": args.repeats,
-        "sequence": {"on": [True], "off": [False], "both": [True, False]}[args.sequence],
+        **{name: getattr(args, name) for name in ("width", "inner", "tokens", "repeats")},
+        "threads": threads,
         "structures": [asdict(structure) for structure in structures(args)],
+        **more,
     }
-    found: list[dict[str, Any]] = []
-    for p in args.ranks:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(p)]
-        quiet = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONSAFEPATH": "1"}
-        command = [*launch, str(BENCH / "tensor_parallel.py"), json.dumps(settings)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
-        if done.returncode:
-            sys.exit(f"{done.stderr}bench: the {p} ranks ended with {done.returncode}")
-        found += json.loads(done.stdout.splitlines()[-1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(p)]
+    quiet = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "PYTHONSAFEPATH": "1"}
+    command = [*launch, str(BENCH / f"{script}.py"), json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
+    if done.returncode:
+        sys.exit(f"{done.stderr}bench: the {p} rank{'s' * (p > 1)} ended with {done.returncode}")
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 COLUMNS = {
     "comm": ("kind", "p", "elements", "ratio_to_dense", "backward", "gradients", "without_sp_forward", "without_sp_backward"),
     "tp": ("kind", "p", "sequence", "provider", "median_ms", "p20_ms", "p80_ms", "speedup_over_naive", "speedup_over_dense"),
+    "guide": ("kind", "provider", "median_ms", "p20_ms", "p80_ms", "over_unguided", "over_dense", "speedup_over_three_passes"),
 }
 
 
@@ -136,7 +146,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, text: str, width: int, tokens: int, ranks: list[int]) -> argparse.ArgumentParser:
+    def command(name: str, text: str, width: int, tokens: int, ranks: list[int] | None = None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--width", type=positive, default=width, metavar="H", help="model width h (default %(default)s)")
         sub.add_argument("--inner", type=positive, metavar="F", help="inner width f (default 4 h)")
@@ -144,9 +154,11 @@ def arguments() -> argparse.ArgumentParser:
         sub.add_argument("--block-rank", type=positive, help="rank of block_dense (default 3h/8)")
         sub.add_argument("--blocks", type=positive, default=4, help="blocks of the block structures (default %(default)s)")
         sub.add_argument("--tokens", type=positive, default=tokens, help="tokens of a micro-batch (default %(default)s)")
-        sub.add_argument(
-            "--ranks", type=positive, nargs="+", default=ranks, metavar="P", help="tensor-parallel ranks (default %(default)s)"
-        )
+        if ranks:
+            said = "tensor-parallel ranks (default %(default)s)"
+            sub.add_argument("--ranks", type=positive, nargs="+", default=ranks, metavar="P", help=said)
+        else:
+            sub.set_defaults(ranks=[1])
         sub.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
         sub.add_argument("--json", action="store_true", help="print a JSON list of rows")
         return sub
@@ -156,7 +168,9 @@ def arguments() -> argparse.ArgumentParser:
     timing.add_argument(
         "--sequence", choices=("on", "off", "both"), default="on", help="sequence parallelism (default %(default)s)"
     )
-    timing.add_argument("--repeats", type=positive, default=15, help="interleaved repeats (default %(default)s)")
+    guiding = command("guide", "forward + backward time of one feed-forward layer on one rank, by the guide's part", 1024, 2048)
+    for sub in (timing, guiding):
+        sub.add_argument("--repeats", type=positive, default=15, help="interleaved repeats (default %(default)s)")
     return parser
 
 
@@ -167,13 +181,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.inner is None:
         args.inner = 4 * args.width
     if args.rank is None:
-        args.rank = args.width // 4
+        args.rank = max(1, args.width // 4)
     if args.block_rank is None:
-        args.block_rank = 3 * args.width // 8
+        args.block_rank = max(1, 3 * args.width // 8)
     for misfit in misfits(args):
         parser.error(misfit)
     try:  # blocks and ranks that do not divide one another
-        rows = comm(args) if args.command == "comm" else tp(args)
+        rows = {"comm": comm, "tp": tp, "guide": guide}[args.command](args)
     except ValueError as error:
         parser.error(str(error))
     if args.csv:

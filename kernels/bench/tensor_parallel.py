@@ -10,105 +10,52 @@ Started by ``tools/bench.py tp``; rank 0 prints the rows as one JSON list. Setti
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 # kernels/, also where PYTHONSAFEPATH keeps the script's own folder out
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import rows
+from bench import one_layer, rows
 from bench.naive_split import NaiveMLP
 
-from sffn_dist.parallel import host, topology
+from sffn_dist.parallel import topology
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.layer_spec import structured_mlp_submodules
 from sffn_dist.shapes import Structure
 
 
-def transformer(h: int, f: int, ranks: int, sequence: bool) -> TransformerConfig:
-    """Megatron's settings of a GELU feed-forward layer without biases."""
-    return TransformerConfig(
-        num_layers=1,
-        hidden_size=h,
-        ffn_hidden_size=f,
-        num_attention_heads=ranks,
-        activation_func=functools.partial(F.gelu, approximate="tanh"),
-        add_bias_linear=False,
-        bias_activation_fusion=False,
-        gradient_accumulation_fusion=False,
-        params_dtype=torch.bfloat16 if host.has_cuda() else torch.float32,
-        bf16=host.has_cuda(),
-        tensor_model_parallel_size=ranks,
-        sequence_parallel=sequence,
-        use_cpu_initialization=not host.has_cuda(),
-        perform_initialization=False,
-    )
-
-
 def providers(structure: Structure, h: int, f: int, sequence: bool, ranks: topology.Topology) -> dict[str, nn.Module]:
     """The same layer by each provider, with small random weights."""
-    config = transformer(h, f, ranks.tensor, sequence)
+    config = one_layer.transformer(h, f, ranks.tensor, sequence)
     structured = structured_mlp_submodules(structure.kind, rank=structure.rank, blocks=structure.blocks)
-    dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     layers: dict[str, nn.Module] = {
-        "dense": MLP(config, dense, ffn_hidden_size=f),
+        "dense": one_layer.dense(config),
         "naive": NaiveMLP(structure, h, f, config, ranks.tensor, ranks.tensor_rank),
         "bottleneck": StructuredMLP(config, structured, ffn_hidden_size=f),
         "recomputed": StructuredMLP(config, structured, ffn_hidden_size=f, recompute="bottleneck"),
     }
-    for layer in layers.values():
-        layer.to(ranks.device)
-        for parameter in layer.parameters():
-            nn.init.normal_(parameter, std=0.02)
+    one_layer.draw(layers.values(), ranks.device)
     return layers
-
-
-def timed(layer: nn.Module, x: torch.Tensor, device: torch.device) -> Callable[[], float]:
-    """A function that runs forward + backward once, all ranks together, and returns the seconds."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        dist.barrier()
-
-    def once() -> float:
-        for parameter in layer.parameters():
-            parameter.grad = None
-        x.grad = None
-        wait()
-        start = time.perf_counter()
-        y = layer(x)[0]
-        y.backward(x.detach())
-        wait()
-        return time.perf_counter() - start
-
-    return once
 
 
 def measure(structure: Structure, sequence: bool, settings: dict[str, Any], ranks: topology.Topology) -> list[dict[str, Any]]:
     """Rows of one structure, with or without sequence parallelism."""
     h, f, tokens = settings["width"], settings["inner"], settings["tokens"]
     sequence = sequence and ranks.tensor > 1
-    config = transformer(h, f, ranks.tensor, sequence)
+    config = one_layer.transformer(h, f, ranks.tensor, sequence)
     rows_here = tokens // ranks.tensor if sequence else tokens
     x = torch.randn(rows_here, 1, h, dtype=config.params_dtype, device=ranks.device).requires_grad_()
     layers = providers(structure, h, f, sequence, ranks)
-    cases = {name: timed(layer, x, ranks.device) for name, layer in layers.items()}
+    cases = {name: one_layer.timed(layer, x, ranks.device) for name, layer in layers.items()}
     times = rows.interleaved(cases, settings["repeats"])
     medians = {name: statistics.median(some) for name, some in times.items()}
     sizes = {"rank": structure.rank, "blocks": structure.blocks}
@@ -130,11 +77,7 @@ def measure(structure: Structure, sequence: bool, settings: dict[str, Any], rank
 def main() -> None:
     """All structures, with and without sequence parallelism."""
     settings = json.loads(sys.argv[1])
-    host.prepare()
-    torch.set_num_threads(1)
-    dist.init_process_group("nccl" if host.has_cuda() else "gloo")
-    ranks = topology.groups(dist.get_world_size())
-    torch.manual_seed(ranks.rank)
+    ranks = one_layer.start(settings["threads"])
     structures = [Structure(**one) for one in settings["structures"]]
     found = [
         row

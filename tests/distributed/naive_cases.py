@@ -1,4 +1,4 @@
-"""The benchmark's naive split against the structure that it stands for."""
+"""What the benchmarks compare with, against what it stands for: the naive split, the guide mixed in three passes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
+from bench.guided import ThreePassesMLP, ours
 from bench.naive_split import NaiveLinear
-from bench.tensor_parallel import transformer
+from bench.one_layer import transformer
 
 from sffn_dist.parallel import host, topology
 from sffn_dist.shapes import Structure
 from sffn_dist.structured import maps
 
 
-def error(structure: dict[str, Any], inputs: int, outputs: int, sequence: bool) -> float:
-    """Largest difference from the structure's own map, of the linear as this rank computes it."""
+def _ranks() -> topology.Topology:
     host.prepare()
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
-    ranks = topology.groups(torch.distributed.get_world_size())
+    return topology.groups(torch.distributed.get_world_size())
+
+
+def error(structure: dict[str, Any], inputs: int, outputs: int, sequence: bool) -> float:
+    """Largest difference from the structure's own map, of the linear as this rank computes it."""
+    ranks = _ranks()
     p, rank, kind = ranks.tensor, ranks.tensor_rank, Structure(**structure)
     linear = NaiveLinear(kind, inputs, outputs, transformer(inputs, outputs, p, sequence), p, rank)
     generator = torch.Generator().manual_seed(3)
@@ -36,3 +41,22 @@ def error(structure: dict[str, Any], inputs: int, outputs: int, sequence: bool) 
         y = linear(x.chunk(p)[rank] if sequence else x)
         want = maps.apply(kind, x, factors)
     return float((y - (want.chunk(p)[rank] if sequence else want)).abs().max())
+
+
+def three_passes_errors(structure: dict[str, Any], h: int, f: int, alpha: float) -> dict[str, float]:
+    """Largest difference between the guided layer and the one of three passes, as a share of the largest value: y and every gradient."""
+    config, kind = transformer(h, f, _ranks().tensor, sequence=False), Structure(**structure)
+    layers = ours(kind, config, guide=True, alpha=alpha), ThreePassesMLP(kind, config, alpha)
+    generator = torch.Generator().manual_seed(3)
+    weights = {name: torch.randn(held.shape, generator=generator) for name, held in layers[0].named_parameters()}
+    inputs, grad = (torch.randn(8, 2, h, generator=generator) for _ in range(2))
+    found: list[dict[str, torch.Tensor]] = []
+    for layer in layers:
+        layer.load_state_dict({name: weight / weight.shape[-1] ** 0.5 for name, weight in weights.items()})
+        x = inputs.clone().requires_grad_()
+        y = layer(x)[0]
+        y.backward(grad)
+        found.append({"y": y, "x": x.grad, **{name: held.grad for name, held in layer.named_parameters()}})
+    mixed, plain = found
+    assert mixed.keys() == plain.keys()
+    return {name: float((mixed[name] - plain[name]).abs().max() / plain[name].abs().max()) for name in plain}

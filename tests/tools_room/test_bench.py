@@ -6,10 +6,13 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sffn_dist import machine
 
 
 def bench(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -55,6 +58,35 @@ def test_every_provider_is_timed(root: Path, tmp_path: Path) -> None:
     assert [row["median_ms"] for row in written] == [str(row["median_ms"]) for row in found]
 
 
+def test_the_guide_is_timed(root: Path) -> None:
+    """One rank; the ratios are those of the medians beside them."""
+    found = {
+        (row["kind"], row["provider"]): row for row in rows(root, "guide", "--width", "32", "--tokens", "16", "--repeats", "2")
+    }
+    kinds, providers = ("low_rank", "block_dense", "block_shuffle"), ("dense", "unguided", "undrawn", "guided", "three_passes")
+    assert list(found) == [(kind, provider) for kind in kinds for provider in providers]
+    for (kind, _), row in found.items():
+        assert (row["op"], row["repeats"], row["threads"]) == ("ffn_guided", 2, machine.cores())
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        unguided, dense, plain = (found[kind, name]["median_ms"] for name in ("unguided", "dense", "three_passes"))
+        assert row["over_unguided"] == pytest.approx(row["median_ms"] / unguided, rel=0.01, abs=0.01)
+        assert row["over_dense"] == pytest.approx(row["median_ms"] / dense, rel=0.01, abs=0.01)
+        assert row["speedup_over_three_passes"] == pytest.approx(plain / row["median_ms"], rel=0.01, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [{"kind": "low_rank", "rank": 6}, {"kind": "block_dense", "rank": 8, "blocks": 4}, {"kind": "block_shuffle", "blocks": 4}],
+    ids=lambda structure: structure["kind"],
+)
+def test_the_guide_in_three_passes_is_the_same_layer(root: Path, ranks: Callable[..., Any], structure: dict[str, Any]) -> None:
+    """What the benchmark compares the guided layer with computes the same output and the same gradients."""
+    cases = root / "tests" / "distributed" / "naive_cases.py"
+    (errors,) = ranks(1).run(cases, "three_passes_errors", structure=structure, h=16, f=32, alpha=0.3)
+    assert len(errors) == 2 + 6  # y, x; two factors and the guide of each linear
+    assert {name: error for name, error in errors.items() if error > 1e-5} == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -68,6 +100,14 @@ def test_every_provider_is_timed(root: Path, tmp_path: Path) -> None:
         (["tp", "--ranks", "0"], "--ranks: 0 is not above 0"),
         (["tp", "--width", "wide"], "--width"),
         (["tp", "--tokens", "7"], "--tokens 7: must be divisible by --ranks 2"),
+        (["tp", "--width", "2", "--blocks", "2"], "--blocks 2: must divide --block-rank 1"),
+        (["guide", "--ranks", "2"], "unrecognized arguments: --ranks 2"),
+        (["guide", "--repeats", "1"], "--repeats 1: must be at least 2"),
+        (["guide", "--blocks", "3"], "--blocks 3: must divide --width 1024"),
+        (["guide", "--block-rank", "6"], "--blocks 4: must divide --block-rank 6"),
+        (["guide", "--rank", "1025"], "--rank 1025: must not exceed 1024"),
+        (["guide", "--tokens", "-1"], "--tokens: -1 is not above 0"),
+        (["guide", "--csv", "nowhere/rows.csv"], "--csv nowhere/rows.csv: there is no folder"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(root: Path, arguments: list[str], says: str) -> None:
