@@ -147,7 +147,7 @@ def arguments() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, text: str, width: int, tokens: int, ranks: list[int] | None = None) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.add_argument("--width", type=positive, default=width, metavar="H", help="model width h (default %(default)s)")
         sub.add_argument("--inner", type=positive, metavar="F", help="inner width f (default 4 h)")
         sub.add_argument("--rank", type=positive, help="rank of low_rank (default h/4)")

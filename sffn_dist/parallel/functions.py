@@ -71,7 +71,7 @@ def gradients_of(gradients: Gradients, shapes: Sequence[torch.Size], wanted: Wan
     if len(shapes) == 2:
         return found
     undrawn = gradients.guide is None and wanted.guide
-    return *found, like.new_zeros(shapes[2]) if undrawn else gradients.guide
+    return *found, like.new_zeros(()).expand(shapes[2]) if undrawn else gradients.guide
 
 
 def autocast(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], contextlib.AbstractContextManager[Any]]:

@@ -100,16 +100,15 @@ def _adjust_deepspeed() -> None:
 def destroy(engine: Engine) -> None:
     """Take the engine apart: it, its model and all that they hold are freed once the caller's own references are gone.
 
-    DeepSpeed's own ``destroy`` leaves the model in its list of running modules (which ZeRO 3 asks about the innermost one), and the
-    engine's parts in a cache of a method; Megatron leaves rotary tables in another.
+    DeepSpeed's own ``destroy`` leaves the model in its list of running modules (which ZeRO 3 asks for the innermost one), parts of the engine
+    in the cache of a method, and on each parameter methods bound to it, circles that the collector misses; Megatron caches rotary tables.
     """
     engine.destroy()
     for parameter in engine.module.parameters():
-        parameter.__dict__.clear()  # methods bound to it and views of fp32 gradients, hung there by ZeRO: circles that nobody collects
+        parameter.__dict__.clear()
     parameter_offload.FWD_MODULE_STACK.clear()
-    with suppress(
-        AttributeError, KeyError
-    ):  # private: a test sees it if another version calls them otherwise, a run need not end
+    # private names: a test tells if another version has others, a run need not end for it
+    with suppress(AttributeError, KeyError):
         RotaryEmbedding.forward.cache_clear()
         kept = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
         inspect.getclosurevars(kept).nonlocals["func"].cache_clear()  # wrapped for NVTX ranges

@@ -16,17 +16,17 @@ from typing import Any
 
 import pytest
 
-STEPS = 12
+STEPS = 12  # guided 0, 1; plain 2 .. 9; 10, 11 repeat the guided ones
 SCRIPT = "sffn_dist/pretrain.py"
 
 
 def settings(folder: Path) -> dict[str, Any]:
     return {
         "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "sequence": 32, "vocab": 512},
-        "ffn": {"kind": "block_dense", "width": 64, "rank": 16, "blocks": 4},
-        "guide": {"mode": "fixed_step", "stochastic": True},
+        "ffn": {"kind": "block_dense", "width": 128, "rank": 16, "blocks": 4, "dense_layers": []},
+        "guide": {"mode": "fixed_flop", "stochastic": True},
         "data": {"dir": str(folder / "data"), "source": str(folder / "text"), "heldout_share": 0.2},
-        "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2},
+        "train": {"steps": STEPS - 2, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2},
         "parallel": {"tensor": 2, "sequence": True},
         "precision": "fp32",
         "checkpoint": {"interval": 3},
@@ -104,6 +104,13 @@ def ranks_alive(run: Path) -> list[int]:
 def test_what_a_run_writes(whole: tuple[Path, str]) -> None:
     run, out = whole
     assert [row["step"] for row in rows(run)] == list(range(STEPS))
+    assert [row["phase"] for row in rows(run)] == ["guided"] * 2 + ["plain"] * 8 + ["repeat"] * 2
+    assert [row["data_step"] for row in rows(run)] == [*range(10), 0, 1]
+    assert [row["alpha"] for row in rows(run)] == [1.0, pytest.approx(0.5)] + [0.0] * 10
+    assert rows(run)[0]["guided_share"] == 1.0
+    assert all(row["guided_share"] == 0.0 for row in rows(run)[2:])
+    newest = json.loads((run / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").read_text())
+    assert not any(name.endswith(".guide") for name in newest["tensors"]), "nothing is left of the guide"
     summary = json.loads((run / "summary.json").read_text())
     wanted = {"heldout_loss", "unigram_entropy", "perplexity", "bits_per_byte", "tokens_per_s", "seconds", "steps"}
     assert wanted <= summary.keys()
@@ -166,7 +173,7 @@ def test_another_run_in_run_dir_is_refused(root: Path, folder: Path, whole: tupl
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
 
-    for override in ("train.seed=5", "train.global_batch_size=8", "model.layers=3", "train.steps=13", "guide.share=0.25"):
+    for override in ("train.seed=5", "train.global_batch_size=8", "model.layers=3", "train.steps=13", "guide.alpha=linear"):
         began = time.monotonic()
         result = alone("parallel.tensor=1", override)
         assert result.returncode == 2, result.stderr
