@@ -100,7 +100,7 @@ def _adjust_deepspeed() -> None:
 def destroy(engine: Engine) -> None:
     """Take the engine apart: it, its model and all that they hold are freed once the caller's own references are gone.
 
-    DeepSpeed's own ``destroy`` leaves the model in its list of running modules (which ZeRO 3 asks for the innermost one), parts of the engine
+    DeepSpeed's own ``destroy`` leaves the model in its list of running modules (ZeRO 3 asks for the innermost one), parts of the engine
     in the cache of a method, and on each parameter methods bound to it, circles that the collector misses; Megatron caches rotary tables.
     """
     engine.destroy()
