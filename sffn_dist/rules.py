@@ -1,6 +1,6 @@
 """What joins several keys of a config: rules between them, which of them a run uses, which make it the run it is.
 
-Standard library only.
+Imports no torch.
 """
 
 from __future__ import annotations

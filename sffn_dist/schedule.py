@@ -1,4 +1,4 @@
-"""One clock: everything about a step as pure functions of (config, step). Standard library only.
+"""One clock: everything about a step as pure functions of (config, step). Imports no torch.
 
 The optimiser's global step is the only state of a run besides weights and moments; resuming is loading those three.
 

@@ -164,7 +164,14 @@ def train_all(runs: Sequence[Run], args: argparse.Namespace) -> list[Run]:
     try:
         while waiting or under_way:
             while waiting and places:
-                under_way.append(start(waiting.pop(0), args, places.pop(0)))
+                run = waiting.pop(0)
+                try:
+                    under_way.append(start(run, args, places[0]))
+                except OSError as error:
+                    print(f"{run.name}: FAILED, cannot be started: {error}", flush=True)
+                    failed.append(run)
+                else:
+                    places.pop(0)
             one = next((one for one in under_way if one.process.poll() is not None), None)
             if one is None:
                 time.sleep(0.1)

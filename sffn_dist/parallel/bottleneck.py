@@ -5,7 +5,8 @@
 
 (A, U: first and second factor; spread, collect: collectives.Exchange.) With the guide: y = alpha W x + (1 - alpha) U z (paper, section 4),
 where W is split as Megatron splits a dense linear, at its price. Both weights of the mix are scale factors of the matrix products, which
-accumulate onto one another: no pass over y or dy is made for it (where z is scaled instead, it is the narrow one).
+accumulate onto one another, so the mix makes no pass over y or dy of its own. Two things are added in a pass where they had to travel: a
+column's dx of the guide, and W x of a row whose second factor is block_shuffle's.
 
 Backward is written by hand so that products run while collectives do: U's gradient while dz travels, dx while the gradient of a
 replicated factor is summed. That gradient is partial wherever a rank saw only some tokens; no factor leaves with it so.

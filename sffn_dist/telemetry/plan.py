@@ -39,7 +39,7 @@ def plan(config: Config, world: int) -> dict[str, Any]:
         "steps": clock.total_steps,
         "tokens_per_step": step_tokens,
         "tokens": step_tokens * clock.total_steps,
-        "guided_share": clock.guided_steps / clock.first_pass,
+        "guided_steps_share": clock.guided_steps / clock.first_pass,
         "phases": _phases(config, precision, data_parallel),
         "precision": precision,
         "device": machine.device_name(here),
@@ -113,7 +113,7 @@ def _phases(config: Config, precision: str, data_parallel: int) -> list[dict[str
 
 
 def _phase_line(phase: dict[str, Any], plan: dict[str, Any]) -> str:
-    share = f" ({plan['guided_share']:.3f} of train.steps)" if phase["phase"] == "guided" else ""
+    share = f" ({plan['guided_steps_share']:.3f} of train.steps)" if phase["phase"] == "guided" else ""
     steps = f"steps {phase['first_step']}..{phase['last_step']}{share}, {si(phase['tokens'])} tokens"
     return f"{steps}, {si(phase['flops'])} FLOPs, {si(phase['memory'], 'B')} a rank"
 
@@ -152,7 +152,11 @@ def render(plan: dict[str, Any]) -> str:
             f"all {si(plan['flops_total'])}, {plan['flops_of_dense']:.1%} of the dense model's",
         ),
         ("steps", f"{plan['steps']} of {si(plan['tokens_per_step'])} tokens = {si(plan['tokens'])} tokens"),
-        *((item["phase"], _phase_line(item, plan)) for item in plan["phases"] if len(plan["phases"]) > 1),
+        *(
+            (item["phase"], _phase_line(item, plan))
+            for item in plan["phases"]
+            if len(plan["phases"]) > 1 or plan["guided_steps_share"]
+        ),
         (
             "ranks",
             f"{ranks['world']} = tensor {ranks['tensor']} x data {ranks['data']}, {plan['accumulation_steps']} micro-steps a step",

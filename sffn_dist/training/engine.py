@@ -79,7 +79,7 @@ def create(model: nn.Module, config: Config, precision: str, topology: Topology,
         mpu=ModelParallelUnit(),
         dist_init_required=False,
     )
-    state.create(engine, carried)
+    state.fill(engine, carried)
     return engine
 
 
@@ -108,8 +108,9 @@ def destroy(engine: Engine) -> None:
         parameter.__dict__.clear()
     parameter_offload.FWD_MODULE_STACK.clear()
     # private names: a test tells if another version has others, a run need not end for it
-    with suppress(AttributeError, KeyError):
+    with suppress(AttributeError):
         RotaryEmbedding.forward.cache_clear()
+    with suppress(AttributeError, KeyError, TypeError):
         kept = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
         inspect.getclosurevars(kept).nonlocals["func"].cache_clear()  # wrapped for NVTX ranges
 

@@ -18,6 +18,7 @@ from sffn_dist.checkpoint import store
 from sffn_dist.inference.evaluation import Evaluation, evaluate
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Now
+from sffn_dist.shapes import is_guide
 from sffn_dist.training import engine as engines
 from sffn_dist.training import phases, reporting, state
 from sffn_dist.training.run import Run
@@ -125,8 +126,11 @@ def evaluate_now(run: Run) -> Evaluation:
 def save(run: Run) -> Path | None:
     """A checkpoint; a failed one (disk full, folder gone) is reported and does not stop training."""
     started = time.perf_counter()
-    fragments = store.owned(state.fragments(run.engine), run.config, run.topology)
-    position = store.Position(run.step, *state.step_counts(run.engine), run.data_fingerprint)
+    steps, guide_steps = state.step_counts(run.engine)
+    guided = run.schedule.guided(run.step)
+    held = (fragment for fragment in state.fragments(run.engine) if guided or not is_guide(fragment.name))
+    fragments = store.owned(held, run.config, run.topology)
+    position = store.Position(run.step, steps, guide_steps if guided else None, run.data_fingerprint)
     try:
         path = store.save(run.dir, position, fragments, run.config, run.topology)
     except store.SaveError as error:

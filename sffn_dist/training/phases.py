@@ -5,8 +5,9 @@
 
 ZeRO lays parameters and their fp32 masters out once, when an engine is made: without the guide it needs another one. The state at
 step s is that of the phase of s: a boundary is crossed before anything of step s is evaluated or saved, so a checkpoint holds what its
-step needs. Each rank keeps its own masters and moments (state.carry); the old engine and its model are freed before the new ones are made,
-so that the boundary never takes more memory than the guided phase did.
+step needs. Each rank keeps its own masters and moments (state.carry), without a collective; the old engine and its model are freed before
+the new ones are made, which takes what making them at the start of a run takes (in ZeRO 3, for a moment, the whole model in its own
+precision) and less than a guided step does.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from sffn_dist.training.run import Run
 
 
 def enter(run: Run) -> None:
-    """Bring the run into the phase of ``run.step``, the next step; nothing to do where the parameters stay. All ranks must call it."""
+    """Bring the run into the phase of ``run.step``, the next step; nothing to do where the parameters stay. All ranks must call it.
+
+    Nor at the end of the run, where nothing is trained any more: what is saved there leaves a guide out (loop.save).
+    """
     guide = run.schedule.guided(run.step)
-    if guide == models.has_guide(run.model):
+    if guide == models.has_guide(run.model) or run.step == run.schedule.total_steps:
         return
     carried = state.carry(run.engine)
     engines.destroy(run.engine)
@@ -34,16 +38,17 @@ def enter(run: Run) -> None:
     model = models.build(run.config, run.precision, run.topology, guide=guide)
     run.engine = engines.create(model, run.config, run.precision, run.topology, carried)
     if guide:
-        _start_guides(run)
-    state.refresh(run.engine)
+        start_guides(run)
+    else:
+        state.refresh(run.engine)
     if run.reports:
         went = "begins: every guide starts as its factors' product" if guide else "is over: the guide is freed"
         run.reports.progress.note(f"after step {run.step}: the guided phase {went}")
 
 
 @torch.no_grad()
-def _start_guides(run: Run) -> None:
-    """Each guide's fp32 weights, from the factors' fp32 weights; one linear at a time."""
+def start_guides(run: Run) -> None:
+    """Each guide's fp32 weights, from the factors' fp32 weights, one linear at a time; then the model's. All ranks must call it."""
     config, topology = run.config, run.topology
     held = {fragment.name: fragment for fragment in state.fragments(run.engine)}
     specs = model_tensors(config, guide=True)
@@ -51,6 +56,7 @@ def _start_guides(run: Run) -> None:
         fragment = held.get(name)
         if fragment is not None:
             fragment.tensors["weight"].copy_(part.view(-1)[fragment.start : fragment.start + fragment.numel])
+    state.refresh(run.engine)
 
 
 def free(run: Run) -> None:

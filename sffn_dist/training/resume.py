@@ -13,7 +13,7 @@ from sffn_dist.config import Config
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.shapes import is_guide
 from sffn_dist.training import engine as engines
-from sffn_dist.training import state
+from sffn_dist.training import phases, state
 from sffn_dist.training.run import Run
 
 
@@ -25,6 +25,8 @@ def start(run: Run, found: Manifest | None) -> None:
     prepare_weights(model, config, topology, found)
     run.engine = engines.create(model, config, run.precision, topology)
     restore(run.engine, found, config, topology)
+    if found is None and models.has_guide(model):
+        phases.start_guides(run)
 
 
 @torch.no_grad()
@@ -37,15 +39,11 @@ def load_weights(model: GPTModel, manifest: Manifest, config: Config, topology: 
 
 @torch.no_grad()
 def start_from(model: GPTModel, manifest: Manifest, config: Config, topology: Topology) -> None:
-    """Another run's weights (``init_from``); guides start anew as what the loaded factors stand for."""
+    """Another run's weights (``init_from``) without its guides."""
     reader = Reader(manifest, config)
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
+    for name, parameter in model.named_parameters():
         if not is_guide(name):
             parameter.copy_(reader.local(name, topology))
-    if models.has_guide(model):
-        for name, part in models.guides(config, topology, reader.full):
-            parameters[name].copy_(part)
 
 
 def prepare_weights(model: GPTModel, config: Config, topology: Topology, found: Manifest | None) -> None:

@@ -45,22 +45,22 @@ def masters(engine: Engine) -> tuple[list[Tensor], list[Tensor]]:
     return survivors, flat[len(survivors) :]
 
 
-def create(engine: Engine, carried: Carried | None = None) -> None:
+def fill(engine: Engine, carried: Carried | None = None) -> None:
     """State for every master, before the first step as after it: what is ``carried``, zero moments and step 0 for the rest.
 
     ``carried`` is emptied on the way, so that no weight is held twice for longer than its copy takes.
     """
     survivors, guides = masters(engine)
     assert carried is None or len(carried) == len(survivors), "the survivors' masters are the same with and without a guide"
-    state = adam(engine).state
+    kept = adam(engine).state
     for master in survivors if carried is None else []:
-        state[master] = _fresh(master)
+        kept[master] = _fresh(master)
     for master in guides:
-        state[master] = _fresh(master)
+        kept[master] = _fresh(master)
     for master in survivors if carried else []:
         taken = carried.pop(0)  # type: ignore[union-attr]
         master.data.copy_(taken.pop("weight"))
-        state[master] = taken
+        kept[master] = taken
     engine.global_steps = step_counts(engine)[0]
 
 
@@ -71,25 +71,25 @@ def _fresh(master: Tensor) -> dict[str, Tensor]:
 
 def carry(engine: Engine) -> Carried:
     """The survivors' state, the tensors themselves: the engine must not be stepped afterwards."""
-    state = adam(engine).state
-    return [{"weight": master.data, **{key: state[master][key] for key in ("step", *MOMENTS)}} for master in masters(engine)[0]]
+    kept = adam(engine).state
+    return [{"weight": master.data, **{key: kept[master][key] for key in ("step", *MOMENTS)}} for master in masters(engine)[0]]
 
 
 def step_counts(engine: Engine) -> tuple[int, int | None]:
     """Steps that Adam has taken, of the survivors and of the guide if there is one: skipped steps do not count, a guide starts at 0."""
     survivors, guides = masters(engine)
-    state = adam(engine).state
-    return int(state[survivors[0]]["step"]), int(state[guides[0]]["step"]) if guides else None
+    kept = adam(engine).state
+    return int(kept[survivors[0]]["step"]), int(kept[guides[0]]["step"]) if guides else None
 
 
 def set_step_counts(engine: Engine, steps: int, guide_steps: int | None) -> None:
     """Adam's numbers of steps taken, for its bias corrections, and DeepSpeed's; without ``guide_steps`` the guide's is the others'."""
-    state = adam(engine).state
+    kept = adam(engine).state
     survivors, guides = masters(engine)
     for master in survivors:
-        state[master]["step"].fill_(steps)
+        kept[master]["step"].fill_(steps)
     for master in guides:
-        state[master]["step"].fill_(steps if guide_steps is None else guide_steps)
+        kept[master]["step"].fill_(steps if guide_steps is None else guide_steps)
     engine.global_steps = steps
 
 
@@ -117,8 +117,8 @@ def refresh(engine: Engine) -> None:
 
 
 def _views(engine: Engine, master: Tensor, start: int, numel: int) -> dict[str, Tensor]:
-    state = adam(engine).state[master]
-    flat = {"weight": master.data, **{key: state[key] for key in MOMENTS}}
+    kept = adam(engine).state[master]
+    flat = {"weight": master.data, **{key: kept[key] for key in MOMENTS}}
     return {key: tensor.view(-1).narrow(0, start, numel) for key, tensor in flat.items()}
 
 

@@ -107,12 +107,17 @@ def direct_loss(tree: dict[str, Any], windows: int) -> tuple[float, float]:
 
 def weights(tree: dict[str, Any]) -> dict[str, np.ndarray]:
     """The rank's weights as a run of this config starts with them."""
-    model, _, _ = _model(tree)
-    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    run = _training().begin(tree)
+    return {name: parameter.detach().numpy() for name, parameter in run.model.named_parameters()}
 
 
 def save_start(tree: dict[str, Any]) -> str:
     """A checkpoint of a few steps' training in run.dir."""
+    _training().train(tree, steps=2)
+    return tree["run"]["dir"]
+
+
+def _training() -> Any:
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("training_cases", Path(__file__).with_name("training_cases.py"))
@@ -120,5 +125,4 @@ def save_start(tree: dict[str, Any]) -> str:
     assert spec.loader is not None
     cases = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cases)
-    cases.train(tree, steps=2)
-    return tree["run"]["dir"]
+    return cases

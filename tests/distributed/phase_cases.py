@@ -18,10 +18,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from sffn_dist import model as models
 from sffn_dist import schedule as schedules
+from sffn_dist.checkpoint.manifest import newest
+from sffn_dist.checkpoint.store import MOMENTS
+from sffn_dist.parallel.split import shard
 from sffn_dist.shapes import ffn_structure, is_guide, model_tensors
 from sffn_dist.structured.maps import apply, to_dense
 from sffn_dist.training import engine as engines
-from sffn_dist.training import phases, state
+from sffn_dist.training import loop, phases, state
 
 _spec = importlib.util.spec_from_file_location("training_cases", Path(__file__).with_name("training_cases.py"))
 assert _spec
@@ -65,6 +68,10 @@ def boundary(tree: dict[str, Any], at: int, precision: str = "fp32") -> dict[str
         while run.step < at - 1:
             training.take(run)
             phases.enter(run)
+        if not at:
+            weights, stale = full_weights(run), stale_weights(run)
+            engines.destroy(run.engine)
+            return {"guide_error": _guide_error(run.config, weights), "stale": stale}
         old = [weakref.ref(run.engine), weakref.ref(run.model), weakref.ref(run.engine.optimizer)]
         old += [weakref.ref(parameter) for name, parameter in run.model.named_parameters() if is_guide(name)]
         with record_function("before"):
@@ -73,7 +80,8 @@ def boundary(tree: dict[str, Any], at: int, precision: str = "fp32") -> dict[str
         with record_function("crossing"):
             phases.enter(run)
         after, counts_after = training.state_digests(run.engine), state.step_counts(run.engine)
-        weights = full_weights(run)
+        weights, stale = full_weights(run), stale_weights(run)
+        fresh = _moments_of_guides(run)
         with record_function("after"):
             training.take(run)
         alive = sum(ref() is not None for ref in old)
@@ -84,6 +92,8 @@ def boundary(tree: dict[str, Any], at: int, precision: str = "fp32") -> dict[str
         "counts": (counts, counts_after),
         "alive": alive,
         "guide_error": _guide_error(run.config, weights),
+        "guide_moments": fresh,
+        "stale": stale,
         "peaks": peaks(recorded, "before", "crossing", "after"),
     }
 
@@ -93,6 +103,45 @@ def full_weights(run: Any) -> dict[str, Tensor]:
     specs = model_tensors(run.config, guide=models.has_guide(run.model))
     held = {fragment.name: fragment for fragment in state.fragments(run.engine)}
     return {name: state.full_weight(held, name, spec, run.topology).clone() for name, spec in specs.items()}
+
+
+def stale_weights(run: Any) -> list[str]:
+    """Parameters whose value on this rank is not the fp32 weight rounded to the model's precision."""
+    full, specs, found = full_weights(run), model_tensors(run.config, guide=True), []
+    held = {fragment.name: fragment for fragment in state.fragments(run.engine)}
+    for name, parameter in run.model.named_parameters():
+        mine = shard(full[name], specs[name], run.topology.tensor, run.topology.tensor_rank).view(-1).to(parameter.dtype)
+        if hasattr(parameter, "ds_tensor"):  # ZeRO 3: this rank's part
+            fragment = held.get(name)
+            start, numel = (fragment.start, fragment.numel) if fragment else (0, 0)
+            same = torch.equal(parameter.ds_tensor.view(-1)[:numel], mine[start : start + numel])
+        else:
+            same = torch.equal(parameter.detach().view(-1), mine)
+        if not same:
+            found.append(name)
+    return found
+
+
+def _moments_of_guides(run: Any) -> float:
+    """The largest moment of any guide on this rank."""
+    held = [fragment for fragment in state.fragments(run.engine) if is_guide(fragment.name)]
+    return max((float(fragment.tensors[kind].abs().max()) for fragment in held for kind in MOMENTS), default=0.0)
+
+
+def finish(tree: dict[str, Any]) -> tuple[list[str], bool, bool]:
+    """The run to its end by the product's own loop: tensors in its last checkpoint, whether a second start reads it, whether it agrees."""
+    run = training.begin(tree)
+    loop.train(run)
+    last = full_weights(run)
+    manifest = newest(Path(run.config.run.dir))
+    assert manifest
+    engines.destroy(run.engine)
+    again = training.begin(tree)
+    there = full_weights(again)
+    same = all(torch.equal(there[name], last[name]) for name in there)
+    done = again.step == run.schedule.total_steps and not models.has_guide(again.model)
+    engines.destroy(again.engine)
+    return sorted(manifest.shapes), done, same
 
 
 def _guide_error(config: Any, weights: dict[str, Tensor]) -> float | None:

@@ -79,12 +79,13 @@ def test_survivors_go_on_bit_for_bit_and_the_guide_is_gone(ranks: Callable[..., 
         survivors = {key: digest for key, digest in found["before"].items() if ".guide/" not in key}
         assert len(survivors) < len(found["before"])
         assert found["after"] == survivors
+        assert not found["stale"], "the model computes with the weights that go on"
         assert found["counts"] == ((5, 3), (5, None)), "the guide counts its own steps"
         assert found["alive"] == 0
         assert found["peaks"]["crossing"] < found["peaks"]["before"]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_where_guidance_begins_every_guide_is_the_factors_product(ranks: Callable[..., Any], stage: int) -> None:
     """In fp32, from the fp32 weights, over ranks that hold a part of each; moments zero, count 0."""
     for world, tensor, precision in ((2, 1, "fp32"), (2, 2, "fp32"), (2, 1, "bf16")):
@@ -96,8 +97,28 @@ def test_where_guidance_begins_every_guide_is_the_factors_product(ranks: Callabl
             assert all(".guide/" in key for key in new)
             assert found["counts"] == ((3, None), (3, 0))
             assert found["guide_error"] == 0.0
+            assert found["guide_moments"] == 0.0
+            assert not found["stale"]
             assert found["alive"] == 0
             assert found["peaks"]["crossing"] < found["peaks"]["after"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_that_starts_guided_starts_from_the_fp32_factors(ranks: Callable[..., Any], precision: str) -> None:
+    for found in ranks(2, 1).run(CASES, "boundary", tree=tree("low_rank", 1, micro=1), at=0, precision=precision):
+        assert found["guide_error"] == 0.0
+        assert not found["stale"]
+
+
+def test_guided_to_the_last_step(ranks: Callable[..., Any], tmp_path: Path) -> None:
+    """What is saved at the end holds no guide, and is the run's end."""
+    short = {"steps": 4, "global_batch_size": 4, "micro_batch_size": 1}
+    config = tree("low_rank", 1, guide=window(2, 4), train=short, run={"dir": str(tmp_path)}, evaluation={"sequences": 2})
+    for names, done, same in ranks(2, 1).run(CASES, "finish", tree=config):
+        assert names
+        assert not any(name.endswith(".guide") for name in names)
+        assert done
+        assert same
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

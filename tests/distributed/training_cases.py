@@ -25,7 +25,7 @@ from sffn_dist.shapes import model_tensors
 from sffn_dist.telemetry.plan import communication
 from sffn_dist.training import engine as engines
 from sffn_dist.training import loop, phases, resume, state
-from sffn_dist.training.run import Run
+from sffn_dist.training.run import Heldout, Run
 
 
 def tokens(vocab: int) -> np.ndarray:
@@ -88,7 +88,9 @@ def begin(tree: dict[str, Any], precision: str = "fp32") -> Run:
     ranks = join(config)
     torch.manual_seed(1)
     batches = Batches(tokens(config.model.vocab), config.model.sequence, config.train.global_batch_size, config.train.seed)
-    heldout: Any = None
+    length = config.model.sequence + 1
+    windows = tokens(config.model.vocab)[: 2 * length].astype(np.int64).reshape(2, length)
+    heldout = Heldout(windows, np.ones(config.model.vocab))
     run = Run(config, precision, schedules.of(config), ranks, batches, heldout, "test")
     resume.start(run, newest(Path(config.run.dir)) if config.run.dir else None)
     return run
