@@ -112,7 +112,7 @@ def run_row(result: Result) -> dict[str, Any]:
         "ranks": summary["ranks"]["world"],
         "learning_rate": config.train.learning_rate,
         **{key: result.origin.get(key, "") for key in ("device", "torch", "revision")},
-        "run_dir": str(result.dir),
+        "run_dir": "/".join(result.dir.parts[-2:]),  # below --out
     }
 
 

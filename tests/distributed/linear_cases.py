@@ -175,6 +175,35 @@ def saved_bytes(
     return sum(kept.values())
 
 
+def frozen_guided(kind: str, rank: int | None, blocks: int | None, sequence: bool, recompute: str) -> float:
+    """Largest difference of any gradient from that with nothing frozen, while the guide takes part and x or any one weight, or all but
+    one, is frozen; the frozen ones have none."""
+    ranks = join()
+    mlp = _ours(Structure(kind, rank, blocks), 8, 16, False, False, sequence, 0.3, recompute, ranks.tensor)
+    torch.manual_seed(ranks.tensor_rank)
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    for linear in (mlp.linear_fc1, mlp.linear_fc2):
+        linear.guide_weight = 0.3
+    x = torch.randn(4, 2, 8, dtype=torch.float64)
+    named = {"x": x, **dict(mlp.named_parameters())}
+
+    def gradients(wanted: set[str]) -> dict[str, Tensor]:
+        for name, tensor in named.items():
+            tensor.requires_grad_(name in wanted)
+            tensor.grad = None
+        mlp(x)[0].square().sum().backward()
+        return {name: tensor.grad.clone() for name, tensor in named.items() if tensor.grad is not None}
+
+    whole = gradients(set(named))
+    worst = 0.0
+    for wanted in [set(named) - {name} for name in named] + [{name} for name in named]:
+        found = gradients(wanted)
+        assert found.keys() == wanted
+        worst = max([worst, *(float((found[name] - whole[name]).abs().max()) for name in wanted)])
+    return worst
+
+
 def other_uses(kind: str, rank: int | None, blocks: int | None, sequence: bool, recompute: str) -> dict[str, Any]:
     """A layer under autocast, with frozen weights, differentiated twice, by its second linear's guide that it has not."""
     ranks = join()

@@ -122,6 +122,17 @@ def test_other_uses(
         assert found["tokens"] == [own, "caller", own]
 
 
+@pytest.mark.parametrize(("kind", "rank", "blocks"), [("low_rank", 4, None), ("block_dense", 8, 2), ("block_shuffle", None, 2)])
+def test_what_is_frozen_while_guided_changes_no_other_gradient(
+    ranks: Callable[..., Any], kind: str, rank: int | None, blocks: int | None
+) -> None:
+    for recompute in ("none", "bottleneck"):
+        for sequence in (True, False):
+            options = {"kind": kind, "rank": rank, "blocks": blocks, "sequence": sequence, "recompute": recompute}
+            assert max(ranks(2, 2).run(CASES, "frozen_guided", **options)) < 1e-12
+        assert max(ranks(1).run(CASES, "frozen_guided", **{**options, "sequence": False})) < 1e-12
+
+
 @pytest.mark.parametrize("sequence", [True, False])
 @pytest.mark.parametrize(
     "structure",
