@@ -66,12 +66,12 @@ def test_table_rows_and_plot(whole: tuple[Path, subprocess.CompletedProcess[str]
     assert abs(float(guided["flops"]) / float(dense["flops"]) - 1) < 0.05  # 12 steps: half a step is much
     assert int(guided["steps"]) > int(dense["steps"]) == 12
     for row in (dense, guided):
-        summary = json.loads((Path(row["run_dir"]) / "summary.json").read_text())
+        summary = json.loads((out / row["run_dir"] / "summary.json").read_text())
         assert row["heldout_loss"] == str(summary["heldout_loss"])
         assert row["torch"]
         assert row["device"]
-        assert "held-out loss" in (Path(row["run_dir"]) / "log.txt").read_text()
-        held = json.loads((Path(row["run_dir"]) / "run.json").read_text())["config"]
+        assert "held-out loss" in (out / row["run_dir"] / "log.txt").read_text()
+        held = json.loads((out / row["run_dir"] / "run.json").read_text())["config"]
         assert (held["train"]["seed"], held["evaluation"]["sequences"]) == (3, 6)
     table = (out / "comparison.md").read_text()
     assert table in done.stdout
