@@ -164,14 +164,13 @@ def train_all(runs: Sequence[Run], args: argparse.Namespace) -> list[Run]:
     try:
         while waiting or under_way:
             while waiting and places:
-                run = waiting.pop(0)
                 try:
-                    under_way.append(start(run, args, places[0]))
-                except OSError as error:
-                    print(f"{run.name}: FAILED, cannot be started: {error}", flush=True)
-                    failed.append(run)
-                else:
+                    under_way.append(start(waiting[0], args, places[0]))
                     places.pop(0)
+                except OSError as error:
+                    print(f"{waiting[0].name}: FAILED, cannot be started: {error}", flush=True)
+                    failed.append(waiting[0])
+                waiting.pop(0)
             one = next((one for one in under_way if one.process.poll() is not None), None)
             if one is None:
                 time.sleep(0.1)

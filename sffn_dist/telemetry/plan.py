@@ -118,6 +118,13 @@ def _phase_line(phase: dict[str, Any], plan: dict[str, Any]) -> str:
     return f"{steps}, {si(phase['flops'])} FLOPs, {si(phase['memory'], 'B')} a rank"
 
 
+def _received_line(plan: dict[str, Any]) -> str:
+    received = {key: plan["communication"][key]["bytes"] for key in ("step", "guide", "all_dense")}
+    guide = f", + {si(received['guide'], 'B')} where guides are drawn" if received["guide"] else ""
+    dense = f" (all dense: {si(received['all_dense'], 'B')})" if plan["ffn"]["kind"] != "dense" else ""
+    return f"{si(received['step'], 'B')} a rank and step by tensor parallelism{dense}{guide}; {_layer_line(plan)}"
+
+
 def _layer_line(plan: dict[str, Any]) -> str:
     """What the feed-forward linears of one layer of each kind receive in a micro-batch."""
     kinds = {layer["ffn"]: layer for layer in plan["communication"]["layers"]}
@@ -168,11 +175,7 @@ def render(plan: dict[str, Any]) -> str:
         ),
     ]
     if ranks["tensor"] > 1:
-        received = {key: plan["communication"][key]["bytes"] for key in ("step", "guide", "all_dense")}
-        guide = f", + {si(received['guide'], 'B')} where guides are drawn" if received["guide"] else ""
-        dense = f" (all dense: {si(received['all_dense'], 'B')})" if ffn["kind"] != "dense" else ""
-        layers = f"; {_layer_line(plan)}"
-        lines.append(("received", f"{si(received['step'], 'B')} a rank and step by tensor parallelism{dense}{guide}{layers}"))
+        lines.append(("received", _received_line(plan)))
     lines += [("unused", f"{key}: {reason}") for key, reason in plan["unused"].items()]
     lines.append(("writes to", plan["run.dir"]))
     return "\n".join(f"  {name:<14} {text}" for name, text in lines)
