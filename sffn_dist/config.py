@@ -55,7 +55,9 @@ class Model(Section):
     vocab: PositiveInt = Field(32_000, description="rows of the embedding, whatever the tokenizer uses of them")
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_epsilon: PositiveFloat = 1e-5
-    activation: Literal["gelu", "swiglu"] = "gelu"
+    activation: Literal["gelu", "gelu_erf", "swiglu"] = Field(
+        "gelu", description="gelu: its tanh form, as the paper's; gelu_erf: exact"
+    )
     bias: bool = True
     tie_embeddings: bool = True
     rope_base: PositiveInt = 10_000

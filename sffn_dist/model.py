@@ -41,7 +41,7 @@ logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
     lambda record: not record.getMessage().startswith("Unknown MLP type")
 )
 
-gelu_tanh = functools.partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"gelu": functools.partial(F.gelu, approximate="tanh"), "gelu_erf": F.gelu, "swiglu": F.silu}
 
 
 def transformer_config(config: Config, precision: str) -> TransformerConfig:
@@ -56,7 +56,7 @@ def transformer_config(config: Config, precision: str) -> TransformerConfig:
         ffn_hidden_size=config.ffn_width,
         normalization="RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
         layernorm_epsilon=model.norm_epsilon,
-        activation_func=F.silu if config.gated else gelu_tanh,
+        activation_func=ACTIVATIONS[model.activation],
         gated_linear_unit=config.gated,
         add_bias_linear=model.bias,
         add_qkv_bias=model.bias,

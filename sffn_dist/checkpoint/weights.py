@@ -1,0 +1,93 @@
+"""A model's weights by name, wherever they lie: what importers give and exporters take.
+
+Tensors bear the names and full shapes of :func:`sffn_dist.shapes.model_tensors` and come one at a time, in fp32, so that nothing here holds
+a model in memory: a conversion needs about twice the largest tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sffn_dist import reading
+from sffn_dist.config import Config
+from sffn_dist.counts import all_dense
+from sffn_dist.shapes import ffn_structure, is_guide, model_tensors
+from sffn_dist.structured.approximation import from_dense
+from sffn_dist.structured.maps import to_dense
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A GPT in this project's terms.
+
+    ``full(name)`` reads a tensor anew at each call. With ``guide`` every structured linear has one, and the model is the mix of
+    ``alpha`` W x + (1 - alpha) U(V x).
+    """
+
+    config: Config
+    full: Callable[[str], Tensor]
+    origin: str  # what it was read from, for people
+    guide: bool = False
+    alpha: float = 0.0
+    step: int = 0  # steps of training behind it
+    tokenizer: str | None = None  # the text of its tokenizer.json
+    facts: Mapping[str, Any] = field(default_factory=dict)  # for model cards: data fingerprint, revision, results, ...
+
+    def names(self) -> list[str]:
+        """Every tensor's name, in the model's order."""
+        return list(model_tensors(self.config, guide=self.guide))
+
+
+def merged(weights: Weights) -> Weights:
+    """The same map with dense feed-forward layers: W = U V multiplied out, guides folded in with their alpha."""
+    sources = set(weights.names())
+
+    def full(name: str) -> Tensor:
+        if name in sources:
+            return weights.full(name)
+        prefix = name.removesuffix("weight")
+        leaves = [other.removeprefix(prefix) for other in sources if other.startswith(prefix)]
+        factors = {leaf: weights.full(prefix + leaf) for leaf in leaves if leaf not in ("guide", "bias")}
+        dense = to_dense(ffn_structure(weights.config, _layer(name)), factors)
+        if "guide" in leaves:
+            dense.mul_(1.0 - weights.alpha).add_(weights.full(f"{prefix}guide"), alpha=weights.alpha)
+        return dense
+
+    return dataclasses.replace(weights, config=all_dense(weights.config), full=full, guide=False, alpha=0.0)
+
+
+def approximated(weights: Weights, ffn: Mapping[str, Any], *, guide: bool = False) -> Weights:
+    """A dense model with its feed-forward matrices replaced by the nearest structured ones in Frobenius norm.
+
+    ``ffn`` are settings of the config's section of that name: kind, rank, blocks, dense_layers. With ``guide`` the dense matrices stay as guides, so
+    that self-guided training starts from the model as it is (alpha = 1). Raises ConfigError where the sizes do not fit.
+    """
+    tree = weights.config.model_dump(mode="json")
+    tree["ffn"] = {**tree["ffn"], "width": weights.config.ffn_width, **ffn}
+    if guide:
+        tree["guide"] = {"mode": "fixed_step", "share": 1.0}
+    config = reading.from_tree(tree)
+    dense = set(weights.names())
+    last: dict[str, dict[str, Tensor]] = {}  # the factors of one linear come from one decomposition
+
+    def full(name: str) -> Tensor:
+        if name in dense:
+            return weights.full(name)
+        prefix, _, leaf = name.rpartition(".")
+        if is_guide(name):
+            return weights.full(f"{prefix}.weight")
+        if prefix not in last:
+            last.clear()
+            last[prefix] = from_dense(ffn_structure(config, _layer(name)), weights.full(f"{prefix}.weight"))
+        return last[prefix][leaf]
+
+    return dataclasses.replace(weights, config=config, full=full, guide=guide, alpha=1.0 if guide else 0.0)
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[2])
