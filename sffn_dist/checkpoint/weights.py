@@ -64,8 +64,8 @@ def merged(weights: Weights) -> Weights:
 def approximated(weights: Weights, ffn: Mapping[str, Any], *, guide: bool = False) -> Weights:
     """A dense model with its feed-forward matrices replaced by the nearest structured ones in Frobenius norm.
 
-    ``ffn`` are settings of the config's section of that name: kind, rank, blocks, dense_layers. With ``guide`` the dense matrices stay as guides, so
-    that self-guided training starts from the model as it is (alpha = 1). Raises ConfigError where the sizes do not fit.
+    ``ffn`` are settings of the config's section of that name: kind, rank, blocks, dense_layers. With ``guide`` the dense matrices stay as
+    guides, so that self-guided training starts from the model as it is (alpha = 1). Raises ConfigError where the sizes do not fit.
     """
     tree = weights.config.model_dump(mode="json")
     tree["ffn"] = {**tree["ffn"], "width": weights.config.ffn_width, **ffn}
