@@ -64,7 +64,7 @@ class TensorFile:
         del self._left[key]
         flat = tensor.detach().to("cpu").contiguous().view(-1)
         if flat.numel():
-            self._write(memoryview(flat.view(torch.uint8).numpy()))
+            self._write(flat.view(torch.uint8).numpy().data)
 
     def _write(self, data: memoryview) -> None:
         for start in range(0, len(data), CHUNK):
