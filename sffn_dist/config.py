@@ -132,6 +132,10 @@ class Checkpoint(Section):
 
     interval: NaturalInt = Field(500, description="steps between saves; 0: only at the end")
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
+    keep_every: NaturalInt = Field(0, description="checkpoints of steps that are its multiples are kept for good; 0: none")
+    asynchronous: bool = Field(
+        True, description="write while training goes on, from a copy in host memory: 12 bytes a parameter"
+    )
 
 
 class Evaluation(Section):

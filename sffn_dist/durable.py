@@ -1,8 +1,12 @@
-"""Files that are whole or not there, also after a power cut. Standard library only."""
+"""Files and folders that are whole or not there, also after a power cut. Standard library only."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -28,3 +32,31 @@ def write_text(path: Path, text: str) -> None:
     finally:
         part.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def fresh_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``target`` in one step when the block ends, and is gone when it fails.
+
+    What is written in it must be synced by who writes it. Raises FileExistsError if ``target`` is there (an empty folder may be).
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists already; nothing is overwritten, choose another place")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync(target.parent)
+
+
+def hash_file(path: Path) -> str:
+    """The hash of a file's content, in hex; one pass of 16 MiB at a time."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -127,6 +127,7 @@ def pretrain(config: Config) -> int:
 
     from sffn_dist import machine, schedule
     from sffn_dist.checkpoint import manifest
+    from sffn_dist.checkpoint.store import Saver
     from sffn_dist.data import prepare, shards
     from sffn_dist.data.batches import Batches, heldout_batches
     from sffn_dist.parallel import host, topology
@@ -141,12 +142,12 @@ def pretrain(config: Config) -> int:
 
     here = topology.start(config)
     host.seed(train.seed)
-    found = manifest.newest(run_dir)
+    seen = manifest.newest(run_dir)
     topology.agree(
         {
             "precision": precision,
             "data fingerprint": corpus.meta.fingerprint,
-            "step of the newest checkpoint": found.step if found else None,
+            "step of the newest checkpoint": seen.step if seen else None,
             "sight of run.dir": (run_dir / guards.LOCK_NAME).exists(),
         }
     )
@@ -158,7 +159,9 @@ def pretrain(config: Config) -> int:
         batches=batches,
         heldout=Heldout(np.concatenate(windows), corpus.token_bytes),
         data_fingerprint=corpus.meta.fingerprint,
+        saver=Saver(run_dir, config, here, corpus.folder / "tokenizer.json"),
     )
+    found = resume.newest(run_dir, here)
     resume.start(run, found)
     if here.main:
         reporting.begin(run, found.folder if found else None)

@@ -1,30 +1,42 @@
 """What a checkpoint folder says of itself: one ``manifest.json`` beside the ranks' safetensors files. Standard library only.
 
     run.dir/checkpoints/step_00000120/manifest.json
+                                      tokenizer.json
                                       rank_00000.safetensors ...
 
-A folder gets its name by a rename after everything in it is on disk: a checkpoint is complete or not there. ``step`` counts the steps
-taken, so the next step to run is ``step`` itself.
+A folder gets its name by a rename after everything in it is on disk: a checkpoint is complete or not there. The manifest holds every file's
+size and sha256, and its own: what a disk did to a checkpoint later is seen before anything of it is used. ``step`` counts the steps taken,
+so the next step to run is ``step`` itself.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sffn_dist.config import ConfigError
+from sffn_dist.durable import hash_file, sync, write_text
 
-FORMAT, VERSION = "sffn_dist checkpoint", 1
-NAME = "manifest.json"
+FORMAT, VERSION = "sffn_dist checkpoint", 2
+NAME, MARK, TOKENIZER = "manifest.json", "BROKEN", "tokenizer.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS)
 log = logging.getLogger(__name__)
 
 
 class BrokenCheckpoint(ValueError):
     """A folder that is not a complete checkpoint, with the reason."""
+
+
+class UnreadableCheckpoint(BrokenCheckpoint):
+    """Of no use here, but maybe elsewhere or later: another version of this code wrote it, or the disk answers with errors."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,14 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class File:
+    """Size and hash of one file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A complete checkpoint."""
 
@@ -49,41 +69,129 @@ class Manifest:
     step: int
     optimizer_steps: int  # Adam's own count: behind ``step`` by the steps that were skipped for a non-finite gradient
     guide_optimizer_steps: int | None  # the guide's own: it counts from where guidance begins; None without a guide
+    data_fingerprint: str | None
     tensor_parallel: int
+    kinds: tuple[str, ...]  # of KINDS: an imported model has no moments
+    config: dict[str, Any]  # resolved: every key
     shapes: dict[str, tuple[int, ...]]
     pieces: dict[str, tuple[Piece, ...]]
-    config: dict[str, Any]
-    data_fingerprint: str | None
+    files: dict[str, File]
+    versions: dict[str, str] = field(default_factory=dict)
+    revision: str | None = None
+    origin: str | None = None  # what it was imported from
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises BrokenCheckpoint if the folder is not a checkpoint, or a file of it is missing or has another size."""
+        """Raises BrokenCheckpoint if the folder is not a checkpoint, or a file of it is missing or of another size."""
         try:
             tree = json.loads((folder / NAME).read_text(encoding="utf-8"))
             if tree["format"] != FORMAT or tree["version"] != VERSION:
-                raise BrokenCheckpoint(
+                raise UnreadableCheckpoint(
                     f"{folder}: format {tree['format']!r} {tree['version']}, this reads {FORMAT!r} {VERSION}"
                 )
-            for name, size in tree["files"].items():
-                found = (folder / name).stat().st_size
-                if found != size:
-                    raise BrokenCheckpoint(f"{folder / name}: {found} bytes, the manifest says {size}")
-            tensors = tree["tensors"].items()
-            return cls(
-                folder=folder,
-                step=int(tree["step"]),
-                optimizer_steps=int(tree["optimizer_steps"]),
-                guide_optimizer_steps=None if (count := tree.get("guide_optimizer_steps")) is None else int(count),
-                tensor_parallel=int(tree["tensor_parallel"]),
-                shapes={name: tuple(map(int, entry["shape"])) for name, entry in tensors},
-                pieces={name: tuple(Piece(**piece) for piece in entry["pieces"]) for name, entry in tensors},
-                config=dict(tree["config"]),
-                data_fingerprint=tree["data_fingerprint"],
-            )
-        except BrokenCheckpoint:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            if tree.pop("sha256") != _hash(tree):
+                raise BrokenCheckpoint(f"{folder / NAME}: its content has not the sha256 it states")
+            found = cls._parse(folder, tree)
+            found._check_sizes()
+        except (BrokenCheckpoint, FileNotFoundError, NotADirectoryError) as error:
+            if isinstance(error, BrokenCheckpoint):
+                raise
+            raise BrokenCheckpoint(f"{folder}: not a complete checkpoint: {error}") from None
+        except OSError as error:
+            raise UnreadableCheckpoint(f"{folder}: cannot be read: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise BrokenCheckpoint(f"{folder}: not a complete checkpoint: {type(error).__name__}: {error}") from None
+        if (folder / MARK).exists():
+            raise BrokenCheckpoint(f"{folder}: marked as broken: {_text(folder / MARK)} (delete {MARK} to have it tried again)")
+        return found
+
+    @classmethod
+    def _parse(cls, folder: Path, tree: dict[str, Any]) -> Manifest:
+        tensors, guide_steps = tree["tensors"].items(), tree["guide_optimizer_steps"]
+        return cls(
+            folder=folder,
+            step=int(tree["step"]),
+            optimizer_steps=int(tree["optimizer_steps"]),
+            guide_optimizer_steps=None if guide_steps is None else int(guide_steps),
+            data_fingerprint=tree["data_fingerprint"],
+            tensor_parallel=int(tree["tensor_parallel"]),
+            kinds=tuple(kind for kind in KINDS if kind in tree["kinds"]),
+            config=dict(tree["config"]),
+            shapes={name: tuple(map(int, entry["shape"])) for name, entry in tensors},
+            pieces={name: tuple(Piece(**piece) for piece in entry["pieces"]) for name, entry in tensors},
+            files={name: File(**entry) for name, entry in tree["files"].items()},
+            versions=dict(tree["versions"]),
+            revision=tree["revision"],
+            origin=tree["origin"],
+        )
+
+    def _check_sizes(self) -> None:
+        named = {piece.file for pieces in self.pieces.values() for piece in pieces}
+        for name in {**self.files, **dict.fromkeys(named)}:
+            if Path(name).name != name or name not in self.files:
+                raise BrokenCheckpoint(f"{self.folder}: file {name!r} is not one of its own")
+            found = (self.folder / name).stat().st_size
+            if found != self.files[name].bytes:
+                raise BrokenCheckpoint(f"{self.folder / name}: {found} bytes, the manifest says {self.files[name].bytes}")
+
+    def write(self) -> None:
+        """Put the manifest into its folder, whose other files are there and on disk."""
+        tree = {
+            "format": FORMAT,
+            "version": VERSION,
+            **{key: value for key, value in asdict(self).items() if key not in ("folder", "shapes", "pieces")},
+            "tensors": {
+                name: {"shape": list(shape), "pieces": [asdict(piece) for piece in self.pieces[name]]}
+                for name, shape in self.shapes.items()
+            },
+        }
+        write_text(self.folder / NAME, seal(tree))
+
+    def damage(self, names: Iterable[str]) -> list[str]:
+        """A sentence for each of these files whose content has not its hash; reads them whole."""
+        problems = []
+        for name in names:
+            try:
+                found = hash_file(self.folder / name)
+            except OSError as error:
+                problems.append(f"{self.folder / name}: cannot be read: {error}")
+                continue
+            if found != self.files[name].sha256:
+                problems.append(
+                    f"{self.folder / name}: sha256 {found[:12]}..., the manifest says {self.files[name].sha256[:12]}..."
+                )
+        return problems
+
+    def mark(self, reason: str) -> None:
+        """Leave word in the folder that it is broken, so that no start tries it again. Where nothing can be written: none."""
+        try:
+            write_text(self.folder / MARK, reason + "\n")
+        except OSError as error:
+            log.warning("%s: cannot be marked as broken: %s", self.folder, error)
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files.values())
+
+
+def seal(tree: dict[str, Any]) -> str:
+    """The manifest's text, with its own hash in it."""
+    plain = json.loads(json.dumps(tree))
+    return json.dumps({**plain, "sha256": _hash(plain)})
+
+
+def _hash(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        return str(error)
+
+
+# --------------------------------------------------------------------------------------------------------- a run's folder
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -92,22 +200,27 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Folders that bear a checkpoint's name, oldest first."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if path.name[5:].isdigit())
+    found = (path for path in (run_dir / "checkpoints").glob("step_*") if path.name[5:].isdecimal() and path.name.isascii())
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def newest(run_dir: Path) -> Manifest | None:
-    """The newest complete checkpoint of a run; broken ones are skipped and named in a warning.
+def newest(run_dir: Path, besides: Container[Path] = ()) -> Manifest | None:
+    """The newest complete checkpoint of a run; broken ones are skipped and named in a warning. Content is not read: see ``damage``.
 
-    None if there is none at all. Raises ConfigError if there are some and all are broken: starting anew would overwrite the run.
+    None if there is none at all. Raises ConfigError if there are some and all are broken (or among ``besides``, already known to be):
+    starting anew would overwrite the run.
     """
     reasons = []
     for folder in reversed(checkpoints(run_dir)):
+        if folder in besides:
+            reasons.append(f"{folder}: its content is damaged, see above")
+            continue
         try:
             found = Manifest.read(folder)
         except BrokenCheckpoint as error:
             reasons.append(str(error))
             continue
-        for reason in reasons:
+        for reason in reasons if not besides else ():
             log.warning("checkpoint skipped: %s", reason)
         return found
     if reasons:
@@ -141,3 +254,37 @@ def missing_tensors(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> I
             yield f"{name} is not in it"
         elif manifest.shapes[name] != shape:
             yield f"{name} is {list(manifest.shapes[name])} there, {list(shape)} here"
+
+
+def prune(run_dir: Path, keep: int, keep_every: int, saved: Path) -> None:
+    """Remove what is no longer wanted once ``saved``, which was just written, is there.
+
+    Kept: the ``keep`` newest complete ones up to ``saved``, those of steps that ``keep_every`` divides, and what another version of this
+    code wrote. What lies beyond ``saved`` is of a run that went on from an older checkpoint because those were broken.
+    """
+    complete, broken = [], []
+    for folder in checkpoints(run_dir):
+        try:
+            Manifest.read(folder)
+        except UnreadableCheckpoint:
+            continue
+        except BrokenCheckpoint:
+            broken.append(folder)
+            continue
+        complete.append(folder)
+    earlier = [folder for folder in complete if int(folder.name[5:]) <= int(saved.name[5:])]
+    kept = {saved, *earlier[-keep:], *(folder for folder in earlier if keep_every and int(folder.name[5:]) % keep_every == 0)}
+    for folder in (*complete, *broken):
+        if folder not in kept:
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """The manifest goes first: whatever interrupts the rest leaves no checkpoint that looks complete."""
+    with contextlib.suppress(OSError):  # it is only tidying up: a save that is there must not fail by it
+        if not folder.is_dir():
+            folder.unlink()
+            return
+        (folder / NAME).unlink(missing_ok=True)
+        sync(folder)
+    shutil.rmtree(folder, ignore_errors=True)

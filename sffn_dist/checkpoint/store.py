@@ -1,32 +1,35 @@
-"""Save and load: each rank writes the fragments it owns, any layout reads what it needs, tensor by tensor."""
+"""Save: each rank writes the fragments it owns, in the background if wanted; a checkpoint is complete or not there.
+
+    main thread    copy of the rank's fragments to host memory                             (all that training waits for)
+    thread         room? -> file of this rank, hashed on the way -> everyone's reports -> rank 0: manifest, rename, prune
+
+The thread's agreement between ranks goes over a gloo group of its own, so it meets no collective of the training's.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
-import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sffn_dist.checkpoint.manifest import FORMAT, NAME, VERSION, BrokenCheckpoint, Manifest, Piece, checkpoints, folder_of
+from sffn_dist.checkpoint.manifest import KINDS, TOKENIZER, File, Manifest, Piece, folder_of, prune
+from sffn_dist.checkpoint.tensor_file import Entry, TensorFile
 from sffn_dist.config import Config
-from sffn_dist.durable import sync
-from sffn_dist.parallel.split import shard, unshard
-from sffn_dist.parallel.topology import Topology
+from sffn_dist.durable import hash_file, sync
+from sffn_dist.parallel.topology import Topology, background_group
 from sffn_dist.shapes import model_tensors
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("weight", *MOMENTS)
 PARTIAL = ".partial"
 
 
@@ -54,37 +57,188 @@ class Position:
     data_fingerprint: str | None
 
 
-def save(run_dir: Path, position: Position, fragments: Iterable[Fragment], config: Config, topology: Topology) -> Path:
-    """Write ``run_dir/checkpoints/step_...`` by all ranks; complete or not there.
+@dataclass
+class _Job:
+    """One rank's part of a save."""
 
-    ``fragments`` are those of this rank that no other rank also holds: see :func:`owned`. Raises SaveError on every rank if any failed.
+    position: Position
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # by the key in the file, each (numel,)
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    problem: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+class Saver:
+    """Writes a run's checkpoints; every rank has one and calls it alike.
+
+    ``tokenizer`` is a file that goes into each checkpoint, so that it can be exported without the data. Failures do not raise: they
+    are told by :meth:`news`, and :meth:`wait` gives None.
     """
-    target = folder_of(run_dir, position.step)
-    temporary = target.with_name(f".{target.name}{PARTIAL}")
-    if topology.main:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _barrier()
-    file, pieces, problem = f"rank_{topology.rank:05d}.safetensors", {}, None
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        pieces = _write_fragments(temporary / file, fragments, topology)
-    except Exception as error:  # whatever it is, every rank must hear of it
-        problem = f"rank {topology.rank}: {type(error).__name__}: {error}"
-    reports: list[Any] = [None] * topology.world
-    dist.all_gather_object(reports, (file, pieces, problem))
-    problems = [report[2] for report in reports if report[2]]
-    if topology.main and not problems:
+
+    def __init__(self, run_dir: Path, config: Config, topology: Topology, tokenizer: Path | None = None):
+        self.run_dir, self.config, self.topology, self.tokenizer = run_dir, config, topology, tokenizer
+        self._group = background_group() if topology.world > 1 else None
+        self._staging, self._thread = _Staging(), threading.Thread()
+        self._saved: Path | None = None
+        self._news: list[str] = []
+
+    def save(self, position: Position, fragments: Iterable[Fragment]) -> None:
+        """Start to write ``run_dir/checkpoints/step_...``; returns when the state may change again. Waits for the save before first.
+
+        ``fragments`` are those of this rank that no other rank also holds: see :func:`owned`.
+        """
+        self.wait()
+        self._saved = None
+        job = _Job(position)
         try:
-            _publish(temporary, target, position, config, topology, reports)
+            self._take(job, list(fragments))
+        except Exception as error:  # whatever it is, every rank must hear of it
+            job.problem = f"{type(error).__name__}: {error}"
+        if self.config.checkpoint.asynchronous:
+            self._thread = threading.Thread(target=self._finish, args=(job,), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._finish(job)
+
+    def wait(self) -> Path | None:
+        """The last save's folder once it is there; None if it failed, on every rank."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        return self._saved
+
+    def news(self) -> list[str]:
+        """What went wrong since this was last asked, a sentence each."""
+        news, self._news = self._news, []
+        return news
+
+    def _take(self, job: _Job, fragments: list[Fragment]) -> None:
+        file = f"rank_{self.topology.rank:05d}.safetensors"
+        views: dict[str, Tensor] = {}
+        for fragment in fragments:
+            piece = Piece(self.topology.tensor_rank, fragment.start, fragment.numel, file)
+            job.pieces.setdefault(fragment.name, []).append(piece)
+            views |= {piece.key(kind, fragment.name): view.detach() for kind, view in fragment.tensors.items()}
+        job.tensors = self._staging.copy(views) if self.config.checkpoint.asynchronous else views
+
+    def _finish(self, job: _Job) -> None:
+        try:
+            self._saved = self._commit(job)
+        except SaveError as error:
+            self._news.append(str(error))
+        except Exception as error:  # a rank is gone, say: training will hear of it by itself
+            self._news.append(f"checkpoint of step {job.position.step} not written: {type(error).__name__}: {error}")
+
+    def _commit(self, job: _Job) -> Path:
+        target = folder_of(self.run_dir, job.position.step)
+        temporary = target.with_name(f".{target.name}{PARTIAL}")
+
+        def give_up() -> None:  # before the others hear of it: who is told finds nothing left, on any rank
+            shutil.rmtree(temporary, ignore_errors=True)
+
+        self._agree(job, (job.bytes, job.problem), lambda reports: self._make_room(temporary, reports), give_up)
+        report, problem = None, None
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            report = self._write(temporary, job)
         except Exception as error:
-            problems = [f"rank 0: {type(error).__name__}: {error}"]
-    if topology.main and problems:  # before the others hear of it: who catches SaveError finds nothing left, on any rank
+            problem = f"{type(error).__name__}: {error}"
+        job.tensors = {}
+        self._agree(job, (report, problem), lambda reports: self._publish(temporary, target, job.position, reports), give_up)
+        return target
+
+    def _agree(
+        self, job: _Job, report: tuple[Any, str | None], act: Callable[[list[Any]], None], give_up: Callable[[], None]
+    ) -> None:
+        """Gather (result, problem) of all ranks; rank 0 then acts on the results. Raises SaveError on every rank if anything failed."""
+        everyone: list[Any] = [report]
+        if self._group is not None:
+            everyone = [None] * self.topology.world
+            dist.all_gather_object(everyone, report, group=self._group)
+        problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(everyone) if problem]
+        if self.topology.main and not problems:
+            try:
+                act([result for result, _ in everyone])
+            except Exception as error:
+                problems = [f"rank 0: {type(error).__name__}: {error}"]
+        if self.topology.main and problems:
+            give_up()
+        verdict = [problems]
+        if self._group is not None:
+            dist.broadcast_object_list(verdict, src=0, group=self._group)
+        if verdict[0]:
+            raise SaveError(f"checkpoint of step {job.position.step} not written: {verdict[0][0]}")
+
+    def _make_room(self, temporary: Path, sizes: list[int]) -> None:
+        """An empty folder on a disk with room for what comes; raises OSError."""
         shutil.rmtree(temporary, ignore_errors=True)
-    verdict = [problems]
-    dist.broadcast_object_list(verdict, src=0)
-    if verdict[0]:
-        raise SaveError(f"checkpoint of step {position.step} not written: {verdict[0][0]}")
-    return target
+        temporary.mkdir(parents=True)
+        check_room(temporary, sum(sizes))
+
+    def _write(self, folder: Path, job: _Job) -> tuple[str, File, dict[str, list[Piece]]]:
+        name = f"rank_{self.topology.rank:05d}.safetensors"
+        entries = {key: Entry(tensor.dtype, tuple(tensor.shape)) for key, tensor in job.tensors.items()}
+        with TensorFile(folder / name, entries) as file:
+            for key, tensor in job.tensors.items():
+                file.add(key, tensor)
+            size, digest = file.close()
+        return name, File(size, digest), job.pieces
+
+    def _publish(self, temporary: Path, target: Path, position: Position, reports: list[Any]) -> None:
+        """Manifest, sync, rename; then what is no longer wanted goes."""
+        specs = model_tensors(self.config, guide=position.guide_optimizer_steps is not None)
+        pieces = {name: tuple(piece for report in reports for piece in report[2].get(name, ())) for name in specs}
+        files = {name: file for name, file, _ in reports}
+        if self.tokenizer is not None:
+            files[TOKENIZER] = copy_in(self.tokenizer, temporary / TOKENIZER)
+        Manifest(
+            folder=temporary,
+            step=position.step,
+            optimizer_steps=position.optimizer_steps,
+            guide_optimizer_steps=position.guide_optimizer_steps,
+            data_fingerprint=position.data_fingerprint,
+            tensor_parallel=self.topology.tensor,
+            kinds=KINDS,
+            config=self.config.model_dump(mode="json"),
+            shapes={name: spec.shape for name, spec in specs.items()},
+            pieces=pieces,
+            files=files,
+            versions=versions(),
+            revision=revision(),
+        ).write()
+        sync(temporary)
+        older = target.with_name(f".{target.name}.older{PARTIAL}")
+        if target.exists():  # the same step saved before, broken since
+            target.rename(older)
+        temporary.rename(target)
+        sync(target.parent)
+        shutil.rmtree(older, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the save is there; tidying up has its next chance with the next one
+            prune(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every, target)
+
+
+class _Staging:
+    """Host memory that a save is copied into: one flat buffer, pinned for CUDA, kept for the next save."""
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+
+    def copy(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies (numel,) of fp32 views, valid until the next call."""
+        sizes = [view.numel() for view in views.values()]
+        cuda = any(view.is_cuda for view in views.values())
+        if self._flat.numel() != sum(sizes):
+            self._flat = torch.empty(0)  # gone before the new one comes
+            self._flat = torch.empty(sum(sizes), pin_memory=cuda)
+        copies = dict(zip(views, self._flat.split(sizes), strict=True))
+        for key, view in views.items():
+            assert view.dtype == self._flat.dtype
+            copies[key].copy_(view.view(-1), non_blocking=True)
+        if cuda:
+            torch.cuda.current_stream().synchronize()
+        return copies
 
 
 def owned(fragments: Iterable[Fragment], config: Config, topology: Topology) -> Iterable[Fragment]:
@@ -98,113 +252,24 @@ def owned(fragments: Iterable[Fragment], config: Config, topology: Topology) -> 
         yield fragment
 
 
-def _write_fragments(path: Path, fragments: Iterable[Fragment], topology: Topology) -> dict[str, list[Piece]]:
-    tensors: dict[str, Tensor] = {}
-    pieces: dict[str, list[Piece]] = {}
-    for fragment in fragments:
-        piece = Piece(topology.tensor_rank, fragment.start, fragment.numel, path.name)
-        pieces.setdefault(fragment.name, []).append(piece)
-        for kind, view in fragment.tensors.items():
-            tensors[piece.key(kind, fragment.name)] = view.detach().to("cpu", copy=True)
-    save_file(tensors, path)
-    sync(path)
-    return pieces
+def check_room(folder: Path, needed: int) -> None:
+    """Raises OSError where the disk of ``folder`` has no room for ``needed`` bytes, and some for the manifest."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + (1 << 20):
+        raise OSError(f"{needed / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free on the disk of {folder.parent}")
 
 
-def _publish(temporary: Path, target: Path, position: Position, config: Config, topology: Topology, reports: list[Any]) -> None:
-    """Manifest, sync, rename."""
-    specs = model_tensors(config, guide=position.guide_optimizer_steps is not None)
-    tensors: dict[str, dict[str, Any]] = {name: {"shape": list(spec.shape), "pieces": []} for name, spec in specs.items()}
-    for _, pieces, _ in reports:
-        for name, some in pieces.items():
-            tensors[name]["pieces"] += [asdict(piece) for piece in some]
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        **asdict(position),
-        "tensor_parallel": topology.tensor,
-        "config": config.model_dump(mode="json"),
-        "versions": versions(),
-        "revision": revision(),
-        "files": {report[0]: (temporary / report[0]).stat().st_size for report in reports},
-        "tensors": tensors,
-    }
-    (temporary / NAME).write_text(json.dumps(manifest), encoding="utf-8")
-    sync(temporary / NAME)
-    sync(temporary)
-    older = target.with_name(f".{target.name}.older{PARTIAL}")
-    if target.exists():  # the same step saved before, broken since
-        target.rename(older)
-    temporary.rename(target)
-    sync(target.parent)
-    shutil.rmtree(older, ignore_errors=True)
-
-
-def prune(run_dir: Path, keep: int, saved: Path) -> None:
-    """Remove all checkpoints but the ``keep`` newest complete ones up to ``saved``, the one just written.
-
-    What lies beyond it is of a run that went on from an older checkpoint, because those were broken.
-    """
-    complete = []
-    for folder in checkpoints(run_dir):
-        try:
-            Manifest.read(folder)
-        except BrokenCheckpoint:
-            continue
-        if folder.name <= saved.name:
-            complete.append(folder)
-    for folder in checkpoints(run_dir):
-        if folder not in complete[-keep:] and folder != saved:
-            shutil.rmtree(folder, ignore_errors=True)
+def copy_in(source: Path, target: Path) -> File:
+    """Copy a small file beside the tensors."""
+    shutil.copyfile(source, target)
+    sync(target)
+    return File(target.stat().st_size, hash_file(target))
 
 
 def sweep(run_dir: Path) -> None:
     """Remove what interrupted saves left; only the holder of the run's lock may."""
     for folder in (run_dir / "checkpoints").glob(f".step_*{PARTIAL}"):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-class Reader:
-    """Reads tensors of a checkpoint for any layout: from pieces to a rank's part to the full tensor to another rank's part."""
-
-    def __init__(self, manifest: Manifest, config: Config):
-        self.manifest = manifest
-        self.specs = model_tensors(config, guide=True)
-        self._open: dict[str, Any] = {}
-
-    def _part(self, name: str, kind: str, tensor_rank: int) -> Tensor:
-        """What one tensor-parallel rank of the saved run held."""
-        spec, p = self.specs[name], self.manifest.tensor_parallel
-        part = torch.full(spec.local_shape(p), float("nan"), dtype=torch.float32)
-        flat, covered = part.view(-1), 0
-        for piece in self.manifest.pieces[name]:
-            if piece.tensor_rank == (tensor_rank if spec.cut is not None else 0):
-                if piece.file not in self._open:
-                    self._open[piece.file] = safe_open(self.manifest.folder / piece.file, framework="pt")
-                flat[piece.start : piece.start + piece.numel] = self._open[piece.file].get_tensor(piece.key(kind, name))
-                covered += piece.numel
-        if covered != flat.numel():
-            raise ValueError(f"{self.manifest.folder}: {kind} of {name} has {covered} of {flat.numel()} elements")
-        return part
-
-    def full(self, name: str, kind: str = "weight") -> Tensor:
-        """The full tensor, fp32."""
-        spec, p = self.specs[name], self.manifest.tensor_parallel
-        return unshard([self._part(name, kind, rank) for rank in range(p if spec.cut is not None else 1)], spec)
-
-    def local(self, name: str, topology: Topology, kind: str = "weight") -> Tensor:
-        """The part of this rank's layout, fp32."""
-        if topology.tensor == self.manifest.tensor_parallel:
-            return self._part(name, kind, topology.tensor_rank)
-        return shard(self.full(name, kind), self.specs[name], topology.tensor, topology.tensor_rank)
-
-    @torch.no_grad()
-    def restore(self, fragments: Iterable[Fragment], topology: Topology, kinds: tuple[str, ...] = KINDS) -> None:
-        """Copy fp32 weights and moments (or only some ``kinds``) into the optimiser's fragments, bit for bit."""
-        for fragment in fragments:
-            for kind in kinds:
-                flat = self.local(fragment.name, topology, kind).view(-1)
-                fragment.tensors[kind].copy_(flat[fragment.start : fragment.start + fragment.numel])
 
 
 def versions() -> dict[str, str]:
@@ -221,14 +286,9 @@ def versions() -> dict[str, str]:
 def revision() -> str | None:
     """The git revision of the code, "+" after it if it was changed since."""
     here = Path(__file__).parent
-    try:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
         state = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return head.stdout.strip() + ("+" if state.stdout.strip() else "") if head.returncode == 0 else None
-
-
-def _barrier() -> None:
-    if dist.get_world_size() > 1:
-        dist.barrier()
+        if head.returncode == 0:
+            return head.stdout.strip() + ("+" if state.stdout.strip() else "")
+    return None

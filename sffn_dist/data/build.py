@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from sffn_dist.config import Config, ConfigError
 from sffn_dist.data.corpus import documents
 from sffn_dist.data.shards import SHARD_TOKENS, ShardWriter, Tokens, TokenStream, token_dtype, unigram_entropy
-from sffn_dist.data.store import FORMAT, Meta, Split, dump_meta, fingerprint, hash_file
+from sffn_dist.data.store import FORMAT, Meta, Split, dump_meta, fingerprint
 from sffn_dist.data.tokenizer import (
     end_of_text,
     is_byte_level,
@@ -28,6 +28,7 @@ from sffn_dist.data.tokenizer import (
     train_tokenizer,
     vocab_size,
 )
+from sffn_dist.durable import hash_file
 
 log = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sffn_dist.config import Config, ConfigError, Data
+from sffn_dist.durable import hash_file
 
 FORMAT: Final = 1  # of the prepared folder: raise it whenever the same source and settings would give other files
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -185,12 +186,6 @@ def _digest(rows: list[Any]) -> str:
 def _readable(data: Data) -> str:
     name = hf_name(data.source)[0] if data.source.startswith("hf:") else Path(data.source).expanduser().absolute().stem
     return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:40] or "corpus"
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------------- meta.json

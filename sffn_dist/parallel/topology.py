@@ -89,6 +89,16 @@ def groups(tensor: int) -> Topology:
     )
 
 
+_background: list[Any] = []
+
+
+def background_group() -> Any:
+    """A gloo group of all ranks for threads beside the training's; made once. All ranks must call it at the same place."""
+    if not _background:
+        _background.append(dist.new_group(backend="gloo"))
+    return _background[0]
+
+
 def agree(facts: dict[str, Any]) -> None:
     """Compare ``facts`` between all ranks; raises ConfigError on every rank where nodes differ.
 
@@ -107,6 +117,7 @@ def agree(facts: dict[str, Any]) -> None:
 
 def stop() -> None:
     """Leave the groups and the process group."""
+    _background.clear()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

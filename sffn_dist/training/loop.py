@@ -27,7 +27,6 @@ from sffn_dist.training.run import Run
 def train(run: Run) -> None:
     """Take every step that is left."""
     config, first = run.config, run.step
-    saved: Path | None = None
     reporting.announce_bound(run)
     for step in range(first, run.schedule.total_steps):
         now = run.schedule.at(step)
@@ -51,11 +50,12 @@ def train(run: Run) -> None:
         if schedules.due(run.step, config.evaluation.interval, run.schedule.total_steps):
             evaluate_now(run)
         if schedules.due(run.step, config.checkpoint.interval, run.schedule.total_steps):
-            saved = save(run)
-    if run.step > first and saved is None:
-        saved = save(run)  # the last save is worth a second try
-    if saved is None and run.step > first:
-        raise LostWeightsError(f"the finished run's weights could not be saved in {run.dir}; see the warnings above")
+            save(run)
+        _tell_of_saves(run)
+    if run.step > first and not finished_save(run):
+        save(run)  # the last save is worth a second try
+        if not finished_save(run):
+            raise LostWeightsError(f"the finished run's weights could not be saved in {run.dir}; see the warnings above")
 
 
 class LostWeightsError(RuntimeError):
@@ -123,22 +123,27 @@ def evaluate_now(run: Run) -> Evaluation:
     return result
 
 
-def save(run: Run) -> Path | None:
-    """A checkpoint; a failed one (disk full, folder gone) is reported and does not stop training."""
+def save(run: Run) -> None:
+    """Begin a checkpoint of ``run.step``; a failed one (disk full, folder gone) is reported and does not stop training."""
     started = time.perf_counter()
     steps, guide_steps = state.step_counts(run.engine)
     guided = run.schedule.guided(run.step)
     held = (fragment for fragment in state.fragments(run.engine) if guided or not is_guide(fragment.name))
     fragments = store.owned(held, run.config, run.topology)
     position = store.Position(run.step, steps, guide_steps if guided else None, run.data_fingerprint)
-    try:
-        path = store.save(run.dir, position, fragments, run.config, run.topology)
-    except store.SaveError as error:
-        if run.reports:
-            run.reports.progress.note(f"warning: {error}; training goes on")
-        return None
-    if run.topology.main:
-        store.prune(run.dir, run.config.checkpoint.keep, path)
+    run.saver.save(position, fragments)
     if run.reports:
         run.reports.estimate.observe("checkpoint", time.perf_counter() - started)
+
+
+def finished_save(run: Run) -> Path | None:
+    """The checkpoint begun last, once it is written; None if that failed, on every rank."""
+    path = run.saver.wait()
+    _tell_of_saves(run)
     return path
+
+
+def _tell_of_saves(run: Run) -> None:
+    for problem in run.saver.news():
+        if run.reports:
+            run.reports.progress.note(f"warning: {problem}; training goes on")

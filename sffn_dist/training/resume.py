@@ -1,69 +1,89 @@
-"""Where a run starts: at step 0 from its seed, at step 0 from another run's weights, or after its newest checkpoint."""
+"""Where a run starts: at step 0 from its seed, at step 0 from another model's weights, or after its newest checkpoint."""
 
 from __future__ import annotations
 
-import torch
-from megatron.core.models.gpt import GPTModel
+import logging
+from pathlib import Path
+
+import torch.distributed as dist
 
 from sffn_dist import model as models
 from sffn_dist.checkpoint import manifest as manifests
 from sffn_dist.checkpoint.manifest import Manifest
-from sffn_dist.checkpoint.store import Reader
-from sffn_dist.config import Config
+from sffn_dist.checkpoint.reader import Reader
+from sffn_dist.config import ConfigError
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.shapes import is_guide
 from sffn_dist.training import engine as engines
 from sffn_dist.training import phases, state
 from sffn_dist.training.run import Run
 
+log = logging.getLogger(__name__)
+
+
+def newest(run_dir: Path, topology: Topology) -> Manifest | None:
+    """The run's newest checkpoint whose content is whole: each rank hashes its share of the files. All ranks must call it.
+
+    A damaged one is named in a warning, marked in its folder and skipped. Raises ConfigError if there are checkpoints and none is good.
+    """
+    damaged: set[Path] = set()
+    while (found := manifests.newest(run_dir, damaged)) is not None:
+        problems = damage(found, topology)
+        if not problems:
+            return found
+        damaged.add(found.folder)
+        if topology.main:
+            log.warning("checkpoint skipped: %s", "; ".join(problems))
+            found.mark("; ".join(problems))
+        if topology.world > 1:
+            dist.barrier()
+    return None
+
+
+def damage(manifest: Manifest, topology: Topology) -> list[str]:
+    """What is wrong with the files' content, found by all ranks together, each a share."""
+    problems = manifest.damage(sorted(manifest.files)[topology.rank :: topology.world])
+    everyone: list[list[str]] = [problems]
+    if topology.world > 1:
+        everyone = [[] for _ in range(topology.world)]
+        dist.all_gather_object(everyone, problems)
+    return [problem for problems in everyone for problem in problems]
+
 
 def start(run: Run, found: Manifest | None) -> None:
-    """Give the run its engine, in the phase of its first step, and its weights, moments and step: those of ``found``, or of a start."""
+    """Give the run its engine, in the phase of its first step, and its weights, moments and step: those of ``found``, or of a start.
+
+    What a checkpoint gives goes into the optimiser's fp32 weights, once, bit for bit; the model's own are made from these.
+    """
     config, topology = run.config, run.topology
+    source = None
+    if found is None and config.init_from:
+        source = manifests.find("init_from", config.init_from)
+        if problems := damage(source, topology):
+            raise ConfigError([f"init_from = {config.init_from!r}: {problem}" for problem in problems])
     run.step = found.step if found else 0
     model = models.build(config, run.precision, topology, guide=run.schedule.guided(run.step))
-    prepare_weights(model, config, topology, found)
+    if found is None and source is None:
+        models.initialise(model, config, topology)
     run.engine = engines.create(model, config, run.precision, topology)
-    restore(run.engine, found, config, topology)
-    if found is None and models.has_guide(model):
+    if found is not None:
+        Reader(found).restore(state.fragments(run.engine), topology)
+        state.set_step_counts(run.engine, found.optimizer_steps, found.guide_optimizer_steps)
+    with_guides = found is not None
+    if source is not None:
+        with_guides = start_from(run, source)
+    if found is not None or source is not None:
+        state.refresh(run.engine)
+    if models.has_guide(run.model) and not with_guides:
         phases.start_guides(run)
 
 
-@torch.no_grad()
-def load_weights(model: GPTModel, manifest: Manifest, config: Config, topology: Topology) -> None:
-    """The run's own weights, guides included."""
-    reader = Reader(manifest, config)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(reader.local(name, topology))
+def start_from(run: Run, source: Manifest) -> bool:
+    """Another model's weights (``init_from``), its guides too where both have them: those of an import are the dense matrices that it had.
 
-
-@torch.no_grad()
-def start_from(model: GPTModel, manifest: Manifest, config: Config, topology: Topology) -> None:
-    """Another run's weights (``init_from``) without its guides."""
-    reader = Reader(manifest, config)
-    for name, parameter in model.named_parameters():
-        if not is_guide(name):
-            parameter.copy_(reader.local(name, topology))
-
-
-def prepare_weights(model: GPTModel, config: Config, topology: Topology, found: Manifest | None) -> None:
-    """Set the model's weights: those of ``found``, the run's newest checkpoint, or those of a start."""
-    if found is not None:
-        load_weights(model, found, config, topology)
-    elif config.init_from:
-        start_from(model, manifests.find("init_from", config.init_from), config, topology)
-    else:
-        models.initialise(model, config, topology)
-
-
-def restore(engine: state.Engine, found: Manifest | None, config: Config, topology: Topology) -> None:
-    """fp32 weights, moments and step counts into a fresh engine, bit for bit.
-
-    A start from another run takes its weights in fp32 too: the engine's own masters were made from what the model holds, maybe bf16.
+    Returns whether guides were among them.
     """
-    if found is not None:
-        Reader(found, config).restore(state.fragments(engine), topology)
-        state.set_step_counts(engine, found.optimizer_steps, found.guide_optimizer_steps)
-    elif config.init_from:
-        own = (fragment for fragment in state.fragments(engine) if not is_guide(fragment.name))
-        Reader(manifests.find("init_from", config.init_from), config).restore(own, topology, kinds=("weight",))
+    reader = Reader(source)
+    wanted = (fragment for fragment in state.fragments(run.engine) if reader.guide or not is_guide(fragment.name))
+    reader.restore(wanted, run.topology, kinds=("weight",))
+    return reader.guide

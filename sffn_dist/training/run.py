@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sffn_dist.checkpoint.store import Saver
 from sffn_dist.config import Config
 from sffn_dist.data.batches import Batches
 from sffn_dist.inference.evaluation import Evaluation
@@ -61,6 +62,7 @@ class Run:
     batches: Batches
     heldout: Heldout
     data_fingerprint: str
+    saver: Saver
     engine: Engine = None
     step: int = 0
     reports: Reports | None = None

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sffn_dist.checkpoint.store import MOMENTS, Fragment
+from sffn_dist.checkpoint.manifest import MOMENTS
+from sffn_dist.checkpoint.store import Fragment
 from sffn_dist.parallel.split import unshard
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.shapes import TensorSpec

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable
@@ -10,19 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from sffn_dist.checkpoint.manifest import FORMAT, NAME, VERSION, checkpoints, find, folder_of, newest
+from sffn_dist.checkpoint.manifest import NAME, File, Manifest, checkpoints, find, folder_of, newest
 from sffn_dist.config import ConfigError
 
 
 def write(folder: Path, step: int = 0) -> Path:
     """A complete checkpoint of two files and no tensors."""
     folder.mkdir(parents=True)
-    files = {"rank_00000.safetensors": 10, "rank_00001.safetensors": 4}
-    for name, size in files.items():
+    files = {}
+    for name, size in {"rank_00000.safetensors": 10, "rank_00001.safetensors": 4}.items():
         (folder / name).write_bytes(b"x" * size)
-    tree = {"format": FORMAT, "version": VERSION, "step": step, "optimizer_steps": step, "tensor_parallel": 2, "files": files}
-    text = json.dumps({**tree, "tensors": {}, "config": {}, "data_fingerprint": "abc"})
-    (folder / NAME).write_text(text, encoding="utf-8")
+        files[name] = File(size, hashlib.sha256(b"x" * size).hexdigest())
+    Manifest(folder, step, step, None, "abc", 2, ("weight",), {}, {}, {}, files).write()
     return folder
 
 

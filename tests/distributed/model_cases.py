@@ -15,12 +15,12 @@ from sffn_dist import model as models
 from sffn_dist import reading
 from sffn_dist import schedule as schedules
 from sffn_dist.checkpoint.manifest import newest
+from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.inference.evaluation import evaluate
 from sffn_dist.inference.generation import sample
 from sffn_dist.parallel import host, topology
 from sffn_dist.parallel.ledger import Ledger
 from sffn_dist.shapes import model_tensors
-from sffn_dist.training import resume
 
 
 def _model(tree: dict[str, Any], *, weights: bool = True) -> tuple[Any, configs.Config, Any]:
@@ -31,7 +31,11 @@ def _model(tree: dict[str, Any], *, weights: bool = True) -> tuple[Any, configs.
     ranks = topology.groups(config.parallel.tensor)
     model = models.build(config, "fp32", ranks, guide=schedules.of(config).guided(0))
     if weights:
-        resume.prepare_weights(model, config, ranks, newest(Path(config.run.dir)) if config.run.dir else None)
+        found = newest(Path(config.run.dir)) if config.run.dir else None
+        if found:
+            Reader(found).load(model, ranks)
+        else:
+            models.initialise(model, config, ranks)
     return model, config, ranks
 
 

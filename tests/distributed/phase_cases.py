@@ -18,8 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from sffn_dist import model as models
 from sffn_dist import schedule as schedules
-from sffn_dist.checkpoint.manifest import newest
-from sffn_dist.checkpoint.store import MOMENTS
+from sffn_dist.checkpoint.manifest import MOMENTS, newest
 from sffn_dist.parallel.split import shard
 from sffn_dist.shapes import ffn_structure, is_guide, model_tensors
 from sffn_dist.structured.maps import apply, to_dense

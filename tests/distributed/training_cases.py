@@ -17,7 +17,8 @@ from sffn_dist import model as models
 from sffn_dist import reading
 from sffn_dist import schedule as schedules
 from sffn_dist.checkpoint import store
-from sffn_dist.checkpoint.manifest import Manifest, newest
+from sffn_dist.checkpoint.manifest import KINDS, Manifest
+from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.data.batches import Batches
 from sffn_dist.parallel import host, topology
 from sffn_dist.parallel.ledger import Ledger
@@ -91,8 +92,9 @@ def begin(tree: dict[str, Any], precision: str = "fp32") -> Run:
     length = config.model.sequence + 1
     windows = tokens(config.model.vocab)[: 2 * length].astype(np.int64).reshape(2, length)
     heldout = Heldout(windows, np.ones(config.model.vocab))
-    run = Run(config, precision, schedules.of(config), ranks, batches, heldout, "test")
-    resume.start(run, newest(Path(config.run.dir)) if config.run.dir else None)
+    run_dir = Path(config.run.dir)
+    run = Run(config, precision, schedules.of(config), ranks, batches, heldout, "test", store.Saver(run_dir, config, ranks))
+    resume.start(run, resume.newest(run_dir, ranks) if config.run.dir else None)
     return run
 
 
@@ -136,7 +138,7 @@ def received(tree: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
     config = reading.from_tree(tree)
     ranks = join(config)
     model = models.build(config, "fp32", ranks, guide=False)
-    resume.prepare_weights(model, config, ranks, None)
+    models.initialise(model, config, ranks)
     engine = engines.create(model, config, "fp32", ranks)
     batches = Batches(tokens(config.model.vocab), config.model.sequence, config.train.global_batch_size, config.train.seed)
     micro = batches.at(0, ranks.data_rank, ranks.data, micro_batch_size=config.train.micro_batch_size)
@@ -153,7 +155,8 @@ def received(tree: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
 
 
 def save(run: Run) -> None:
-    assert loop.save(run)
+    loop.save(run)
+    assert loop.finished_save(run)
 
 
 def state_digests(engine: Any) -> dict[str, str]:
@@ -178,8 +181,8 @@ def full_weights(tree: dict[str, Any], step: int) -> dict[str, np.ndarray]:
     """Full fp32 weights and moments of a saved step."""
     config = reading.from_tree(tree)
     manifest = Manifest.read(Path(config.run.dir) / "checkpoints" / f"step_{step:08d}")
-    reader = store.Reader(manifest, config)
-    return {f"{name}/{kind}": reader.full(name, kind).numpy() for name in manifest.shapes for kind in store.KINDS}
+    reader = Reader(manifest)
+    return {f"{name}/{kind}": reader.full(name, kind).numpy() for name in manifest.shapes for kind in KINDS}
 
 
 def failed_save(tree: dict[str, Any], step: int) -> tuple[str, list[str]]:
@@ -187,7 +190,7 @@ def failed_save(tree: dict[str, Any], step: int) -> tuple[str, list[str]]:
     config = reading.from_tree(tree)
     ranks = join(config)
     model = models.build(config, "fp32", ranks, guide=False)
-    resume.prepare_weights(model, config, ranks, None)
+    models.initialise(model, config, ranks)
     engine = engines.create(model, config, "fp32", ranks)
     held = state.fragments(engine)
 
@@ -197,11 +200,8 @@ def failed_save(tree: dict[str, Any], step: int) -> tuple[str, list[str]]:
                 raise OSError(28, "No space left on device")
             yield fragment
 
-    try:
-        store.save(Path(config.run.dir), store.Position(step, step, None, None), full_disk(), config, ranks)
-    except store.SaveError as error:
-        message = str(error)
-    else:
-        message = "saved"
+    saver = store.Saver(Path(config.run.dir), config, ranks)
+    saver.save(store.Position(step, step, None, None), full_disk())
+    message = "saved" if saver.wait() else "; ".join(saver.news())
     engines.destroy(engine)
     return message, sorted(path.name for path in (Path(config.run.dir) / "checkpoints").iterdir())
