@@ -1,0 +1,126 @@
+"""Write a checkpoint from full tensors, one at a time: for another layout, or from another format.
+
+Any layout reads any checkpoint, so what a conversion chooses is locality: with ``tensor`` x ``data`` files each rank of such a run finds
+what it needs in one file of its own. The ZeRO stage is no property of the files. In memory at once: a full tensor and a rank's part of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sffn_dist import reading
+from sffn_dist.checkpoint.manifest import TOKENIZER, File, Manifest, Piece
+from sffn_dist.checkpoint.reader import Reader
+from sffn_dist.checkpoint.store import check_room, copy_in, revision, versions
+from sffn_dist.checkpoint.tensor_file import Entry, TensorFile
+from sffn_dist.checkpoint.weights import Weights
+from sffn_dist.config import ConfigError
+from sffn_dist.durable import fresh_folder, hash_file, write_text
+from sffn_dist.parallel.split import shard
+from sffn_dist.shapes import TensorSpec, model_tensors
+
+FullTensor = Callable[[str, str], Tensor]  # (name, kind) -> full fp32 tensor
+
+
+def reshard(source: Manifest, target: Path, *, tensor: int, data: int = 1) -> Manifest:
+    """The checkpoint as ``tensor`` x ``data`` ranks would have written it, bit for bit the same tensors.
+
+    Raises ConfigError where the model does not fit ``tensor`` ranks, ``target`` exists, or the disk has no room; BrokenCheckpoint.
+    """
+    reader = Reader(source)
+    tree = {**source.config, "parallel": {**source.config["parallel"], "tensor": tensor}}
+    header = dataclasses.replace(source, config=reading.from_tree(tree).model_dump(mode="json"), tensor_parallel=tensor)
+    tokenizer = source.folder / TOKENIZER if TOKENIZER in source.files else None
+    return write(header, reader.full, target, data=data, tokenizer=tokenizer)
+
+
+def write_weights(weights: Weights, target: Path) -> Manifest:
+    """A checkpoint of a model from elsewhere, without moments: for ``init_from``, exports, inspection."""
+    config = weights.config.model_copy(update={"parallel": weights.config.parallel.model_copy(update={"tensor": 1})})
+    header = Manifest(
+        folder=target,
+        step=weights.step,
+        optimizer_steps=weights.step,
+        guide_optimizer_steps=0 if weights.guide else None,
+        data_fingerprint=weights.facts.get("data_fingerprint"),
+        tensor_parallel=1,
+        kinds=("weight",),
+        config=config.model_dump(mode="json"),
+        shapes={},
+        pieces={},
+        files={},
+        versions=versions(),
+        revision=revision(),
+        origin=weights.origin,
+    )
+    return write(header, lambda name, _: weights.full(name), target, tokenizer=weights.tokenizer)
+
+
+def write(header: Manifest, full: FullTensor, target: Path, *, data: int = 1, tokenizer: Path | str | None = None) -> Manifest:
+    """A checkpoint whose manifest is ``header`` but for tensors and files, which come from ``full``. ``tokenizer``: a file, or its text."""
+    config = reading.from_tree(header.config)
+    specs = model_tensors(config, guide=header.guide_optimizer_steps is not None)
+    p = header.tensor_parallel
+    with _fresh(target) as folder:
+        check_room(folder, sum(4 * math.prod(spec.local_shape(p)) * p for spec in specs.values()) * len(header.kinds))
+        pieces, files = _write_tensors(folder, specs, header.kinds, full, p, data)
+        if isinstance(tokenizer, Path):
+            files[TOKENIZER] = copy_in(tokenizer, folder / TOKENIZER)
+        elif tokenizer is not None:
+            write_text(folder / TOKENIZER, tokenizer)
+            files[TOKENIZER] = File((folder / TOKENIZER).stat().st_size, hash_file(folder / TOKENIZER))
+        shapes = {name: spec.shape for name, spec in specs.items()}
+        dataclasses.replace(header, folder=folder, shapes=shapes, pieces=pieces, files=files).write()
+    return Manifest.read(target)
+
+
+@contextlib.contextmanager
+def _fresh(target: Path) -> Iterator[Path]:
+    try:
+        with fresh_folder(target) as folder:
+            yield folder
+    except OSError as error:
+        raise ConfigError([f"{target}: not written: {error}"]) from None
+
+
+def _write_tensors(
+    folder: Path, specs: dict[str, TensorSpec], kinds: tuple[str, ...], full: FullTensor, p: int, data: int
+) -> tuple[dict[str, tuple[Piece, ...]], dict[str, File]]:
+    """One file a rank, all open at once; each tensor is made once and cut into every file."""
+    pieces = {name: tuple(_pieces(spec, p, data)) for name, spec in specs.items()}
+    entries: dict[str, dict[str, Entry]] = {_file(rank): {} for rank in range(p * data)}
+    for name, some in pieces.items():
+        for piece in some:
+            entries[piece.file] |= {piece.key(kind, name): Entry(torch.float32, (piece.numel,)) for kind in kinds}
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(TensorFile(folder / name, some)) for name, some in entries.items()}
+        for name, spec in specs.items():
+            for kind in kinds:
+                tensor = full(name, kind)
+                for rank, own in itertools.groupby(pieces[name], lambda piece: piece.tensor_rank):
+                    flat = (tensor if spec.cut is None or p == 1 else shard(tensor, spec, p, rank)).reshape(-1)
+                    for piece in own:
+                        files[piece.file].add(piece.key(kind, name), flat[piece.start : piece.start + piece.numel])
+        return pieces, {name: File(*file.close()) for name, file in files.items()}
+
+
+def _pieces(spec: TensorSpec, p: int, data: int) -> Iterator[Piece]:
+    """Each tensor-parallel rank's part in ``data`` ranges, as even as they come; what all of them hold is the first one's."""
+    numel = math.prod(spec.local_shape(p))
+    for tensor_rank in range(p if spec.cut is not None else 1):
+        for data_rank in range(data):
+            start, stop = numel * data_rank // data, numel * (data_rank + 1) // data
+            if start < stop:
+                yield Piece(tensor_rank, start, stop - start, _file(data_rank * p + tensor_rank))
+
+
+def _file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
