@@ -105,10 +105,12 @@ def _write_tensors(
         for name, spec in specs.items():
             for kind in kinds:
                 tensor = full(name, kind)
+                flat = tensor
                 for rank, own in itertools.groupby(pieces[name], lambda piece: piece.tensor_rank):
                     flat = (tensor if spec.cut is None or p == 1 else shard(tensor, spec, p, rank)).reshape(-1)
                     for piece in own:
                         files[piece.file].add(piece.key(kind, name), flat[piece.start : piece.start + piece.numel])
+                del tensor, flat  # before the next one comes
         return pieces, {name: File(*file.close()) for name, file in files.items()}
 
 
