@@ -1,0 +1,210 @@
+"""Checkpoints from one form into another, and what is in them.
+
+python tools/convert.py inspect DIR                  what it is: phase, step, parameters, splits, spectra, integrity
+python tools/convert.py verify A B                   two checkpoints bit for bit, or two formats by their logits
+python tools/convert.py reshard A B --tensor P       for P tensor-parallel ranks (x --data D)
+python tools/convert.py to-hf A B --ffn merged       LlamaForCausalLM or Starcoder2ForCausalLM; --ffn structured keeps the factors
+python tools/convert.py from-hf A B [--ffn KIND ...] a dense Llama, Starcoder2 or GPT-NeoX; its FFNs nearest in Frobenius norm
+python tools/convert.py from-megatron A B [...]      a dense megatron-core GPT, torch_dist or mp_rank_XX
+python tools/convert.py from-official A B            the paper's authors' .pth
+python tools/convert.py to-deepspeed A B             DeepSpeed's universal format; from-deepspeed back
+
+A is a checkpoint or a run (its newest), B must not exist. Nothing of what is read is executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sffn_dist.config import ConfigError
+
+REFUSED, DIFFERENT = 2, 1  # exit codes
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, act: Callable[[argparse.Namespace], int], *names: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name)
+        for place in names:
+            made.add_argument(place, type=Path, metavar=place.upper())
+        made.set_defaults(act=act)
+        return made
+
+    made = command("inspect", inspect, "source")
+    made.add_argument("--no-spectra", action="store_true", help="leave the singular values out, which take the longest")
+    made.add_argument("--json", action="store_true")
+    made = command("verify", verify, "a", "b")
+    made.add_argument("--logits", action="store_true", help="compare two checkpoints by logits too")
+    made.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of logits (default 1e-4)")
+    made.add_argument("--json", action="store_true")
+    made = command("reshard", reshard, "source", "target")
+    made.add_argument("--tensor", type=_positive, required=True, help="tensor-parallel ranks")
+    made.add_argument("--data", type=_positive, default=1, help="data-parallel ranks, each with a file of its own (default 1)")
+    made = command("to-hf", to_hf, "source", "target")
+    made.add_argument("--ffn", choices=("merged", "structured"), required=True)
+    made.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    made.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="of a file (default 5)")
+    for name in ("from-hf", "from-megatron", "from-official", "from-deepspeed"):
+        made = command(name, import_from, "source", "target")
+        if name in ("from-hf", "from-megatron"):
+            made.add_argument("--ffn", choices=("low_rank", "block_dense", "block_shuffle"), help="default: stays dense")
+            made.add_argument("--rank", type=_positive)
+            made.add_argument("--blocks", type=_positive)
+            made.add_argument(
+                "--dense-layers", type=_layers, default=(0,), help="layers that stay dense, 0,5 or none (default 0)"
+            )
+            made.add_argument("--guide", action="store_true", help="keep the dense matrices as guides to start training with")
+        made.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the config, where the source does not say")
+    command("to-deepspeed", to_deepspeed, "source", "target")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number <= 0:
+        raise ValueError
+    return number
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    return () if text == "none" else tuple(int(part) for part in text.split(","))
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Of a checkpoint everything, of other formats what the weights say."""
+    from sffn_dist.checkpoint import inspection
+    from sffn_dist.checkpoint.formats import format_of, weights_of
+    from sffn_dist.checkpoint.manifest import find
+
+    spectra = not options.no_spectra
+    if format_of(options.source) == "checkpoint":
+        found = inspection.describe(find("source", str(options.source)), spectra=spectra)
+    else:
+        weights = weights_of(options.source)
+        found = {"origin": weights.origin, **inspection.model(weights, spectra=spectra)}
+    print(json.dumps(found, indent=1, default=asdict) if options.json else inspection.render(found))
+    return DIFFERENT if found.get("damage") else 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """0 where both hold the same."""
+    from sffn_dist.checkpoint import verification
+    from sffn_dist.checkpoint.formats import format_of
+    from sffn_dist.checkpoint.manifest import find
+
+    tree: dict[str, Any] = {}
+    both = format_of(options.a) == format_of(options.b) == "checkpoint"
+    if both:
+        a, b = find("a", str(options.a)), find("b", str(options.b))
+        tree["differences"] = [asdict(found) for found in verification.differences(a, b)]
+        tree["positions"] = verification.positions_differ(a, b)
+    if options.logits or not both:
+        tree["logits"] = asdict(verification.compare_logits(options.a, options.b))
+    same = not tree.get("differences") and tree.get("logits", {}).get("largest", 0.0) <= options.tolerance
+    print(json.dumps({**tree, "same": same}, indent=1) if options.json else _verdict(tree, same, options.tolerance))
+    return 0 if same else DIFFERENT
+
+
+def _verdict(tree: dict[str, Any], same: bool, tolerance: float) -> str:
+    lines = []
+    if "differences" in tree:
+        found = tree["differences"]
+        lines += [f"tensors: {len(found)} differ" if found else "tensors: the same bits"]
+        lines += [f"  {item['tensor']}: by {item['largest']:.3g} at most" for item in found[:20]]
+        lines += [f"  {text}" for text in tree["positions"]]
+    if "logits" in tree:
+        logits = tree["logits"]
+        lines.append(
+            f"logits: {logits['largest']:.3g} apart at most (tolerance {tolerance:g}), relative RMS {logits['relative_rms']:.3g}, "
+            f"the same likeliest token at {logits['same_choice']:.1%}"
+        )
+    return "\n".join([*lines, "the same" if same else "NOT the same"])
+
+
+def reshard(options: argparse.Namespace) -> int:
+    """The same tensors, cut for other ranks."""
+    from sffn_dist.checkpoint import reshard as resharding
+    from sffn_dist.checkpoint.manifest import find
+
+    source = find("source", str(options.source))
+    _intact(source)
+    made = resharding.reshard(source, options.target, tensor=options.tensor, data=options.data)
+    print(f"{made.folder}: step {made.step}, {len(made.files)} files, {made.bytes / 1e6:,.1f} MB")
+    return 0
+
+
+def _intact(source: Any) -> None:
+    if problems := source.damage(source.files):
+        raise ConfigError(problems)
+
+
+def to_hf(options: argparse.Namespace) -> int:
+    """A folder that transformers loads."""
+    from sffn_dist.checkpoint.hf import export
+
+    from sffn_dist.checkpoint.formats import weights_of
+
+    size = int(options.shard_size * 1e9)
+    made = export.export(weights_of(options.source), options.target, ffn=options.ffn, dtype=options.dtype, shard_bytes=size)
+    print(made)
+    return 0
+
+
+def import_from(options: argparse.Namespace) -> int:
+    """A checkpoint of a model from elsewhere, for ``init_from``."""
+    from sffn_dist.checkpoint import formats, reshard
+    from sffn_dist.checkpoint.weights import approximated
+
+    expected, found = options.command.removeprefix("from-"), formats.format_of(options.source)
+    if found != expected:
+        raise ConfigError([f"{options.source}: this is {found}, not {expected}"])
+    weights = formats.weights_of(options.source, options.overrides)
+    if getattr(options, "ffn", None):
+        sizes = {"kind": options.ffn, "rank": options.rank, "blocks": options.blocks, "dense_layers": options.dense_layers}
+        weights = approximated(weights, sizes, guide=options.guide)
+    made = reshard.write_weights(weights, options.target)
+    print(f"{made.folder}: {made.bytes / 1e6:,.1f} MB; start from it with init_from={made.folder}")
+    return 0
+
+
+def to_deepspeed(options: argparse.Namespace) -> int:
+    """DeepSpeed's universal format."""
+    raise ConfigError(["not yet"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0; 1 where things differ or are damaged; 2 where the input is refused."""
+    options = arguments(argv)
+    _give_memory_back()
+    try:
+        target = getattr(options, "target", None)
+        if target is not None and target.exists():
+            raise ConfigError([f"{target}: exists already; nothing is overwritten"])
+        return int(options.act(options))
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"convert.py: error: {problem}", file=sys.stderr)
+        return REFUSED
+
+
+def _give_memory_back() -> None:
+    """glibc learns from freed blocks to keep such below 32 MiB for itself; a stream of tensors would then hold some of each size."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+
+
+if __name__ == "__main__":
+    sys.exit(main())
