@@ -24,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sffn_dist.checkpoint.manifest import BrokenCheckpoint
 from sffn_dist.config import ConfigError
 
 REFUSED, DIFFERENT = 2, 1  # exit codes
@@ -194,8 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if target is not None and target.exists():
             raise ConfigError([f"{target}: exists already; nothing is overwritten"])
         return int(options.act(options))
-    except ConfigError as error:
-        for problem in error.problems:
+    except (ConfigError, BrokenCheckpoint) as error:
+        for problem in error.problems if isinstance(error, ConfigError) else (error,):
             print(f"convert.py: error: {problem}", file=sys.stderr)
         return REFUSED
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sffn_dist import reading, schedule
@@ -15,8 +15,10 @@ from sffn_dist.checkpoint.manifest import KINDS, TOKENIZER, BrokenCheckpoint, Ma
 from sffn_dist.checkpoint.store import Fragment
 from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.parallel.split import part_view, shard
-from sffn_dist.parallel.topology import Topology
 from sffn_dist.shapes import model_tensors
+
+if TYPE_CHECKING:  # megatron-core takes seconds to import, and a conversion has no ranks
+    from sffn_dist.parallel.topology import Topology
 
 
 class Reader:
@@ -42,17 +44,20 @@ class Reader:
         for piece in self.manifest.pieces[name]:
             first, last = max(start, piece.start), min(stop, piece.start + piece.numel)
             if piece.tensor_rank == rank and first < last:
-                read = self._file(piece.file).get_slice(piece.key(kind, name))[first - piece.start : last - piece.start]
+                read = self._slice(piece.file, piece.key(kind, name), first - piece.start, last - piece.start)
                 flat[first - start : last - start] = read
                 covered += last - first
         if covered != stop - start:
             raise BrokenCheckpoint(f"{self.manifest.folder}: {kind} of {name} has {covered} of {stop - start} elements")
         return flat
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = safe_open(self.manifest.folder / name, framework="pt")
-        return self._open[name]
+    def _slice(self, file: str, key: str, start: int, stop: int) -> Tensor:
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self.manifest.folder / file, framework="pt")
+            return self._open[file].get_slice(key)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise BrokenCheckpoint(f"{self.manifest.folder / file}: {key}: {error}") from None
 
     def full(self, name: str, kind: str = "weight") -> Tensor:
         """The full tensor, fp32; in memory besides it is one rank's part."""

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,10 @@ from sffn_dist.checkpoint.manifest import KINDS, TOKENIZER, File, Manifest, Piec
 from sffn_dist.checkpoint.tensor_file import Entry, TensorFile
 from sffn_dist.config import Config
 from sffn_dist.durable import hash_file, sync
-from sffn_dist.parallel.topology import Topology, background_group
 from sffn_dist.shapes import model_tensors
+
+if TYPE_CHECKING:  # megatron-core takes seconds to import, and a conversion has no ranks
+    from sffn_dist.parallel.topology import Topology
 
 PARTIAL = ".partial"
 
@@ -80,7 +82,7 @@ class Saver:
 
     def __init__(self, run_dir: Path, config: Config, topology: Topology, tokenizer: Path | None = None):
         self.run_dir, self.config, self.topology, self.tokenizer = run_dir, config, topology, tokenizer
-        self._group = background_group() if topology.world > 1 else None
+        self._group = topology.background_group() if topology.world > 1 else None
         self._staging, self._thread = _Staging(), threading.Thread()
         self._saved: Path | None = None
         self._news: list[str] = []

@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from sffn_dist import model as models
 from sffn_dist.checkpoint.formats import format_of, weights_of
 from sffn_dist.checkpoint.manifest import Manifest
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.config import ConfigError
-from sffn_dist.parallel import topology
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,8 @@ def compare_logits(a: Path, b: Path, *, rows: int = 2, length: int = 64, seed: i
 @torch.no_grad()
 def logits_of(path: Path, tokens: Tensor) -> Tensor:
     """(n, s, vocab) on the CPU: of a Hugging Face folder by transformers' own model, of every other format by ours."""
+    from sffn_dist import model as models  # megatron-core takes seconds to import, and comparing tensors needs none of it
+
     if format_of(path) == "hf":
         return transformers_model(path)(tokens).logits
     model = build(weights_of(path)).eval()
@@ -97,8 +96,11 @@ def transformers_model(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def build(weights: Weights) -> GPTModel:
-    """Our model in fp32 on one rank, with guides mixed in as the weights say."""
+def build(weights: Weights) -> Any:
+    """Our GPTModel in fp32 on one rank, with guides mixed in as the weights say."""
+    from sffn_dist import model as models
+    from sffn_dist.parallel import topology
+
     config = weights.config.model_copy(update={"parallel": weights.config.parallel.model_copy(update={"tensor": 1})})
     here = topology.start(config)
     model = models.build(config, "fp32", here, guide=weights.guide)

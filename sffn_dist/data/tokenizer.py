@@ -90,6 +90,12 @@ def plain(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def differing_tokens(there: str, here: str) -> list[str]:
+    """Tokens to which two tokenizer.json texts give different ids, those of one only included."""
+    ids, others = (Tokenizer.from_str(text).get_vocab(with_added_tokens=True) for text in (there, here))
+    return sorted(token for token in ids.keys() | others.keys() if ids.get(token) != others.get(token))
+
+
 def vocab_size(tokenizer: Tokenizer) -> int:
     """Highest id + 1; ids may have holes, so this is not the number of entries."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1

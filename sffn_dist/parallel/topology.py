@@ -36,6 +36,15 @@ class Topology:
     def main(self) -> bool:
         return self.rank == 0
 
+    def background_group(self) -> Any:
+        """A gloo group of all ranks for threads beside the training's; made once. All ranks must call it at the same place."""
+        if not _background:
+            _background.append(dist.new_group(backend="gloo"))
+        return _background[0]
+
+
+_background: list[Any] = []
+
 
 class ModelParallelUnit:
     """``megatron.core.parallel_state`` as DeepSpeed's ``mpu``, with the older names that DeepSpeed also asks for."""
@@ -87,16 +96,6 @@ def groups(tensor: int) -> Topology:
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
     )
-
-
-_background: list[Any] = []
-
-
-def background_group() -> Any:
-    """A gloo group of all ranks for threads beside the training's; made once. All ranks must call it at the same place."""
-    if not _background:
-        _background.append(dist.new_group(backend="gloo"))
-    return _background[0]
 
 
 def agree(facts: dict[str, Any]) -> None:

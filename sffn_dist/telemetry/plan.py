@@ -47,8 +47,15 @@ def plan(config: Config, world: int) -> dict[str, Any]:
         "accumulation_steps": config.accumulation_steps(data_parallel),
         "memory_per_rank": memory_per_rank(config, precision, data_parallel, guide=guided),
         "communication": communication(config, precision, data_parallel),
+        "checkpoint_bytes": checkpoint_bytes(config, guide=guided),
+        "checkpoint": config.checkpoint.model_dump(mode="json"),
         "unused": unused(config),
     }
+
+
+def checkpoint_bytes(config: Config, *, guide: bool) -> int:
+    """Of one checkpoint, and while it is written in the background of host memory over all ranks: fp32 weight and two moments."""
+    return 12 * (counts.parameters(config) + (counts.guide_parameters(config) if guide else 0))
 
 
 def communication(config: Config, precision: str, data_parallel: int) -> dict[str, Any]:
@@ -125,6 +132,14 @@ def _received_line(plan: dict[str, Any]) -> str:
     return f"{si(received['step'], 'B')} a rank and step by tensor parallelism{dense}{guide}; {_layer_line(plan)}"
 
 
+def _checkpoint_line(plan: dict[str, Any]) -> str:
+    size, settings = plan["checkpoint_bytes"], plan["checkpoint"]
+    when = f"every {settings['interval']} steps" if settings["interval"] else "at the end"
+    forever = f", and every {settings['keep_every']} steps for good" if settings["keep_every"] else ""
+    disk = f"{settings['keep']} kept{forever}, {si((settings['keep'] + 1) * size, 'B')} of disk while one is written"
+    return f"{si(size, 'B')} {when}; {disk}" + (", as much host memory as one" if settings["asynchronous"] else "")
+
+
 def _layer_line(plan: dict[str, Any]) -> str:
     """What the feed-forward linears of one layer of each kind receive in a micro-batch."""
     kinds = {layer["ffn"]: layer for layer in plan["communication"]["layers"]}
@@ -176,6 +191,7 @@ def render(plan: dict[str, Any]) -> str:
     ]
     if ranks["tensor"] > 1:
         lines.append(("received", _received_line(plan)))
+    lines.append(("checkpoints", _checkpoint_line(plan)))
     lines += [("unused", f"{key}: {reason}") for key, reason in plan["unused"].items()]
     lines.append(("writes to", plan["run.dir"]))
     return "\n".join(f"  {name:<14} {text}" for name, text in lines)

@@ -9,9 +9,11 @@ import torch.distributed as dist
 
 from sffn_dist import model as models
 from sffn_dist.checkpoint import manifest as manifests
-from sffn_dist.checkpoint.manifest import Manifest
+from sffn_dist.checkpoint.manifest import TOKENIZER, Manifest
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.config import ConfigError
+from sffn_dist.data.tokenizer import differing_tokens
+from sffn_dist.durable import hash_file
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.shapes import is_guide
 from sffn_dist.training import engine as engines
@@ -61,6 +63,7 @@ def start(run: Run, found: Manifest | None) -> None:
         source = manifests.find("init_from", config.init_from)
         if problems := damage(source, topology):
             raise ConfigError([f"init_from = {config.init_from!r}: {problem}" for problem in problems])
+        check_tokenizer(source, run)
     run.step = found.step if found else 0
     model = models.build(config, run.precision, topology, guide=run.schedule.guided(run.step))
     if found is None and source is None:
@@ -76,6 +79,21 @@ def start(run: Run, found: Manifest | None) -> None:
         state.refresh(run.engine)
     if models.has_guide(run.model) and not with_guides:
         phases.start_guides(run)
+
+
+def check_tokenizer(source: Manifest, run: Run) -> None:
+    """Refuse a start from weights that learned other token ids, where both tokenizers are known; raises ConfigError."""
+    here = run.saver.tokenizer
+    if here is None or TOKENIZER not in source.files or source.files[TOKENIZER].sha256 == hash_file(here):
+        return
+    texts = [path.read_text(encoding="utf-8") for path in (source.folder / TOKENIZER, here)]
+    if differing := differing_tokens(*texts):
+        raise ConfigError(
+            [
+                f"init_from = {run.config.init_from!r}: {len(differing)} tokens have other ids there than in the data, {differing[0]!r} "
+                f"for one; prepare the data with data.tokenizer={source.folder / TOKENIZER}"
+            ]
+        )
 
 
 def start_from(run: Run, source: Manifest) -> bool:
