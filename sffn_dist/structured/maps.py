@@ -45,7 +45,7 @@ def apply(structure: Structure, x: Tensor, factors: Factors) -> Tensor:
 
 def to_dense(structure: Structure, factors: Factors) -> Tensor:
     """The dense matrix (M, N): the map applied to the identity."""
-    some = next(iter(factors.values()))
-    inputs = some.shape[1] if structure.kind in ("low_rank", "dense") else some.shape[0] * some.shape[2]
+    some = factors[{"dense": "weight", "low_rank": "down"}.get(structure.kind, "block_in")]  # what x meets first
+    inputs = some.shape[1] if some.dim() == 2 else some.shape[0] * some.shape[2]
     identity = torch.eye(inputs, dtype=some.dtype, device=some.device)
     return apply(structure, identity, factors).t().contiguous()
