@@ -6,6 +6,7 @@ safetensors are read lazily; of torch's files (pickles) nothing but tensors is l
 from __future__ import annotations
 
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +127,9 @@ def _open(path: Path) -> _File:
     except ConfigError:
         raise
     except pickle.UnpicklingError as error:
-        raise ConfigError([f"{path}: refused, nothing of it was run: it holds more than tensors: {_wanted(error)}"]) from None
+        raise ConfigError(
+            [f"{path}: refused, nothing of it was run: it holds more than tensors: {_wanted(path, error)}"]
+        ) from None
     except (
         SafetensorError,
         OSError,
@@ -141,10 +144,29 @@ def _open(path: Path) -> _File:
         raise ConfigError([f"{path}: cannot be read: {_first_line(error)}"]) from None
 
 
-def _wanted(error: Exception) -> str:
-    """What torch says that the pickle asked for."""
+def _wanted(path: Path, error: Exception) -> str:
+    """What a refused pickle asked for: as torch says it, or (of a form that torch does not read) by its instructions, which are not run."""
     lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), _first_line(error))
+    said = next((line for line in lines if "GLOBAL" in line), None)
+    return said or ", ".join(_globals(path)[:5]) or _first_line(error)
+
+
+def _globals(path: Path) -> list[str]:
+    """Dotted names that the instructions of a bare pickle look up."""
+    found: list[str] = []
+    texts: list[str] = []
+    with path.open("rb") as file:
+        try:
+            for instruction, argument, _ in pickletools.genops(file):
+                if instruction.name == "GLOBAL":
+                    found.append(str(argument).replace(" ", "."))
+                elif instruction.name == "STACK_GLOBAL":
+                    found.append(".".join(texts[-2:]))
+                elif isinstance(argument, str):
+                    texts.append(argument)
+        except Exception:  # not a pickle from some place on: any error is possible
+            pass
+    return found
 
 
 def _first_line(error: Exception) -> str:
