@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,27 @@ def test_a_structured_model_may_be_made_and_trained_in_transformers(
     assert unused == []
 
 
+@pytest.mark.parametrize("variant", ["llama", "layernorm_swiglu"])
+def test_structured_has_what_transformers_gives_a_model(
+    variant: str, tree_of: Any, drawn: Any, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = export(drawn(tree_of("low_rank", **EVERY[variant])), tmp_path / "m", ffn="structured", dtype="fp32")
+    model = loaded(folder, trust_remote_code=True)
+    expected = logits(model, tokens)
+    eager = loaded(folder, trust_remote_code=True, attn_implementation="eager")
+    assert difference(logits(eager, tokens), expected) < 1e-5
+    out = eager(tokens, output_hidden_states=True, output_attentions=True)
+    assert (len(out.hidden_states), len(out.attentions)) == (3, 2)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), tokens], dim=1)
+    mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.ones_like(tokens)], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    got = model(padded, attention_mask=mask, position_ids=positions).logits[:, 3:].detach()
+    assert difference(got, expected) < 1e-5
+    model.train().gradient_checkpointing_enable()
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 @pytest.mark.parametrize("ffn", ["merged", "structured"])
 @pytest.mark.parametrize("variant", ["llama", "starcoder"])
 def test_generation_with_a_cache_is_generation_without(
@@ -250,6 +272,26 @@ def test_the_target_is_not_there_until_it_is_whole(tree_of: Any, drawn: Any, tmp
     export(replace(weights, full=full), tmp_path / "deep" / "m", ffn="merged", dtype="fp32")
     assert seen == [False] * len(weights.names())
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["m"]
+
+
+def test_one_tensor_is_in_memory_at_a_time(tree_of: Any, drawn: Any, tmp_path: Path) -> None:
+    weights = drawn(tree_of(**LLAMA))
+    given: list[weakref.ref[torch.Tensor]] = []
+
+    def full(name: str) -> torch.Tensor:
+        assert [ref for ref in given if ref() is not None] == [], "an earlier one is still held"
+        tensor = weights.full(name).clone()
+        given.append(weakref.ref(tensor))
+        return tensor
+
+    export(replace(weights, full=full), tmp_path / "m", ffn="structured", dtype="bf16", shard_bytes=3000)
+    assert len(given) == len(weights.names())
+
+
+def test_a_place_that_cannot_be_written_is_named(tree_of: Any, drawn: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="file/m: cannot be written"):
+        export(drawn(tree_of(**LLAMA)), tmp_path / "file" / "m", ffn="merged", dtype="fp32")
 
 
 def test_wrong_arguments_and_tensors_are_refused(tree_of: Any, drawn: Any, tmp_path: Path) -> None:

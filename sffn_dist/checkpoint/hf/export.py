@@ -49,13 +49,7 @@ def export(weights: Weights, folder: Path, *, ffn: FFN, dtype: DType, shard_byte
     special = describe.special_of(weights.tokenizer)
     temporary = folder.with_name(f".{folder.name}.partial")
     _refuse_existing(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.mkdir()
-    except FileExistsError:
-        raise ConfigError(
-            [f"{temporary} exists: another export writes {folder}, or one was killed; remove it if none does"]
-        ) from None
+    _begin(temporary, folder)
     try:
         written = merged(weights) if ffn == "merged" else _without_idle_guide(weights)
         _write_tensors(written, temporary, family, dtype, shard_bytes)
@@ -73,6 +67,15 @@ def export(weights: Weights, folder: Path, *, ffn: FFN, dtype: DType, shard_byte
 def _refuse_existing(folder: Path) -> None:
     if folder.exists() or folder.is_symlink():
         raise ConfigError([f"{folder}: exists; an export overwrites nothing: name another folder, or remove it"])
+
+
+def _begin(temporary: Path, folder: Path) -> None:
+    if temporary.exists():
+        raise ConfigError([f"{temporary} exists: another export writes {folder}, or one was killed; remove it if none does"])
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError([f"{folder}: cannot be written: {error}"]) from None
 
 
 def _without_idle_guide(weights: Weights) -> Weights:
@@ -105,6 +108,7 @@ def _tensors(weights: Weights, family: Family, dtype: DType) -> Iterator[tuple[s
             raise ConfigError([f"{weights.origin}: {name} is {list(tensor.shape)}, must be {list(spec.shape)}"])
         for other, part in names.split(family, name, tensor, weights.config):
             yield other, part.to(TORCH_TYPES[dtype])
+        del tensor, part  # before the next one is read: only one is in memory
 
 
 @torch.no_grad()
