@@ -45,7 +45,7 @@ class Weights:
 
 def merged(weights: Weights) -> Weights:
     """The same map with dense feed-forward layers: W = U V multiplied out, guides folded in with their alpha."""
-    sources = dict.fromkeys(weights.names())
+    sources = dict.fromkeys(weights.names())  # in order: to_dense reads the sizes from the factor applied first
 
     def full(name: str) -> Tensor:
         if name in sources:

@@ -1,0 +1,173 @@
+"""The tensors of a Hugging Face folder, by their names there: safetensors or torch's files, sharded or not.
+
+safetensors are read lazily; of torch's files (pickles) nothing but tensors is let in: ``torch.load(weights_only=True)`` runs no code.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sffn_dist.checkpoint.hf.config_json import read_object, shown
+from sffn_dist.config import ConfigError
+
+FORMATS = (("model.safetensors", ".safetensors"), ("pytorch_model.bin", ".bin"))  # the first that is there is read
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+class _File(Protocol):
+    """An open file of tensors."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape; raises ConfigError naming one that is not of floating-point numbers."""
+
+    def get(self, name: str) -> Tensor:
+        """A tensor, a copy in fp32."""
+
+
+class _Safetensors:
+    def __init__(self, path: Path):
+        self._path, self._file = path, safe_open(path, framework="pt")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        found = {}
+        for name in self._file.keys():  # noqa: SIM118
+            part = self._file.get_slice(name)
+            if part.get_dtype() not in FLOATS:
+                raise ConfigError([f"{self._path}: {name} is of {part.get_dtype()}, must be floating-point numbers"])
+            found[name] = tuple(part.get_shape())
+        return found
+
+    def get(self, name: str) -> Tensor:
+        return self._file.get_tensor(name).to(torch.float32, copy=True)
+
+
+class _Pickled:
+    def __init__(self, path: Path):
+        # the format of torch before 1.6 is no zip file and cannot be mapped
+        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if not isinstance(tree, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tree.items()):
+            raise ConfigError([f"{path}: holds something other than tensors by name"])
+        self._path, self._tensors = path, tree
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        for name, tensor in self._tensors.items():
+            if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+                raise ConfigError(
+                    [f"{self._path}: {name} is of {tensor.dtype}, {tensor.layout}; must be floating-point numbers"]
+                )
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def get(self, name: str) -> Tensor:
+        return self._tensors[name].detach().to(torch.float32, copy=True)
+
+
+class Tensors:
+    """Every tensor of a folder; shapes are known, contents are read when asked for."""
+
+    def __init__(self, folder: Path):
+        """Raises ConfigError naming the file that is missing, incomplete or not what it should be."""
+        self._files: dict[str, _File] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._place: dict[str, _File] = {}
+        where, single = _where(folder)
+        for file in dict.fromkeys(where.values()) if where is not None else (single,):
+            opened = _open(folder / file)
+            for name, shape in opened.shapes().items():
+                if where is not None and where.get(name) != file:
+                    continue  # the index does not send us here for it
+                self.shapes[name], self._place[name] = shape, opened
+        for name, file in (where or {}).items():
+            if name not in self.shapes:
+                raise ConfigError([f"{folder / file}: {name} is not in it, though the index says so"])
+
+    def get(self, name: str) -> Tensor:
+        """A tensor, a copy in fp32."""
+        return self._place[name].get(name)
+
+
+def _where(folder: Path) -> tuple[dict[str, str] | None, str]:
+    """(tensor -> file by the index, "") or (None, the only file)."""
+    for single, _ in FORMATS:
+        if (folder / single).exists():
+            return None, single
+        index = folder / f"{single}.index.json"
+        if index.exists():
+            return _weight_map(index), ""
+    raise ConfigError([f"{folder}: holds neither {' nor '.join(single for single, _ in FORMATS)}, nor the index of one"])
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_object(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise ConfigError([f"{index}: weight_map = {shown(found)}: must say in which file each tensor is"])
+    suffixes = tuple(suffix for _, suffix in FORMATS)
+    for file in found.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffixes):
+            raise ConfigError(
+                [f"{index}: weight_map names {shown(file)}: must be a {' or '.join(suffixes)} file of this folder"]
+            )
+    return found
+
+
+def _open(path: Path) -> _File:
+    opener: Callable[[Path], _File] = _Safetensors if path.suffix == ".safetensors" else _Pickled
+    try:
+        if not path.is_file():
+            raise FileNotFoundError("no such file")
+        return opener(path)
+    except ConfigError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            [f"{path}: refused, nothing of it was run: it holds more than tensors: {_wanted(path, error)}"]
+        ) from None
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ) as error:
+        raise ConfigError([f"{path}: cannot be read: {_first_line(error)}"]) from None
+
+
+def _wanted(path: Path, error: Exception) -> str:
+    """What a refused pickle asked for: as torch says it, or (of a form that torch does not read) by its instructions, which are not run."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = next((line for line in lines if "GLOBAL" in line), None)
+    return said or ", ".join(_globals(path)[:5]) or _first_line(error)
+
+
+def _globals(path: Path) -> list[str]:
+    """Dotted names that the instructions of a bare pickle look up."""
+    found: list[str] = []
+    texts: list[str] = []
+    with path.open("rb") as file:
+        try:
+            for instruction, argument, _ in pickletools.genops(file):
+                if instruction.name == "GLOBAL":
+                    found.append(str(argument).replace(" ", "."))
+                elif instruction.name == "STACK_GLOBAL":
+                    found.append(".".join(texts[-2:]))
+                elif isinstance(argument, str):
+                    texts.append(argument)
+        except Exception:  # not a pickle from some place on: any error is possible
+            pass
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,99 @@
+"""Models for the tests of Hugging Face folders: weights drawn at random, and what a Megatron GPTModel computes with them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sffn_dist import reading
+from sffn_dist.checkpoint.weights import Weights
+from sffn_dist.shapes import ffn_linears, ffn_structure, model_tensors
+from sffn_dist.structured import initialisation
+from sffn_dist.structured.maps import to_dense
+
+CASES = Path(__file__).with_name("hf_cases.py")
+SIZES: dict[str, dict[str, Any]] = {
+    "dense": {"kind": "dense"},
+    "low_rank": {"kind": "low_rank", "rank": 5},
+    "block_dense": {"kind": "block_dense", "rank": 8, "blocks": 4},
+    "block_shuffle": {"kind": "block_shuffle", "blocks": 2},
+}
+MODEL = {"layers": 2, "width": 16, "heads": 4, "sequence": 12, "vocab": 37, "init_std": 0.3, "rope_base": 500}
+TREE = {"model": MODEL, "ffn": {"width": 24}, "train": {"steps": 1, "global_batch_size": 8, "micro_batch_size": 8}}
+
+
+def config_tree(kind: str = "dense", /, ffn: dict[str, Any] | None = None, **model: Any) -> dict[str, Any]:
+    """The tree of a small model's config; ``model`` overrides its section."""
+    return {**TREE, "model": {**MODEL, **model}, "ffn": {"width": 24, **SIZES[kind], **(ffn or {})}}
+
+
+def drawn_weights(tree: dict[str, Any], *, guide: bool = False, alpha: float = 0.0, seed: int = 0, **more: Any) -> Weights:
+    """Every matrix as training starts it; biases, norms and guides moved away from there, so that each of them shows."""
+    config = reading.from_tree(tree)
+    generator = torch.Generator().manual_seed(seed)
+    specs = model_tensors(config, guide=guide)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, spec in specs.items():
+        if name in tensors:
+            continue
+        prefix, _, leaf = name.rpartition(".")
+        if len(spec.shape) == 1:
+            tensors[name] = (1.0 if leaf == "weight" else 0.0) + 0.3 * torch.randn(spec.shape, generator=generator)
+        elif ".mlp." in name:
+            inputs, outputs = next((i, o) for linear, _, i, o in ffn_linears(config) if prefix.endswith(linear))
+            structure = ffn_structure(config, int(name.split(".")[2]))
+            factors = initialisation.draw(structure, inputs, outputs, config.model.init_std, generator)
+            if f"{prefix}.guide" in specs:
+                dense = to_dense(structure, factors)
+                factors["guide"] = dense + 0.2 * torch.randn(dense.shape, generator=generator)
+            tensors |= {f"{prefix}.{factor}": tensor for factor, tensor in factors.items()}
+        else:
+            tensors[name] = config.model.init_std * torch.randn(spec.shape, generator=generator)
+    return Weights(config, tensors.__getitem__, "drawn", guide, alpha, **more)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _modules_of_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """transformers copies the code of a folder before it runs it: not into the user's home here. Nothing asks the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        if importlib.util.find_spec("transformers"):
+            cache = str(tmp_path_factory.mktemp("modules"))
+            patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+        yield
+
+
+@pytest.fixture
+def tree_of() -> Callable[..., dict[str, Any]]:
+    return config_tree
+
+
+@pytest.fixture
+def drawn() -> Callable[..., Weights]:
+    return drawn_weights
+
+
+@pytest.fixture(scope="session")
+def reference(ranks: Callable[..., Any]) -> Callable[[Weights, torch.Tensor], torch.Tensor]:
+    """Logits (batch, S, vocab) of a Megatron GPTModel of this project with such weights, in fp32 on one rank."""
+
+    def logits(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
+        tensors = {name: weights.full(name).numpy() for name in weights.names()}
+        tree = weights.config.model_dump(mode="json")
+        got = ranks(1).run(
+            CASES, "logits", tree=tree, tensors=tensors, guide=weights.guide, alpha=weights.alpha, tokens=tokens.numpy()
+        )
+        return torch.from_numpy(got[0])
+
+    return logits
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, MODEL["vocab"], (2, 12), generator=torch.Generator().manual_seed(5))
