@@ -161,6 +161,8 @@ def _sources(path: Path, tensors: Mapping[str, tuple[str, Tensor]], config: Conf
                 problems.append(f"{path}: {name} is {list(tensor.shape)} there, {list(specs[name].shape)} by the config")
         elif not (is_guide(name) and not guide) and not (name == "output_layer.weight" and config.model.tie_embeddings):
             problems.append(f"{path}: {name} is in it, not in the model of the config")
+    if config.model.tie_embeddings and not official_config.tied(tensors):
+        problems.append(f"{path}: lm_head.weight is not model.wte.weight, so that model.tie_embeddings must be false")
     if problems:
         raise ConfigError(problems[:20])
     return {name: tensors[name][1] for name in specs}

@@ -110,7 +110,7 @@ def _model(tensors: Tensors, kwargs: Mapping[str, Any], heads: int) -> dict[str,
         "norm_epsilon": 1e-5,
         "activation": "swiglu" if wide == 2 * inner else "gelu",
         "bias": f"{first}self_attention.linear_qkv.bias" in tensors,
-        "tie_embeddings": _tied(tensors, kwargs.get("tie_word_embeddings")),
+        "tie_embeddings": kwargs["tie_word_embeddings"] if "tie_word_embeddings" in kwargs else tied(tensors),
     }
     # what no tensor tells; without a config the defaults here, which are the values in all of theirs
     plain = {"sequence": "max_position_embeddings", "rope_base": "pos_emb.rotary_base"}
@@ -131,14 +131,12 @@ def _features(tensors: Tensors, linear: str) -> tuple[int, int]:
     return (last[0] if len(last) == 2 else last[0] * last[1]), (first[1] if len(first) == 2 else first[0] * first[2])
 
 
-def _tied(tensors: Tensors, said: object) -> bool:
+def tied(tensors: Tensors) -> bool:
+    """Whether the output layer is the embedding: the same storage, or the same numbers, or not there at all."""
     table, head = (tensors.get(name) for name in ("embedding.word_embeddings.weight", "output_layer.weight"))
     if table is None or head is None:
         return True
-    same = table[1].data_ptr() == head[1].data_ptr() or torch.equal(table[1], head[1])
-    if said is True and not same:
-        raise ValueError("lm_head.weight is not model.wte.weight, which the config says")
-    return same if not isinstance(said, bool) else said
+    return table[1].data_ptr() == head[1].data_ptr() or torch.equal(table[1], head[1])
 
 
 def _ffn(tensors: Tensors) -> dict[str, Any]:
