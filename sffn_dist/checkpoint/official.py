@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sffn_dist.checkpoint import official_config, pickles
+from sffn_dist.checkpoint import official_config, pickles, sizes
 from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.config import Config, ConfigError
 from sffn_dist.shapes import is_guide, model_tensors
@@ -74,12 +74,19 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Weights:
     settings = official_config.flat(found.get("config"))
     official_config.representable(path, settings, tensors)
     alpha = _alpha(path, state, settings)
-    step = _step(found)
-    config = official_config.config_of(path, tensors, settings, overrides, step=step, alpha=alpha)
-    sources = _sources(path, tensors, config, guide=alpha > 0)
+    step, tied = _step(found), _tied(tensors)
+    config = sizes.config_of(
+        str(path),
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        official_config.model(settings, tied=tied),
+        overrides,
+        train=official_config.train(settings, step),
+        guide=official_config.guide(settings) if alpha > 0 else {},
+    )
+    _check(path, tensors, config, tied=tied, guide=alpha > 0)
 
     def full(name: str) -> Tensor:
-        tensor = pickles.full_precision(sources[name])
+        tensor = pickles.full_precision(tensors[name])
         return _grouped(tensor, config) if ".linear_qkv." in name else tensor
 
     facts = {
@@ -113,59 +120,63 @@ def _alpha(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) ->
     return values.pop()
 
 
-def _tensors(path: Path, state: Mapping[str, Any]) -> dict[str, tuple[str, Tensor]]:
-    """Our name -> (their last part of the name, the tensor as it is). Raises ConfigError naming what is not theirs."""
-    found: dict[str, tuple[str, Tensor]] = {}
+def _tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Our name -> the tensor as it is. Raises ConfigError naming what is not theirs."""
+    found: dict[str, Tensor] = {}
     problems = []
     for key, value in state.items():
         theirs = key.removeprefix("module.")
         if IDLE.fullmatch(theirs) or theirs.endswith((".count", ".ratio")):
             continue
-        name, leaf = _name(theirs)
+        name = _name(theirs)
         if not name:
             problems.append(f"{path}: {key} is not a parameter of the authors' model")
         elif pickles.shape_of(value) is None:
             problems.append(f"{path}: {key} is not a tensor of floating-point numbers")
         else:
-            found[name] = leaf, value
-    if "embedding.word_embeddings.weight" not in found:
+            found[name] = value
+    if sizes.TABLE not in found:
         problems.append(f"{path}: has no model.wte.weight; not a checkpoint of the authors' code")
     if problems:
         raise ConfigError(problems[:20])
     return found
 
 
-def _name(theirs: str) -> tuple[str, str]:
-    """(Our name, the last part of theirs); empty if it is none."""
+def _name(theirs: str) -> str:
+    """Our name; empty if there is none."""
     if theirs == "model.wpe.weight":
-        return theirs, "weight"  # known, and refused with the reason
+        return theirs  # known, and refused with the reason
     module, _, leaf = theirs.rpartition(".")
     if module in TOP and leaf in ("weight", "bias"):
-        return f"{TOP[module]}.{leaf}", leaf
+        return f"{TOP[module]}.{leaf}"
     match = LAYER.fullmatch(theirs)
     if match and match[2] in MODULES and (leaf in ("weight", "bias") or (leaf in LEAVES and match[2].startswith("mlp."))):
-        return f"decoder.layers.{int(match[1])}.{MODULES[match[2]]}.{LEAVES[leaf]}", leaf
-    return "", ""
+        return f"decoder.layers.{int(match[1])}.{MODULES[match[2]]}.{LEAVES[leaf]}"
+    return ""
+
+
+def _tied(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the output layer is the embedding: the same storage, or the same numbers, or not there at all."""
+    table, head = tensors[sizes.TABLE], tensors.get(sizes.OUTPUT)
+    return head is None or table.data_ptr() == head.data_ptr() or torch.equal(table, head)
 
 
 # -------------------------------------------------------------------------------------------------------------------- the tensors
 
 
-def _sources(path: Path, tensors: Mapping[str, tuple[str, Tensor]], config: Config, *, guide: bool) -> dict[str, Tensor]:
-    """Our name -> tensor, all of them and of the right shapes. Raises ConfigError with what is missing, wrong or too much."""
-    specs = model_tensors(config, guide=guide)
-    problems = [f"{path}: has nothing for {name}" for name in specs if name not in tensors]
-    for name, (_, tensor) in tensors.items():
-        if name in specs:
-            if tuple(tensor.shape) != specs[name].shape:
-                problems.append(f"{path}: {name} is {list(tensor.shape)} there, {list(specs[name].shape)} by the config")
-        elif not (is_guide(name) and not guide) and not (name == "output_layer.weight" and config.model.tie_embeddings):
-            problems.append(f"{path}: {name} is in it, not in the model of the config")
-    if config.model.tie_embeddings and not official_config.tied(tensors):
-        problems.append(f"{path}: lm_head.weight is not model.wte.weight, so that model.tie_embeddings must be false")
+def _check(path: Path, tensors: Mapping[str, Tensor], config: Config, *, tied: bool, guide: bool) -> None:
+    """Raises ConfigError with what is missing, wrong or too much for the model of this config."""
+    expected = {name: spec.shape for name, spec in model_tensors(config, guide=guide).items()}
+    spare = {name for name in tensors if is_guide(name) and not guide}  # after its time
+    if config.model.tie_embeddings:
+        spare.add(sizes.OUTPUT)
+    problems = sizes.mismatches(
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected, spare=frozenset(spare)
+    )
+    if config.model.tie_embeddings and not tied:
+        problems.append("lm_head.weight is not model.wte.weight, so that model.tie_embeddings must be false")
     if problems:
-        raise ConfigError(problems[:20])
-    return {name: tensors[name][1] for name in specs}
+        raise ConfigError([f"{path}: {problem}" for problem in problems])
 
 
 def _grouped(tensor: Tensor, config: Config) -> Tensor:
