@@ -26,6 +26,15 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
         ConfigError: with every problem found.
     """
     tree = read_tree(Path(path))
+    override(tree, overrides)
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict):
+        run["dir"] = run.get("dir") or f"runs/{Path(path).stem}"
+    return from_tree(tree)
+
+
+def override(tree: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Apply ``key.path=value`` overrides to a tree; raises ConfigError with every one that cannot be."""
     problems: list[str] = []
     for text in overrides:
         try:
@@ -34,10 +43,6 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
             problems.extend(error.problems)
     if problems:
         raise ConfigError(problems)
-    run = tree.setdefault("run", {})
-    if isinstance(run, dict):
-        run["dir"] = run.get("dir") or f"runs/{Path(path).stem}"
-    return from_tree(tree)
 
 
 def from_tree(tree: Mapping[str, Any]) -> Config:

@@ -85,13 +85,13 @@ def transformers_model(folder: Path) -> Any:
     """The folder's model in fp32. No code of the folder is run: a structured export's classes are those of this package."""
     from transformers import AutoModelForCausalLM
 
-    from sffn_dist.checkpoint.hf.modeling_sffn import SFFNForCausalLM
+    from sffn_dist.checkpoint.hf.modeling_sffn import SffnForCausalLM
 
     structured = (
         json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        == SFFNForCausalLM.config_class.model_type
+        == SffnForCausalLM.config_class.model_type
     )
-    loader: Any = SFFNForCausalLM if structured else AutoModelForCausalLM
+    loader: Any = SffnForCausalLM if structured else AutoModelForCausalLM
     return loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
 
 

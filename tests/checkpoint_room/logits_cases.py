@@ -1,0 +1,35 @@
+"""Logits of imported weights in this project's own model; called inside the ranks of a pool."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sffn_dist import model as models
+from sffn_dist.parallel import host, topology
+from sffn_dist.parallel.split import shard
+from sffn_dist.shapes import model_tensors
+
+
+def logits(importer: str, path: str, tokens: np.ndarray, overrides: tuple[str, ...] = ()) -> Any:
+    """(Logits (batch, S, vocab), facts) of what ``sffn_dist.checkpoint.<importer>.read`` reads."""
+    weights = importlib.import_module(f"sffn_dist.checkpoint.{importer}").read(Path(path), overrides)
+    host.prepare()
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    ranks = topology.groups(weights.config.parallel.tensor)
+    model = models.build(weights.config, "fp32", ranks, guide=weights.guide)
+    specs = model_tensors(weights.config, guide=weights.guide)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            full = weights.full(name)
+            assert full.dtype == torch.float32
+            parameter.copy_(shard(full, specs[name], ranks.tensor, ranks.tensor_rank))
+        models.mix_guide(model, weights.alpha)
+        found = models.token_logits(model, torch.from_numpy(tokens))
+    return found.numpy()
