@@ -107,13 +107,10 @@ def test_there_and_back(convert: Callable[..., str], run: Path, tmp_path: Path) 
     assert (source.parents[1] / "evaluations.jsonl").exists()
     assert "heldout_loss" in (merged / "README.md").read_text(encoding="utf-8"), "the model card has the results"
     assert "the same likeliest token at 100.0%" in convert("verify", source, merged)
-    assert json.loads(convert("verify", source, structured, "--tolerance", "1e-5", "--json"))["same"]
     convert("from-hf", merged, back)
-    assert json.loads(convert("verify", merged, back, "--json"))["logits"]["largest"] < 1e-5
+    assert json.loads(convert("verify", structured, back, "--tolerance", "1e-5", "--json"))["same"]
     approximated = tmp_path / "approximated"
-    convert(
-        root, "from-hf", merged, approximated, "--ffn", "block_shuffle", "--blocks", "2", "--guide", "--dense-layers", "none"
-    )
+    convert("from-hf", merged, approximated, "--ffn", "block_shuffle", "--blocks", "2", "--guide", "--dense-layers", "none")
     found = json.loads(convert("inspect", approximated, "--no-spectra", "--json"))
     assert (found["ffn"]["kind"], found["phase"], found["alpha"], found["tensors"]) == (
         "block_shuffle",
