@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,17 +12,22 @@ from sffn_dist import counts
 from sffn_dist import model as models
 from sffn_dist import schedule as schedules
 from sffn_dist.checkpoint import store
+from sffn_dist.checkpoint.manifest import checkpoints
 from sffn_dist.config import Config, ConfigError, flatten
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Now
 from sffn_dist.telemetry.metrics import MetricsLog
 from sffn_dist.telemetry.peak import measured_flops, peak_flops
+from sffn_dist.telemetry.plan import checkpoint_bytes
 from sffn_dist.telemetry.progress import Estimate, Progress, format_duration
 from sffn_dist.telemetry.trackers import Trackers, open_trackers
 from sffn_dist.training import identity
 from sffn_dist.training.run import Reports, Run
 
-DISK_RATE = 500e6  # bytes a second, until a checkpoint was timed
+DISK_RATE, COPY_RATE = (
+    500e6,
+    5e9,
+)  # bytes a second that a save takes of training, written at once or copied; until one was timed
 EARLY_STEPS = 3  # after so many steps of a process the estimate of the whole run is printed
 
 
@@ -36,8 +42,22 @@ def begin(run: Run, continued: Path | None) -> None:
         run.reports = open_reports(config, run.precision, run.topology, trackers, run.step)
     except OSError as error:
         raise ConfigError([f"run.dir = {config.run.dir!r}: cannot be written: {error}"]) from None
+    _warn_of_room(run)
     if continued:
         run.reports.progress.note(f"continuing at step {run.step} of {run.schedule.total_steps} from {continued}")
+
+
+def _warn_of_room(run: Run) -> None:
+    """Before the first step: a save that finds no room would be lost, hours later."""
+    assert run.reports
+    kept = run.config.checkpoint.keep + 1 - len(checkpoints(run.dir))  # the one being written comes on top
+    size = checkpoint_bytes(run.config, guide=run.schedule.guided_steps > 0)
+    free = shutil.disk_usage(run.dir).free
+    if free < kept * size:
+        run.reports.progress.note(
+            f"warning: run.dir = {run.config.run.dir!r}: {free / 1e9:.3g} GB free, checkpoints will need {kept * size / 1e9:.3g} GB more "
+            f"(checkpoint.keep = {run.config.checkpoint.keep}, {size / 1e9:.3g} GB each)"
+        )
 
 
 def open_reports(config: Config, precision: str, topology: Topology, trackers: Trackers, step: int) -> Reports:
@@ -68,7 +88,7 @@ def open_reports(config: Config, precision: str, topology: Topology, trackers: T
             step,
             extra,
             costs=_costs(config, guide_flops / flops),
-            assumed={"checkpoint": saved / DISK_RATE},
+            assumed={"checkpoint": saved / (COPY_RATE if config.checkpoint.asynchronous else DISK_RATE)},
         ),
         flops_per_step=flops,
         guide_flops_per_step=guide_flops,
