@@ -31,7 +31,7 @@ from sffn_dist.config import ConfigError
 # do at home; the list says what is expected to be met, and anything else is a reason to distrust the file.
 INERT = re.compile(
     r"""
-    omegaconf\.[\w.]+ | megatron\.[\w.]+
+    omegaconf\.[\w.]+ | deepspeed\.[\w.]+ | megatron\.[\w.]+
     | argparse\.Namespace | types\.SimpleNamespace | typing\.Any | builtins\.(dict|list|tuple|str|int|float|bool|bytes|type)
     | collections\.(OrderedDict|defaultdict) | (_io|io)\.BytesIO | pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path
     | datetime\.(datetime|date|timedelta|timezone) | signal\.Signals
