@@ -11,21 +11,23 @@
                       step.pt                   Adam's count (ZeRO 1 and 2, one a parameter group; ZeRO 3 has one for all)
 
 It is what ``ds_to_universal`` makes of a DeepSpeed checkpoint and ``checkpoint.load_universal`` lets an engine load. Other cuts than
-chunks of an axis have no form in it: see :func:`uncut`.
+chunks of an axis have no form in it, see :func:`uncut`; and ZeRO 3 loads none into tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sffn_dist import reading
+from sffn_dist import reading, schedule
 from sffn_dist.checkpoint import pickles, sizes
 from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.config import Config, ConfigError
@@ -69,18 +71,28 @@ def chunk(full: Tensor, spec: TensorSpec, tensor: int, rank: int) -> Tensor:
 
 def uncut(config: Config, tensor: int, *, guide: bool) -> list[str]:
     """Names of the tensors that DeepSpeed would hand out wrongly to this many tensor-parallel ranks."""
-    wrong = []
-    for name, spec in model_tensors(config, guide=guide).items():
-        index = torch.arange(spec.numel).view(spec.shape)
-        try:
-            if any(
-                not torch.equal(chunk(index, spec, tensor, rank), shard(index, spec, tensor, rank).flatten())
-                for rank in range(tensor)
-            ):
-                wrong.append(name)
-        except (IndexError, ValueError):
-            wrong.append(name)
-    return wrong
+    return [name for name, spec in model_tensors(config, guide=guide).items() if not _alike(_narrowed(spec), tensor)]
+
+
+def _alike(spec: TensorSpec, tensor: int) -> bool:
+    index = torch.arange(spec.numel).view(spec.shape)
+    try:
+        return all(
+            torch.equal(chunk(index, spec, tensor, rank), shard(index, spec, tensor, rank).flatten()) for rank in range(tensor)
+        )
+    except (IndexError, ValueError):  # it does not divide
+        return False
+
+
+def _narrowed(spec: TensorSpec) -> TensorSpec:
+    """The same cut of a tensor that is 1 wide where it is not cut: what lies where can be tried without its memory."""
+    if spec.cut is None:
+        return TensorSpec((1,))
+    owners, cut = spec._dim_of_axes(), spec.cut
+    kept = {owners[axis] for axis in (*cut.axes, *(() if cut.many is None else (cut.many,)))}
+    view = tuple(size if owners[axis] in kept else 1 for axis, size in enumerate(cut.view))
+    shape = tuple(size if dim in kept else 1 for dim, size in enumerate(spec.shape))
+    return TensorSpec(shape, dataclasses.replace(cut, view=view))
 
 
 def write(
@@ -187,14 +199,8 @@ def read(folder: Path, config: Config | None = None) -> Universal:
         name: _count(pickles.load(file)) if (file := place / "zero" / name / "step.pt").is_file() else one for name in specs
     }
     step = _count(counters.get("global_steps"))
-    weights = Weights(
-        config=config,
-        full=lambda name: full(name, "weight"),
-        origin=str(place),
-        guide=guide,
-        alpha=1.0 if guide else 0.0,
-        step=step,
-    )
+    alpha = schedule.of(config).alpha(step) if guide else 0.0
+    weights = Weights(config=config, full=partial(full, kind="weight"), origin=str(place), guide=guide, alpha=alpha, step=step)
     return Universal(weights, full, steps)
 
 

@@ -40,6 +40,17 @@ def test_a_deepspeed_engine_goes_on_from_what_we_wrote(ranks: Any, tmp_path: Pat
     assert found["got"]["losses"] == found["expected"]["losses"]
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_tensor_parallel_engines_go_on_too(ranks: Any, tmp_path: Path, activation: str) -> None:
+    run = tree(tmp_path, 1, "low_rank", guided=True, activation=activation)
+    found = ranks(2, 2).run(
+        CASES, "there", tree={**run, "parallel": {"tensor": 2}}, folder=str(tmp_path / "u"), steps=3, more=2
+    )
+    for one in found:
+        assert one["got"]["state"] == one["expected"]["state"]
+        assert one["got"]["losses"] == one["expected"]["losses"]
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_deepspeed_s_converter_wrote_reads_back(ranks: Any, tmp_path: Path, stage: int) -> None:
     (worst,) = ranks(1).run(CASES, "back", tree=tree(tmp_path, stage), folder=str(tmp_path / "d"), steps=3)
