@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.enums import ModelType
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from sffn_dist.checkpoint import megatron, pickles
 from sffn_dist.config import ConfigError
@@ -228,6 +229,26 @@ def test_what_is_missing_or_wrong_is_named(copied: Any, name: str, refused: Any)
     path = copied(how)
     spoil(path)
     assert message in refused(lambda: read_all(path))
+
+
+def test_chunks_that_do_not_make_the_tensor_are_refused(copied: Any, refused: Any) -> None:
+    path, name = copied("stacked"), "decoder.layers.mlp.linear_fc2.weight"
+    whole = (path / ".metadata").read_bytes()
+
+    def spoil(how: Callable[[Any], Any]) -> str:
+        metadata = pickle.loads(whole)  # the test's own
+        how(metadata)
+        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+        return str(refused(lambda: read_all(path)))
+
+    assert "has 0 of 960 elements" in spoil(lambda m: m.state_dict_metadata[name].chunks.pop(2))
+    other = MetadataIndex("decoder.final_layernorm.bias", (0,))
+    assert "holds no tensor of shape" in spoil(
+        lambda m: m.storage_data.update({MetadataIndex(name, (2, 0, 0)): m.storage_data[other]})
+    )
+    assert ".metadata" in spoil(lambda m: m.storage_data.pop(MetadataIndex(name, (2, 0, 0))))
+    for info in ({"relative_path": "../x.distcp"}, {"transform_descriptors": ["zstd"]}, {"offset": -1}, {"length": 3}):
+        spoil(lambda m, info=info: [vars(place).update(info) for index, place in m.storage_data.items() if index.fqn == name])
 
 
 @pytest.mark.parametrize("place", ["legacy", "common.pt", ".metadata", "distcp", "beside the model"])
