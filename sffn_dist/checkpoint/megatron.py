@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sffn_dist import reading
 from sffn_dist.checkpoint import sizes
 from sffn_dist.checkpoint.megatron_files import Checkpoint, Entry, open_checkpoint
 from sffn_dist.checkpoint.weights import Weights
@@ -167,10 +168,14 @@ def _told(found: Checkpoint, entries: Mapping[str, Entry], overrides: Sequence[s
             raise ConfigError([f"{found.folder}: its gated activation is not swiglu, which alone models here have"])
     elif arguments:
         told["activation"] = "gelu" if _tanh(arguments) else "gelu_erf"
-    elif not any(text.startswith("model.activation=") for text in overrides):
-        raise ConfigError(
-            [f"{found.folder}: does not say which GELU the model has; give model.activation=gelu (its tanh form) or gelu_erf"]
-        )
+    given: dict[str, Any] = {}
+    reading.override(given, overrides)
+    needed = {"heads": "how many heads attention has"}
+    if not _gated(entries):
+        needed["activation"] = "which GELU it has, gelu (the tanh form) or gelu_erf"
+    unknown = [key for key in needed if key not in told and key not in given.get("model", {})]
+    if unknown:
+        raise ConfigError([f"{found.folder}: does not say {needed[key]}; give it as model.{key}=..." for key in unknown])
     return told
 
 

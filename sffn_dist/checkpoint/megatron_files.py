@@ -7,8 +7,7 @@
                  common.pt        torch.save of what is no sharded tensor: args, iteration, ...
 
     A layer's tensors lie under a key of their own, or all layers' as one tensor with a leading axis (decoder.layers.mlp.linear_fc2.weight).
-    Chunks are read here without torch.distributed.checkpoint: its planner unpickles what the metadata calls bytes, whatever it holds, and
-    its reader keeps every chunk that it was asked for.
+    Chunks are read without torch.distributed.checkpoint, whose planner unpickles what the metadata calls bytes, whatever it holds.
 
 legacy (``torch``):
 
@@ -92,9 +91,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _iteration_folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise ConfigError([f"{path}: no such folder"])
     if not (path / LATEST).is_file():
+        if not path.is_dir():
+            raise ConfigError([f"{path}: no such folder"])
         return path
     try:
         text = (path / LATEST).read_text(encoding="utf-8").strip()
@@ -106,8 +105,8 @@ def _iteration_folder(path: Path) -> Path:
     return folder
 
 
-def _count(value: object) -> int:
-    return value if isinstance(value, int) and 0 <= value < 2**53 else 0
+def _iteration(tree: Mapping[str, Any]) -> int:
+    return value if isinstance(value := tree.get("iteration"), int) and 0 <= value < 2**53 else 0
 
 
 # --------------------------------------------------------------------------------------------------------------------- torch_dist
@@ -143,8 +142,10 @@ def _torch_dist(folder: Path) -> Checkpoint:
             continue
         for layer in range(min(shape[0] if shape else 0, 10_000)):
             at, box = (layer, *(0,) * (len(shape) - 1)), (1, *shape[1:])
-            entries[f"decoder.layers.{layer}.{stacked[1]}"] = Entry(shape[1:], partial(_layer, folder, key, at, box, chunks))
-    return Checkpoint(folder, entries, pickles.attributes(common.get("args")), _count(common.get("iteration")))
+            entries[f"decoder.layers.{layer}.{stacked[1]}"] = Entry(
+                shape[1:], partial(_box, folder, key, at, box, chunks, layer=True)
+            )
+    return Checkpoint(folder, entries, pickles.attributes(common.get("args")), _iteration(common))
 
 
 def _parse(metadata: object) -> dict[str, tuple[tuple[int, ...], list[_Chunk]]]:
@@ -190,7 +191,9 @@ def _chunk(info: Mapping[str, Any], offsets: tuple[int, ...], sizes: tuple[int, 
     return _Chunk(offsets, sizes, file, *_size((start, length)))
 
 
-def _box(folder: Path, key: str, at: tuple[int, ...], box: tuple[int, ...], chunks: list[_Chunk]) -> Tensor:
+def _box(
+    folder: Path, key: str, at: tuple[int, ...], box: tuple[int, ...], chunks: list[_Chunk], layer: bool = False
+) -> Tensor:
     """Elements ``at`` .. ``at + box`` of a tensor, chunk by chunk; raises ConfigError if chunks are missing or not what they should be."""
     parts = []
     for chunk in chunks:
@@ -212,11 +215,7 @@ def _box(folder: Path, key: str, at: tuple[int, ...], box: tuple[int, ...], chun
         target = tuple(slice(a - b, a - b + n) for a, b, n in zip(low, at, lengths, strict=True))
         source = tuple(slice(a - o, a - o + n) for a, o, n in zip(low, chunk.offsets, lengths, strict=True))
         full[target] = held.detach()[source]
-    return full
-
-
-def _layer(folder: Path, key: str, at: tuple[int, ...], box: tuple[int, ...], chunks: list[_Chunk]) -> Tensor:
-    return _box(folder, key, at, box, chunks)[0]
+    return full[0] if layer else full
 
 
 # ------------------------------------------------------------------------------------------------------------------------- legacy
@@ -238,19 +237,17 @@ def _legacy(folder: Path, places: Mapping[tuple[int, int], Path]) -> Checkpoint:
                 [f"{places[place]}: a model from before megatron-core (language_model); convert it with Megatron-LM first"]
             )
     first = files[0, 0]
-    arguments = pickles.attributes(first.get("args"))
     version = first.get("checkpoint_version", 3.0)
     if not isinstance(version, int | float) or version < 2:  # before, rows of linear_qkv lay otherwise
         raise ConfigError([f"{folder}: checkpoint_version = {version!r}, must be at least 2"])
     stages = max(sum(f"model{i}" in file for i in range(100)) for file in files.values()) or 1
-    entries: dict[str, Entry] = {}
-    layers = 0
+    entries, layers = dict[str, Entry](), 0
     for chunk in range(stages):  # interleaved: the first part of each stage, then the second, ...
         for stage in range(pipeline):
             key = f"model{chunk}" if "model0" in files[0, stage] else "model"
             parts = [_state(places[rank, stage], files[rank, stage].get(key)) for rank in range(tensor)]
             layers += _add(folder, entries, parts, layers)
-    return Checkpoint(folder, entries, arguments, _count(first.get("iteration")))
+    return Checkpoint(folder, entries, pickles.attributes(first.get("args")), _iteration(first))
 
 
 def _state(path: Path, state: object) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ refusal. No foreign module is imported. Stand-ins are classes made anew for each
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import pickletools
@@ -17,7 +18,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,11 +31,12 @@ from sffn_dist.config import ConfigError
 # do at home; the list says what is expected to be met, and anything else is a reason to distrust the file.
 INERT = re.compile(
     r"""
-    omegaconf\.[\w.]+ | megatron\.[\w.]+
+    omegaconf\.[\w.]+ | deepspeed\.[\w.]+ | megatron\.[\w.]+
     | argparse\.Namespace | types\.SimpleNamespace | typing\.Any | builtins\.(dict|list|tuple|str|int|float|bool|bytes|type)
     | collections\.(OrderedDict|defaultdict) | (_io|io)\.BytesIO | pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path
     | datetime\.(datetime|date|timedelta|timezone) | signal\.Signals
-    | numpy\.(ndarray|dtype) | numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar) | numpy\.(_core|core)\.numeric\._frombuffer
+    | numpy\.(ndarray|dtype|dtypes\.\w+) | numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)
+    | numpy\.(_core|core)\.numeric\._frombuffer
     | torch\.(Size|device|dtype|(bfloat|float|complex|u?int|q?u?int)\w*|bool|half|double|long|short) | torch\.serialization\._get_layout
     | torch\.distributed\.checkpoint\.[\w.]+
     """,
@@ -143,17 +145,31 @@ def _globals(path: Path, file: BinaryIO) -> list[str]:
         if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in archive.infolist()):
             raise ConfigError([f"{path}: has compressed entries, which torch.save does not write"])
     file.seek(0)
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    with _allowed():
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     _refuse(path, (name for name in names if not INERT.fullmatch(name)))
     return names
 
 
 def _load(names: Iterable[str], source: str | BinaryIO, *, mmap: bool) -> Any:
     # a pair's name is all that torch looks at: these stand for the names while this file is read, and import nothing
-    pairs: list[Any] = [(_mapping if name == "collections.defaultdict" else stand_in(name), name) for name in names]
-    with torch.serialization.safe_globals(pairs), warnings.catch_warnings():
+    pairs = [(_mapping if name == "collections.defaultdict" else stand_in(name), name) for name in names]
+    with _allowed(*pairs), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pickle protocols
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+@contextlib.contextmanager
+def _allowed(*pairs: tuple[Callable[..., Any], str]) -> Iterator[None]:
+    """Nothing but torch's own and ``pairs``: libraries (megatron-core is one) add classes of theirs to torch's list, for all readers."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals(list(pairs))
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 class _Window(io.RawIOBase):

@@ -53,29 +53,15 @@ def _groups(tensor: int) -> None:
 def model_of(args: argparse.Namespace, tensor: int) -> GPTModel:
     """The model as Megatron-LM builds it of its arguments, with weights of some size everywhere."""
     config = TransformerConfig(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        num_attention_heads=args.num_attention_heads,
+        num_layers=args.num_layers, hidden_size=args.hidden_size, num_attention_heads=args.num_attention_heads,
         num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        kv_channels=args.kv_channels,
-        ffn_hidden_size=args.ffn_hidden_size,
-        normalization=args.normalization,
-        layernorm_epsilon=args.norm_epsilon,
-        gated_linear_unit=args.swiglu,
-        activation_func=F.silu if args.swiglu else F.gelu,
-        bias_activation_fusion=args.bias_gelu_fusion,
-        add_bias_linear=args.add_bias_linear,
-        add_qkv_bias=args.add_qkv_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=tensor,
-        use_cpu_initialization=True,
-        init_method_std=0.2,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
+        kv_channels=args.kv_channels, ffn_hidden_size=args.ffn_hidden_size, normalization=args.normalization,
+        layernorm_epsilon=args.norm_epsilon, gated_linear_unit=args.swiglu, activation_func=F.silu if args.swiglu else F.gelu,
+        bias_activation_fusion=args.bias_gelu_fusion, add_bias_linear=args.add_bias_linear, add_qkv_bias=args.add_qkv_bias,
+        hidden_dropout=0.0, attention_dropout=0.0, tensor_model_parallel_size=tensor, use_cpu_initialization=True,
+        init_method_std=0.2, masked_softmax_fusion=False, bias_dropout_fusion=False, gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
-    )
+    )  # fmt: skip
     torch.manual_seed(7)
     model = GPTModel(
         config,

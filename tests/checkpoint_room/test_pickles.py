@@ -102,7 +102,16 @@ def test_nothing_stays_of_a_file(tmp_path: Path) -> None:
     before = torch.serialization.get_safe_globals()
     kinds = [type(pickles.load(tmp_path / "f.pt")) for _ in range(2)]
     assert kinds[0] is not kinds[1], "what a file does to its classes must not outlive it"
-    assert torch.serialization.get_safe_globals() == before
+    assert set(torch.serialization.get_safe_globals()) == set(before)
+
+
+def test_what_others_allow_torch_is_not_allowed_here(tmp_path: Path, refused: Refused) -> None:
+    torch.save({"n": argparse.Namespace(a=1)}, tmp_path / "f.pt")
+    torch.save({"n": io.StringIO}, tmp_path / "g.pt")
+    with torch.serialization.safe_globals([argparse.Namespace, io.StringIO]):
+        assert isinstance(pickles.load(tmp_path / "f.pt")["n"], pickles.StandIn)
+        refused(lambda: pickles.load(tmp_path / "g.pt"))
+        assert set(torch.serialization.get_safe_globals()) >= {argparse.Namespace, io.StringIO}
 
 
 @pytest.mark.parametrize(
