@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
     "heads": ({"num_attention_heads": 3, "head_dim": ...}, "num_attention_heads = 3: must divide hidden_size = 16"),
     "too many layers": ({"num_hidden_layers": 20_000}, "model.layers = 20000"),
     "kv heads": ({"num_key_value_heads": 3}, "model.kv_heads = 3"),
+    "guide": ({"model_type": "sffn", "gated": True, "dense_layers": [], "guide_alpha": 1.5}, "guide_alpha = 1.5"),
+    "feed-forward": ({"model_type": "sffn", "gated": True, "dense_layers": [0], "ffn_kind": "monarch"}, 'ffn_kind = "monarch"'),
     "epsilon": ({"rms_norm_eps": 0}, "rms_norm_eps = 0"),
 }
 
@@ -194,6 +197,11 @@ def test_many_problems_are_cut_short(folder: Path) -> None:
     problems = refusal(folder)
     assert len(problems) == 21
     assert problems[-1].startswith("and 43 more")
+    assert "tensor model.layers.2.input_layernorm.weight is missing; the nearest there is model.layers.1.input" in problems[0]
+    edit(folder, num_hidden_layers=3000)
+    begun = time.monotonic()
+    assert len(refusal(folder)) == 21
+    assert time.monotonic() - begun < 10.0
 
 
 # ----------------------------------------------------------------------------------------------------------------- pickles

@@ -1,4 +1,4 @@
-"""The small files of an exported folder: config.json, generation_config.json and the tokenizer's, as mappings. Standard library only."""
+"""The small files of an exported folder: config.json, generation_config.json and the tokenizer's, as mappings."""
 
 from __future__ import annotations
 
@@ -84,7 +84,13 @@ def config_json(
     tree |= {"rms_norm_eps": model.norm_epsilon, "attention_bias": model.bias, "mlp_bias": model.bias}
     if family is LLAMA:
         return {"model_type": "llama", **tree}
-    return {"model_type": "sffn", **tree, **_structured(config), "guide_alpha": alpha, "training_steps": step}
+    return {
+        "model_type": "sffn",
+        **tree,
+        **_structured(config),
+        "guide_alpha": None if alpha is None else float(alpha),
+        "training_steps": step,
+    }
 
 
 def _structured(config: Config) -> dict[str, Any]:
