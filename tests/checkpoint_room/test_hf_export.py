@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sffn_dist import counts
 from sffn_dist.checkpoint.hf import source
@@ -132,6 +133,19 @@ def test_a_structured_model_may_be_made_and_trained_in_transformers(
     model(tokens, labels=tokens).loss.backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None]
     assert unused == []
+
+
+def test_what_a_file_lacks_is_drawn_and_nothing_else(tree_of: Any, drawn: Any, tmp_path: Path) -> None:
+    weights = drawn(tree_of("low_rank", ffn={"dense_layers": []}, **LLAMA), guide=True, alpha=0.5)
+    path = export(weights, tmp_path / "m", ffn="structured", dtype="fp32") / "model.safetensors"
+    tensors = load_file(path)
+    prefix = "model.layers.0.mlp.linear_fc1."
+    del tensors[f"{prefix}up"], tensors[f"{prefix}bias"]
+    save_file(tensors, path, {"format": "pt"})
+    found = dict(loaded(tmp_path / "m", trust_remote_code=True).named_parameters())
+    assert 0.1 < found[f"{prefix}up"].std() < 1.0
+    assert not found[f"{prefix}bias"].any()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("variant", ["llama", "layernorm_swiglu"])

@@ -163,7 +163,10 @@ TENSOR_DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor], str], Any], s
     "missing": (lambda t, n: t.pop(n), "{name} is not in it, though the index says so"),
     "another shape": (lambda t, n: t.update({n: t[n][:-1].clone()}), "tensor {name} is ["),
     "another rank": (lambda t, n: t.update({n: t[n][None].clone()}), "tensor {name} is [1, "),
-    "whole numbers": (lambda t, n: t.update({n: t[n].to(torch.int8)}), "{name} is of I8, must be floating-point numbers"),
+    "whole numbers": (
+        lambda t, n: t.update({n: t[n].to(torch.int8)}),
+        "tensor {name} is of I8, must be floating-point numbers",
+    ),
 }
 
 
@@ -238,15 +241,25 @@ def test_a_malicious_pickle_is_refused_and_not_run(form: str, folder: Path, tmp_
             assert witness.exists(), "the file would have done something"
 
 
-@pytest.mark.parametrize(
-    "content", [[torch.ones(2)], {"a": 3}, {"a": torch.ones(2, dtype=torch.int64)}, {1: torch.ones(2)}], ids=str
-)
+@pytest.mark.parametrize("content", [[torch.ones(2)], {"a": 3}, {1: torch.ones(2)}], ids=str)
 def test_a_pickle_of_something_else_is_refused(content: Any, folder: Path) -> None:
     for path in folder.glob("model*"):
         path.unlink()
     torch.save(content, folder / "pytorch_model.bin")
     (problem,) = refusal(folder)
     assert str(folder / "pytorch_model.bin") in problem
+
+
+@pytest.mark.parametrize(
+    "odd", [torch.zeros(16, dtype=torch.int64), torch.zeros(16).to_sparse(), torch.zeros(16, device="meta")], ids=str
+)
+def test_a_pickled_tensor_that_is_no_plain_one_is_named(odd: torch.Tensor, folder: Path) -> None:
+    tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for path in folder.glob("model*"):
+        path.unlink()
+    torch.save({**tensors, "model.norm.weight": odd}, folder / "pytorch_model.bin")
+    (problem,) = refusal(folder)
+    assert "tensor model.norm.weight is of torch." in problem
 
 
 def test_a_torn_pickle_is_refused(folder: Path) -> None:

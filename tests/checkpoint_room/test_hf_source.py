@@ -133,6 +133,20 @@ def rewrite(folder: Path, form: str) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
+def test_masks_that_old_files_hold_are_no_parameters(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    foreign("gpt_neox").save_pretrained(tmp_path)
+    masks = {
+        "bias": torch.ones(1, 1, 4, 4, dtype=torch.bool),
+        "masked_bias": torch.tensor(-1e9),
+        "rotary_emb.inv_freq": torch.ones(2),
+    }
+    named = {f"gpt_neox.layers.0.attention.{name}": mask for name, mask in masks.items()}
+    save_file({**load_file(tmp_path / "model.safetensors"), **named}, tmp_path / "model.safetensors")
+    assert source.read(tmp_path).config.model.bias
+
+
 def test_settings_of_transformers_4_and_5_read_alike(tmp_path: Path) -> None:
     foreign("llama").save_pretrained(tmp_path)
     expected, path = source.read(tmp_path).config, tmp_path / "config.json"

@@ -66,7 +66,9 @@ def config_json(
         "attention_dropout": 0.0,
         "use_cache": True,
         # nothing pads here, though the end of text does in the tokenizer: torch trains no embedding of a padding token
-        **{"bos_token_id": special.id, "eos_token_id": special.id, "pad_token_id": None},
+        "bos_token_id": special.id,
+        "eos_token_id": special.id,
+        "pad_token_id": None,
         "dtype": DTYPES[dtype],
     }
     if family is STARCODER2:

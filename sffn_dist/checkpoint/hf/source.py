@@ -85,6 +85,8 @@ class _Source:
                 used.add(other)
                 if found is None:
                     yield f"tensor {other} is missing"
+                elif other in self.tensors.other_types:
+                    yield f"tensor {other} is of {self.tensors.other_types[other]}, must be floating-point numbers"
                 elif found != shape:
                     yield f"tensor {other} is {list(found)}, {config_json.NAME} means {list(shape)}"
         tied = {"lm_head.weight", "embed_out.weight"} if self.config.model.tie_embeddings else set()
