@@ -31,7 +31,16 @@ SIZES: dict[str, dict[str, Any]] = {
     "block_dense": {"kind": "block_dense", "rank": 8, "blocks": 4},
     "block_shuffle": {"kind": "block_shuffle", "blocks": 2},
 }
-MODEL = {"layers": 2, "width": 16, "heads": 4, "sequence": 12, "vocab": 37, "init_std": 0.3, "rope_base": 500}
+MODEL = {
+    "layers": 2,
+    "width": 16,
+    "heads": 4,
+    "sequence": 12,
+    "vocab": 37,
+    "init_std": 0.3,
+    "rope_base": 500,
+    "norm_epsilon": 0.03,
+}
 TREE = {"model": MODEL, "ffn": {"width": 24}, "train": {"steps": 1, "global_batch_size": 8, "micro_batch_size": 8}}
 
 

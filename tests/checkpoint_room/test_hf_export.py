@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import weakref
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sffn_dist import counts
 from sffn_dist.checkpoint.hf import source
-from sffn_dist.checkpoint.hf.describe import SEPARATORS
 from sffn_dist.checkpoint.hf.export import export
 from sffn_dist.checkpoint.weights import Weights, merged
-from sffn_dist.config import ConfigError
 
 transformers = pytest.importorskip("transformers")
 
@@ -140,6 +135,19 @@ def test_a_structured_model_may_be_made_and_trained_in_transformers(
     assert unused == []
 
 
+def test_what_a_file_lacks_is_drawn_and_nothing_else(tree_of: Any, drawn: Any, tmp_path: Path) -> None:
+    weights = drawn(tree_of("low_rank", ffn={"dense_layers": []}, **LLAMA), guide=True, alpha=0.5)
+    path = export(weights, tmp_path / "m", ffn="structured", dtype="fp32") / "model.safetensors"
+    tensors = load_file(path)
+    prefix = "model.layers.0.mlp.linear_fc1."
+    del tensors[f"{prefix}up"], tensors[f"{prefix}bias"]
+    save_file(tensors, path, {"format": "pt"})
+    found = dict(loaded(tmp_path / "m", trust_remote_code=True).named_parameters())
+    assert 0.1 < found[f"{prefix}up"].std() < 1.0
+    assert not found[f"{prefix}bias"].any()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
 @pytest.mark.parametrize("variant", ["llama", "layernorm_swiglu"])
 def test_structured_has_what_transformers_gives_a_model(
     variant: str, tree_of: Any, drawn: Any, tokens: torch.Tensor, tmp_path: Path
@@ -175,215 +183,3 @@ def test_generation_with_a_cache_is_generation_without(
         expected = torch.cat([expected, logits(model, expected)[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(got, expected)
     assert torch.equal(got, model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=False))
-
-
-# ------------------------------------------------------------------------------------------------------------------- files
-
-
-def test_shards_hold_the_same_tensors(tree_of: Any, drawn: Any, tokens: torch.Tensor, tmp_path: Path) -> None:
-    weights = drawn(tree_of("low_rank", **VARIANTS["llama"]))
-    whole = export(weights, tmp_path / "whole", ffn="merged", dtype="fp32")
-    shards = export(weights, tmp_path / "shards", ffn="merged", dtype="fp32", shard_bytes=3000)
-    files = sorted(path.name for path in shards.glob("*.safetensors"))
-    assert len(files) > 3
-    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    sizes = [sum(t.numel() * 4 for t in read_file(shards / file).values()) for file in files]
-    index = json.loads((shards / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(sizes)
-    assert all(size <= 3000 for size in sizes)
-    assert torch.equal(logits(loaded(shards), tokens), logits(loaded(whole), tokens))
-    same_tensors(source.read(shards), source.read(whole))
-    assert (shards / "README.md").read_text().replace("shards", "whole") == (whole / "README.md").read_text()
-
-
-def read_file(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-@pytest.mark.parametrize("ffn", ["merged", "structured"])
-def test_bf16_is_the_rounded_model(ffn: Any, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
-    weights = drawn(tree_of("low_rank", **VARIANTS["llama"]))
-    folder = export(weights, tmp_path / "m", ffn=ffn, dtype="bf16")
-    assert loaded(folder, trust_remote_code=ffn == "structured").dtype == torch.bfloat16
-    expected, got = merged(weights) if ffn == "merged" else weights, source.read(folder)
-    for name in expected.names():
-        assert torch.equal(got.full(name), expected.full(name).to(torch.bfloat16).float()), name
-
-
-@pytest.mark.parametrize("variant", ONLY_STRUCTURED)
-def test_what_no_architecture_has_is_refused_merged(variant: str, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
-    weights = drawn(tree_of("low_rank", **ONLY_STRUCTURED[variant]))
-    key = "model.heads = 3" if variant == "heads_beside_width" else f"model.norm = {weights.config.model.norm}"
-    with pytest.raises(ConfigError, match=key) as caught:
-        export(weights, tmp_path / "m", ffn="merged", dtype="fp32")
-    assert "structured" in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("what", ["folder", "file", "dangling link", "empty folder"])
-def test_an_existing_target_is_refused_and_untouched(what: str, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
-    target = tmp_path / "m"
-    if what == "file":
-        target.write_text("mine")
-    elif what == "dangling link":
-        target.symlink_to(tmp_path / "nowhere")
-    else:
-        target.mkdir()
-        if what == "folder":
-            (target / "mine").write_text("mine")
-    with pytest.raises(ConfigError, match=str(target)):
-        export(drawn(tree_of(**LLAMA)), target, ffn="merged", dtype="fp32")
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
-    assert not target.is_dir() or [path.name for path in target.iterdir()] == (["mine"] if what == "folder" else [])
-
-
-@pytest.mark.parametrize("error", [RuntimeError("disk"), KeyboardInterrupt()], ids=["error", "interrupt"])
-@pytest.mark.parametrize("at", ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"])
-def test_a_failure_leaves_nothing(error: BaseException, at: str, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
-    weights = drawn(tree_of("low_rank", **LLAMA))
-
-    def full(name: str) -> torch.Tensor:
-        if name == at:
-            raise error
-        return weights.full(name)
-
-    with pytest.raises(type(error)):
-        export(replace(weights, full=full), tmp_path / "m", ffn="merged", dtype="fp32", shard_bytes=3000)
-    assert list(tmp_path.iterdir()) == []
-    assert export(weights, tmp_path / "m", ffn="merged", dtype="fp32").is_dir(), "the same place serves afterwards"
-
-
-def test_another_export_to_the_same_place_is_refused(tree_of: Any, drawn: Any, tmp_path: Path) -> None:
-    (tmp_path / ".m.partial").mkdir()
-    with pytest.raises(ConfigError, match=r"\.m\.partial exists"):
-        export(drawn(tree_of(**LLAMA)), tmp_path / "m", ffn="merged", dtype="fp32")
-    assert (tmp_path / ".m.partial").is_dir(), "it is another's"
-
-
-def test_the_target_is_not_there_until_it_is_whole(tree_of: Any, drawn: Any, tmp_path: Path) -> None:
-    weights, seen = drawn(tree_of(**LLAMA)), []
-
-    def full(name: str) -> torch.Tensor:
-        seen.append((tmp_path / "deep" / "m").exists())
-        return weights.full(name)
-
-    export(replace(weights, full=full), tmp_path / "deep" / "m", ffn="merged", dtype="fp32")
-    assert seen == [False] * len(weights.names())
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["m"]
-
-
-def test_one_tensor_is_in_memory_at_a_time(tree_of: Any, drawn: Any, tmp_path: Path) -> None:
-    weights = drawn(tree_of(**LLAMA))
-    given: list[weakref.ref[torch.Tensor]] = []
-
-    def full(name: str) -> torch.Tensor:
-        assert [ref for ref in given if ref() is not None] == [], "an earlier one is still held"
-        tensor = weights.full(name).clone()
-        given.append(weakref.ref(tensor))
-        return tensor
-
-    export(replace(weights, full=full), tmp_path / "m", ffn="structured", dtype="bf16", shard_bytes=3000)
-    assert len(given) == len(weights.names())
-
-
-def test_a_place_that_cannot_be_written_is_named(tree_of: Any, drawn: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="file/m: cannot be written"):
-        export(drawn(tree_of(**LLAMA)), tmp_path / "file" / "m", ffn="merged", dtype="fp32")
-
-
-def test_wrong_arguments_and_tensors_are_refused(tree_of: Any, drawn: Any, tmp_path: Path) -> None:
-    weights = drawn(tree_of(**LLAMA))
-    for wrong in ({"ffn": "dense"}, {"dtype": "fp16"}, {"shard_bytes": 0}):
-        with pytest.raises(ConfigError, match=str(next(iter(wrong.values())))):
-            export(weights, tmp_path / "m", **{"ffn": "merged", "dtype": "fp32", **wrong})
-    with pytest.raises(ConfigError, match=r"embedding\.word_embeddings\.weight is \[2\]"):
-        export(replace(weights, full=lambda name: torch.zeros(2)), tmp_path / "m", ffn="merged", dtype="fp32")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_export_and_source_need_no_transformers() -> None:
-    import subprocess
-
-    script = (
-        "import sys; sys.modules['transformers'] = None\n"
-        "import sffn_dist.checkpoint.hf.export, sffn_dist.checkpoint.hf.source\nprint('megatron' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "False"
-
-
-# --------------------------------------------------------------------------------------------------- tokenizer, model card
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    vocab = {"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3, "Ġ": 4, "c": 5, "Ċ": 6}
-    made = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(["<|endoftext|>"])
-    return made
-
-
-@pytest.mark.parametrize("ffn", ["merged", "structured"])
-def test_the_tokenizer_travels_with_its_end_of_text(ffn: Any, tokenizer: Any, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
-    weights = drawn(tree_of("low_rank", **VARIANTS["llama"]), tokenizer=tokenizer.to_str())
-    folder = export(weights, tmp_path / "m", ffn=ffn, dtype="fp32")
-    got = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=ffn == "structured")
-    text = "ab c\na b\n ab"
-    assert got(text)["input_ids"] == tokenizer.encode(text).ids
-    assert got.decode(got(text)["input_ids"]) == text
-    assert (got.eos_token_id, got.bos_token_id, got.pad_token_id) == (0, 0, 0)
-    assert got.model_max_length == weights.config.model.sequence
-    assert got(["ab", "a b c"], padding=True, return_tensors="pt")["attention_mask"].tolist()[0].count(0) == 4
-    model = loaded(folder, trust_remote_code=ffn == "structured")
-    assert (model.config.eos_token_id, model.config.bos_token_id, model.config.pad_token_id) == (0, 0, None)
-    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (0, 0)
-    assert source.read(folder).tokenizer == weights.tokenizer
-
-
-def test_the_end_of_text_is_what_data_preparation_takes(root: Path) -> None:
-    from sffn_dist.data import tokenizer as ours
-
-    assert SEPARATORS == ours.SEPARATORS
-
-
-def test_no_tokenizer_and_no_end_of_text(tokenizer: Any, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
-    folder = export(drawn(tree_of(**LLAMA)), tmp_path / "none", ffn="merged", dtype="fp32")
-    assert not (folder / "tokenizer.json").exists()
-    assert loaded(folder).config.eos_token_id is None
-    text = tokenizer.to_str().replace("<|endoftext|>", "<odd>")
-    folder = export(drawn(tree_of(**LLAMA), tokenizer=text), tmp_path / "odd", ffn="merged", dtype="fp32")
-    got = transformers.AutoTokenizer.from_pretrained(folder)
-    assert (got.eos_token, got.pad_token) == (None, None)
-    for broken in ("{", "[]", '{"model": 3}'):
-        with pytest.raises(ConfigError, match="no tokenizer"):
-            export(drawn(tree_of(**LLAMA), tokenizer=broken), tmp_path / "broken", ffn="merged", dtype="fp32")
-    assert not (tmp_path / "broken").exists()
-
-
-@pytest.mark.parametrize("ffn", ["merged", "structured"])
-def test_the_card_says_what_the_model_is(ffn: Any, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
-    import yaml
-
-    facts = {"data_fingerprint": "f00d", "revision": "a|b\nc", "results": {"heldout_loss": 3.25}, "unknown": None}
-    weights = drawn(tree_of("block_dense", **LLAMA), facts=facts, step=1200)
-    text = (export(weights, tmp_path / "m", ffn=ffn, dtype="bf16") / "README.md").read_text()
-    _, header, body = text.split("---\n", 2)
-    assert yaml.safe_load(header)["library_name"] == "transformers"
-    assert "block-dense" in yaml.safe_load(header)["tags"]
-    assert "license" not in yaml.safe_load(header)
-    config = (merged(weights) if ffn == "merged" else weights).config
-    for row in ("| data_fingerprint | f00d |", "| revision | a\\|b c |", "| results.heldout_loss | 3.25 |", "| rank | 8 |",
-                f"| all | {counts.parameters(config):,} |", "1,200 steps", "2406.16450"):  # fmt: skip
-        assert row in body, row
-    assert ("trust_remote_code" in body) == (ffn == "structured")
-    assert "unknown" not in body
-    known = export(replace(weights, facts={"license": "mit"}), tmp_path / "known", ffn=ffn, dtype="bf16")
-    assert yaml.safe_load((known / "README.md").read_text().split("---\n")[1])["license"] == "mit"

@@ -22,6 +22,7 @@ transformers = pytest.importorskip("transformers")
 SIZES = {
     "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 12, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0,
+    "rms_norm_eps": 0.03, "norm_epsilon": 0.03, "layer_norm_eps": 0.03,
 }  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
 NEOX = {"use_parallel_residual": False, "rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}
@@ -130,6 +131,20 @@ def rewrite(folder: Path, form: str) -> None:
         torch.save({key: tensors[key] for key in names[i::2]}, folder / file)
         where |= dict.fromkeys(names[i::2], file)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def test_masks_that_old_files_hold_are_no_parameters(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    foreign("gpt_neox").save_pretrained(tmp_path)
+    masks = {
+        "bias": torch.ones(1, 1, 4, 4, dtype=torch.bool),
+        "masked_bias": torch.tensor(-1e9),
+        "rotary_emb.inv_freq": torch.ones(2),
+    }
+    named = {f"gpt_neox.layers.0.attention.{name}": mask for name, mask in masks.items()}
+    save_file({**load_file(tmp_path / "model.safetensors"), **named}, tmp_path / "model.safetensors")
+    assert source.read(tmp_path).config.model.bias
 
 
 def test_settings_of_transformers_4_and_5_read_alike(tmp_path: Path) -> None:

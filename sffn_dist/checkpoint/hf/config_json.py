@@ -1,4 +1,4 @@
-"""config.json and our config: what a folder's model is in our terms, and what ours is in theirs. Standard library only.
+"""config.json read: what a folder's model is in our terms.
 
 What this project's model cannot represent is refused with every reason at once, each by config.json's own key and value.
 """
@@ -123,6 +123,8 @@ def read(folder: Path) -> Description:
     _refuse_what_differs(values, model_type)
     alpha = None if values.get("guide_alpha") is None or model_type != "sffn" else values.number("guide_alpha")
     step = values.integer_or("training_steps", 0) if model_type == "sffn" and values.get("training_steps") != 0 else 0
+    if alpha is not None and alpha > 1:
+        values.refuse("guide_alpha", "must be between 0 and 1")
     if values.problems:
         raise ConfigError([f"{path}: {problem}" for problem in dict.fromkeys(values.problems)])
     try:

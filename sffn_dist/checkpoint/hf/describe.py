@@ -1,4 +1,4 @@
-"""The small files of an exported folder: config.json, generation_config.json and the tokenizer's, as mappings. Standard library only."""
+"""The small files of an exported folder: config.json, generation_config.json and the tokenizer's, as mappings."""
 
 from __future__ import annotations
 
@@ -57,24 +57,18 @@ def config_json(
     model = config.model
     tree: dict[str, Any] = {
         "architectures": [family.architecture],
-        "vocab_size": model.vocab,
-        "hidden_size": model.width,
-        "intermediate_size": config.ffn_width,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+        **_sizes(config),
         "hidden_act": ACTIVATIONS[model.activation],
-        "max_position_embeddings": model.sequence,
         "initializer_range": min(model.init_std, 1.0),  # transformers takes none above 1
         "tie_word_embeddings": model.tie_embeddings,
         "rope_theta": float(model.rope_base),  # where transformers 4 reads it, and 5
         "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rope_base)},
         "attention_dropout": 0.0,
         "use_cache": True,
+        # nothing pads here, though the end of text does in the tokenizer: torch trains no embedding of a padding token
         "bos_token_id": special.id,
         "eos_token_id": special.id,
-        "pad_token_id": None,  # its embedding would not be trained: the end of text, which pads, has a meaning of its own
+        "pad_token_id": None,
         "dtype": DTYPES[dtype],
     }
     if family is STARCODER2:
@@ -84,7 +78,27 @@ def config_json(
     tree |= {"rms_norm_eps": model.norm_epsilon, "attention_bias": model.bias, "mlp_bias": model.bias}
     if family is LLAMA:
         return {"model_type": "llama", **tree}
-    return {"model_type": "sffn", **tree, **_structured(config), "guide_alpha": alpha, "training_steps": step}
+    return {
+        "model_type": "sffn",
+        **tree,
+        **_structured(config),
+        "guide_alpha": None if alpha is None else float(alpha),
+        "training_steps": step,
+    }
+
+
+def _sizes(config: Config) -> dict[str, int]:
+    model = config.model
+    return {
+        "vocab_size": model.vocab,
+        "hidden_size": model.width,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": model.sequence,
+    }
 
 
 def _structured(config: Config) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.config import ConfigError
 from sffn_dist.shapes import TensorSpec, model_tensors
 
+SHOWN = 20  # problems told of a folder
+
 
 def read(folder: Path) -> Weights:
     """The model in ``folder``: of type llama, mistral, qwen2, starcoder2, gpt_neox, or an export of ours (sffn).
@@ -30,9 +32,10 @@ def read(folder: Path) -> Weights:
     description = config_json.read(folder)
     tensors = Tensors(folder)
     source = _Source(description, tensors)
-    problems = [f"{folder}: {problem}" for problem in source.problems()]
+    problems = list(source.problems())
     if problems:
-        raise ConfigError(problems[:20] + ([f"and {len(problems) - 20} more of this kind"] if len(problems) > 20 else []))
+        more = [f"and {len(problems) - SHOWN} more of this kind"] if len(problems) > SHOWN else []
+        raise ConfigError([f"{folder}: {source.hint(problem)}" for problem in problems[:SHOWN]] + more)
     tree = config_json.read_object(folder / config_json.NAME)
     kept = ("architectures", "dtype", "torch_dtype", "transformers_version", "bos_token_id", "eos_token_id")
     facts = {key: tree[key] for key in kept if tree.get(key) is not None}
@@ -81,14 +84,20 @@ class _Source:
                 found = self.tensors.shapes.get(other)
                 used.add(other)
                 if found is None:
-                    near = difflib.get_close_matches(other, self.tensors.shapes, n=1)
-                    yield f"tensor {other} is missing" + (f"; the nearest there is {near[0]}" if near else "")
+                    yield f"tensor {other} is missing"
+                elif other in self.tensors.other_types:
+                    yield f"tensor {other} is of {self.tensors.other_types[other]}, must be floating-point numbers"
                 elif found != shape:
                     yield f"tensor {other} is {list(found)}, {config_json.NAME} means {list(shape)}"
         tied = {"lm_head.weight", "embed_out.weight"} if self.config.model.tie_embeddings else set()
         for other in self.tensors.shapes:
             if other not in used and other not in tied and not other.endswith(self.description.family.unread or ("\0",)):
                 yield f"tensor {shown(other)} has no place in the model that {config_json.NAME} describes"
+
+    def hint(self, problem: str) -> str:
+        """The problem, and of a missing tensor the name there that is most like it; slow, so for problems that are shown."""
+        near = difflib.get_close_matches(problem.split()[1], self.tensors.shapes, n=1) if problem.endswith("is missing") else []
+        return problem + (f"; the nearest there is {near[0]}" if near else "")
 
     def _expected(self, name: str, spec: TensorSpec) -> dict[str, tuple[int, ...]]:
         found = names.shapes(self.description.family, name, spec.shape, self.config)

@@ -27,7 +27,10 @@ class _File(Protocol):
     """An open file of tensors."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape; raises ConfigError naming one that is not of floating-point numbers."""
+        """Every tensor's shape."""
+
+    def other_types(self) -> dict[str, str]:
+        """The types of those that are not plain tensors of floating-point numbers."""
 
     def get(self, name: str) -> Tensor:
         """A tensor, a copy in fp32."""
@@ -35,16 +38,14 @@ class _File(Protocol):
 
 class _Safetensors:
     def __init__(self, path: Path):
-        self._path, self._file = path, safe_open(path, framework="pt")
+        self._file = safe_open(path, framework="pt")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        found = {}
-        for name in self._file.keys():  # noqa: SIM118
-            part = self._file.get_slice(name)
-            if part.get_dtype() not in FLOATS:
-                raise ConfigError([f"{self._path}: {name} is of {part.get_dtype()}, must be floating-point numbers"])
-            found[name] = tuple(part.get_shape())
-        return found
+        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+
+    def other_types(self) -> dict[str, str]:
+        types = {name: self._file.get_slice(name).get_dtype() for name in self._file.keys()}  # noqa: SIM118
+        return {name: kind for name, kind in types.items() if kind not in FLOATS}
 
     def get(self, name: str) -> Tensor:
         return self._file.get_tensor(name).to(torch.float32, copy=True)
@@ -56,15 +57,15 @@ class _Pickled:
         tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         if not isinstance(tree, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tree.items()):
             raise ConfigError([f"{path}: holds something other than tensors by name"])
-        self._path, self._tensors = path, tree
+        self._tensors = tree
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        for name, tensor in self._tensors.items():
-            if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-                raise ConfigError(
-                    [f"{self._path}: {name} is of {tensor.dtype}, {tensor.layout}; must be floating-point numbers"]
-                )
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def other_types(self) -> dict[str, str]:
+        plain = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+        odd = {n: t for n, t in self._tensors.items() if t.dtype not in plain or t.layout != torch.strided or t.is_meta}
+        return {name: f"{tensor.dtype}, {tensor.layout}, {tensor.device}" for name, tensor in odd.items()}
 
     def get(self, name: str) -> Tensor:
         return self._tensors[name].detach().to(torch.float32, copy=True)
@@ -75,12 +76,13 @@ class Tensors:
 
     def __init__(self, folder: Path):
         """Raises ConfigError naming the file that is missing, incomplete or not what it should be."""
-        self._files: dict[str, _File] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.other_types: dict[str, str] = {}  # of tensors that are not floating-point numbers
         self._place: dict[str, _File] = {}
         where, single = _where(folder)
         for file in dict.fromkeys(where.values()) if where is not None else (single,):
             opened = _open(folder / file)
+            self.other_types |= opened.other_types()
             for name, shape in opened.shapes().items():
                 if where is not None and where.get(name) != file:
                     continue  # the index does not send us here for it
