@@ -22,7 +22,7 @@ _spec.loader.exec_module(training)
 def trained(tree: dict[str, Any], slow: bool = False, failures: dict[int, int] | None = None) -> dict[str, Any]:
     """Train to the end; what came of it, and of its saves in the order in which it happened.
 
-    ``slow``: each write lasts until the step after it was taken, but not for ever. ``failures``: how often the last rank cannot write, by step.
+    ``slow``: each write lasts until the next step is taken, but not for ever. ``failures``: how often the last rank cannot write, by step.
     """
     run = training.begin(tree)
     events, news, failing = [], [], dict(failures or {})
