@@ -1,5 +1,6 @@
 # make demo   train the demo (installs first if needed)      make test   all tests
 # make lint   ruff and mypy                                  make install   .venv with everything in it
+# make test-faults   saves killed at random moments and disks that fill, for some minutes
 PYTHON ?= python3
 VENV ?= .venv
 # where torch comes from, if not from pip's default: TORCH_OPTIONS="--index-url ..."
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-faults lint clean
 
 install: $(READY)
 
@@ -25,6 +26,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-faults: $(READY)
+	$(BIN)/python -m pytest -m faults
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -47,6 +47,14 @@ def ranks() -> Iterator[Callable[[int], Any]]:
         pool.stop()
 
 
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Callable[..., Any]]:
+    """``nursery(file, function, ...)`` calls it in a process of its own that joins no group: a child that it forks starts at once."""
+    pool = _load(Path(__file__).parent / "distributed" / "rank_pool.py").RankPool(1)
+    yield lambda file, function, **arguments: pool.run(file, function, **arguments)[0]
+    pool.stop()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu run where a CUDA device is, and say why elsewhere."""
     from sffn_dist import machine

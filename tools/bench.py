@@ -1,8 +1,9 @@
-"""What a structured feed-forward layer costs: what it sends, and how long it takes.
+"""What a structured feed-forward layer costs: what it sends, and how long it takes; and what a checkpoint costs.
 
 python tools/bench.py comm      elements that a rank receives under tensor parallelism, by structure and number of ranks
 python tools/bench.py tp        time of one layer over p ranks: ours, the naive split, dense
 python tools/bench.py guide     time of one layer on one rank: with the guide, with one that takes no part, without, dense
+python tools/bench.py checkpoint    time that training waits for a save: written while it waits, or behind it
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sffn_dist import machine
+from sffn_dist import counts, machine, reading
 from sffn_dist.shapes import Structure
 from sffn_dist.traffic import Group, feed_forward, total
 
-BENCH = Path(__file__).resolve().parents[1] / "kernels" / "bench"
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = ROOT / "kernels" / "bench"
+SIZES = "sml"  # of the paper's dense models; their state is 1.3, 4.0 and 8.7 GB
 
 
 def structures(args: argparse.Namespace) -> list[Structure]:
@@ -35,7 +40,16 @@ def structures(args: argparse.Namespace) -> list[Structure]:
 
 
 def misfits(args: argparse.Namespace) -> Iterator[str]:
-    """What sizes do not fit one another, or the ranks."""
+    """What sizes do not fit one another, the ranks, or the disk."""
+    if args.csv and not args.csv.absolute().parent.is_dir():
+        yield f"--csv {args.csv}: there is no folder {args.csv.absolute().parent}"
+    if "repeats" in args and args.repeats < 2:
+        yield f"--repeats {args.repeats}: must be at least 2"
+    yield from no_room(args) if args.command == "checkpoint" else odd_shapes(args)
+
+
+def odd_shapes(args: argparse.Namespace) -> Iterator[str]:
+    """What sizes of a layer do not fit one another, or the ranks."""
     smaller = min(args.width, args.inner)
     for name in ("rank", "block_rank"):
         if getattr(args, name) > smaller:
@@ -51,10 +65,33 @@ def misfits(args: argparse.Namespace) -> Iterator[str]:
             yield f"--blocks {args.blocks}: its square must divide --inner {args.inner} under tensor parallelism (block_shuffle)"
         if args.command == "tp" and args.blocks % p:
             yield f"--blocks {args.blocks}: must be divisible by --ranks {p}, since the naive split cuts whole blocks"
-    if args.csv and not args.csv.absolute().parent.is_dir():
-        yield f"--csv {args.csv}: there is no folder {args.csv.absolute().parent}"
-    if "repeats" in args and args.repeats < 2:
-        yield f"--repeats {args.repeats}: must be at least 2"
+
+
+def no_room(args: argparse.Namespace) -> Iterator[str]:
+    """Why as much state cannot be saved where it is to be."""
+    if paper_config(args.gigabytes) is None:
+        yield f"--gigabytes {args.gigabytes:g}: must be above 0 and not exceed {gigabytes(SIZES[-1]):.3g}, the state of the paper's l"
+    elif not args.folder.is_dir():
+        yield f"--folder {args.folder}: there is no such folder"
+    else:
+        # of each provider's the checkpoint before, and the one that is being written
+        needed, free = 3 * args.gigabytes + 0.01, shutil.disk_usage(args.folder).free / 1e9
+        if free < needed:
+            yield f"--gigabytes {args.gigabytes:g}: needs {needed:.3g} GB, {free:.3g} GB free on the disk of --folder {args.folder}"
+
+
+def gigabytes(size: str) -> float:
+    """fp32 weights and both moments of one of the paper's dense models."""
+    return 12 * counts.parameters(reading.load(_config(size))) / 1e9
+
+
+def paper_config(wanted: float) -> Path | None:
+    """The smallest of the paper's models that has as much state."""
+    return next((_config(size) for size in SIZES if 0 < wanted <= gigabytes(size)), None)
+
+
+def _config(size: str) -> Path:
+    return ROOT / "configs" / "paper" / f"{size}_dense.json"
 
 
 def _option(name: str) -> str:
@@ -105,12 +142,30 @@ def timed(script: str, args: argparse.Namespace, p: int, *, threads: int, **more
         "structures": [asdict(structure) for structure in structures(args)],
         **more,
     }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(p)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(p)]
+    return printed([*launch, str(BENCH / f"{script}.py"), json.dumps(settings)], threads, f"the {p} rank{'s' * (p > 1)}")
+
+
+def checkpoint(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of measured saves; what they wrote is gone afterwards, also when interrupted: the process is ended first."""
+    with tempfile.TemporaryDirectory(prefix="bench_checkpoint_", dir=args.folder) as folder:
+        settings = {
+            "config": str(paper_config(args.gigabytes)),
+            "bytes": round(1e9 * args.gigabytes),
+            "repeats": args.repeats,
+            "threads": machine.cores(),
+            "folder": folder,
+        }
+        # no launcher between: whoever is interrupted here ends the writer itself
+        return printed([str(BENCH / "checkpoint.py"), json.dumps(settings)], machine.cores(), "the saves")
+
+
+def printed(command: list[str], threads: int, who: str) -> list[dict[str, Any]]:
+    """The rows that a Python process prints in its last line."""
     quiet = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "PYTHONSAFEPATH": "1"}
-    command = [*launch, str(BENCH / f"{script}.py"), json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env=quiet)
     if done.returncode:
-        sys.exit(f"{done.stderr}bench: the {p} rank{'s' * (p > 1)} ended with {done.returncode}")
+        sys.exit(f"{done.stderr}bench: {who} ended with {done.returncode}")
     found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -119,6 +174,7 @@ COLUMNS = {
     "comm": ("kind", "p", "elements", "ratio_to_dense", "backward", "gradients", "without_sp_forward", "without_sp_backward"),
     "tp": ("kind", "p", "sequence", "provider", "median_ms", "p20_ms", "p80_ms", "speedup_over_naive", "speedup_over_dense"),
     "guide": ("kind", "provider", "median_ms", "p20_ms", "p80_ms", "over_unguided", "over_dense", "speedup_over_three_passes"),
+    "checkpoint": ("provider", "gigabytes", "first_ms", "median_ms", "p20_ms", "p80_ms", "over_sync", "total_s", "gb_per_s"),
 }
 
 
@@ -159,6 +215,9 @@ def arguments() -> argparse.ArgumentParser:
             sub.add_argument("--ranks", type=positive, nargs="+", default=ranks, metavar="P", help=said)
         else:
             sub.set_defaults(ranks=[1])
+        return output(sub)
+
+    def output(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
         sub.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
         sub.add_argument("--json", action="store_true", help="print a JSON list of rows")
         return sub
@@ -171,6 +230,13 @@ def arguments() -> argparse.ArgumentParser:
     guiding = command("guide", "forward + backward time of one feed-forward layer on one rank, by the guide's part", 1024, 2048)
     for sub in (timing, guiding):
         sub.add_argument("--repeats", type=positive, default=15, help="interleaved repeats (default %(default)s)")
+    text = "time that training waits for a save, written while it waits or behind it"
+    saving = output(commands.add_parser("checkpoint", help=text, description=text, allow_abbrev=False))
+    saving.add_argument("--gigabytes", type=float, default=1.2, metavar="GB", help="state of the rank (default %(default)s)")
+    saving.add_argument("--repeats", type=positive, default=5, help="interleaved repeats (default %(default)s)")
+    saving.add_argument(
+        "--folder", type=Path, default=Path("."), metavar="DIR", help="on the disk to write to (default: this one)"
+    )
     return parser
 
 
@@ -178,16 +244,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one benchmark and print its rows."""
     parser = arguments()
     args = parser.parse_args(argv)
-    if args.inner is None:
-        args.inner = 4 * args.width
-    if args.rank is None:
-        args.rank = max(1, args.width // 4)
-    if args.block_rank is None:
-        args.block_rank = max(1, 3 * args.width // 8)
+    if "width" in args:
+        args.inner = args.inner or 4 * args.width
+        args.rank = args.rank or max(1, args.width // 4)
+        args.block_rank = args.block_rank or max(1, 3 * args.width // 8)
     for misfit in misfits(args):
         parser.error(misfit)
     try:  # blocks and ranks that do not divide one another
-        rows = {"comm": comm, "tp": tp, "guide": guide}[args.command](args)
+        rows = {"comm": comm, "tp": tp, "guide": guide, "checkpoint": checkpoint}[args.command](args)
     except ValueError as error:
         parser.error(str(error))
     if args.csv:

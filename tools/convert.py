@@ -58,7 +58,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--ffn", choices=("merged", "structured"), required=True)
     made.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     made.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="of a file (default 5)")
-    for name in ("from-hf", "from-megatron", "from-official", "from-deepspeed"):
+    for name in ("from-hf", "from-megatron", "from-official"):
         made = command(name, import_from, "source", "target")
         if name in ("from-hf", "from-megatron"):
             made.add_argument("--ffn", choices=("low_rank", "block_dense", "block_shuffle"), help="default: stays dense")
@@ -69,7 +69,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             )
             made.add_argument("--guide", action="store_true", help="keep the dense matrices as guides to start training with")
         made.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the config, where the source does not say")
-    command("to-deepspeed", to_deepspeed, "source", "target")
+    made = command("to-deepspeed", to_deepspeed, "source", "target")
+    made.add_argument("--tensor", type=_positive, default=1, help="tensor-parallel ranks that will load it (default 1)")
+    made = command("from-deepspeed", from_deepspeed, "source", "target")
+    made.add_argument("--config", metavar="FILE", help="of the run, where the source was not written by to-deepspeed")
+    made.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the config")
     return parser.parse_args(argv)
 
 
@@ -149,14 +153,13 @@ def reshard(options: argparse.Namespace) -> int:
 
 def _intact(source: Any) -> None:
     if problems := source.damage(source.files):
-        raise ConfigError(problems)
+        raise ConfigError([str(problem) for problem in problems])
 
 
 def to_hf(options: argparse.Namespace) -> int:
     """A folder that transformers loads."""
-    from sffn_dist.checkpoint.hf import export
-
     from sffn_dist.checkpoint.formats import weights_of
+    from sffn_dist.checkpoint.hf import export
 
     size = int(options.shard_size * 1e9)
     made = export.export(weights_of(options.source), options.target, ffn=options.ffn, dtype=options.dtype, shard_bytes=size)
@@ -182,8 +185,27 @@ def import_from(options: argparse.Namespace) -> int:
 
 
 def to_deepspeed(options: argparse.Namespace) -> int:
-    """DeepSpeed's universal format."""
-    raise ConfigError(["not yet"])
+    """DeepSpeed's universal format, for its ``checkpoint.load_universal``."""
+    from sffn_dist.checkpoint import formats
+    from sffn_dist.checkpoint.manifest import find
+
+    source = find("source", str(options.source))
+    _intact(source)
+    print(formats.to_universal(source, options.target, tensor=options.tensor))
+    return 0
+
+
+def from_deepspeed(options: argparse.Namespace) -> int:
+    """A universal checkpoint, as one to resume from: put it into run.dir/checkpoints."""
+    from sffn_dist import reading
+    from sffn_dist.checkpoint import formats
+
+    config = reading.load(options.config, options.overrides) if options.config else None
+    made = formats.from_universal(options.source, options.target, config)
+    print(
+        f"{made.folder}: step {made.step}, {made.bytes / 1e6:,.1f} MB; to resume, name it step_{made.step:08d} in a run's checkpoints"
+    )
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

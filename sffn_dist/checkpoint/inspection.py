@@ -56,7 +56,7 @@ def describe(manifest: Manifest, *, spectra: bool = True, integrity: bool = True
         },
     }
     if integrity:
-        found["damage"] = manifest.damage(manifest.files)
+        found["damage"] = [str(problem) for problem in manifest.damage(manifest.files)]
     return found
 
 

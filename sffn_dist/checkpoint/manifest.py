@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -147,19 +148,18 @@ class Manifest:
         }
         write_text(self.folder / NAME, seal(tree))
 
-    def damage(self, names: Iterable[str]) -> list[str]:
-        """A sentence for each of these files whose content has not its hash; reads them whole."""
-        problems = []
+    def damage(self, names: Iterable[str]) -> list[BrokenCheckpoint]:
+        """What is wrong with each of these files whose content has not its hash; reads them whole."""
+        problems: list[BrokenCheckpoint] = []
         for name in names:
+            path, stated = self.folder / name, self.files[name].sha256
             try:
-                found = hash_file(self.folder / name)
+                found = hash_file(path)
             except OSError as error:
-                problems.append(f"{self.folder / name}: cannot be read: {error}")
+                problems.append(UnreadableCheckpoint(f"{path}: cannot be read: {error}"))
                 continue
-            if found != self.files[name].sha256:
-                problems.append(
-                    f"{self.folder / name}: sha256 {found[:12]}..., the manifest says {self.files[name].sha256[:12]}..."
-                )
+            if found != stated:
+                problems.append(BrokenCheckpoint(f"{path}: sha256 {found[:12]}..., the manifest says {stated[:12]}..."))
         return problems
 
     def mark(self, reason: str) -> None:
@@ -199,28 +199,39 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Folders that bear a checkpoint's name, oldest first."""
-    found = (path for path in (run_dir / "checkpoints").glob("step_*") if path.name[5:].isdecimal() and path.name.isascii())
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    """Folders that bear a checkpoint's name, oldest first. Raises OSError where they cannot be listed (a glob would find none)."""
+    try:
+        names = os.listdir(run_dir / "checkpoints")
+    except FileNotFoundError:
+        return []
+    steps = {name: name.removeprefix("step_") for name in names if name.startswith("step_") and name.isascii()}
+    found = sorted((name for name, step in steps.items() if step.isdecimal()), key=lambda name: int(steps[name]))
+    return [run_dir / "checkpoints" / name for name in found]
 
 
 def newest(run_dir: Path, besides: Container[Path] = ()) -> Manifest | None:
     """The newest complete checkpoint of a run; broken ones are skipped and named in a warning. Content is not read: see ``damage``.
 
-    None if there is none at all. Raises ConfigError if there are some and all are broken (or among ``besides``, already known to be):
-    starting anew would overwrite the run.
+    None if there is none at all. Raises ConfigError if there are some and all are broken (or among ``besides``, already known to be),
+    or if they cannot be listed: starting anew would overwrite the run.
     """
-    reasons = []
-    for folder in reversed(checkpoints(run_dir)):
+    reasons: list[str] = []
+    told = 0
+    try:
+        folders = checkpoints(run_dir)
+    except OSError as error:
+        raise ConfigError([f"run.dir = {str(run_dir)!r}: its checkpoints cannot be listed: {error}"]) from None
+    for folder in reversed(folders):
         if folder in besides:
             reasons.append(f"{folder}: its content is damaged, see above")
+            told = len(reasons)  # those before it by the call that found it
             continue
         try:
             found = Manifest.read(folder)
         except BrokenCheckpoint as error:
             reasons.append(str(error))
             continue
-        for reason in reasons if not besides else ():
+        for reason in reasons[told:]:
             log.warning("checkpoint skipped: %s", reason)
         return found
     if reasons:
@@ -276,10 +287,10 @@ def prune(run_dir: Path, keep: int, keep_every: int, saved: Path) -> None:
     kept = {saved, *earlier[-keep:], *(folder for folder in earlier if keep_every and int(folder.name[5:]) % keep_every == 0)}
     for folder in (*complete, *broken):
         if folder not in kept:
-            _remove(folder)
+            remove(folder)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """The manifest goes first: whatever interrupts the rest leaves no checkpoint that looks complete."""
     with contextlib.suppress(OSError):  # it is only tidying up: a save that is there must not fail by it
         if not folder.is_dir():

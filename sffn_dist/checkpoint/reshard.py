@@ -37,15 +37,20 @@ def reshard(source: Manifest, target: Path, *, tensor: int, data: int = 1) -> Ma
     """
     reader = Reader(source)
     tree = {**source.config, "parallel": {**source.config["parallel"], "tensor": tensor}}
-    header = dataclasses.replace(source, config=reading.from_tree(tree).model_dump(mode="json"), tensor_parallel=tensor)
+    cut = dataclasses.replace(source, config=reading.from_tree(tree).model_dump(mode="json"), tensor_parallel=tensor)
     tokenizer = source.folder / TOKENIZER if TOKENIZER in source.files else None
-    return write(header, reader.full, target, data=data, tokenizer=tokenizer)
+    return write(cut, reader.full, target, data=data, tokenizer=tokenizer)
 
 
 def write_weights(weights: Weights, target: Path) -> Manifest:
     """A checkpoint of a model from elsewhere, without moments: for ``init_from``, exports, inspection."""
+    return write(header(weights, target), lambda name, _: weights.full(name), target, tokenizer=weights.tokenizer)
+
+
+def header(weights: Weights, target: Path) -> Manifest:
+    """A manifest for weights alone, of one rank; tensors and files are filled in by :func:`write`."""
     config = weights.config.model_copy(update={"parallel": weights.config.parallel.model_copy(update={"tensor": 1})})
-    header = Manifest(
+    return Manifest(
         folder=target,
         step=weights.step,
         optimizer_steps=weights.step,
@@ -61,29 +66,29 @@ def write_weights(weights: Weights, target: Path) -> Manifest:
         revision=revision(),
         origin=weights.origin,
     )
-    return write(header, lambda name, _: weights.full(name), target, tokenizer=weights.tokenizer)
 
 
-def write(header: Manifest, full: FullTensor, target: Path, *, data: int = 1, tokenizer: Path | str | None = None) -> Manifest:
-    """A checkpoint whose manifest is ``header`` but for tensors and files, which come from ``full``. ``tokenizer``: a file, or its text."""
-    config = reading.from_tree(header.config)
-    specs = model_tensors(config, guide=header.guide_optimizer_steps is not None)
-    p = header.tensor_parallel
-    with _fresh(target) as folder:
-        check_room(folder, sum(4 * math.prod(spec.local_shape(p)) * p for spec in specs.values()) * len(header.kinds))
-        pieces, files = _write_tensors(folder, specs, header.kinds, full, p, data)
+def write(like: Manifest, full: FullTensor, target: Path, *, data: int = 1, tokenizer: Path | str | None = None) -> Manifest:
+    """A checkpoint whose manifest is ``like`` but for tensors and files, which come from ``full``. ``tokenizer``: a file, or its text."""
+    config = reading.from_tree(like.config)
+    specs = model_tensors(config, guide=like.guide_optimizer_steps is not None)
+    p = like.tensor_parallel
+    with fresh(target) as folder:
+        check_room(folder, sum(4 * math.prod(spec.local_shape(p)) * p for spec in specs.values()) * len(like.kinds))
+        pieces, files = _write_tensors(folder, specs, like.kinds, full, p, data)
         if isinstance(tokenizer, Path):
             files[TOKENIZER] = copy_in(tokenizer, folder / TOKENIZER)
         elif tokenizer is not None:
             write_text(folder / TOKENIZER, tokenizer)
             files[TOKENIZER] = File((folder / TOKENIZER).stat().st_size, hash_file(folder / TOKENIZER))
         shapes = {name: spec.shape for name, spec in specs.items()}
-        dataclasses.replace(header, folder=folder, shapes=shapes, pieces=pieces, files=files).write()
+        dataclasses.replace(like, folder=folder, shapes=shapes, pieces=pieces, files=files).write()
     return Manifest.read(target)
 
 
 @contextlib.contextmanager
-def _fresh(target: Path) -> Iterator[Path]:
+def fresh(target: Path) -> Iterator[Path]:
+    """durable.fresh_folder with ConfigError for what goes wrong with the disk."""
     try:
         with fresh_folder(target) as folder:
             yield folder

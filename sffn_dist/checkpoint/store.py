@@ -9,6 +9,7 @@ The thread's agreement between ranks goes over a gloo group of its own, so it me
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sffn_dist.checkpoint.manifest import KINDS, TOKENIZER, File, Manifest, Piece, folder_of, prune
+from sffn_dist.checkpoint.manifest import KINDS, TOKENIZER, File, Manifest, Piece, folder_of, prune, remove
 from sffn_dist.checkpoint.tensor_file import Entry, TensorFile
 from sffn_dist.config import Config
 from sffn_dist.durable import hash_file, sync
@@ -32,7 +33,7 @@ from sffn_dist.shapes import model_tensors
 if TYPE_CHECKING:  # megatron-core takes seconds to import, and a conversion has no ranks
     from sffn_dist.parallel.topology import Topology
 
-PARTIAL = ".partial"
+PARTIAL, OLDER = ".partial", ".older.partial"
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,7 @@ class Saver:
 
     def news(self) -> list[str]:
         """What went wrong since this was last asked, a sentence each."""
-        news, self._news = self._news, []
-        return news
+        return [self._news.pop(0) for _ in range(len(self._news))]  # the thread may add to it meanwhile
 
     def _take(self, job: _Job, fragments: list[Fragment]) -> None:
         file = f"rank_{self.topology.rank:05d}.safetensors"
@@ -211,14 +211,25 @@ class Saver:
             revision=revision(),
         ).write()
         sync(temporary)
-        older = target.with_name(f".{target.name}.older{PARTIAL}")
-        if target.exists():  # the same step saved before, broken since
-            target.rename(older)
-        temporary.rename(target)
-        sync(target.parent)
-        shutil.rmtree(older, ignore_errors=True)
+        _replace(temporary, target)
         with contextlib.suppress(OSError):  # the save is there; tidying up has its next chance with the next one
             prune(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every, target)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Give ``source`` the name ``target``. What bore it (the same step, broken since, or of another version) goes once that is done."""
+    older = target.with_name(f".{target.name}{OLDER}")
+    if target.exists():
+        remove(older)  # left by a save whose tidying up failed
+        target.rename(older)
+    try:
+        source.rename(target)
+    except OSError:
+        if older.exists():
+            older.rename(target)
+        raise
+    sync(target.parent)
+    remove(older)
 
 
 class _Staging:
@@ -270,10 +281,15 @@ def copy_in(source: Path, target: Path) -> File:
 
 def sweep(run_dir: Path) -> None:
     """Remove what interrupted saves left; only the holder of the run's lock may."""
+    for folder in (run_dir / "checkpoints").glob(f".step_*{OLDER}"):  # killed between two renames: the name is its own again
+        target = folder.with_name(folder.name[1:].removesuffix(OLDER))
+        if not target.exists():
+            folder.rename(target)
     for folder in (run_dir / "checkpoints").glob(f".step_*{PARTIAL}"):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of what computed the weights."""
     found = {"python": sys.version.split()[0]}
@@ -285,6 +301,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache  # of the code that runs, not of what lies there when a later checkpoint is saved
 def revision() -> str | None:
     """The git revision of the code, "+" after it if it was changed since."""
     here = Path(__file__).parent

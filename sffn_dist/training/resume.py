@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from sffn_dist import model as models
 from sffn_dist.checkpoint import manifest as manifests
-from sffn_dist.checkpoint.manifest import TOKENIZER, Manifest
+from sffn_dist.checkpoint.manifest import TOKENIZER, BrokenCheckpoint, Manifest, UnreadableCheckpoint
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.config import ConfigError
 from sffn_dist.data.tokenizer import differing_tokens
@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 def newest(run_dir: Path, topology: Topology) -> Manifest | None:
     """The run's newest checkpoint whose content is whole: each rank hashes its share of the files. All ranks must call it.
 
-    A damaged one is named in a warning, marked in its folder and skipped. Raises ConfigError if there are checkpoints and none is good.
+    A damaged one is named in a warning, marked in its folder and skipped; one that only cannot be read is not marked. Raises
+    ConfigError if there are checkpoints and none is good.
     """
     damaged: set[Path] = set()
     while (found := manifests.newest(run_dir, damaged)) is not None:
@@ -35,17 +36,19 @@ def newest(run_dir: Path, topology: Topology) -> Manifest | None:
             return found
         damaged.add(found.folder)
         if topology.main:
-            log.warning("checkpoint skipped: %s", "; ".join(problems))
-            found.mark("; ".join(problems))
+            reason = "; ".join(map(str, problems))
+            log.warning("checkpoint skipped: %s", reason)
+            if not all(isinstance(problem, UnreadableCheckpoint) for problem in problems):
+                found.mark(reason)
         if topology.world > 1:
             dist.barrier()
     return None
 
 
-def damage(manifest: Manifest, topology: Topology) -> list[str]:
+def damage(manifest: Manifest, topology: Topology) -> list[BrokenCheckpoint]:
     """What is wrong with the files' content, found by all ranks together, each a share."""
     problems = manifest.damage(sorted(manifest.files)[topology.rank :: topology.world])
-    everyone: list[list[str]] = [problems]
+    everyone: list[list[BrokenCheckpoint]] = [problems]
     if topology.world > 1:
         everyone = [[] for _ in range(topology.world)]
         dist.all_gather_object(everyone, problems)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +77,39 @@ def test_the_guide_is_timed(root: Path) -> None:
         assert row["speedup_over_three_passes"] == pytest.approx(plain / row["median_ms"], rel=0.01, abs=0.01)
 
 
+def test_saves_are_timed_and_leave_nothing(root: Path, tmp_path: Path) -> None:
+    """12 MB of state, cut off in the paper's smallest model."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    sizes = ["--gigabytes", "0.012", "--repeats", "2", "--folder", str(disk)]
+    found = rows(root, "checkpoint", *sizes, "--csv", str(tmp_path / "rows.csv"))
+    assert [row["provider"] for row in found] == ["sync", "async"]
+    for row in found:
+        assert (row["op"], row["mode"], row["gigabytes"], row["repeats"]) == ("checkpoint", "save", 0.012, 2)
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["median_ms"] <= 1e3 * row["total_s"] + 1
+        assert row["first_ms"] > 0
+        assert row["gb_per_s"] == pytest.approx(0.012 / row["total_s"], rel=0.1, abs=0.001)
+        assert row["over_sync"] == pytest.approx(row["median_ms"] / found[0]["median_ms"], abs=1e-3)
+    assert list(disk.iterdir()) == []
+    with (tmp_path / "rows.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["first_ms"] for row in csv.DictReader(file)] == [str(row["first_ms"]) for row in found]
+
+
+def test_interrupted_saves_leave_nothing(root: Path, tmp_path: Path) -> None:
+    """Ctrl-C at a terminal: to the whole process group, once files are being written."""
+    arguments = ["checkpoint", "--gigabytes", "0.3", "--repeats", "99", "--folder", str(tmp_path)]
+    command = [sys.executable, str(root / "tools" / "bench.py"), *arguments]
+    bench = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert bench.poll() is None
+    os.killpg(bench.pid, signal.SIGINT)
+    assert bench.wait(60) != 0
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "structure",
     [{"kind": "low_rank", "rank": 6}, {"kind": "block_dense", "rank": 8, "blocks": 4}, {"kind": "block_shuffle", "blocks": 4}],
@@ -107,6 +143,13 @@ def test_the_guide_in_three_passes_is_the_same_layer(root: Path, ranks: Callable
         (["guide", "--block-rank", "6"], "--blocks 4: must divide --block-rank 6"),
         (["guide", "--rank", "1025"], "--rank 1025: must not exceed 1024"),
         (["guide", "--tokens", "-1"], "--tokens: -1 is not above 0"),
+        (["checkpoint", "--gigabytes", "0"], "--gigabytes 0: must be above 0 and not exceed 8.7"),
+        (["checkpoint", "--gigabytes", "1e6"], "--gigabytes 1e+06: must be above 0 and not exceed 8.7"),
+        (["checkpoint", "--gigabytes", "nan"], "--gigabytes nan: must be above 0"),
+        (["checkpoint", "--folder", "nowhere"], "--folder nowhere: there is no such folder"),
+        (["checkpoint", "--folder", "/proc"], "--gigabytes 1.2: needs 3.61 GB, 0 GB free on the disk of --folder /proc"),
+        (["checkpoint", "--repeats", "1"], "--repeats 1: must be at least 2"),
+        (["checkpoint", "--csv", "nowhere/rows.csv"], "--csv nowhere/rows.csv: there is no folder"),
         (["guide", "--csv", "nowhere/rows.csv"], "--csv nowhere/rows.csv: there is no folder"),
     ],
 )
