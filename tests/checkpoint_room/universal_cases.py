@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sffn_dist.checkpoint import store, universal
-from sffn_dist.checkpoint.manifest import newest
-from sffn_dist.checkpoint.weights import Weights
+from sffn_dist.checkpoint import formats, universal
+from sffn_dist.checkpoint.manifest import KINDS, Manifest, newest
+from sffn_dist.checkpoint.reader import Reader
+from sffn_dist.checkpoint.verification import differences
 from sffn_dist.shapes import is_guide, model_tensors
 from sffn_dist.training import engine as engines
 from sffn_dist.training import phases, state
@@ -29,7 +30,7 @@ def _training() -> Any:
     return cases
 
 
-def _trained(tree: dict[str, Any], steps: int) -> tuple[Any, Weights, store.Reader, dict[str, int]]:
+def _trained(tree: dict[str, Any], steps: int) -> tuple[Any, Manifest, Reader, dict[str, int]]:
     """A run after some steps; its state as our checkpoint has it."""
     run = _training().begin(tree)
     for _ in range(steps):
@@ -38,20 +39,18 @@ def _trained(tree: dict[str, Any], steps: int) -> tuple[Any, Weights, store.Read
     _training().save(run)
     manifest = newest(Path(run.config.run.dir))
     assert manifest is not None
-    reader = store.Reader(manifest, run.config)
-    guided = run.schedule.guided(run.step)
-    weights = Weights(config=run.config, full=reader.full, origin="test", guide=guided, step=run.step)
+    reader, guided = Reader(manifest), run.schedule.guided(run.step)
     plain, guides = manifest.optimizer_steps, manifest.guide_optimizer_steps
     counts = {name: int((guides if is_guide(name) else plain) or 0) for name in model_tensors(run.config, guide=guided)}
-    return run, weights, reader, counts
+    return run, manifest, reader, counts
 
 
 def there(tree: dict[str, Any], folder: str, steps: int, more: int) -> dict[str, Any]:
     """What we wrote, in a new engine by load_universal: its state and next losses, and those of the run that it was written of."""
     cases = _training()
-    run, weights, reader, counts = _trained(tree, steps)
+    run, manifest, _, counts = _trained(tree, steps)
     if run.topology.main:
-        universal.write(weights, reader.full, counts, Path(folder), tensor=run.topology.tensor)
+        formats.to_universal(manifest, Path(folder), tensor=run.topology.tensor)
     dist.barrier()
     expected = {"state": cases.state_digests(run.engine), "losses": [cases.take(run)[0] for _ in range(more)]}
     engines.destroy(run.engine)
@@ -74,7 +73,7 @@ def back(tree: dict[str, Any], folder: str, steps: int) -> dict[str, float]:
     """Largest differences of what DeepSpeed's own converter wrote, as read here, by kind; "steps": of Adam's counts."""
     from deepspeed.checkpoint import ds_to_universal
 
-    run, weights, reader, counts = _trained(tree, steps)
+    run, manifest, reader, counts = _trained(tree, steps)
     # Megatron's modules have an empty _extra_state each, on which the converter stumbles
     run.engine.module.register_state_dict_post_hook(
         lambda module, tensors, prefix, metadata: [tensors.pop(key) for key in list(tensors) if tensors[key] is None] and None
@@ -89,12 +88,17 @@ def back(tree: dict[str, Any], folder: str, steps: int) -> dict[str, float]:
     )  # fmt: skip
     engines.destroy(run.engine)
     found = universal.read(target, run.config)
-    assert found.weights.names() == weights.names()
-    worst = dict.fromkeys(store.KINDS, 0.0)
-    for name in weights.names():
-        for kind in store.KINDS:
+    names = list(reader.specs)
+    assert found.weights.names() == names
+    made = formats.from_universal(target, Path(folder) / "back", run.config)
+    assert (made.step, made.optimizer_steps) == (manifest.step, manifest.optimizer_steps)
+    assert made.guide_optimizer_steps == manifest.guide_optimizer_steps
+    assert list(differences(made, manifest)) == []
+    worst = dict.fromkeys(KINDS, 0.0)
+    for name in names:
+        for kind in KINDS:
             worst[kind] = max(worst[kind], float((found.full(name, kind) - reader.full(name, kind)).abs().max()))
     worst["steps"] = float(max(abs(found.steps[name] - counts[name]) for name in counts))
-    worst["step"] = float(abs(found.weights.step - weights.step))
-    worst["size"] = float(sum(torch.count_nonzero(reader.full(name, "exp_avg_sq")) for name in weights.names()))
+    worst["step"] = float(abs(found.weights.step - run.step))
+    worst["size"] = float(sum(torch.count_nonzero(reader.full(name, "exp_avg_sq")) for name in names))
     return worst
