@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import json
 import os
 import pickle
@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sffn_dist.checkpoint.hf import source
+from sffn_dist.checkpoint.hf import config_json, source
 from sffn_dist.checkpoint.hf.export import export
 from sffn_dist.config import ConfigError
 
@@ -290,6 +290,37 @@ MORE_KEYS = (
 )  # fmt: skip
 
 
+ODD = (
+    None, True, False, 0, 1, -1, 3, 10**400, 2**60, 0.5, -0.0, float("nan"), float("inf"), "", "x", "silu", [], [1], ["x"], [[]],
+    {}, {"x": 1}, {"rope_type": []}, {"rope_theta": "1"}, {"rope_theta": float("nan")}, {"rope_theta": float("inf")},
+    {"partial_rotary_factor": []}, {"type": {}},
+)  # fmt: skip
+
+
+def reads_or_is_refused(folder: Path, tree: dict[str, Any]) -> bool:
+    """True if it was read; every tensor is then there."""
+    (folder / "config.json").write_text(json.dumps(tree))
+    try:
+        weights = source.read(folder)
+    except ConfigError:
+        return False
+    assert all(weights.full(name).dtype == torch.float32 for name in weights.names())
+    return True
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "starcoder2", "gpt_neox", "sffn"])
+def test_every_setting_with_every_odd_value_reads_or_is_refused(
+    model_type: str, tree_of: Any, drawn: Any, tmp_path: Path
+) -> None:
+    folder = export(drawn(tree_of("low_rank", **LLAMA)), tmp_path / "m", ffn="structured", dtype="fp32")
+    good = {**json.loads((folder / "config.json").read_text()), "model_type": model_type}
+    for key in (*good, *MORE_KEYS):
+        for value in ODD:
+            (folder / "config.json").write_text(json.dumps({**good, key: value}))
+            with contextlib.suppress(ConfigError):
+                config_json.read(folder)
+
+
 @pytest.mark.parametrize("ffn", ["merged", "structured"])
 def test_any_change_of_the_settings_reads_or_is_refused(ffn: Any, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
     folder = export(drawn(tree_of("low_rank", **LLAMA)), tmp_path / "m", ffn=ffn, dtype="fp32")
@@ -306,16 +337,7 @@ def test_any_change_of_the_settings_reads_or_is_refused(ffn: Any, tree_of: Any, 
         )
     )
     def check(changes: Edit) -> None:
-        tree = {**copy.deepcopy(good), **changes}
-        (folder / "config.json").write_text(json.dumps(tree))
-        try:
-            weights = source.read(folder)
-        except ConfigError:
-            outcomes.append(False)
-            return
-        for name in weights.names():
-            assert weights.full(name).dtype == torch.float32
-        outcomes.append(True)
+        outcomes.append(reads_or_is_refused(folder, {**good, **changes}))
 
     check()
     assert set(outcomes) == {True, False}, "both happen"
