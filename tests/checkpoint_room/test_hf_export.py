@@ -19,15 +19,17 @@ transformers = pytest.importorskip("transformers")
 KINDS = ("dense", "low_rank", "block_dense", "block_shuffle")
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu"}
 STARCODER2 = {"norm": "layernorm", "activation": "gelu"}
-# every value of every setting with every kind; a full product would be 768 models
+# every combination of family, tied embeddings and grouped queries, with every kind; biases and heads of another width on the way
 VARIANTS: dict[str, dict[str, Any]] = {
-    "llama": {**LLAMA, "bias": True, "tie_embeddings": True, "kv_heads": 2},
-    "llama_plain": {**LLAMA, "bias": False, "tie_embeddings": False},
-    "llama_wide_heads": {**LLAMA, "bias": True, "tie_embeddings": False, "kv_heads": 1, "attention_dim": 32},
-    "starcoder": {**STARCODER2, "bias": True, "tie_embeddings": True, "kv_heads": 2},
-    "starcoder_plain": {**STARCODER2, "bias": False, "tie_embeddings": False},
-    "starcoder_erf": {**STARCODER2, "activation": "gelu_erf", "bias": True, "tie_embeddings": False, "kv_heads": 1},
-    "starcoder_narrow_heads": {**STARCODER2, "bias": False, "tie_embeddings": True, "kv_heads": 2, "attention_dim": 8},
+    "llama": {**LLAMA, "tie_embeddings": True, "kv_heads": 2, "bias": True},
+    "llama_untied": {**LLAMA, "tie_embeddings": False, "kv_heads": 1, "bias": True, "attention_dim": 32},
+    "llama_tied_ungrouped": {**LLAMA, "tie_embeddings": True, "bias": False},
+    "llama_plain": {**LLAMA, "tie_embeddings": False, "bias": False},
+    "starcoder": {**STARCODER2, "tie_embeddings": True, "kv_heads": 2, "bias": True},
+    "starcoder_untied": {**STARCODER2, "tie_embeddings": False, "kv_heads": 1, "bias": True, "activation": "gelu_erf"},
+    "starcoder_untied_tanh": {**STARCODER2, "tie_embeddings": False, "kv_heads": 2, "bias": False, "attention_dim": 8},
+    "starcoder_tied_ungrouped": {**STARCODER2, "tie_embeddings": True, "bias": False, "attention_dim": 32},
+    "starcoder_plain": {**STARCODER2, "tie_embeddings": False, "bias": False},
 }
 ONLY_STRUCTURED: dict[str, dict[str, Any]] = {
     "layernorm_swiglu": {"norm": "layernorm", "activation": "swiglu", "bias": True, "kv_heads": 2},
