@@ -234,7 +234,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(form: str, folder: Path, tmp_
     (problem,) = refusal(folder)
     assert not witness.exists(), "it was run"
     assert problem.startswith(str(file))
-    assert "system" in problem
+    assert ("system" if form in ("zip", "shard") else "not a file that torch.save (1.6 or newer) wrote") in problem
     with open(file, "rb") as bare:
         if form == "bare":
             pickle.load(bare)

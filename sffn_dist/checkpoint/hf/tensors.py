@@ -1,13 +1,10 @@
 """The tensors of a Hugging Face folder, by their names there: safetensors or torch's files, sharded or not.
 
-safetensors are read lazily; of torch's files (pickles) nothing but tensors is let in: ``torch.load(weights_only=True)`` runs no code.
+Both are read lazily, and of torch's files, which are pickles, nothing is run (checkpoint/pickles.py).
 """
 
 from __future__ import annotations
 
-import pickle
-import pickletools
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sffn_dist.checkpoint import pickles
 from sffn_dist.checkpoint.hf.config_json import read_object, shown
 from sffn_dist.config import ConfigError
 
@@ -53,8 +51,7 @@ class _Safetensors:
 
 class _Pickled:
     def __init__(self, path: Path):
-        # the format of torch before 1.6 is no zip file and cannot be mapped
-        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        tree = pickles.load(path)
         if not isinstance(tree, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tree.items()):
             raise ConfigError([f"{path}: holds something other than tensors by name"])
         self._tensors = tree
@@ -128,47 +125,8 @@ def _open(path: Path) -> _File:
         return opener(path)
     except ConfigError:
         raise
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            [f"{path}: refused, nothing of it was run: it holds more than tensors: {_wanted(path, error)}"]
-        ) from None
-    except (
-        SafetensorError,
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-    ) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError([f"{path}: cannot be read: {_first_line(error)}"]) from None
-
-
-def _wanted(path: Path, error: Exception) -> str:
-    """What a refused pickle asked for: as torch says it, or (of a form that torch does not read) by its instructions, which are not run."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    said = next((line for line in lines if "GLOBAL" in line), None)
-    return said or ", ".join(_globals(path)[:5]) or _first_line(error)
-
-
-def _globals(path: Path) -> list[str]:
-    """Dotted names that the instructions of a bare pickle look up."""
-    found: list[str] = []
-    texts: list[str] = []
-    with path.open("rb") as file:
-        try:
-            for instruction, argument, _ in pickletools.genops(file):
-                if instruction.name == "GLOBAL":
-                    found.append(str(argument).replace(" ", "."))
-                elif instruction.name == "STACK_GLOBAL":
-                    found.append(".".join(texts[-2:]))
-                elif isinstance(argument, str):
-                    texts.append(argument)
-        except Exception:  # not a pickle from some place on: any error is possible
-            pass
-    return found
 
 
 def _first_line(error: Exception) -> str:
