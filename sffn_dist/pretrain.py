@@ -170,6 +170,8 @@ def pretrain(config: Config) -> int:
     except loop.LostWeightsError as error:
         print(f"pretrain.py: error: {error}", file=sys.stderr, flush=True)
         return LOST
+    finally:
+        run.saver.wait(60.0)  # whatever ends the training, a save that is being written may still be finished
     finish.finish(run, corpus)
     topology.stop()
     return 0

@@ -106,10 +106,10 @@ class Saver:
         else:
             self._finish(job)
 
-    def wait(self) -> Path | None:
-        """The last save's folder once it is there; None if it failed, on every rank."""
+    def wait(self, seconds: float | None = None) -> Path | None:
+        """The last save's folder once it is there; None if it failed, on every rank, or is still being written after ``seconds``."""
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(seconds)
         return self._saved
 
     def news(self) -> list[str]:
