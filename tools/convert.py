@@ -171,6 +171,7 @@ def import_from(options: argparse.Namespace) -> int:
     """A checkpoint of a model from elsewhere, for ``init_from``."""
     from sffn_dist.checkpoint import formats, reshard
     from sffn_dist.checkpoint.weights import approximated
+    from sffn_dist.durable import write_text
 
     expected, found = options.command.removeprefix("from-"), formats.format_of(options.source)
     if found != expected:
@@ -180,7 +181,11 @@ def import_from(options: argparse.Namespace) -> int:
         sizes = {"kind": options.ffn, "rank": options.rank, "blocks": options.blocks, "dense_layers": options.dense_layers}
         weights = approximated(weights, sizes, guide=options.guide)
     made = reshard.write_weights(weights, options.target)
-    print(f"{made.folder}: {made.bytes / 1e6:,.1f} MB; start from it with init_from={made.folder}")
+    config = made.folder / "start.json"
+    write_text(config, json.dumps(reshard.start_config(weights, made), indent=1) + "\n")
+    print(
+        f"{made.folder}: {made.bytes / 1e6:,.1f} MB; to train on: pretrain.py --config {config} train.steps=... (or name it as base)"
+    )
     return 0
 
 

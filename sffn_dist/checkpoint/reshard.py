@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,18 @@ def reshard(source: Manifest, target: Path, *, tensor: int, data: int = 1) -> Ma
 def write_weights(weights: Weights, target: Path) -> Manifest:
     """A checkpoint of a model from elsewhere, without moments: for ``init_from``, exports, inspection."""
     return write(header(weights, target), lambda name, _: weights.full(name), target, tokenizer=weights.tokenizer)
+
+
+def start_config(weights: Weights, made: Manifest) -> dict[str, Any]:
+    """What a run's config must say to start from an imported checkpoint: its model and where it lies. ``train`` is the user's."""
+    tree = weights.config.model_dump(mode="json", include={"model", "ffn"}, exclude_none=True)
+    place = made.folder.resolve()
+    return {
+        **tree,
+        **({"guide": {"mode": "fixed_step"}} if weights.guide else {}),
+        **({"data": {"tokenizer": str(place / TOKENIZER)}} if TOKENIZER in made.files else {}),
+        "init_from": str(place),
+    }
 
 
 def header(weights: Weights, target: Path) -> Manifest:

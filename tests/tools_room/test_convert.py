@@ -97,7 +97,7 @@ def test_inspect(convert: Callable[..., str], run: Path, tmp_path: Path) -> None
     assert "rank_00000.safetensors: sha256" in page
 
 
-def test_there_and_back(convert: Callable[..., str], run: Path, tmp_path: Path) -> None:
+def test_there_and_back(root: Path, convert: Callable[..., str], run: Path, tmp_path: Path) -> None:
     """The guided checkpoint goes out merged and structured, both say what it says; the merged one comes back as it went."""
     source, merged, structured, back = step(run, 2), tmp_path / "merged", tmp_path / "structured", tmp_path / "back"
     convert("to-hf", source, merged, "--ffn", "merged")
@@ -112,6 +112,12 @@ def test_there_and_back(convert: Callable[..., str], run: Path, tmp_path: Path) 
     approximated = tmp_path / "approximated"
     convert("from-hf", merged, approximated, "--ffn", "block_shuffle", "--blocks", "2", "--guide", "--dense-layers", "none")
     found = json.loads(convert("inspect", approximated, "--no-spectra", "--json"))
+    text = str(run.parent / "text")
+    start = _python(root / "sffn_dist" / "pretrain.py", "--config", approximated / "start.json", "--plan", "--json", "train.steps=8",
+                    f"data.source={text}")  # fmt: skip
+    assert start.returncode == 0, start.stderr
+    plan = json.loads(start.stdout)
+    assert (plan["ffn.kind"], [phase["phase"] for phase in plan["phases"]]) == ("block_shuffle", ["guided", "plain"])
     assert (found["ffn"]["kind"], found["phase"], found["alpha"], found["tensors"]) == (
         "block_shuffle",
         "guided",
