@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sffn_dist.checkpoint.manifest import BrokenCheckpoint
+from sffn_dist.checkpoint.manifest import BrokenCheckpoint, Manifest, find
 from sffn_dist.config import ConfigError
 
 REFUSED, DIFFERENT = 2, 1  # exit codes
@@ -57,42 +57,71 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made = command("to-hf", to_hf, "source", "target")
     made.add_argument("--ffn", choices=("merged", "structured"), required=True)
     made.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    made.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="of a file (default 5)")
+    made.add_argument("--shard-size", type=_gigabytes, default=5_000_000_000, metavar="GB", help="of a file (default 5)")
     for name in ("from-hf", "from-megatron", "from-official"):
         made = command(name, import_from, "source", "target")
         if name in ("from-hf", "from-megatron"):
             made.add_argument("--ffn", choices=("low_rank", "block_dense", "block_shuffle"), help="default: stays dense")
             made.add_argument("--rank", type=_positive)
             made.add_argument("--blocks", type=_positive)
-            made.add_argument(
-                "--dense-layers", type=_layers, default=(0,), help="layers that stay dense, 0,5 or none (default 0)"
-            )
+            made.add_argument("--dense-layers", type=_layers, help="layers that stay dense, 0,5 or none (default 0)")
             made.add_argument("--guide", action="store_true", help="keep the dense matrices as guides to start training with")
-        made.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the config, where the source does not say")
+        if name != "from-hf":
+            made.set_defaults(overrides=[])
+            made.epilog = "key.path=value: of the config, where the source does not say"
     made = command("to-deepspeed", to_deepspeed, "source", "target")
     made.add_argument("--tensor", type=_positive, default=1, help="tensor-parallel ranks that will load it (default 1)")
     made = command("from-deepspeed", from_deepspeed, "source", "target")
     made.add_argument("--config", metavar="FILE", help="of the run, where the source was not written by to-deepspeed")
-    made.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the config")
-    return parser.parse_args(argv)
+    made.set_defaults(overrides=[])
+    made.epilog = "key.path=value: of the config"
+    options, more = parser.parse_known_args(argv)
+    if more and ("overrides" not in options or any(text.startswith("-") for text in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        options.overrides = more
+    if problem := _misfit(options):
+        parser.error(problem)
+    return options
+
+
+def _misfit(options: argparse.Namespace) -> str | None:
+    """Options that would be left unread."""
+    given = [name for name in ("rank", "blocks", "dense_layers", "guide") if getattr(options, name, None)]
+    unread = {"low_rank": ["blocks"], "block_shuffle": ["rank"], None: given}.get(getattr(options, "ffn", None), [])
+    for name in given:
+        if options.command in ("from-hf", "from-megatron") and name in unread:
+            return f"--{name.replace('_', '-')}: --ffn {options.ffn or 'is not given, which'} has no use for it"
+    if options.command == "from-deepspeed" and options.overrides and not options.config:
+        return f"{options.overrides[0]}: goes with --config"
+    return None
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number <= 0:
-        raise ValueError
-    return number
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1 on")
+    return int(text)
+
+
+def _gigabytes(text: str) -> int:
+    """Bytes."""
+    try:
+        return max(1, int(1e9 * float(text)))
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of gigabytes") from None
 
 
 def _layers(text: str) -> tuple[int, ...]:
-    return () if text == "none" else tuple(int(part) for part in text.split(","))
+    parts = [] if text == "none" else text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be none, or numbers of layers as in 0,5")
+    return tuple(map(int, parts))
 
 
 def inspect(options: argparse.Namespace) -> int:
     """Of a checkpoint everything, of other formats what the weights say."""
     from sffn_dist.checkpoint import inspection
     from sffn_dist.checkpoint.formats import format_of, weights_of
-    from sffn_dist.checkpoint.manifest import find
 
     spectra = not options.no_spectra
     if format_of(options.source) == "checkpoint":
@@ -108,17 +137,20 @@ def verify(options: argparse.Namespace) -> int:
     """0 where both hold the same."""
     from sffn_dist.checkpoint import verification
     from sffn_dist.checkpoint.formats import format_of
-    from sffn_dist.checkpoint.manifest import find
 
     tree: dict[str, Any] = {}
     both = format_of(options.a) == format_of(options.b) == "checkpoint"
     if both:
-        a, b = find("a", str(options.a)), find("b", str(options.b))
+        a, b = _intact(options.a), _intact(options.b)
         tree["differences"] = [asdict(found) for found in verification.differences(a, b)]
         tree["positions"] = verification.positions_differ(a, b)
     if options.logits or not both:
         tree["logits"] = asdict(verification.compare_logits(options.a, options.b))
-    same = not tree.get("differences") and tree.get("logits", {}).get("largest", 0.0) <= options.tolerance
+    same = (
+        not tree.get("differences")
+        and not tree.get("positions")
+        and tree.get("logits", {}).get("largest", 0.0) <= options.tolerance
+    )
     print(json.dumps({**tree, "same": same}, indent=1) if options.json else _verdict(tree, same, options.tolerance))
     return 0 if same else DIFFERENT
 
@@ -142,26 +174,28 @@ def _verdict(tree: dict[str, Any], same: bool, tolerance: float) -> str:
 def reshard(options: argparse.Namespace) -> int:
     """The same tensors, cut for other ranks."""
     from sffn_dist.checkpoint import reshard as resharding
-    from sffn_dist.checkpoint.manifest import find
 
-    source = find("source", str(options.source))
-    _intact(source)
-    made = resharding.reshard(source, options.target, tensor=options.tensor, data=options.data)
+    made = resharding.reshard(_intact(options.source), options.target, tensor=options.tensor, data=options.data)
     print(f"{made.folder}: step {made.step}, {len(made.files)} files, {made.bytes / 1e6:,.1f} MB")
     return 0
 
 
-def _intact(source: Any) -> None:
-    if problems := source.damage(source.files):
+def _intact(path: Path) -> Manifest:
+    """The checkpoint in ``path``, every file of it read and compared with its hash."""
+    found = find("source", str(path))
+    if problems := found.damage(found.files):
         raise ConfigError([str(problem) for problem in problems])
+    return found
 
 
 def to_hf(options: argparse.Namespace) -> int:
     """A folder that transformers loads."""
-    from sffn_dist.checkpoint.formats import weights_of
+    from sffn_dist.checkpoint.formats import format_of, weights_of
     from sffn_dist.checkpoint.hf import export
 
-    size = int(options.shard_size * 1e9)
+    if format_of(options.source) == "checkpoint":
+        _intact(options.source)
+    size = options.shard_size
     made = export.export(weights_of(options.source), options.target, ffn=options.ffn, dtype=options.dtype, shard_bytes=size)
     print(made)
     return 0
@@ -171,18 +205,17 @@ def import_from(options: argparse.Namespace) -> int:
     """A checkpoint of a model from elsewhere, for ``init_from``."""
     from sffn_dist.checkpoint import formats, reshard
     from sffn_dist.checkpoint.weights import approximated
-    from sffn_dist.durable import write_text
 
     expected, found = options.command.removeprefix("from-"), formats.format_of(options.source)
     if found != expected:
         raise ConfigError([f"{options.source}: this is {found}, not {expected}"])
-    weights = formats.weights_of(options.source, options.overrides)
+    weights = formats.weights_of(options.source, getattr(options, "overrides", ()))
     if getattr(options, "ffn", None):
-        sizes = {"kind": options.ffn, "rank": options.rank, "blocks": options.blocks, "dense_layers": options.dense_layers}
+        layers = (0,) if options.dense_layers is None else options.dense_layers
+        sizes = {"kind": options.ffn, "rank": options.rank, "blocks": options.blocks, "dense_layers": layers}
         weights = approximated(weights, sizes, guide=options.guide)
     made = reshard.write_weights(weights, options.target)
-    config = made.folder / "start.json"
-    write_text(config, json.dumps(reshard.start_config(weights, made), indent=1) + "\n")
+    config = made.folder / reshard.START
     print(
         f"{made.folder}: {made.bytes / 1e6:,.1f} MB; to train on: pretrain.py --config {config} train.steps=... (or name it as base)"
     )
@@ -192,11 +225,8 @@ def import_from(options: argparse.Namespace) -> int:
 def to_deepspeed(options: argparse.Namespace) -> int:
     """DeepSpeed's universal format, for its ``checkpoint.load_universal``."""
     from sffn_dist.checkpoint import formats
-    from sffn_dist.checkpoint.manifest import find
 
-    source = find("source", str(options.source))
-    _intact(source)
-    print(formats.to_universal(source, options.target, tensor=options.tensor))
+    print(formats.to_universal(_intact(options.source), options.target, tensor=options.tensor))
     return 0
 
 
@@ -214,7 +244,7 @@ def from_deepspeed(options: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0; 1 where things differ or are damaged; 2 where the input is refused."""
+    """The exit code: 0; 1 where contents differ or are damaged; 2 where the input is refused."""
     options = arguments(argv)
     _give_memory_back()
     try:
@@ -222,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if target is not None and target.exists():
             raise ConfigError([f"{target}: exists already; nothing is overwritten"])
         return int(options.act(options))
-    except (ConfigError, BrokenCheckpoint) as error:
+    except (ConfigError, BrokenCheckpoint, OSError) as error:
         for problem in error.problems if isinstance(error, ConfigError) else (error,):
             print(f"convert.py: error: {problem}", file=sys.stderr)
         return REFUSED

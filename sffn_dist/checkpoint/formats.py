@@ -10,6 +10,7 @@ from typing import Literal
 from sffn_dist.checkpoint import manifest, reshard
 from sffn_dist.checkpoint.manifest import KINDS, Manifest
 from sffn_dist.checkpoint.reader import Reader
+from sffn_dist.checkpoint.store import check_room
 from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.config import Config, ConfigError
 from sffn_dist.shapes import is_guide
@@ -73,6 +74,7 @@ def to_universal(source: Manifest, target: Path, *, tensor: int = 1) -> Path:
     reader, guides = Reader(source), source.guide_optimizer_steps or 0
     steps = {name: guides if is_guide(name) else source.optimizer_steps for name in reader.specs}
     with reshard.fresh(target) as folder:
+        check_room(folder, source.bytes)
         place = universal.write(reader.weights(), reader.full, steps, folder, tensor=tensor)
     return target / place.name
 

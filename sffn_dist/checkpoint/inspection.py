@@ -37,17 +37,22 @@ class Spectrum:
 
 
 def describe(manifest: Manifest, *, spectra: bool = True, integrity: bool = True) -> dict[str, Any]:
-    """All of it as one tree. Reads every file twice if everything is asked for; raises ConfigError, BrokenCheckpoint."""
+    """All of it as one tree; of a damaged checkpoint what the manifest says and the damage. Reads every file twice if all is asked for.
+
+    Raises ConfigError, BrokenCheckpoint.
+    """
     reader = Reader(manifest)
+    damage = [str(problem) for problem in manifest.damage(manifest.files)] if integrity else []
+    weights = Weights(reader.config, reader.full, str(manifest.folder), guide=reader.guide) if damage else reader.weights()
     found = {
         "checkpoint": str(manifest.folder),
         "origin": manifest.origin,
-        **position(manifest, reader.config),
+        **position(manifest, reader.config, weights.alpha),
         "tensors": list(manifest.kinds),
         "data_fingerprint": manifest.data_fingerprint,
         "revision": manifest.revision,
         "versions": manifest.versions,
-        **model(reader.weights(), spectra=spectra),
+        **model(weights, spectra=spectra and not damage),
         "splits": {
             "tensor_parallel": manifest.tensor_parallel,
             "files": len({piece.file for pieces in manifest.pieces.values() for piece in pieces}),
@@ -56,11 +61,11 @@ def describe(manifest: Manifest, *, spectra: bool = True, integrity: bool = True
         },
     }
     if integrity:
-        found["damage"] = [str(problem) for problem in manifest.damage(manifest.files)]
+        found["damage"] = damage
     return found
 
 
-def position(manifest: Manifest, config: Config) -> dict[str, Any]:
+def position(manifest: Manifest, config: Config, alpha: float) -> dict[str, Any]:
     """Step, phase and the weight of the guide: of the next step to run, or "finished"."""
     clock, step = schedule.of(config), manifest.step
     over = step >= clock.total_steps
@@ -68,7 +73,7 @@ def position(manifest: Manifest, config: Config) -> dict[str, Any]:
         "step": step,
         "total_steps": clock.total_steps,
         "phase": "finished" if over else clock.at(step).phase,
-        "alpha": clock.alpha(step) if manifest.guide_optimizer_steps is not None else 0.0,
+        "alpha": alpha,
         "optimizer_steps": manifest.optimizer_steps,
         "guide_optimizer_steps": manifest.guide_optimizer_steps,
     }
@@ -130,7 +135,9 @@ def spectrum(weights: Weights) -> Iterator[Spectrum]:
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Squares of the singular values, ascending, in float64, by the smaller Gram matrix: a tenth of an SVD's time."""
+    """Squares of the singular values, ascending, in float64, by the smaller Gram matrix: a tenth of an SVD's time. nan for nan."""
+    if not torch.isfinite(matrix).all():
+        return torch.full((min(matrix.shape),), math.nan, dtype=torch.float64)
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
     return torch.linalg.eigvalsh(wide.double() @ wide.double().t()).clamp_min(0.0)
 

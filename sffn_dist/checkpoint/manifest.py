@@ -80,6 +80,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     revision: str | None = None
     origin: str | None = None  # what it was imported from
+    alpha: float | None = None  # of an import's guides; None: that of the run's schedule at ``step``
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -93,7 +94,7 @@ class Manifest:
             if tree.pop("sha256") != _hash(tree):
                 raise BrokenCheckpoint(f"{folder / NAME}: its content has not the sha256 it states")
             found = cls._parse(folder, tree)
-            found._check_sizes()
+            found.check_sizes()
         except (BrokenCheckpoint, FileNotFoundError, NotADirectoryError) as error:
             if isinstance(error, BrokenCheckpoint):
                 raise
@@ -124,9 +125,11 @@ class Manifest:
             versions=dict(tree["versions"]),
             revision=tree["revision"],
             origin=tree["origin"],
+            alpha=None if (alpha := tree.get("alpha")) is None else float(alpha),
         )
 
-    def _check_sizes(self) -> None:
+    def check_sizes(self) -> None:
+        """Raises BrokenCheckpoint or OSError unless every file is there and of its size."""
         named = {piece.file for pieces in self.pieces.values() for piece in pieces}
         for name in {**self.files, **dict.fromkeys(named)}:
             if Path(name).name != name or name not in self.files:
@@ -270,11 +273,13 @@ def missing_tensors(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> I
 def prune(run_dir: Path, keep: int, keep_every: int, saved: Path) -> None:
     """Remove what is no longer wanted once ``saved``, which was just written, is there.
 
-    Kept: the ``keep`` newest complete ones up to ``saved``, those of steps that ``keep_every`` divides, and what another version of this
-    code wrote. What lies beyond ``saved`` is of a run that went on from an older checkpoint because those were broken.
+    Kept: the ``keep`` newest complete ones up to ``saved``, those of steps that ``keep_every`` divides, what another version of this code
+    wrote or the disk does not read, and whatever lies beyond ``saved``: a start may have gone on from an older one for a disk's bad hour.
     """
     complete, broken = [], []
     for folder in checkpoints(run_dir):
+        if int(folder.name[5:]) > int(saved.name[5:]):
+            break
         try:
             Manifest.read(folder)
         except UnreadableCheckpoint:
@@ -283,8 +288,7 @@ def prune(run_dir: Path, keep: int, keep_every: int, saved: Path) -> None:
             broken.append(folder)
             continue
         complete.append(folder)
-    earlier = [folder for folder in complete if int(folder.name[5:]) <= int(saved.name[5:])]
-    kept = {saved, *earlier[-keep:], *(folder for folder in earlier if keep_every and int(folder.name[5:]) % keep_every == 0)}
+    kept = {saved, *complete[-keep:], *(folder for folder in complete if keep_every and int(folder.name[5:]) % keep_every == 0)}
     for folder in (*complete, *broken):
         if folder not in kept:
             remove(folder)

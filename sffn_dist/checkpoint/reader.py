@@ -93,19 +93,25 @@ class Reader:
     def weights(self) -> Weights:
         """The checkpoint's model, as it would be evaluated at its step."""
         manifest, clock = self.manifest, schedule.of(self.config)
-        alpha = clock.alpha(manifest.step) if self.guide else 0.0
-        tokenizer = manifest.folder / TOKENIZER
+        alpha = clock.alpha(manifest.step) if manifest.alpha is None else manifest.alpha
         facts = {"data_fingerprint": manifest.data_fingerprint, "revision": manifest.revision, "versions": manifest.versions}
         return Weights(
             config=self.config,
             full=self.full,
             origin=manifest.origin or str(manifest.folder),
             guide=self.guide,
-            alpha=alpha,
+            alpha=alpha if self.guide else 0.0,
             step=manifest.step,
-            tokenizer=tokenizer.read_text(encoding="utf-8") if TOKENIZER in manifest.files else None,
+            tokenizer=self._tokenizer(),
             facts={**facts, "results": _results(manifest)},
         )
+
+    def _tokenizer(self) -> str | None:
+        path = self.manifest.folder / TOKENIZER
+        try:
+            return path.read_text(encoding="utf-8") if TOKENIZER in self.manifest.files else None
+        except (OSError, UnicodeError) as error:
+            raise BrokenCheckpoint(f"{path}: {error}") from None
 
 
 def _results(manifest: Manifest) -> dict[str, float]:

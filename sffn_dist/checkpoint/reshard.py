@@ -1,7 +1,8 @@
 """Write a checkpoint from full tensors, one at a time: for another layout, or from another format.
 
-Any layout reads any checkpoint, so what a conversion chooses is locality: with ``tensor`` x ``data`` files each rank of such a run finds
-what it needs in one file of its own. The ZeRO stage is no property of the files. In memory at once: a full tensor and a rank's part of it.
+Any layout reads any checkpoint, so what a conversion chooses is locality: a tensor-parallel rank's parts lie in ``data`` files of
+their own, what all ranks hold in the first one's. The ZeRO stage is no property of the files. In memory at once: a full tensor and a
+rank's part of it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from sffn_dist import reading
 from sffn_dist.checkpoint.manifest import TOKENIZER, File, Manifest, Piece
 from sffn_dist.checkpoint.reader import Reader
-from sffn_dist.checkpoint.store import check_room, copy_in, revision, versions
+from sffn_dist.checkpoint.store import check_room, revision, versions
 from sffn_dist.checkpoint.tensor_file import Entry, TensorFile
 from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.config import ConfigError
@@ -28,6 +30,7 @@ from sffn_dist.durable import fresh_folder, hash_file, write_text
 from sffn_dist.parallel.split import shard
 from sffn_dist.shapes import TensorSpec, model_tensors
 
+START = "start.json"  # of an import: a config to start from
 FullTensor = Callable[[str, str], Tensor]  # (name, kind) -> full fp32 tensor
 
 
@@ -39,23 +42,25 @@ def reshard(source: Manifest, target: Path, *, tensor: int, data: int = 1) -> Ma
     reader = Reader(source)
     tree = {**source.config, "parallel": {**source.config["parallel"], "tensor": tensor}}
     cut = dataclasses.replace(source, config=reading.from_tree(tree).model_dump(mode="json"), tensor_parallel=tensor)
-    tokenizer = source.folder / TOKENIZER if TOKENIZER in source.files else None
-    return write(cut, reader.full, target, data=data, tokenizer=tokenizer)
+    texts = {name: (source.folder / name).read_text(encoding="utf-8") for name in (TOKENIZER, START) if name in source.files}
+    return write(cut, reader.full, target, data=data, texts=texts)
 
 
 def write_weights(weights: Weights, target: Path) -> Manifest:
     """A checkpoint of a model from elsewhere, without moments: for ``init_from``, exports, inspection."""
-    return write(header(weights, target), lambda name, _: weights.full(name), target, tokenizer=weights.tokenizer)
+    start = json.dumps(start_config(weights, target), indent=1) + "\n"
+    texts = {START: start} if weights.tokenizer is None else {START: start, TOKENIZER: weights.tokenizer}
+    return write(header(weights, target), lambda name, _: weights.full(name), target, texts=texts)
 
 
-def start_config(weights: Weights, made: Manifest) -> dict[str, Any]:
+def start_config(weights: Weights, target: Path) -> dict[str, Any]:
     """What a run's config must say to start from an imported checkpoint: its model and where it lies. ``train`` is the user's."""
     tree = weights.config.model_dump(mode="json", include={"model", "ffn"}, exclude_none=True)
-    place = made.folder.resolve()
+    place = target.resolve()
     return {
         **tree,
         **({"guide": {"mode": "fixed_step"}} if weights.guide else {}),
-        **({"data": {"tokenizer": str(place / TOKENIZER)}} if TOKENIZER in made.files else {}),
+        **({"data": {"tokenizer": str(place / TOKENIZER)}} if weights.tokenizer is not None else {}),
         "init_from": str(place),
     }
 
@@ -78,22 +83,21 @@ def header(weights: Weights, target: Path) -> Manifest:
         versions=versions(),
         revision=revision(),
         origin=weights.origin,
+        alpha=weights.alpha if weights.guide else None,
     )
 
 
-def write(like: Manifest, full: FullTensor, target: Path, *, data: int = 1, tokenizer: Path | str | None = None) -> Manifest:
-    """A checkpoint whose manifest is ``like`` but for tensors and files, which come from ``full``. ``tokenizer``: a file, or its text."""
+def write(like: Manifest, full: FullTensor, target: Path, *, data: int = 1, texts: Mapping[str, str] | None = None) -> Manifest:
+    """A checkpoint whose manifest is ``like`` but for tensors and files, which come from ``full``; ``texts``: files beside, by name."""
     config = reading.from_tree(like.config)
     specs = model_tensors(config, guide=like.guide_optimizer_steps is not None)
     p = like.tensor_parallel
     with fresh(target) as folder:
         check_room(folder, sum(4 * math.prod(spec.local_shape(p)) * p for spec in specs.values()) * len(like.kinds))
         pieces, files = _write_tensors(folder, specs, like.kinds, full, p, data)
-        if isinstance(tokenizer, Path):
-            files[TOKENIZER] = copy_in(tokenizer, folder / TOKENIZER)
-        elif tokenizer is not None:
-            write_text(folder / TOKENIZER, tokenizer)
-            files[TOKENIZER] = File((folder / TOKENIZER).stat().st_size, hash_file(folder / TOKENIZER))
+        for name, text in (texts or {}).items():
+            write_text(folder / name, text)
+            files[name] = File((folder / name).stat().st_size, hash_file(folder / name))
         shapes = {name: spec.shape for name, spec in specs.items()}
         dataclasses.replace(like, folder=folder, shapes=shapes, pieces=pieces, files=files).write()
     return Manifest.read(target)

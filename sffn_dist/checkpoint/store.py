@@ -24,7 +24,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sffn_dist.checkpoint.manifest import KINDS, TOKENIZER, File, Manifest, Piece, folder_of, prune, remove
+from sffn_dist.checkpoint.manifest import (
+    KINDS,
+    TOKENIZER,
+    BrokenCheckpoint,
+    File,
+    Manifest,
+    Piece,
+    UnreadableCheckpoint,
+    folder_of,
+    prune,
+    remove,
+)
 from sffn_dist.checkpoint.tensor_file import Entry, TensorFile
 from sffn_dist.config import Config
 from sffn_dist.durable import hash_file, sync
@@ -143,8 +154,7 @@ class Saver:
         self._agree(job, (job.bytes, job.problem), lambda reports: self._make_room(temporary, reports), give_up)
         report, problem = None, None
         try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            report = self._write(temporary, job)
+            report = self._write(temporary, job)  # in rank 0's folder: a rank that does not see it must not make its own
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         job.tensors = {}
@@ -195,7 +205,7 @@ class Saver:
         files = {name: file for name, file, _ in reports}
         if self.tokenizer is not None:
             files[TOKENIZER] = copy_in(self.tokenizer, temporary / TOKENIZER)
-        Manifest(
+        manifest = Manifest(
             folder=temporary,
             step=position.step,
             optimizer_steps=position.optimizer_steps,
@@ -209,7 +219,9 @@ class Saver:
             files=files,
             versions=versions(),
             revision=revision(),
-        ).write()
+        )
+        manifest.check_sizes()  # every rank's file is where this one looks
+        manifest.write()
         sync(temporary)
         _replace(temporary, target)
         with contextlib.suppress(OSError):  # the save is there; tidying up has its next chance with the next one
@@ -217,8 +229,11 @@ class Saver:
 
 
 def _replace(source: Path, target: Path) -> None:
-    """Give ``source`` the name ``target``. What bore it (the same step, broken since, or of another version) goes once that is done."""
-    older = target.with_name(f".{target.name}{OLDER}")
+    """Give ``source`` the name ``target``. What bore it, the same step saved before and broken since, goes once that is done.
+
+    What another version of this code wrote, or the disk does not read, stays, as ``step_....other``.
+    """
+    older, other = target.with_name(f".{target.name}{OLDER}"), target.with_name(f"{target.name}.other")
     if target.exists():
         remove(older)  # left by a save whose tidying up failed
         target.rename(older)
@@ -228,8 +243,21 @@ def _replace(source: Path, target: Path) -> None:
         if older.exists():
             older.rename(target)
         raise
-    sync(target.parent)
+    with contextlib.suppress(OSError):  # the save is there
+        sync(target.parent)
+        if older.exists() and _of_use_elsewhere(older) and not other.exists():
+            older.rename(other)
     remove(older)
+
+
+def _of_use_elsewhere(folder: Path) -> bool:
+    try:
+        Manifest.read(folder)
+    except UnreadableCheckpoint:
+        return True
+    except BrokenCheckpoint:
+        return False
+    return False
 
 
 class _Staging:

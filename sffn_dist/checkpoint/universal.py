@@ -125,7 +125,10 @@ def write(
 
 
 def _save(value: object, path: Path) -> None:
-    torch.save(value, path)
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:  # what torch's writer says of a full disk
+        raise OSError(f"{path}: {error}") from None
     sync(path)
 
 

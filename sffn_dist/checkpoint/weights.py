@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sffn_dist import reading
-from sffn_dist.config import Config
+from sffn_dist.config import Config, ConfigError
 from sffn_dist.counts import all_dense
 from sffn_dist.shapes import ffn_structure, is_guide, model_tensors
 from sffn_dist.structured.approximation import from_dense
@@ -83,7 +84,10 @@ def approximated(weights: Weights, ffn: Mapping[str, Any], *, guide: bool = Fals
             return weights.full(f"{prefix}.weight")
         if prefix not in last:
             last.clear()
-            last[prefix] = from_dense(ffn_structure(config, _layer(name)), weights.full(f"{prefix}.weight"))
+            dense_matrix = weights.full(f"{prefix}.weight")
+            if not torch.isfinite(dense_matrix).all():
+                raise ConfigError([f"{weights.origin}: {prefix}.weight holds values that are not finite: nothing is near it"])
+            last[prefix] = from_dense(ffn_structure(config, _layer(name)), dense_matrix)
         return last[prefix][leaf]
 
     return dataclasses.replace(weights, config=config, full=full, guide=guide, alpha=1.0 if guide else 0.0)

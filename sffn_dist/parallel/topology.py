@@ -39,7 +39,8 @@ class Topology:
     def background_group(self) -> Any:
         """A gloo group of all ranks for threads beside the training's; made once. All ranks must call it at the same place."""
         if not _background:
-            _background.append(dist.new_group(backend="gloo"))
+            # hours: ranks' disks may differ by that much, and what hangs is seen by the training's own groups
+            _background.append(dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12)))
         return _background[0]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,7 +14,7 @@ from sffn_dist import model as models
 from sffn_dist.checkpoint import manifest as manifests
 from sffn_dist.checkpoint.manifest import TOKENIZER, BrokenCheckpoint, Manifest, UnreadableCheckpoint
 from sffn_dist.checkpoint.reader import Reader
-from sffn_dist.config import ConfigError
+from sffn_dist.config import Config, ConfigError
 from sffn_dist.data.tokenizer import differing_tokens
 from sffn_dist.durable import hash_file
 from sffn_dist.parallel.topology import Topology
@@ -24,13 +27,13 @@ log = logging.getLogger(__name__)
 
 
 def newest(run_dir: Path, topology: Topology) -> Manifest | None:
-    """The run's newest checkpoint whose content is whole: each rank hashes its share of the files. All ranks must call it.
+    """The run's newest checkpoint whose content is whole: rank 0 chooses, each rank hashes its share of the files. All ranks must call it.
 
-    A damaged one is named in a warning, marked in its folder and skipped; one that only cannot be read is not marked. Raises
-    ConfigError if there are checkpoints and none is good.
+    A damaged one is named in a warning and skipped; where its content is wrong, it is marked in its folder. Raises ConfigError if there
+    are checkpoints and none is good.
     """
     damaged: set[Path] = set()
-    while (found := manifests.newest(run_dir, damaged)) is not None:
+    while (found := _chosen(lambda: manifests.newest(run_dir, damaged), topology)) is not None:
         problems = damage(found, topology)
         if not problems:
             return found
@@ -40,9 +43,32 @@ def newest(run_dir: Path, topology: Topology) -> Manifest | None:
             log.warning("checkpoint skipped: %s", reason)
             if not all(isinstance(problem, UnreadableCheckpoint) for problem in problems):
                 found.mark(reason)
-        if topology.world > 1:
-            dist.barrier()
     return None
+
+
+def source_of_weights(config: Config, topology: Topology) -> Manifest:
+    """The checkpoint that ``init_from`` names, the same for all ranks though a run may be writing there; raises ConfigError."""
+    assert config.init_from
+    source = _chosen(functools.partial(manifests.find, "init_from", config.init_from), topology)
+    assert source
+    if problems := damage(source, topology):
+        raise ConfigError([f"init_from = {config.init_from!r}: {problem}" for problem in problems])
+    return source
+
+
+def _chosen(choose: Callable[[], Manifest | None], topology: Topology) -> Manifest | None:
+    """Rank 0's choice, or its ConfigError, on every rank."""
+    answer: list[Manifest | ConfigError | None] = [None]
+    if topology.main:
+        try:
+            answer = [choose()]
+        except ConfigError as error:
+            answer = [error]
+    if topology.world > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], ConfigError):
+        raise ConfigError(answer[0].problems)
+    return answer[0]
 
 
 def damage(manifest: Manifest, topology: Topology) -> list[BrokenCheckpoint]:
@@ -61,11 +87,8 @@ def start(run: Run, found: Manifest | None) -> None:
     What a checkpoint gives goes into the optimiser's fp32 weights, once, bit for bit; the model's own are made from these.
     """
     config, topology = run.config, run.topology
-    source = None
-    if found is None and config.init_from:
-        source = manifests.find("init_from", config.init_from)
-        if problems := damage(source, topology):
-            raise ConfigError([f"init_from = {config.init_from!r}: {problem}" for problem in problems])
+    source = source_of_weights(config, topology) if found is None and config.init_from else None
+    if source is not None:
         check_tokenizer(source, run)
     run.step = found.step if found else 0
     model = models.build(config, run.precision, topology, guide=run.schedule.guided(run.step))
@@ -73,11 +96,13 @@ def start(run: Run, found: Manifest | None) -> None:
         models.initialise(model, config, topology)
     run.engine = engines.create(model, config, run.precision, topology)
     if found is not None:
-        Reader(found).restore(state.fragments(run.engine), topology)
+        with _told_as("run.dir", config.run.dir):
+            Reader(found).restore(state.fragments(run.engine), topology)
         state.set_step_counts(run.engine, found.optimizer_steps, found.guide_optimizer_steps)
     with_guides = found is not None
     if source is not None:
-        with_guides = start_from(run, source)
+        with _told_as("init_from", str(config.init_from)):
+            with_guides = start_from(run, source)
     if found is not None or source is not None:
         state.refresh(run.engine)
     if models.has_guide(run.model) and not with_guides:
@@ -107,4 +132,15 @@ def start_from(run: Run, source: Manifest) -> bool:
     reader = Reader(source)
     wanted = (fragment for fragment in state.fragments(run.engine) if reader.guide or not is_guide(fragment.name))
     reader.restore(wanted, run.topology, kinds=("weight",))
+    if reader.guide and not models.has_guide(run.model) and run.topology.main:
+        log.warning("init_from = %r: its guides are left: this run is not guided at its first step", run.config.init_from)
     return reader.guide
+
+
+@contextlib.contextmanager
+def _told_as(key: str, value: str) -> Iterator[None]:
+    """A checkpoint that fails while it is read, because somebody removed it, say, is an input that cannot be used."""
+    try:
+        yield
+    except BrokenCheckpoint as error:
+        raise ConfigError([f"{key} = {value!r}: {error}"]) from None

@@ -23,6 +23,7 @@ from sffn_dist.checkpoint.hf import config_json, describe, names
 from sffn_dist.checkpoint.hf.card import card
 from sffn_dist.checkpoint.hf.describe import FFN, DType
 from sffn_dist.checkpoint.hf.names import Family
+from sffn_dist.checkpoint.store import check_room
 from sffn_dist.checkpoint.tensor_file import Entry, TensorFile
 from sffn_dist.checkpoint.weights import Weights, merged
 from sffn_dist.config import ConfigError
@@ -57,6 +58,9 @@ def export(weights: Weights, folder: Path, *, ffn: FFN, dtype: DType, shard_byte
         sync(temporary)
         _refuse_existing(folder)
         temporary.rename(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ConfigError([f"{folder}: not written: {error}"]) from None
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -117,6 +121,7 @@ def _write_tensors(weights: Weights, folder: Path, family: Family, dtype: DType,
     files = (
         [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)] if len(shards) > 1 else [SINGLE]
     )
+    check_room(folder, sum(entry.bytes for shard in shards for entry in shard.values()))
     tensors = _tensors(weights, family, dtype)
     for file, shard in zip(files, shards, strict=True):
         with TensorFile(folder / file, shard, {"format": "pt"}) as target:
