@@ -91,7 +91,9 @@ def _misfit(options: argparse.Namespace) -> str | None:
     unread = {"low_rank": ["blocks"], "block_shuffle": ["rank"], None: given}.get(getattr(options, "ffn", None), [])
     for name in given:
         if options.command in ("from-hf", "from-megatron") and name in unread:
-            return f"--{name.replace('_', '-')}: --ffn {options.ffn or 'is not given, which'} has no use for it"
+            return f"--{name.replace('_', '-')}: " + (
+                f"--ffn {options.ffn} has no use for it" if options.ffn else "goes with --ffn"
+            )
     if options.command == "from-deepspeed" and options.overrides and not options.config:
         return f"{options.overrides[0]}: goes with --config"
     return None

@@ -249,3 +249,23 @@ def saved(run_dir: Path, steps: list[int], world: int = 1, guide: bool = False, 
 
     run_dir.mkdir(parents=True, exist_ok=True)
     return on_ranks(world, run_dir.parent / "meeting", some)
+
+
+def saved_on_a_disk_that_goes(run_dir: Path, how: str) -> dict[str, Any]:
+    """A save whose rank loses what it wrote, or whose folder is gone before it writes."""
+
+    def attempt() -> dict[str, Any]:
+        saver, write = saver_in(run_dir, config(asynchronous=False)), store.Saver._write
+
+        def lossy(self: store.Saver, folder: Path, job: Any) -> Any:
+            if how == "folder":
+                folder.rmdir()
+            report = write(self, folder, job)
+            (folder / report[0]).unlink()
+            return report
+
+        store.Saver._write = lossy  # type: ignore[method-assign]
+        path = save(saver, State(saver.config, saver.topology), 1)
+        return {"saved": path, "news": saver.news()}
+
+    return forked(attempt)

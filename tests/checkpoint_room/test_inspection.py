@@ -36,7 +36,7 @@ def checkpoint(folder: Path, kind: str, *, step: int = 4, guide: bool = False, t
 
     tree = config.model_dump(mode="json")
     header = Manifest(folder, step, step, 2 if guide else None, "data", tensor, KINDS, tree, {}, {}, {}, {"torch": "2"}, "f00")
-    return reshard.write(header, full, folder, tokenizer="{}")
+    return reshard.write(header, full, folder, texts={"tokenizer.json": "{}"})
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,10 @@ def test_spectra_are_those_of_the_matrix(tmp_path: Path, kind: str, guide: bool)
         assert 1 <= spectrum.stable_rank <= bound
 
 
+def test_the_spectrum_of_what_is_not_finite_is_nan() -> None:
+    assert inspection.singular_values(torch.full((3, 5), math.inf)).isnan().all()
+
+
 def test_parameters_and_splits_are_the_tables(tmp_path: Path) -> None:
     manifest = checkpoint(tmp_path / "a", "block_shuffle", guide=True)
     found = inspection.describe(manifest, spectra=False)
@@ -101,5 +105,6 @@ def test_damage_is_told(tmp_path: Path, name: str) -> None:
     (manifest.folder / name).write_bytes(bytes(data))
     found = inspection.describe(manifest, spectra=False)
     assert len(found["damage"]) == 1
+    assert inspection.describe(manifest)["damage"] == found["damage"], "told, not stumbled over"
     assert name in found["damage"][0]
     assert "DAMAGED" in inspection.render(found)

@@ -84,12 +84,31 @@ def test_prune_keeps_what_cannot_be_read(nursery: Nursery, tmp_path: Path) -> No
     assert nursery(CASES, "found", run_dir=run)["names"] == ["step_00000001", "step_00000003"]
 
 
-def test_prune_takes_what_a_run_left_behind_that_went_on_from_before(nursery: Nursery, tmp_path: Path) -> None:
-    """5 and 6 were broken, the run went on from 4: its 5 is the newest, whatever bore the name, and 6 goes."""
+def test_prune_leaves_what_lies_beyond_the_step_that_was_saved(nursery: Nursery, tmp_path: Path) -> None:
+    """5 was broken and 6 could not be read for a while, the run went on from 4: its 5 is the newest, whatever bore the name; 6 stays."""
     run = tmp_path / "run"
     nursery(CASES, "saved", run_dir=run, steps=STEPS, keep=9)
-    for step in (5, 6):
-        (run / "checkpoints" / f"step_{step:08d}" / "rank_00000.safetensors").write_bytes(b"torn")
+    (run / "checkpoints" / "step_00000005" / "rank_00000.safetensors").write_bytes(b"torn")
     nursery(CASES, "saved", run_dir=run, steps=[5], keep=2)
-    assert nursery(CASES, "found", run_dir=run)["names"] == ["step_00000004", "step_00000005"]
-    assert nursery(CASES, "complete", run_dir=run) == [4, 5]
+    assert nursery(CASES, "complete", run_dir=run) == [4, 5, 6]
+
+
+def test_a_save_keeps_what_another_version_wrote_under_its_name(nursery: Nursery, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    nursery(CASES, "saved", run_dir=run, steps=[3], keep=9)
+    manifest = run / "checkpoints" / "step_00000003" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))
+    nursery(CASES, "saved", run_dir=run, steps=[3], keep=9)
+    assert nursery(CASES, "complete", run_dir=run) == [3]
+    kept = run / "checkpoints" / "step_00000003.other"
+    assert sorted(path.name for path in kept.iterdir()) == sorted(path.name for path in manifest.parent.iterdir())
+
+
+@pytest.mark.parametrize("how", ["file", "folder"])
+def test_nothing_is_published_that_is_not_there(nursery: Nursery, tmp_path: Path, how: str) -> None:
+    """What a rank wrote is gone, or its folder is, before the manifest is: a disk that was taken away."""
+    told = nursery(CASES, "saved_on_a_disk_that_goes", run_dir=tmp_path / "run", how=how)
+    assert told["saved"] is None
+    assert "step 1 not written" in told["news"][0]
+    assert "rank_00000.safetensors" in told["news"][0]
+    assert nursery(CASES, "complete", run_dir=tmp_path / "run") == []

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import zlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from sffn_dist import reading
+from sffn_dist.checkpoint import inspection, reshard
+from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.checkpoint.weights import Weights, approximated, merged
 from sffn_dist.config import ConfigError
 from sffn_dist.shapes import ffn_structure, model_tensors
@@ -74,3 +79,22 @@ def test_approximated_refuses_sizes_that_do_not_fit() -> None:
         approximated(random({"kind": "dense"}), {"kind": "low_rank", "rank": 99})
     with pytest.raises(ConfigError, match=r"ffn\.blocks: missing"):
         approximated(random({"kind": "dense"}), {"kind": "block_shuffle"})
+
+
+def test_an_import_keeps_the_weight_of_its_guides(tmp_path: Path) -> None:
+    """Whatever its step and schedule say; resharding keeps it too."""
+    weights = random(FFN["low_rank"], guide=True, alpha=0.6)
+    made = reshard.write_weights(dataclasses.replace(weights, step=7), tmp_path / "a")
+    for manifest in (made, reshard.reshard(made, tmp_path / "b", tensor=2)):
+        back = Reader(manifest).weights()
+        assert (back.alpha, back.guide, back.step) == (0.6, True, 7)
+        assert inspection.describe(manifest, spectra=False)["alpha"] == 0.6
+        assert json.loads((manifest.folder / "start.json").read_text())["guide"] == {"mode": "fixed_step"}
+        assert manifest.damage(manifest.files) == []
+
+
+def test_nothing_is_near_what_is_not_finite() -> None:
+    dense = random({"kind": "dense"})
+    spoilt = dataclasses.replace(dense, full=lambda name: dense.full(name) * float("nan"))
+    with pytest.raises(ConfigError, match=r"mlp\.linear_fc1\.weight holds values that are not finite"):
+        approximated(spoilt, FFN["low_rank"]).full("decoder.layers.1.mlp.linear_fc1.up")
