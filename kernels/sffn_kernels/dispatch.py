@@ -1,0 +1,202 @@
+"""Which implementation of an operation runs: plain torch (cuBLAS on CUDA devices), or a Triton kernel with one of its tilings.
+
+The setting (:func:`use`) is ``torch``, ``triton``, or ``auto``: whichever was measured to be fastest for the operation, dtype, sizes and
+device. What was measured is kept in tables, a JSON file a device: those in ``tables/`` come with the package; for what no table says, all
+candidates are timed once, on the tensors at hand, and the result is cached in ``$XDG_CACHE_HOME/sffn_dist/kernels`` (``~/.cache/...``).
+
+On CPUs ``auto`` is plain torch. Ranks that compute the same thing must do so with the same kernel, or replicas drift apart: times are passed
+through :func:`agree_by` before they decide, and tables are shared by :func:`shared_table`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Literal, TypeVar, cast, get_args
+
+import torch
+from torch import Tensor
+
+Setting = Literal["auto", "torch", "triton"]
+T = TypeVar("T")
+Ways = dict[str, Callable[[], T]]
+
+# Compute capability from which Triton's bf16 products run on tensor cores.
+LEAST_CAPABILITY = (8, 0)
+TABLES = Path(__file__).with_name("tables")
+_REPEATS, _WARMUP = 7, 2
+
+
+class _State:
+    setting: Setting = "auto"
+    table: dict[str, str] | None = None
+    agree: Callable[[list[float]], list[float]] = staticmethod(lambda times: times)
+
+
+def use(setting: str) -> None:
+    """Choose for the whole process. Raises ValueError for a name that is none, RuntimeError if Triton is asked for and cannot run."""
+    if setting not in get_args(Setting):
+        raise ValueError(f"kernels = {setting!r}: must be one of {', '.join(get_args(Setting))}")
+    reason = unavailable(torch.device("cuda" if torch.cuda.is_available() else "cpu")) if setting == "triton" else None
+    if reason:
+        raise RuntimeError(f"kernels = 'triton': {reason}")
+    _State.setting = cast(Setting, setting)
+
+
+@contextmanager
+def using(setting: str) -> Iterator[None]:
+    """:func:`use` within a block."""
+    before = _State.setting
+    use(setting)
+    try:
+        yield
+    finally:
+        _State.setting = before
+
+
+def agree_by(combine: Callable[[list[float]], list[float]] | None) -> None:
+    """How ranks make one list of times of their several ones, in place of each believing its own; None: there is one rank."""
+    _State.agree = staticmethod(combine or (lambda times: times))
+
+
+def interpreted() -> bool:
+    """True if Triton's interpreter stands in for a device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on a device; None if they can."""
+    if not importlib.util.find_spec("triton"):
+        return "the package triton is not installed"
+    if interpreted():
+        return None
+    if device.type != "cuda":
+        return f"Triton needs a CUDA device (or TRITON_INTERPRET=1, for tests), and this runs on {device.type}"
+    found = torch.cuda.get_device_capability(device)
+    if found < LEAST_CAPABILITY:
+        return (
+            f"needs compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}, and this device has {found[0]}.{found[1]}"
+        )
+    return None
+
+
+def run(op: str, sizes: Sequence[int], like: Tensor, plain: Callable[[], T], kernels: Callable[[], Ways[T]]) -> T:
+    """The result of ``plain`` or of one of ``kernels``, which all give the same; ``sizes`` starts with the number of tokens.
+
+    ``kernels`` is called only where Triton can run; its ways are in order of preference, for when nothing can be measured: under CUDA graph
+    capture, and in the interpreter.
+    """
+    setting = _State.setting
+    if setting == "torch" or like.dtype == torch.float64 or (setting == "auto" and like.device.type != "cuda"):
+        return plain()
+    reason = unavailable(like.device)
+    if reason:
+        if setting == "triton":
+            raise RuntimeError(f"kernels = 'triton': {reason}")
+        return plain()
+    ways = kernels()
+    if setting == "auto":
+        ways = {"torch": plain, **ways}
+    name = next(iter(ways)) if len(ways) == 1 or 0 in sizes else _chosen(key(op, like.dtype, sizes), like.device, ways)
+    return ways[name]()
+
+
+def key(op: str, dtype: torch.dtype, sizes: Sequence[int]) -> str:
+    """A row's name in a table. Tokens count by the power of two that holds them: the choice changes slowly with them."""
+    tokens = 1 << max(0, sizes[0] - 1).bit_length()
+    return " ".join([op, str(dtype).removeprefix("torch."), "x".join(map(str, (tokens, *sizes[1:])))])
+
+
+def _chosen(row: str, device: torch.device, ways: Ways[T]) -> str:
+    table = _table(device)
+    best = table.get(row)
+    if best in ways:
+        return cast(str, best)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return next(iter(ways))
+    times = _State.agree([_time(way) for way in ways.values()])
+    best = min(zip(times, ways, strict=True))[1]
+    if _State.setting == "auto":  # what was best without torch among the candidates says nothing about torch
+        table[row] = best
+        _write(device, table)
+    return best
+
+
+def _time(way: Callable[[], T]) -> float:
+    """Median milliseconds on the current CUDA device; infinite if the kernel does not fit it."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    try:
+        for repeat in range(_WARMUP + _REPEATS):
+            start.record()
+            way()
+            end.record()
+            end.synchronize()
+            if repeat >= _WARMUP:
+                times.append(start.elapsed_time(end))
+    except Exception as error:  # a chip with less shared memory: Triton's OutOfResources, whose place changed between versions
+        if "OutOfResources" not in type(error).__name__:
+            raise
+        return float("inf")
+    return statistics.median(times)
+
+
+# ------------------------------------------------------------------------------------------------------------------ tables
+
+
+@cache
+def _name(device: torch.device) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name(device).lower()).strip("_")
+
+
+def cache_folder() -> Path:
+    """Where what was measured on this machine is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sffn_dist" / "kernels"
+
+
+def read_table(path: Path) -> dict[str, str]:
+    """Row -> way. A file that is no such table counts as empty, with a warning: it is only a cache."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        if isinstance(rows, dict) and all(isinstance(text, str) for text in rows.values()):
+            return rows
+        raise ValueError("rows: must be names by names")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{path}: not a table of kernels, left aside ({error})", stacklevel=2)
+        return {}
+
+
+def _table(device: torch.device) -> dict[str, str]:
+    if _State.table is None:
+        file = f"{_name(device)}.json" if device.type == "cuda" else "none.json"
+        _State.table = {**read_table(TABLES / file), **read_table(cache_folder() / file)}
+    return _State.table
+
+
+def shared_table(device: torch.device, share: Callable[[dict[str, str]], dict[str, str]]) -> None:
+    """Let all ranks read one table: ``share`` gives each the one of the first."""
+    _State.table = share(_table(device))
+
+
+def _write(device: torch.device, table: dict[str, str]) -> None:
+    """Replace the cached table in one step; where it cannot be written, the next process measures anew."""
+    folder = cache_folder()
+    content = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "rows": dict(sorted(table.items()))}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        Path(file.name).replace(folder / f"{_name(device)}.json")
+    except OSError:
+        return
