@@ -86,9 +86,8 @@ def mlp_spec(config: Config, layer: int, *, guide: bool) -> ModuleSpec:
         linear_fc1=ModuleSpec(module=StructuredColumnParallelLinear, params=params),
         linear_fc2=ModuleSpec(module=StructuredRowParallelLinear, params=params),
     )
-    if config.recompute == "bottleneck":
-        return ModuleSpec(module=StructuredMLP, params={"recompute": "bottleneck"}, submodules=linears)
-    return ModuleSpec(module=MLP, submodules=linears)
+    recompute = "bottleneck" if config.recompute == "bottleneck" else "none"
+    return ModuleSpec(module=StructuredMLP, params={"recompute": recompute}, submodules=linears)
 
 
 def layer_spec(config: Config, layer: int, *, guide: bool) -> ModuleSpec:

@@ -4,8 +4,8 @@ The setting (:func:`use`) is ``torch``, ``triton``, or ``auto``: whichever was m
 device. What was measured is kept in tables, a JSON file a device: those in ``tables/`` come with the package; for what no table says, all
 candidates are timed once, on the tensors at hand, and the result is cached in ``$XDG_CACHE_HOME/sffn_dist/kernels`` (``~/.cache/...``).
 
-On CPUs ``auto`` is plain torch. Ranks that compute the same thing must do so with the same kernel, or replicas drift apart: times are passed
-through :func:`agree_by` before they decide, and tables are shared by :func:`shared_table`.
+On CPUs ``auto`` is plain torch. Ranks that compute the same thing must do so with the same kernel, or replicas drift apart: times are
+passed through :func:`agree_by` before they decide, and tables are shared by :func:`shared_table`.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _chosen(row: str, device: torch.device, ways: Ways[T]) -> str:
     table = _table(device)
     best = table.get(row)
     if best in ways:
-        return cast(str, best)
+        return best
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return next(iter(ways))
     times = _State.agree([_time(way) for way in ways.values()])

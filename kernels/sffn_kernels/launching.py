@@ -39,7 +39,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: i
 @contextmanager
 def compiling() -> Iterator[list[Any]]:
     """Collects the compiled kernels of what would be launched within; its tensors may be on the meta device."""
-    _State.compiled = found = []
+    found: list[Any] = []
+    _State.compiled = found
     try:
         yield found
     finally:

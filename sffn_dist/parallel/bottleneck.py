@@ -156,14 +156,20 @@ class Column(Half):
         grad_second = _times(self.second.weight_gradient(grad, z, weights.second), share) if wanted.second else None
         grad_first = None
         if travelling is not None:
-            grad_z = self._join(travelling.wait())
-            grad_first = self._complete(self.first, grad_z, x, weights.first, wanted.first)
-            grad_x = self.first.input_gradient(grad_z, weights.first) if wanted.x else None
+            grad_x, grad_first = self.narrow_backward(travelling, x, weights.first, wanted)
         if grad_x is not None and grad_x_guide is not None and alpha is not None:
             grad_x = grad_x.add_(grad_x_guide.wait().squeeze(0), alpha=alpha)
         elif grad_x is not None and alpha is not None and weights.guide is not None:
             grad_x = _DENSE.add_input_gradient(grad_x, grad, weights.guide, scale=alpha)
-        return Gradients(grad_x, _arrived(grad_first), grad_second, grad_guide)
+        return Gradients(grad_x, arrived(grad_first), grad_second, grad_guide)
+
+    def narrow_backward(
+        self, grad_z: Pending, x: Tensor, first: Tensor, wanted: Wanted
+    ) -> tuple[Tensor | None, Pending | None]:
+        """Gradients of x and, on its way, of the first factor, from that of the narrow z, which is on its way too."""
+        came = self._join(grad_z.wait())
+        grad_first = self._complete(self.first, came, x, first, wanted.first)
+        return self.first.input_gradient(came, first) if wanted.x else None, grad_first
 
 
 def _chunked(z: Tensor, n: int) -> Tensor:
@@ -181,7 +187,8 @@ def _times(tensor: Tensor, share: float) -> Tensor:
     return tensor if share == 1.0 else tensor.mul_(share)
 
 
-def _arrived(pending: Pending | None) -> Tensor | None:
+def arrived(pending: Pending | None) -> Tensor | None:
+    """What was on its way, if anything was."""
     return None if pending is None else pending.wait()
 
 
@@ -223,12 +230,20 @@ class Row(Half):
         guided = None
         if alpha is not None and weights.guide is not None and self.exchange.ranks > 1:
             guided = self.dense.collect(_DENSE.forward(x, weights.guide))
-        z = _joined(travelling.wait())
-        if self.shuffled:
-            z = deal(z, self.structure.needed_blocks).contiguous()
+        z = self._read(travelling)
         if alpha is None or weights.guide is None:
             return self.second.forward(z, weights.second), read, z
         return self._mix(x, z, weights.second, weights.guide, alpha, guided), read, z
+
+    def _read(self, z: Pending) -> Tensor:
+        """A narrow z that is on its way, as the second factor reads it."""
+        joined = _joined(z.wait())
+        return deal(joined, self.structure.needed_blocks).contiguous() if self.shuffled else joined
+
+    def complete(self, wide: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Y and z of the rank's tokens, from the wide z that the rank's features make: :meth:`forward` after the first factor."""
+        z = self._read(self.exchange.collect(wide))
+        return self.second.forward(z, second), z
 
     def _mix(self, x: Tensor, z: Tensor, second: Tensor, guide: Tensor, alpha: float, guided: Pending | None) -> Tensor:
         """Alpha W x + (1 - alpha) U z; ``guided`` is W x where it had to travel."""
@@ -259,10 +274,10 @@ class Row(Half):
             grad_z = begun.grad_z.wait()
             travelling = self._turned_back(self.first.input_gradient(grad_z, weights.first)) if wanted.x else None
             grad_first = self.first.weight_gradient(grad_z, read, weights.first) if wanted.first else None
-            grad_x = _arrived(travelling)
+            grad_x = arrived(travelling)
         if begun.grad_y is not None and weights.guide is not None and begun.alpha is not None:
             grad_y = begun.grad_y.wait()
             if grad_x is not None:
                 grad_x = _DENSE.add_input_gradient(grad_x, grad_y, weights.guide, scale=begun.alpha)
             grad_guide = _DENSE.scaled_weight_gradient(grad_y, x, scale=begun.alpha) if wanted.guide else None
-        return Gradients(grad_x, grad_first, _arrived(begun.grad_second), grad_guide)
+        return Gradients(grad_x, grad_first, arrived(begun.grad_second), grad_guide)

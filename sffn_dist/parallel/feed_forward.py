@@ -2,27 +2,35 @@
 
 Kept for backward, elements a token and rank (f inner width, p ranks, r_1 and r_2 the bottlenecks, sequence parallelism):
 
-    recompute   none         h/p + r_1 (block_shuffle: r_1/B, at least r_1/p) + 2f/p (gated: 5f/p) + r_2/p
+    recompute   none         h/p + r_1 (block_shuffle: r_1/B, at least r_1/p) + 2f/p (gated: 3f/p, with a guide 5f/p) + r_2/p
                 bottleneck   h/p + r_1/p + r_2/p
 
 With ``bottleneck`` the f-wide activations are rebuilt in backward: z_1 is spread again where the wide one is larger, and one more product
-with the first linear's second factor (and with its guide, where that takes part) is done. The same operations in the same order: the
-same bits as without.
+with the first linear's second factor (and with its guide, where that takes part) is done.
+
+From wide bottleneck to wide bottleneck a rank needs nobody: second factor, bias, activation and the next first factor are one operation on
+its shard, sffn_kernels.bottleneck. Where a guide takes part, the activation is none of that operation's, or features change ranks between
+the linears (shapes.Cut.many), they are operations of their own, with Megatron's code between the linears.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from sffn_kernels import bottleneck as shard
+from sffn_kernels.activation import Activation
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sffn_dist.parallel import ledger
-from sffn_dist.parallel.bottleneck import Column, Gradients, Row, Wanted, Weights
+from sffn_dist.parallel.bottleneck import Column, Gradients, Row, Wanted, Weights, arrived
 from sffn_dist.parallel.collectives import Pending
 from sffn_dist.parallel.functions import autocast, gradients_of, weights_of
 from sffn_dist.parallel.linears import StructuredLinear
@@ -31,7 +39,7 @@ Recompute = Literal["none", "bottleneck"]
 
 
 class StructuredMLP(MLP):
-    """y = fc2(activation(fc1(x))), with Megatron's own code between the linears.
+    """y = fc2(activation(fc1(x))).
 
     ``recompute`` "bottleneck" keeps x and the two bottlenecks for backward, "none" what autograd keeps. Raises ValueError where the two
     linears do not agree on the order of the features between them, or ``recompute`` is asked of linears that have no bottleneck.
@@ -70,13 +78,33 @@ class StructuredMLP(MLP):
 
         With ``per_token_scale`` (an expert's) all that autograd keeps is kept, whatever ``recompute`` says.
         """
-        if self.recompute == "none" or per_token_scale is not None or not torch.is_grad_enabled():
+        activation = None if per_token_scale is not None or self.guided else self._one_operation()
+        keeps = per_token_scale is not None or self.recompute == "none" or not torch.is_grad_enabled()
+        if activation is None and keeps:
             return super().forward(hidden_states, per_token_scale, **kwargs)
         for linear in (self.linear_fc1, self.linear_fc2):
             _bring_weights(linear)
         x, weights, off = autocast(hidden_states, [*self.linear_fc1.weights, *self.linear_fc2.weights])
+        bias = self.linear_fc1.bias
         with off:
-            return _Bottleneck.apply(self, x, self.linear_fc1.bias, *weights), self.linear_fc2.bias
+            if activation is None:
+                return _Bottleneck.apply(self, x, bias, *weights), self.linear_fc2.bias
+            keep = keeps and torch.is_grad_enabled()
+            return _Direct.apply(self, activation, keep, x, bias, *weights), self.linear_fc2.bias
+
+    @property
+    def guided(self) -> bool:
+        """Whether a guide takes part in the coming forward pass."""
+        return any(linear.guide_weight is not None for linear in (self.linear_fc1, self.linear_fc2))
+
+    def _one_operation(self) -> Activation | None:
+        """The activation, if all between the bottlenecks is one operation on the rank's shard; else None."""
+        activation = activation_of(self.config)
+        _, row = _splits(self)
+        if activation is None or row.turn or not self.linear_fc1.skip_bias_add:
+            return None
+        second, first = self.linear_fc1.weights[1], self.linear_fc2.weights[0]
+        return activation if shard.fits(second, first, activation) else None
 
 
 def _bring_weights(linear: StructuredLinear) -> None:
@@ -135,6 +163,95 @@ class _Bottleneck(torch.autograd.Function):
             *gradients_of(row_gradients, ctx.shapes[half:], of_second, x),
         )
         return None, column_gradients.x, grad_bias, *of_weights
+
+
+class _Direct(torch.autograd.Function):
+    """From bottleneck to bottleneck in one operation; no guide takes part."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mlp: StructuredMLP, activation: Activation, keep: bool, x: Tensor, bias: Tensor | None, *parameters: Tensor
+    ) -> Tensor:
+        ctx.mlp, ctx.activation, ctx.half = mlp, activation, len(mlp.linear_fc1.weights)
+        ctx.shapes = [parameter.shape for parameter in parameters]
+        first, second = _weights(parameters, ctx.half, (None, None))
+        column, row = _splits(mlp)
+        with ledger.inside(mlp.linear_fc1):
+            narrow = column.narrow(x, first.first)
+            wide = column.exchange.spread(narrow).wait()
+        out, kept = shard.forward(
+            wide.flatten(0, 1), first.second, None if bias is None else bias.to(wide.dtype), second.first, activation, keep=keep
+        )
+        with ledger.inside(mlp.linear_fc2):
+            y, z = row.complete(out.unflatten(0, wide.shape[:2]), second.second)
+        regained = not keep and column.exchange.grows
+        ctx.save_for_backward(x, narrow if regained else wide, z, bias, *(kept or (None, None)), *parameters)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x, held, z, bias, y, features, *parameters = ctx.saved_tensors
+        mlp, half, needs = ctx.mlp, ctx.half, ctx.needs_input_grad[2:]
+        first, second = _weights(parameters, half, (None, None))
+        column, row = _splits(mlp)
+        of_first = Wanted(needs[1], *needs[3 : 3 + half])
+        of_second = Wanted(any(needs[1 : 3 + half]), *needs[3 + half :])
+        kept = None if y is None else shard.Kept(y, features)
+        with ledger.inside(mlp.linear_fc1):
+            rising = column.exchange.spread(held) if kept is None and column.exchange.grows else Pending(held)
+        with ledger.inside(mlp.linear_fc2):
+            begun = row.begin_backward(grads[0], z, second, None, of_second)
+        wide = rising.wait()
+        own_bias = None if bias is None else bias.to(wide.dtype)
+        if kept is None and row.exchange.ranks > 1:  # while dz travels
+            kept = shard.rebuild(wide.flatten(0, 1), first.second, own_bias, ctx.activation)
+        grad_z = arrived(begun.grad_z)
+        travelling: list[Pending] = []
+
+        def send(grad: Tensor) -> None:
+            with ledger.inside(mlp.linear_fc1):
+                travelling.append(column.exchange.collect(grad.unflatten(0, wide.shape[:2])))
+
+        made = shard.Gradients(None, None, None, None)
+        if grad_z is not None:
+            made = shard.backward(
+                grad_z.flatten(0, 1),
+                wide.flatten(0, 1),
+                first.second,
+                own_bias,
+                second.first,
+                ctx.activation,
+                kept,
+                shard.Wanted(of_first.x or of_first.first, of_first.second, needs[2], of_second.first),
+                send,
+            )
+        grad_x, grad_first = None, None
+        for grad in travelling:
+            with ledger.inside(mlp.linear_fc1):
+                grad_x, grad_first = column.narrow_backward(grad, x, first.first, of_first)
+        of_weights = (
+            *gradients_of(Gradients(grad_x, arrived(grad_first), made.second, None), ctx.shapes[:half], of_first, x),
+            *gradients_of(Gradients(None, made.first, arrived(begun.grad_second), None), ctx.shapes[half:], of_second, x),
+        )
+        return None, None, None, grad_x, None if made.bias is None or bias is None else made.bias.to(bias.dtype), *of_weights
+
+
+def activation_of(config: TransformerConfig) -> Activation | None:
+    """The activation that Megatron's settings ask for, by the name it has here; None for another one."""
+    function: Any = config.activation_func
+    approximate = "none"
+    if isinstance(function, functools.partial) and not function.args and set(function.keywords) == {"approximate"}:
+        function, approximate = function.func, function.keywords["approximate"]
+    if config.use_te_activation_func or config.activation_func_fp8_input_store:
+        return None
+    if config.gated_linear_unit:
+        plain = config.activation_func_clamp_value is None and not config.glu_linear_offset
+        return "swiglu" if function is F.silu and plain else None
+    if function is not F.gelu:
+        return None
+    # fused with its bias, Megatron's is the tanh formula whatever the function says
+    return "gelu" if approximate == "tanh" or config.bias_activation_fusion else "gelu_erf"
 
 
 def _weights(parameters: Sequence[Tensor], half: int, alphas: Sequence[float | None]) -> tuple[Weights, Weights]:

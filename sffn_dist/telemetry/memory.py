@@ -23,12 +23,12 @@ def memory_per_rank(config: Config, precision: str, data_parallel: int, *, guide
         "optimizer": n * (8 + master) // share[2],
         # two buckets, so that one fills while the other is reduced
         "buffers": 2 * reduce_bucket(config, guide=guide) * low if stage else 0,
-        "activations": activation_bytes(config, low),
+        "activations": activation_bytes(config, low, guide=guide),
     }
     return {**memory, "total": sum(memory.values())}
 
 
-def activation_bytes(config: Config, element: int) -> int:
+def activation_bytes(config: Config, element: int, *, guide: bool = False) -> int:
     """Estimated bytes of activations kept for backward by one micro-batch, the logits' fp32 copies included."""
     p = config.parallel.tensor
     tokens = config.train.micro_batch_size * config.model.sequence
@@ -36,28 +36,35 @@ def activation_bytes(config: Config, element: int) -> int:
     h, layers = config.model.width, config.model.layers
     logits = 3 * 4 * tokens * config.model.vocab // p  # logits in fp32, their exponentials, their gradient
     stream = 2 * h * element * tokens // shared  # a layer's input and its residual sum
-    kept = [_layer_elements(config, layer, config.recompute == "bottleneck") for layer in range(layers)]
-    whole = [_layer_elements(config, layer, False) for layer in range(layers)]
+    kept = [_layer_elements(config, layer, config.recompute == "bottleneck", guide) for layer in range(layers)]
+    whole = [_layer_elements(config, layer, False, guide) for layer in range(layers)]
     if config.recompute == "full":
         return logits + layers * stream // 2 + max(whole) * tokens * element
     rebuilt = max(all_of - some for all_of, some in zip(whole, kept, strict=True))  # one layer's at a time
     return logits + layers * stream + (sum(kept) + rebuilt) * tokens * element
 
 
-def _layer_elements(config: Config, layer: int, narrow: bool) -> int:
+def _layer_elements(config: Config, layer: int, narrow: bool, guide: bool) -> int:
     """Elements a token that a layer keeps beside the residual stream: norms' outputs, q k v, attention, the feed-forward layer's."""
     p, h = config.parallel.tensor, config.model.width
     attention = (2 * config.attention_dim + 2 * config.kv_heads * config.head_dim) // p
-    return 2 * h // (p if config.parallel.sequence else 1) + attention + feed_forward_elements(config, layer, narrow)
+    return (
+        2 * h // (p if config.parallel.sequence else 1) + attention + feed_forward_elements(config, layer, narrow, guide=guide)
+    )
 
 
-def feed_forward_elements(config: Config, layer: int, narrow: bool) -> int:
-    """Elements a token that a rank keeps of a feed-forward layer beside its input; ``narrow``: the bottlenecks alone."""
+def feed_forward_elements(config: Config, layer: int, narrow: bool, *, guide: bool = False) -> int:
+    """Elements a token that a rank keeps of a feed-forward layer beside its input; ``narrow``: the bottlenecks alone.
+
+    ``guide``: while one takes part.
+    """
     p, h, f = config.parallel.tensor, config.model.width, config.ffn_width
     shared = p if config.parallel.sequence else 1
-    # gated: both halves, the activated one, the other one plus its offset, and their product; else the activation's input and output
-    wide = (5 if config.gated else 2) * f // p
     structure = ffn_structure(config, layer)
+    # the activation's input, of two halves if gated, and its output; Megatron's gated one keeps the activated half and the other one
+    # plus its offset too
+    plain = structure.kind != "dense" and not guide
+    wide = ((3 if plain else 5) if config.gated else 2) * f // p
     if structure.kind == "dense":
         return wide
     z_1, z_2 = structure.bottleneck(h, f), structure.bottleneck(f, h) // shared
