@@ -1,4 +1,4 @@
-"""A structured feed-forward layer on one rank's shard, from bottleneck to bottleneck; plain torch.
+"""A structured feed-forward layer on one rank's shard, from bottleneck to bottleneck.
 
     y = U z + b        U the first linear's second factor
     a = activation(y)
@@ -12,18 +12,21 @@ Shapes: T tokens, f wide features of this shard, F = f or 2 f (gated), O outputs
 
 All are one case: L = 1 and K = 1 where there are no blocks. The wide features of block_shuffle stay grouped by the block that wrote them,
 feature s*L + l at place (l, s), and V reads them there: the permutation is in the order of V's columns and of b, f*O/K elements, and no
-copy of T*f elements is made for it. It needs K to divide f/L (:func:`fits`).
+copy of T*f elements is made for it. It needs K to divide f/L (bottleneck_plain.fits).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from sffn_kernels import activation as act
+from sffn_kernels import bottleneck_plain as plain
+from sffn_kernels import dispatch
 from sffn_kernels.activation import Activation
 
 
@@ -55,67 +58,19 @@ class Kept(NamedTuple):
     features: Tensor
 
 
-def fits(second: Tensor, first: Tensor, activation: Activation) -> bool:
-    """True if V's blocks hold whole columns of U's: K divides f/L."""
-    blocks = second.shape[0] if second.dim() == 3 else 1
-    features = second.shape[:-1].numel() // act.halves(activation)
-    return features // blocks % (first.shape[0] if first.dim() == 3 else 1) == 0
+def rebuild(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation) -> Kept:
+    """The wide features of all tokens."""
 
+    def by_torch() -> Kept:
+        y = plain.widen(z, second, bias)
+        return Kept(y, act.forward(y, activation))
 
-def grouped(second: Tensor) -> Tensor:
-    """U -> (L, F/L, R), a view."""
-    return second if second.dim() == 3 else second.unsqueeze(0)
+    def kernels() -> dispatch.Ways[Kept]:
+        from sffn_kernels import bottleneck_triton as ours
 
+        return {tile.name: partial(ours.build, z, second, bias, first, activation, tile) for tile in ours.FORWARD}
 
-def columns(first: Tensor, blocks: int) -> Tensor:
-    """V -> (K, O/K, L, f/(K L)), a view: its columns in the order in which the features are kept."""
-    first = first if first.dim() == 3 else first.unsqueeze(0)
-    return first.unflatten(-1, (-1, blocks)).transpose(-1, -2)
-
-
-def by_block(z: Tensor) -> Tensor:
-    """Z -> (L, T, R), a view."""
-    return z.transpose(0, 1) if z.dim() == 3 else z.unsqueeze(0)
-
-
-def kept_bias(bias: Tensor, blocks: int) -> Tensor:
-    """b -> (L, F/L), in the order in which the features are kept."""
-    return bias.view(-1, blocks).t()
-
-
-def widen(z: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
-    """y = U z + b -> (T, L, F/L)."""
-    if second.dim() == 2:
-        y = z.mm(second.t()) if bias is None else torch.addmm(bias, z, second.t())
-        return y.unsqueeze(1)
-    y = z.new_empty(z.shape[0], *second.shape[:2])
-    torch.bmm(by_block(z), second.transpose(1, 2), out=y.transpose(0, 1))
-    return y if bias is None else y.add_(kept_bias(bias, second.shape[0]))
-
-
-def narrow(features: Tensor, first: Tensor) -> Tensor:
-    """Out = V a: (T, L, f/L) -> (T, O)."""
-    tokens, blocks = features.shape[:2]
-    if first.dim() == 2:
-        return features.flatten(1).mm(first.t())
-    out = features.new_empty(tokens, *first.shape[:2])
-    by_k = out.transpose(0, 1)  # (K, T, O/K)
-    for l, (matrices, read) in enumerate(zip(_by_l(first, blocks), _runs(features, first.shape[0]), strict=True)):
-        if l == 0:
-            torch.bmm(read, matrices.transpose(1, 2), out=by_k)
-        else:
-            by_k.baddbmm_(read, matrices.transpose(1, 2))
-    return out.flatten(1)
-
-
-def _runs(features: Tensor, k: int) -> Tensor:
-    """(T, L, f/L) -> (L, K, T, f/(K L)), a view: what block k reads of what block l wrote."""
-    return features.unflatten(-1, (k, -1)).permute(1, 2, 0, 3)
-
-
-def _by_l(first: Tensor, blocks: int) -> Tensor:
-    """V (K, O/K, f/K) -> (L, K, O/K, f/(K L)); a copy of the weight where L > 1, since no BLAS reads every L-th column."""
-    return columns(first, blocks).permute(2, 0, 1, 3).contiguous()
+    return dispatch.run(f"bottleneck_build {activation}", _sizes(z, second, first), z, by_torch, kernels)
 
 
 def forward(
@@ -123,19 +78,30 @@ def forward(
 ) -> tuple[Tensor, Kept | None]:
     """Out (T, O), and with ``keep`` what backward reads of the wide features.
 
-    Without it those of no more than :func:`at_a_time` tokens are ever held.
+    Without it those of no more than :func:`at_a_time` tokens are ever held; by Triton none, where R fits.
     """
     if keep:
-        kept = rebuild(z, second, bias, activation)
-        return narrow(kept.features, first), kept
-    parts = [narrow(act.forward(widen(some, second, bias), activation), first) for some in z.split(at_a_time(z.shape[0]))]
-    return parts[0] if len(parts) == 1 else torch.cat(parts), None
+        kept = rebuild(z, second, bias, first, activation)
+        return plain.narrow(kept.features, first), kept
+
+    def by_torch() -> Tensor:
+        parts = [
+            plain.narrow(act.forward(plain.widen(some, second, bias), activation), first)
+            for some in z.split(at_a_time(z.shape[0]))
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def kernels() -> dispatch.Ways[Tensor]:
+        from sffn_kernels import bottleneck_triton as ours
+
+        made = {tile.name: (tile, outputs) for tile, outputs in ours.streams(second) if ours.holds(z)}
+        return {name: partial(ours.through, z, second, bias, first, activation, *tiling) for name, tiling in made.items()}
+
+    return dispatch.run(f"bottleneck_through {activation}", _sizes(z, second, first), z, by_torch, kernels), None
 
 
-def rebuild(z: Tensor, second: Tensor, bias: Tensor | None, activation: Activation) -> Kept:
-    """The wide features of all tokens."""
-    y = widen(z, second, bias)
-    return Kept(y, act.forward(y, activation))
+def _sizes(z: Tensor, second: Tensor, first: Tensor) -> tuple[int, ...]:
+    return (z.shape[0], *second.shape, *first.shape)
 
 
 def at_a_time(tokens: int) -> int:
@@ -145,6 +111,37 @@ def at_a_time(tokens: int) -> int:
     0.75 T h; a dense layer holds 14 T h.
     """
     return max(2048, -(-tokens // 16))
+
+
+class _Wide(NamedTuple):
+    """Of some tokens: features, dL/dy (T, L, F/L), dL/db."""
+
+    features: Tensor
+    grad_y: Tensor
+    grad_bias: Tensor | None
+
+
+def _wide_backward(
+    grad: Tensor, z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation, kept: Kept | None
+) -> _Wide:
+    """The backward pass through V and the activation, from what was kept or rebuilt."""
+
+    def by_torch() -> _Wide:
+        y = kept.y if kept else plain.widen(z, second, bias)
+        features = kept.features if kept else act.forward(y, activation)
+        grad_y = act.backward(plain.features_gradient(grad, first, features.shape[1]), y, activation)
+        return _Wide(features, grad_y, None if bias is None else grad_y.sum(0).t().reshape(-1))
+
+    def kernels() -> dispatch.Ways[_Wide]:
+        from sffn_kernels import bottleneck_triton as ours
+
+        def way(tile: Any) -> _Wide:
+            return _Wide(*ours.wide_backward(grad, z, second, bias, first, activation, kept, tile))
+
+        return {tile.name: partial(way, tile) for tile in ours.BACKWARD}
+
+    op = f"bottleneck_{'backward' if kept else 'rebuild'} {activation}"
+    return dispatch.run(op, _sizes(z, second, first), z, by_torch, kernels)
 
 
 def backward(
@@ -164,21 +161,19 @@ def backward(
     not ``kept`` is rebuilt, some tokens at a time; the weights' gradients are then summed in fp32.
     """
     tokens = z.shape[0]
-    step = tokens if kept else at_a_time(tokens)
+    step = max(1, tokens if kept else at_a_time(tokens))
     grad_z = torch.empty_like(z, memory_format=torch.contiguous_format) if wanted.z else None
     sums = _Sums(step < tokens)
-    for start in range(0, max(tokens, 1), max(step, 1)):
+    for start in range(0, max(tokens, 1), step):
         part = slice(start, start + step)
-        y, features = kept or rebuild(z[part], second, bias, activation)
-        sent = grad[part]
-        of_first = _first_gradient(sent, features, first) if wanted.first else None
-        grad_y = act.backward(_features_gradient(sent, first, features.shape[1]), y, activation)  # (T, L, F/L)
+        made = _wide_backward(grad[part], z[part], second, bias, first, activation, kept)
         if grad_z is not None:
-            _z_gradient(grad_y, second, grad_z[part])
+            plain.z_gradient(made.grad_y, second, grad_z[part])
             if start + step >= tokens:
                 ready(grad_z)
-        of_second = _second_gradient(grad_y, z[part], second) if wanted.second else None
-        sums.add(of_second, grad_y.sum(0).t().reshape(-1) if wanted.bias and bias is not None else None, of_first)
+        of_second = plain.second_gradient(made.grad_y, z[part], second) if wanted.second else None
+        of_first = plain.first_gradient(grad[part], made.features, first) if wanted.first else None
+        sums.add(of_second, made.grad_bias if wanted.bias else None, of_first)
     return Gradients(grad_z, *sums.of(z.dtype))
 
 
@@ -200,38 +195,55 @@ class _Sums:
         return [None if gradient is None else gradient.to(dtype) for gradient in self.sums]
 
 
-def _first_gradient(grad: Tensor, features: Tensor, first: Tensor) -> Tensor:
-    """dL/dV, in its own order of columns."""
-    if first.dim() == 2:
-        return grad.t().mm(features.flatten(1))
-    k, blocks = first.shape[0], features.shape[1]
-    out = first.new_empty(blocks, k, first.shape[1], first.shape[2] // blocks)
-    by_k = grad.unflatten(-1, (k, -1)).permute(1, 2, 0)  # (K, O/K, T)
-    for l, read in enumerate(_runs(features, k)):
-        torch.bmm(by_k, read, out=out[l])
-    return out.permute(1, 2, 3, 0).flatten(2)
+# ------------------------------------------------------------------------------------------------- the operation, with autograd
 
 
-def _features_gradient(grad: Tensor, first: Tensor, blocks: int) -> Tensor:
-    """dL/da = V^T dL/dout -> (T, L, f/L)."""
-    if first.dim() == 2:
-        return grad.mm(first).unsqueeze(1)
-    k = first.shape[0]
-    by_k = grad.unflatten(-1, (k, -1)).transpose(0, 1)  # (K, T, O/K)
-    out = grad.new_empty(grad.shape[0], blocks, k * first.shape[2] // blocks)
-    for matrices, written in zip(_by_l(first, blocks), _runs(out, k), strict=True):
-        torch.bmm(by_k, matrices, out=written)
-    return out
+def apply(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: str) -> Tensor:
+    """Out (T, O), differentiable; nothing wide is kept for backward.
+
+    Raises ValueError for an unknown activation, or for blocks that do not fit one another.
+    """
+    if not plain.fits(second, first, act.checked(activation)):
+        raise ValueError(f"first {tuple(first.shape)}: its blocks do not hold whole columns of second's {tuple(second.shape)}")
+    return cast(Tensor, _op(z, second, bias, first, activation))
 
 
-def _z_gradient(grad_y: Tensor, second: Tensor, out: Tensor) -> None:
-    """dL/dz = U^T dL/dy, into ``out``, shaped as z."""
-    if second.dim() == 2:
-        torch.mm(grad_y.squeeze(1), second, out=out)
-    else:
-        torch.bmm(grad_y.transpose(0, 1), second, out=out.transpose(0, 1))
+@torch.library.custom_op("sffn::bottleneck", mutates_args=())
+def _op(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: str) -> Tensor:
+    return forward(z, second, bias, first, act.checked(activation), keep=False)[0]
 
 
-def _second_gradient(grad_y: Tensor, z: Tensor, second: Tensor) -> Tensor:
-    """dL/dU."""
-    return grad_y.squeeze(1).t().mm(z) if second.dim() == 2 else torch.bmm(grad_y.permute(1, 2, 0), by_block(z))
+@torch.library.custom_op("sffn::bottleneck_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor, z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    found = backward(grad, z, second, bias, first, act.checked(activation), None)
+    made = [z.new_empty(0) if gradient is None else gradient.contiguous() for gradient in found]
+    return made[0], made[1], made[2], made[3]
+
+
+@_op.register_fake
+def _(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: str) -> Tensor:
+    return z.new_empty(z.shape[0], first.shape[:-1].numel())
+
+
+@_backward_op.register_fake
+def _(
+    grad: Tensor, z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made = [z.new_empty(0 if like is None else like.shape) for like in (z, second, bias, first)]
+    return made[0], made[1], made[2], made[3]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, second, bias, first, ctx.activation = inputs
+    ctx.save_for_backward(z, second, bias, first)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    bias = ctx.saved_tensors[2]
+    of_z, of_second, of_bias, of_first = _backward_op(grad, *ctx.saved_tensors, ctx.activation)
+    return of_z, of_second, None if bias is None else of_bias, of_first, None
+
+
+_op.register_autograd(_differentiate, setup_context=_keep)

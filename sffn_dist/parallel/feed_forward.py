@@ -26,6 +26,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from sffn_kernels import bottleneck as shard
 from sffn_kernels.activation import Activation
+from sffn_kernels.bottleneck_plain import fits
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -104,7 +105,7 @@ class StructuredMLP(MLP):
         if activation is None or row.turn or not self.linear_fc1.skip_bias_add:
             return None
         second, first = self.linear_fc1.weights[1], self.linear_fc2.weights[0]
-        return activation if shard.fits(second, first, activation) else None
+        return activation if fits(second, first, activation) else None
 
 
 def _bring_weights(linear: StructuredLinear) -> None:
@@ -205,7 +206,7 @@ class _Direct(torch.autograd.Function):
         wide = rising.wait()
         own_bias = None if bias is None else bias.to(wide.dtype)
         if kept is None and row.exchange.ranks > 1:  # while dz travels
-            kept = shard.rebuild(wide.flatten(0, 1), first.second, own_bias, ctx.activation)
+            kept = shard.rebuild(wide.flatten(0, 1), first.second, own_bias, second.first, ctx.activation)
         grad_z = arrived(begun.grad_z)
         travelling: list[Pending] = []
 
