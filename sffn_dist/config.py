@@ -175,6 +175,9 @@ class Config(Section):
     zero: Zero = Zero()
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     recompute: Literal["none", "bottleneck", "full"] = "none"
+    kernels: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="auto: whichever was measured to be faster, on CUDA devices"
+    )
     init_from: str | None = Field(None, min_length=1, description="checkpoint, or run, whose weights this run starts from")
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()

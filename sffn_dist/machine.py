@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from functools import cache
@@ -70,6 +71,20 @@ def precision(setting: Literal["auto", "bf16", "fp32"], ranks: int | None = None
     capability = cuda_capability(ranks)
     able = capability >= _BF16_CAPABILITY if capability else cpu_has_bf16()
     return "bf16" if able else "fp32"
+
+
+def lacks_triton(ranks: int | None = None) -> str | None:
+    """Why this node's ranks cannot run Triton's kernels; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    capability = cuda_capability(ranks)
+    if capability is None:
+        return f"needs a CUDA device for each rank, and this is {device_name(ranks)}"
+    if capability < _BF16_CAPABILITY:
+        return "needs compute capability {}.{}, and this device has {}.{}".format(*_BF16_CAPABILITY, *capability)
+    return None
 
 
 def device_name(ranks: int | None = None) -> str:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sffn_dist import reading, rules
+from sffn_dist import machine, reading, rules
 from sffn_dist.config import Config, ConfigError
 from sffn_dist.training import guards
 
@@ -78,6 +78,9 @@ def refuse_bad_input(options: argparse.Namespace) -> Config:
     store.check_source(config.data, config.model.vocab)
     check_trackers(config.logging)
     if not options.plan:
+        reason = machine.lacks_triton() if config.kernels == "triton" else None
+        if reason:
+            raise ConfigError([f"kernels = triton: {reason}"])
         prepared = store.locate(config)
         identity.check(config, store.read_meta(prepared).fingerprint if store.is_usable(prepared) else None)
     if config.init_from and manifest.newest(Path(config.run.dir)) is None:
@@ -125,12 +128,12 @@ def pretrain(config: Config) -> int:
     _quieten()
     import numpy as np
 
-    from sffn_dist import machine, schedule
+    from sffn_dist import schedule
     from sffn_dist.checkpoint import manifest
     from sffn_dist.checkpoint.store import Saver
     from sffn_dist.data import prepare, shards
     from sffn_dist.data.batches import Batches, heldout_batches
-    from sffn_dist.parallel import host, topology
+    from sffn_dist.parallel import host, kernel_choice, topology
     from sffn_dist.training import finish, identity, loop, reporting, resume
     from sffn_dist.training.run import Heldout, Run
 
@@ -141,6 +144,7 @@ def pretrain(config: Config) -> int:
     windows = list(heldout_batches(corpus.heldout, config.model.sequence, config.evaluation_sequences, 64))
 
     here = topology.start(config)
+    kernel_choice.start(config.kernels, here)
     host.seed(train.seed)
     seen = manifest.newest(run_dir)
     topology.agree(

@@ -3,17 +3,19 @@
 Shapes: T tokens (any leading dimensions), K blocks, I inputs and O outputs of a block.
 
 :func:`product`, :func:`input_gradient` and :func:`weight_gradient` are the operation without autograd, for callers that write their own
-backward. The autograd functions save the weight *itself*, never a view of it: a saved view would keep ZeRO-3's gathered copy of the
-parameter alive until backward.
+backward; any strides will do. With autograd the weight *itself* is saved, never a view of it: a saved view would keep ZeRO-3's gathered
+copy of the parameter alive until backward.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from sffn_kernels import dispatch
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -28,30 +30,36 @@ def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """dw[k, o, i] = sum_t dy[t, k, o] x[t, k, i] over all tokens -> (K, O, I)."""
-    return torch.bmm(grad.flatten(0, -3).permute(1, 2, 0), x.flatten(0, -3).transpose(0, 1))
+    grad, x = grad.flatten(0, -3), x.flatten(0, -3)
+
+    def kernels() -> dispatch.Ways[Tensor]:
+        from sffn_kernels import block_diagonal_triton as ours
+
+        return {tile.name: partial(ours.weight_gradient, grad, x, tile) for tile in ours.CONFIGS}
+
+    def by_torch() -> Tensor:
+        return torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1))
+
+    return dispatch.run("block_diagonal_weight_gradient", (*grad.shape, x.shape[2]), x, by_torch, kernels)
 
 
 def _by_block(x: Tensor, matrices: Tensor) -> Tensor:
     """x (..., K, I) times matrices (K, I, O), written straight into (..., K, O)."""
-    out = x.new_empty(*x.shape[:-1], matrices.shape[2])
-    torch.bmm(x.flatten(0, -3).transpose(0, 1), matrices, out=out.view(-1, *out.shape[-2:]).transpose(0, 1))
-    return out
+    flat = x.flatten(0, -3)
 
+    def by_torch() -> Tensor:
+        out = x.new_empty(*flat.shape[:2], matrices.shape[2])
+        torch.bmm(flat.transpose(0, 1), matrices, out=out.transpose(0, 1))
+        return out
 
-class _BlockDiagonal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # (T, K, I), (K, O, I)
-        ctx.save_for_backward(x, weight)
-        return product(x, weight)  # (T, K, O)
+    def kernels() -> dispatch.Ways[Tensor]:
+        from sffn_kernels import block_diagonal_triton as ours
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None]:
-        (grad,) = grads
-        x, weight = ctx.saved_tensors
-        grad_x = input_gradient(grad, weight) if ctx.needs_input_grad[0] else None
-        grad_weight = weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight
+        return {tile.name: partial(ours.product, flat, matrices.transpose(1, 2), tile) for tile in ours.CONFIGS}
+
+    strided = "" if 1 in (x.stride(-1), x.shape[-1]) else " strided"
+    out = dispatch.run(f"block_diagonal{strided}", (*flat.shape, matrices.shape[2]), x, by_torch, kernels)
+    return out.view(*x.shape[:-1], matrices.shape[2])
 
 
 def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:
@@ -65,7 +73,7 @@ def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:
         (..., K*O), features grouped by block.
     """
     blocks, outputs, inputs = weight.shape
-    y = _BlockDiagonal.apply(x.reshape(-1, blocks, inputs), weight)
+    y = _op(x.reshape(-1, blocks, inputs), weight)
     return y.reshape(*x.shape[:-1], blocks * outputs)
 
 
@@ -80,5 +88,52 @@ def shuffled_block_diagonal(z: Tensor, weight: Tensor) -> Tensor:
         (..., O*K), feature s*K + l from row s of block l.
     """
     blocks, outputs, reduced = weight.shape
-    y = _BlockDiagonal.apply(z.reshape(-1, reduced, blocks).transpose(1, 2), weight)  # (T, K, O)
+    y = _op(z.reshape(-1, reduced, blocks).transpose(1, 2), weight)  # (T, K, O)
     return y.transpose(1, 2).reshape(*z.shape[:-1], outputs * blocks)
+
+
+# ------------------------------------------------------------------------------------------------- the operation, with autograd
+
+
+@torch.library.custom_op("sffn::block_diagonal", mutates_args=())
+def _op(x: Tensor, weight: Tensor) -> Tensor:
+    """X (T, K, I), weight (K, O, I) -> (T, K, O)."""
+    return product(x, weight)
+
+
+@torch.library.custom_op("sffn::block_diagonal_input_gradient", mutates_args=())
+def _input_gradient_op(grad: Tensor, weight: Tensor) -> Tensor:
+    return input_gradient(grad, weight)
+
+
+@torch.library.custom_op("sffn::block_diagonal_weight_gradient", mutates_args=())
+def _weight_gradient_op(grad: Tensor, x: Tensor) -> Tensor:
+    return weight_gradient(grad, x)
+
+
+@_op.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], *weight.shape[:2])
+
+
+@_input_gradient_op.register_fake
+def _(grad: Tensor, weight: Tensor) -> Tensor:
+    return grad.new_empty(*grad.shape[:2], weight.shape[2])
+
+
+@_weight_gradient_op.register_fake
+def _(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.new_empty(*grad.shape[1:], x.shape[2])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    grad_x = _input_gradient_op(grad, weight) if ctx.needs_input_grad[0] else None
+    return grad_x, _weight_gradient_op(grad, x) if ctx.needs_input_grad[1] else None
+
+
+_op.register_autograd(_differentiate, setup_context=_keep)

@@ -241,8 +241,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    bias = ctx.saved_tensors[2]
-    of_z, of_second, of_bias, of_first = _backward_op(grad, *ctx.saved_tensors, ctx.activation)
+    z, second, bias, first = ctx.saved_tensors
+    of_z, of_second, of_bias, of_first = _backward_op(grad, z, second, bias, first, ctx.activation)
     return of_z, of_second, None if bias is None else of_bias, of_first, None
 
 

@@ -53,11 +53,12 @@ def widen(z: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
 def narrow(features: Tensor, first: Tensor) -> Tensor:
     """Out = V a: (T, L, f/L) -> (T, O)."""
     tokens, blocks = features.shape[:2]
-    if first.dim() == 2:
-        return features.flatten(1).mm(first.t())
-    out = features.new_empty(tokens, *first.shape[:2])
+    if first.dim() == 2 and blocks == 1:
+        return features.squeeze(1).mm(first.t())
+    matrices_by_l = _by_l(first, blocks)
+    out = features.new_empty(tokens, *matrices_by_l.shape[1:3])
     by_k = out.transpose(0, 1)  # (K, T, O/K)
-    for l, (matrices, read) in enumerate(zip(_by_l(first, blocks), _runs(features, first.shape[0]), strict=True)):
+    for l, (matrices, read) in enumerate(zip(matrices_by_l, _runs(features, out.shape[1]), strict=True)):
         if l == 0:
             torch.bmm(read, matrices.transpose(1, 2), out=by_k)
         else:
@@ -77,24 +78,26 @@ def _by_l(first: Tensor, blocks: int) -> Tensor:
 
 def first_gradient(grad: Tensor, features: Tensor, first: Tensor) -> Tensor:
     """dL/dV, in its own order of columns."""
-    if first.dim() == 2:
-        return grad.t().mm(features.flatten(1))
-    k, blocks = first.shape[0], features.shape[1]
-    out = first.new_empty(blocks, k, first.shape[1], first.shape[2] // blocks)
-    by_k = grad.unflatten(-1, (k, -1)).permute(1, 2, 0)  # (K, O/K, T)
+    blocks = features.shape[1]
+    if first.dim() == 2 and blocks == 1:
+        return grad.t().mm(features.squeeze(1))
+    k, outputs, _, run = columns(first, blocks).shape
+    out = first.new_empty(blocks, k, outputs, run)
+    by_k = grad.unflatten(-1, (k, outputs)).permute(1, 2, 0)
     for l, read in enumerate(_runs(features, k)):
         torch.bmm(by_k, read, out=out[l])
-    return out.permute(1, 2, 3, 0).flatten(2)
+    return out.permute(1, 2, 3, 0).reshape(first.shape)
 
 
 def features_gradient(grad: Tensor, first: Tensor, blocks: int) -> Tensor:
     """dL/da = V^T dL/dout -> (T, L, f/L)."""
-    if first.dim() == 2:
+    if first.dim() == 2 and blocks == 1:
         return grad.mm(first).unsqueeze(1)
-    k = first.shape[0]
-    by_k = grad.unflatten(-1, (k, -1)).transpose(0, 1)  # (K, T, O/K)
-    out = grad.new_empty(grad.shape[0], blocks, k * first.shape[2] // blocks)
-    for matrices, written in zip(_by_l(first, blocks), _runs(out, k), strict=True):
+    matrices_by_l = _by_l(first, blocks)
+    _, k, outputs, run = matrices_by_l.shape
+    by_k = grad.unflatten(-1, (k, outputs)).transpose(0, 1)  # (K, T, O/K)
+    out = grad.new_empty(grad.shape[0], blocks, k * run)
+    for matrices, written in zip(matrices_by_l, _runs(out, k), strict=True):
         torch.bmm(by_k, matrices, out=written)
     return out
 

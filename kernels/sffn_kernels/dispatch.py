@@ -99,12 +99,14 @@ def run(op: str, sizes: Sequence[int], like: Tensor, plain: Callable[[], T], ker
     if setting == "torch" or like.dtype == torch.float64 or (setting == "auto" and like.device.type != "cuda"):
         return plain()
     reason = unavailable(like.device)
+    if interpreted() and like.dtype == torch.bfloat16:
+        reason = "Triton's interpreter multiplies bf16 wrongly; use float32 or float16"
     if reason:
         if setting == "triton":
             raise RuntimeError(f"kernels = 'triton': {reason}")
         return plain()
-    ways = kernels()
-    if setting == "auto":
+    ways = kernels()  # may be none: no kernel takes every size
+    if setting == "auto" or not ways:
         ways = {"torch": plain, **ways}
     name = next(iter(ways)) if len(ways) == 1 or 0 in sizes else _chosen(key(op, like.dtype, sizes), like.device, ways)
     return ways[name]()

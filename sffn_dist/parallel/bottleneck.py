@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from sffn_kernels import mix
 from torch import Tensor
 
 from sffn_dist.parallel.collectives import Exchange, Pending, all_to_all, sum_gradient
@@ -125,6 +126,9 @@ class Column(Half):
             return Widened(self.second.forward(wide, weights.second), wide, None)
         gathering = self.dense.spread(x.unsqueeze(0))
         wide = z.wait()
+        if isinstance(self.second, Matrix) and self.exchange.ranks == 1:  # nothing travels
+            whole = gathering.wait()
+            return Widened(_mixed(whole, weights.guide, wide, weights.second, alpha), wide, whole)
         y = self.second.forward(wide, weights.second)
         whole = gathering.wait()
         return Widened(_DENSE.add_forward(y, whole, weights.guide, keep=1 - alpha, scale=alpha), wide, whole)
@@ -170,6 +174,11 @@ class Column(Half):
         came = self._join(grad_z.wait())
         grad_first = self._complete(self.first, came, x, first, wanted.first)
         return self.first.input_gradient(came, first) if wanted.x else None, grad_first
+
+
+def _mixed(x: Tensor, guide: Tensor, z: Tensor, second: Tensor, alpha: float) -> Tensor:
+    """Alpha W x + (1 - alpha) U z of any leading dimensions."""
+    return mix.forward(x.flatten(0, -2), guide, z.flatten(0, -2), second, alpha).view(*x.shape[:-1], -1)
 
 
 def _chunked(z: Tensor, n: int) -> Tensor:
@@ -247,6 +256,8 @@ class Row(Half):
 
     def _mix(self, x: Tensor, z: Tensor, second: Tensor, guide: Tensor, alpha: float, guided: Pending | None) -> Tensor:
         """Alpha W x + (1 - alpha) U z; ``guided`` is W x where it had to travel."""
+        if guided is None and isinstance(self.second, Matrix):
+            return _mixed(x, guide, z, second, alpha)
         if guided is None:
             return _DENSE.add_forward(self.second.forward(z, second), x, guide, keep=1 - alpha, scale=alpha)
         if isinstance(self.second, Matrix):

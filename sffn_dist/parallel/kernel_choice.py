@@ -1,0 +1,36 @@
+"""Which kernels a run uses, alike on every rank: replicas that computed with different ones would drift apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sffn_kernels import dispatch
+
+from sffn_dist.parallel.topology import Topology
+
+
+def start(setting: str, topology: Topology) -> None:
+    """Use ``setting`` (auto, torch or triton); where kernels are timed, the first rank's table and the mean of all ranks' times decide.
+
+    Every rank comes to the same operations on the same sizes in the same order, so each such sum is met by all. Raises RuntimeError if
+    Triton is asked for and cannot run.
+    """
+    dispatch.use(setting)
+    if topology.world == 1 or topology.device.type != "cuda":
+        dispatch.agree_by(None)
+        return
+
+    def mean(times: list[float]) -> list[float]:
+        summed = torch.tensor(times, device=topology.device)
+        dist.all_reduce(summed)
+        return [time / topology.world for time in summed.tolist()]
+
+    def first(table: dict[str, str]) -> dict[str, str]:
+        held: list[Any] = [table]
+        dist.broadcast_object_list(held, src=0, device=topology.device)
+        return dict(held[0])
+
+    dispatch.agree_by(mean)
+    dispatch.shared_table(topology.device, first)
