@@ -1,1 +1,1 @@
-"""What tools/bench.py starts; run from kernels/, since no package of this project holds it."""
+"""What tools/bench.py starts. A package by this file alone, so that kernels/ on the path gives it, and not tools/bench.py."""

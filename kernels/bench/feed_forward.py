@@ -24,7 +24,6 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import layers, one_layer, rows, sizes
-
 from sffn_dist.parallel import topology
 from sffn_dist.telemetry.peak import peak_flops, peak_memory
 

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from sffn_dist.parallel import host, topology
 
@@ -31,7 +32,7 @@ def alone(threads: int) -> topology.Topology:
     """Be the one rank of a process without a launcher."""
     host.prepare()
     torch.set_num_threads(threads)
-    dist.init_process_group("nccl" if host.has_cuda() else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("nccl" if host.has_cuda() else "gloo", store=HashStore(), rank=0, world_size=1)
     torch.manual_seed(0)
     return topology.groups(1)
 
