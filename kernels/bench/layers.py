@@ -6,7 +6,7 @@
     ours             the product's layer as a run computes it
     ours_bottleneck  the same with recompute: bottleneck
 
-Parameters are named alike (``linear_fc1.down``, ``linear_fc1.bias``, ...), so that layers of one structure take one another's weights.
+Parameters are named alike (``linear_fc1.down``, ``linear_fc1.bias``, ...; the product's within ``mlp``).
 """
 
 from __future__ import annotations
