@@ -137,7 +137,7 @@ def measure(width: int, settings: dict[str, Any], device: torch.device) -> list[
         for (layer, count, provider, _), some in zip(runs, times.values(), strict=True):
             ran = {"dtype": str(dtype).removeprefix("torch."), "threads": settings["threads"], "layers": count}
             more = {"speedup_over_dense": rows.figures(dense_median / statistics.median(some))}
-            least = floor(layer, tokens, "forward", x)
+            least = floor(layer, tokens, "forward", dtype, rows.device())
             found.append(rows.row("decode", provider, "forward", {**layer.columns(tokens), **ran}, some, **more, **least))
     return found
 

@@ -90,14 +90,12 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def floor(layer: sizes.Layer, tokens: int, mode: sizes.Mode, x: Tensor) -> dict[str, float | None]:
-    """Columns gflop and gbytes, the least work, and floor_ms, the time that the device needs for it at its peak; None where unknown."""
-    flops, moved = sizes.work(layer, tokens, mode, x.element_size())
-    name = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else ""
-    rate, memory = peak_flops(name, "bf16" if x.dtype == torch.bfloat16 else "fp32"), peak_memory(name)
-    least = 1e3 * max(flops / rate, moved / memory) if rate and memory else None
-    least_ms = None if least is None else rows.figures(least)
-    return {"gflop": rows.figures(flops / 1e9), "gbytes": rows.figures(moved / 1e9), "floor_ms": least_ms}
+def floor(layer: sizes.Layer, tokens: int, mode: sizes.Mode, dtype: torch.dtype, device: str) -> dict[str, float | None]:
+    """Columns gflop and gbytes, the least work, and floor_ms, what a device of that name needs for it at its peaks; None where unknown."""
+    flops, moved = sizes.work(layer, tokens, mode, dtype.itemsize)
+    rate, memory = peak_flops(device, "bf16" if dtype == torch.bfloat16 else "fp32"), peak_memory(device)
+    least = rows.figures(1e3 * max(flops / rate, moved / memory)) if rate and memory else None
+    return {"gflop": rows.figures(flops / 1e9), "gbytes": rows.figures(moved / 1e9), "floor_ms": least}
 
 
 def cases(op: str, width: int, settings: dict[str, Any], device: torch.device) -> list[Case]:
@@ -132,7 +130,7 @@ def row(op: str, case: Case, times: list[float], dense: float, settings: dict[st
     shape = case.layer.columns(settings["tokens"])
     ran = {"dtype": str(case.x.dtype).removeprefix("torch."), "threads": settings["threads"]}
     more = {"speedup_over_dense": rows.figures(dense / statistics.median(times)), "peak_mb": case.peak_mb()}
-    least = floor(case.layer, settings["tokens"], case.mode, case.x)
+    least = floor(case.layer, settings["tokens"], case.mode, case.x.dtype, rows.device())
     return rows.row(op, case.provider, case.mode, {**shape, **ran}, times, **more, **least)
 
 

@@ -86,3 +86,9 @@ def flops(kind: Any, width: int, tokens: int) -> dict[str, tuple[int, int]]:
             feed_forward.Case(layer, provider, module, mode, x, sent).once()
         found[mode] = counter.get_total_flops(), sizes.work(layer, tokens, mode, 4)[0]
     return found
+
+
+def floors(width: int, tokens: int, devices: list[str]) -> list[float | None]:
+    """floor_ms of the dense layer's forward pass in bf16, by device."""
+    layer = sizes.Layer(Structure("dense"), width)
+    return [feed_forward.floor(layer, tokens, "forward", torch.bfloat16, name)["floor_ms"] for name in devices]

@@ -177,12 +177,26 @@ def test_a_training_step_is_timed(root: Path) -> None:
 
 def test_generation_is_timed(root: Path) -> None:
     """A row for each width, number of tokens and provider; the dense layer's first, which the others are compared with."""
-    arguments = ["decode", "--device", "cpu", "--width", "64", "96", "--batch", "1", "5", "--repeats", "2", "--shares", "63"]
+    arguments = [
+        "decode",
+        "--device",
+        "cpu",
+        "--width",
+        "64",
+        "96",
+        "--batch",
+        "1",
+        "5",
+        "--repeats",
+        "2",
+        "--kinds",
+        "block_dense",
+    ]
     found = rows(root, *arguments)
     providers = ["torch", "ours"] if importlib.util.find_spec("sffn_kernels.decode") else ["torch"]
-    layers = [("dense", "dense"), *[(kind, name) for kind in KINDS for name in providers]]
+    layers = [(1.0, "dense"), *[(share, name) for share in SHARES["low_rank"] for name in providers]]
     want = [(width, tokens, *layer) for width in (64, 96) for tokens in (1, 5) for layer in layers]
-    assert [(row["width"], row["tokens"], row["kind"], row["provider"]) for row in found] == want
+    assert [(row["width"], row["tokens"], row["share"], row["provider"]) for row in found] == want
     for i, row in enumerate(found):
         dense = found[i - i % len(layers)]["median_ms"]
         assert (row["op"], row["mode"], row["layers"]) == ("decode", "forward", 64)
@@ -208,6 +222,24 @@ def test_no_layer_is_counted_cheaper_than_it_is(root: Path, ranks: Callable[...,
     (found,) = ranks(1).run(cases, "flops", kind=kind, width=64, tokens=6)
     for mode, (counted, said) in found.items():
         assert counted == said > 0, mode
+
+
+@pytest.mark.parametrize("tokens", [1, 30000])
+def test_the_least_time_is_that_of_the_slower_of_both_peaks(root: Path, ranks: Callable[..., Any], tokens: int) -> None:
+    """Width 2048 in bf16: of one token the memory's, of many the tensor cores'; a device that is not known has none."""
+    peaks = {  # FLOP/s, bytes/s
+        "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
+        "NVIDIA H100 PCIe": (756e12, 2.0e12),
+        "NVIDIA H200": (989e12, 4.8e12),
+        "NVIDIA A100-SXM4-80GB": (312e12, 2.039e12),
+        "NVIDIA A100-PCIE-40GB": (312e12, 1.555e12),
+    }
+    cases = root / "tests" / "tools_room" / "layer_cases.py"
+    (found,) = ranks(1).run(cases, "floors", width=2048, tokens=tokens, devices=[*peaks, "cpu, 2 cores"])
+    flops, moved = 4 * tokens * 2048 * 8192, 2 * (2 * 2048 * 8192 + 8192 + 2048 + 2 * tokens * 2048)
+    want = [1e3 * (moved / memory if tokens == 1 else flops / rate) for rate, memory in peaks.values()]
+    assert found[:-1] == pytest.approx(want, rel=1e-5)
+    assert found[-1] is None
 
 
 @pytest.mark.skipif(machine.cuda() is not None, reason="there is a CUDA device")
