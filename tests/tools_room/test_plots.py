@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,6 +57,22 @@ def test_every_axis_that_was_measured_is_drawn(root: Path, tmp_path: Path) -> No
         content = path.read_bytes()
         assert content.startswith(b"\x89PNG")
         assert len(content) > 10_000
+
+
+def test_a_figure_holds_what_its_title_says(root: Path) -> None:
+    """Of one op and mode, the other size fixed; its lines in the order of the axis."""
+    here = runpy.run_path(str(root / "kernels" / "bench" / "plots.py"))
+    rows = [row for width in (128, 64) for tokens in (8, 1) for row in measured("decode", "forward", width, tokens)]
+    rows += [row for mode in ("forward", "forward_backward") for row in measured("ffn", mode, 64, 8)]
+    found = here["figures"](rows)
+    assert len(found) == 2 + 2 + 2
+    for figure in found:
+        fixed = {"width": "tokens", "tokens": "width"}[figure.axis]
+        assert {(row["op"], row["mode"], row[fixed]) for row in figure.rows} == {(figure.op, figure.mode, figure.fixed)}
+        assert len(figure.rows) == (6 if figure.op == "decode" else 3)
+        for line in here["lines"](figure.rows, figure.axis).values():
+            sizes = [row[figure.axis] for row in line]
+            assert sizes == sorted(set(sizes))
 
 
 @pytest.mark.parametrize(
