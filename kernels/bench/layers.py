@@ -78,7 +78,7 @@ class PlainMLP(nn.Module):
 
 
 class ProductMLP(nn.Module):
-    """The product's layer, on one rank; the second bias, which it leaves to the caller, is added in place."""
+    """The product's layer, on one rank; the second bias, which it leaves to its caller, is added as a transformer layer does."""
 
     def __init__(self, layer: Layer, recompute: Recompute = "none"):
         super().__init__()
@@ -90,7 +90,7 @@ class ProductMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x and y (T, h)."""
         y, bias = self.mlp(x.unsqueeze(1))
-        return y.add_(bias).squeeze(1)
+        return (y + bias).squeeze(1)
 
 
 def providers(layer: Layer, device: torch.device) -> dict[str, nn.Module]:
