@@ -177,22 +177,8 @@ def test_a_training_step_is_timed(root: Path) -> None:
 
 def test_generation_is_timed(root: Path) -> None:
     """A row for each width, number of tokens and provider; the dense layer's first, which the others are compared with."""
-    arguments = [
-        "decode",
-        "--device",
-        "cpu",
-        "--width",
-        "64",
-        "96",
-        "--batch",
-        "1",
-        "5",
-        "--repeats",
-        "2",
-        "--kinds",
-        "block_dense",
-    ]
-    found = rows(root, *arguments)
+    sizes = ["--width", "64", "96", "--batch", "1", "5", "--kinds", "low_rank"]
+    found = rows(root, "decode", "--device", "cpu", *sizes, "--repeats", "2")
     providers = ["torch", "ours"] if importlib.util.find_spec("sffn_kernels.decode") else ["torch"]
     layers = [(1.0, "dense"), *[(share, name) for share in SHARES["low_rank"] for name in providers]]
     want = [(width, tokens, *layer) for width in (64, 96) for tokens in (1, 5) for layer in layers]
