@@ -58,6 +58,9 @@ def misfits(args: argparse.Namespace) -> Iterator[str]:
     elif "widths" in args:
         if args.device == "cuda" and machine.cuda() is None:
             yield "--device cuda: there is no CUDA device that this torch could use"
+        for tokens in getattr(args, "batch", ()):
+            if tokens > sizes.MOST_DECODED:
+                yield f"--batch {tokens}: must not exceed {sizes.MOST_DECODED}, the most that are decoded at a time"
         yield from sizes.odd_widths(args.widths, args.kinds, args.shares)
     else:
         yield from odd_shapes(args)

@@ -26,6 +26,7 @@ SIZES: dict[int, dict[FFNKind, tuple[Fraction | None, int | None]]] = {
     32: {"low_rank": (Fraction(1, 4), None), "block_dense": (Fraction(3, 8), 4), "block_shuffle": (None, 4)},
     63: {"low_rank": (Fraction(1, 2), None), "block_dense": (Fraction(3, 4), 4), "block_shuffle": (None, 2)},
 }
+MOST_DECODED = 64  # tokens that sffn_kernels.decode takes
 
 
 @dataclass(frozen=True)

@@ -273,6 +273,7 @@ def test_cuda_without_a_device_is_refused(root: Path, command: str) -> None:
         (["ffn", "--kinds", "dense"], "--kinds: invalid choice: 'dense'"),
         (["ffn", "--tokens", "0"], "--tokens: 0 is not above 0"),
         (["decode", "--batch", "-1"], "--batch: -1 is not above 0"),
+        (["decode", "--batch", "1", "65"], "--batch 65: must not exceed 64"),
         (["step", "--repeats", "1"], "--repeats 1: must be at least 2"),
     ],
 )
