@@ -1,5 +1,8 @@
-"""What a structured feed-forward layer costs: what it sends, and how long it takes; and what a checkpoint costs.
+"""What a structured feed-forward layer costs: how long it takes, and what it sends; and what a checkpoint costs.
 
+python tools/bench.py ffn       time and memory of one layer on one device, forward and forward + backward, against dense
+python tools/bench.py step      time of a training step of one layer on one device: forward + backward + AdamW
+python tools/bench.py decode    time of one layer for a few tokens, as in generation
 python tools/bench.py comm      elements that a rank receives under tensor parallelism, by structure and number of ranks
 python tools/bench.py tp        time of one layer over p ranks: ours, the naive split, dense
 python tools/bench.py guide     time of one layer on one rank: with the guide, with one that takes no part, without, dense
@@ -25,6 +28,11 @@ from sffn_dist import counts, machine, reading
 from sffn_dist.shapes import Structure
 from sffn_dist.traffic import Group, feed_forward, total
 
+# kernels/, before this script's own folder, where it would itself be found as bench
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+
+from bench import arguments, sizes
+
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "kernels" / "bench"
 SIZES = "sml"  # of the paper's dense models; their state is 1.3, 4.0 and 8.7 GB
@@ -45,7 +53,17 @@ def misfits(args: argparse.Namespace) -> Iterator[str]:
         yield f"--csv {args.csv}: there is no folder {args.csv.absolute().parent}"
     if "repeats" in args and args.repeats < 2:
         yield f"--repeats {args.repeats}: must be at least 2"
-    yield from no_room(args) if args.command == "checkpoint" else odd_shapes(args)
+    if args.command == "checkpoint":
+        yield from no_room(args)
+    elif "widths" in args:
+        if args.device == "cuda" and machine.cuda() is None:
+            yield "--device cuda: there is no CUDA device that this torch could use"
+        for tokens in getattr(args, "batch", ()):
+            if tokens > sizes.MOST_DECODED:
+                yield f"--batch {tokens}: must not exceed {sizes.MOST_DECODED}, the most that are decoded at a time"
+        yield from sizes.odd_widths(args.widths, args.kinds, args.shares)
+    else:
+        yield from odd_shapes(args)
 
 
 def odd_shapes(args: argparse.Namespace) -> Iterator[str]:
@@ -146,6 +164,14 @@ def timed(script: str, args: argparse.Namespace, p: int, *, threads: int, **more
     return printed([*launch, str(BENCH / f"{script}.py"), json.dumps(settings)], threads, f"the {p} rank{'s' * (p > 1)}")
 
 
+def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of measured times of the paper's layers on one device."""
+    names = ("widths", "kinds", "shares", "repeats", *(("batch",) if args.command == "decode" else ("tokens",)))
+    settings = {"op": args.command, "threads": machine.cores(), **{name: getattr(args, name) for name in names}}
+    script = BENCH / ("decode.py" if args.command == "decode" else "feed_forward.py")
+    return printed([str(script), json.dumps(settings)], machine.cores(), "the timing", hide_cuda=args.device == "cpu")
+
+
 def checkpoint(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of measured saves; what they wrote is gone afterwards, also when interrupted: the process is ended first."""
     with tempfile.TemporaryDirectory(prefix="bench_checkpoint_", dir=args.folder) as folder:
@@ -160,9 +186,11 @@ def checkpoint(args: argparse.Namespace) -> list[dict[str, Any]]:
         return printed([str(BENCH / "checkpoint.py"), json.dumps(settings)], machine.cores(), "the saves")
 
 
-def printed(command: list[str], threads: int, who: str) -> list[dict[str, Any]]:
+def printed(command: list[str], threads: int, who: str, *, hide_cuda: bool = False) -> list[dict[str, Any]]:
     """The rows that a Python process prints in its last line."""
     quiet = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "PYTHONSAFEPATH": "1"}
+    if hide_cuda:
+        quiet["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env=quiet)
     if done.returncode:
         sys.exit(f"{done.stderr}bench: {who} ended with {done.returncode}")
@@ -170,7 +198,20 @@ def printed(command: list[str], threads: int, who: str) -> list[dict[str, Any]]:
     return found
 
 
+COMMANDS = {
+    "comm": comm,
+    "tp": tp,
+    "guide": guide,
+    "checkpoint": checkpoint,
+    "ffn": layers,
+    "step": layers,
+    "decode": layers,
+}
+LAYER = ("kind", "share", "width", "tokens", "provider", "mode", "median_ms", "p20_ms", "p80_ms", "speedup_over_dense")
 COLUMNS = {
+    "ffn": (*LAYER, "peak_mb", "gflop", "gbytes", "floor_ms"),
+    "step": (*LAYER, "peak_mb", "gflop", "gbytes", "floor_ms"),
+    "decode": (*LAYER, "layers", "gflop", "gbytes", "floor_ms"),
     "comm": ("kind", "p", "elements", "ratio_to_dense", "backward", "gradients", "without_sp_forward", "without_sp_backward"),
     "tp": ("kind", "p", "sequence", "provider", "median_ms", "p20_ms", "p80_ms", "speedup_over_naive", "speedup_over_dense"),
     "guide": ("kind", "provider", "median_ms", "p20_ms", "p80_ms", "over_unguided", "over_dense", "speedup_over_three_passes"),
@@ -182,76 +223,24 @@ def table(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
     """Rows for a terminal."""
 
     def text(value: Any) -> str:
-        return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+        if isinstance(value, float):
+            return f"{value:.3f}".rstrip("0").rstrip(".") if value >= 0.1 or not value else f"{value:.3g}"
+        return "-" if value is None else str(value)
 
     cells = [list(columns), *[[text(row[column]) for column in columns] for row in rows]]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 
 
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
-
-
-def arguments() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, text: str, width: int, tokens: int, ranks: list[int] | None = None) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.add_argument("--width", type=positive, default=width, metavar="H", help="model width h (default %(default)s)")
-        sub.add_argument("--inner", type=positive, metavar="F", help="inner width f (default 4 h)")
-        sub.add_argument("--rank", type=positive, help="rank of low_rank (default h/4)")
-        sub.add_argument("--block-rank", type=positive, help="rank of block_dense (default 3h/8)")
-        sub.add_argument("--blocks", type=positive, default=4, help="blocks of the block structures (default %(default)s)")
-        sub.add_argument("--tokens", type=positive, default=tokens, help="tokens of a micro-batch (default %(default)s)")
-        if ranks:
-            said = "tensor-parallel ranks (default %(default)s)"
-            sub.add_argument("--ranks", type=positive, nargs="+", default=ranks, metavar="P", help=said)
-        else:
-            sub.set_defaults(ranks=[1])
-        return output(sub)
-
-    def output(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        sub.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
-        sub.add_argument("--json", action="store_true", help="print a JSON list of rows")
-        return sub
-
-    command("comm", "elements received by a rank, a token; (p-1)/p included", 2048, 8192, [2, 4, 8])
-    timing = command("tp", "forward + backward time of one feed-forward layer over p ranks", 1024, 2048, [2])
-    timing.add_argument(
-        "--sequence", choices=("on", "off", "both"), default="on", help="sequence parallelism (default %(default)s)"
-    )
-    guiding = command("guide", "forward + backward time of one feed-forward layer on one rank, by the guide's part", 1024, 2048)
-    for sub in (timing, guiding):
-        sub.add_argument("--repeats", type=positive, default=15, help="interleaved repeats (default %(default)s)")
-    text = "time that training waits for a save, written while it waits or behind it"
-    saving = output(commands.add_parser("checkpoint", help=text, description=text, allow_abbrev=False))
-    saving.add_argument("--gigabytes", type=float, default=1.2, metavar="GB", help="state of the rank (default %(default)s)")
-    saving.add_argument("--repeats", type=positive, default=5, help="interleaved repeats (default %(default)s)")
-    saving.add_argument(
-        "--folder", type=Path, default=Path("."), metavar="DIR", help="on the disk to write to (default: this one)"
-    )
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one benchmark and print its rows."""
-    parser = arguments()
+    parser = arguments.parser(__doc__)
     args = parser.parse_args(argv)
-    if "width" in args:
-        args.inner = args.inner or 4 * args.width
-        args.rank = args.rank or max(1, args.width // 4)
-        args.block_rank = args.block_rank or max(1, 3 * args.width // 8)
+    arguments.settle(args, cuda=machine.cuda() is not None)
     for misfit in misfits(args):
         parser.error(misfit)
     try:  # blocks and ranks that do not divide one another
-        rows = {"comm": comm, "tp": tp, "guide": guide, "checkpoint": checkpoint}[args.command](args)
+        rows = COMMANDS[args.command](args)
     except ValueError as error:
         parser.error(str(error))
     if args.csv:

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import one_layer, rows
-
 from sffn_dist.parallel import topology
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.layer_spec import structured_mlp_submodules

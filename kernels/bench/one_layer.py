@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from sffn_dist.parallel import host, topology
 
@@ -27,15 +28,24 @@ def start(threads: int) -> topology.Topology:
     return ranks
 
 
-def transformer(h: int, f: int, ranks: int, sequence: bool) -> TransformerConfig:
-    """Megatron's settings of a GELU feed-forward layer without biases."""
+def alone(threads: int) -> topology.Topology:
+    """Be the one rank of a process without a launcher."""
+    host.prepare()
+    torch.set_num_threads(threads)
+    dist.init_process_group("nccl" if host.has_cuda() else "gloo", store=HashStore(), rank=0, world_size=1)
+    torch.manual_seed(0)
+    return topology.groups(1)
+
+
+def transformer(h: int, f: int, ranks: int, sequence: bool, *, bias: bool = False) -> TransformerConfig:
+    """Megatron's settings of a GELU feed-forward layer."""
     return TransformerConfig(
         num_layers=1,
         hidden_size=h,
         ffn_hidden_size=f,
         num_attention_heads=ranks,
         activation_func=functools.partial(F.gelu, approximate="tanh"),
-        add_bias_linear=False,
+        add_bias_linear=bias,
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
         params_dtype=torch.bfloat16 if host.has_cuda() else torch.float32,

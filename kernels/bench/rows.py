@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from sffn_dist import machine
 
 
@@ -21,6 +23,17 @@ def interleaved(cases: dict[str, Callable[[], float]], repeats: int, warmup: int
     return times
 
 
+def figures(value: float) -> float:
+    """The value to six significant figures: layers take from microseconds to minutes."""
+    return float(f"{value:.6g}")
+
+
+def device() -> str:
+    """What the times were taken on: the CUDA device's own name, else what is known of the CPU."""
+    ranks = machine.ranks_here()
+    return torch.cuda.get_device_name() if machine.cuda_capability(ranks) else machine.device_name(ranks)
+
+
 def row(op: str, provider: str, mode: str, shape: dict[str, Any], seconds: Sequence[float], **more: Any) -> dict[str, Any]:
     """One benchmark row; times in milliseconds."""
     fifths = statistics.quantiles(seconds, n=5, method="inclusive")
@@ -29,12 +42,12 @@ def row(op: str, provider: str, mode: str, shape: dict[str, Any], seconds: Seque
         "provider": provider,
         "mode": mode,
         **shape,
-        "median_ms": round(1e3 * statistics.median(seconds), 3),
-        "p20_ms": round(1e3 * fifths[0], 3),
-        "p80_ms": round(1e3 * fifths[3], 3),
+        "median_ms": figures(1e3 * statistics.median(seconds)),
+        "p20_ms": figures(1e3 * fifths[0]),
+        "p80_ms": figures(1e3 * fifths[3]),
         "repeats": len(seconds),
         **more,
-        "device": machine.device_name(machine.ranks_here()),
+        "device": device(),
         "torch": importlib.metadata.version("torch"),
         "megatron_core": importlib.metadata.version("megatron-core"),
     }
