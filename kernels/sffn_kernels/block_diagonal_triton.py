@@ -22,7 +22,7 @@ from torch import Tensor
 from sffn_kernels.launching import Tile, launch
 from sffn_kernels.tiles_triton import accumulate, in_groups, precision, strides
 
-CONFIGS = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 4))
+CONFIGS = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4))
 # Programs of a weight gradient that keep a GPU busy, and tokens that are worth a program.
 _PROGRAMS, _TOKENS = 256, 512
 

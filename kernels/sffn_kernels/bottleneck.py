@@ -68,7 +68,7 @@ def rebuild(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activ
     def kernels() -> dispatch.Ways[Kept]:
         from sffn_kernels import bottleneck_triton as ours
 
-        return {tile.name: partial(ours.build, z, second, bias, first, activation, tile) for tile in ours.FORWARD}
+        return {tile.name: partial(ours.build, z, second, bias, first, activation, tile) for tile in ours.tilings(activation)}
 
     return dispatch.run(f"bottleneck_build {activation}", _sizes(z, second, first), z, by_torch, kernels)
 

@@ -27,7 +27,8 @@ from sffn_kernels.launching import Tile, launch
 from sffn_kernels.tiles_triton import CODES, SWIGLU, accumulate, in_groups, precision, slope, strides, value
 
 _SWIGLU: Any = tl.constexpr(SWIGLU)
-# Of wide: tokens x features, k of R or O/K at a time. With two products in one program, or three, a larger tile spills registers.
+# Of wide: tokens x features, k of R or O/K at a time. With more than one product in a program (backward, gated) a larger tile spills
+# registers.
 FORWARD = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 128, 64, 4, 3))
 BACKWARD = (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3))
 # Of through: tokens x features streamed at a time, and R at most; with it the outputs that a program sums in its registers. More outputs go
@@ -212,6 +213,11 @@ def _run_wide(
     return y, features, grad_y, grad_bias.to(like.dtype)
 
 
+def tilings(activation: Activation) -> tuple[Tile, ...]:
+    """Those of :func:`build`."""
+    return BACKWARD if activation == "swiglu" else FORWARD
+
+
 def build(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation, tile: Tile) -> Kept:
     """Y = U z + b and activation(y) in one pass."""
     y, features, _, _ = _run_wide(_Sizes(z, second, first, activation), bias, None, None, activation, tile)
@@ -276,19 +282,29 @@ def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
     t, h, f = 30_000, 2048, 8192
-    shards: dict[str, tuple[Tensor, Tensor, Tensor]] = {
-        "low_rank": (empty(t, 512), empty(f, 512), empty(512, f)),
-        "block_dense": (empty(t, 768), empty(f, 768), empty(4, 192, f // 4)),
-        "block_shuffle": (empty(t, 4, h // 4), empty(4, f // 4, h // 4), empty(4, h // 4, f // 4)),
-    }
-    for kind, (z, second, first) in shards.items():
-        bias, grad = empty(f), empty(t, first.shape[:-1].numel())
-        kept = Kept(empty(t, 1, f), empty(t, 1, f))
-        for tile in FORWARD:
-            yield f"build, {kind} {tile.name}", partial(build, z, second, bias, first, "gelu", tile)
+    low_rank = empty(t, 512), empty(f, 512), empty(512, f)
+    block_dense = empty(t, 768), empty(f, 768), empty(4, 192, f // 4)
+    block_shuffle = empty(t, 4, h // 4), empty(4, f // 4, h // 4), empty(4, h // 4, f // 4)
+    gated = block_shuffle[0], empty(4, f // 2, h // 4), block_shuffle[2]
+    shards: tuple[tuple[str, Activation, tuple[Tensor, Tensor, Tensor]], ...] = (
+        ("low_rank", "gelu", low_rank),
+        ("block_dense", "gelu_erf", block_dense),
+        ("block_shuffle", "gelu", block_shuffle),
+        ("block_shuffle", "swiglu", gated),
+    )
+    for kind, activation, (z, second, first) in shards:
+        name = f"{kind} {activation}"
+        rows = second.shape[:-1].numel()
+        bias, grad = empty(rows), empty(t, first.shape[:-1].numel())
+        kept = Kept(empty(t, 1, rows), empty(t, 1, f))
+        for tile in tilings(activation):
+            yield f"build, {name} {tile.name}", partial(build, z, second, bias, first, activation, tile)
         for tile in BACKWARD:
-            for name, held in (("backward", kept), ("rebuild", None)):
-                yield f"{name}, {kind} {tile.name}", partial(wide_backward, grad, z, second, bias, first, "gelu", held, tile)
+            for mode, held in (("backward", kept), ("rebuild", None)):
+                yield (
+                    f"{mode}, {name} {tile.name}",
+                    partial(wide_backward, grad, z, second, bias, first, activation, held, tile),
+                )
         for tile, outputs in STREAMS if second.dim() == 2 else STREAMS_BLOCKS:
             short = z[..., : tile.k], second[..., : tile.k]
-            yield f"through, {kind} {tile.name}", partial(through, *short, bias, first, "gelu", tile, outputs)
+            yield f"through, {name} {tile.name}", partial(through, *short, bias, first, activation, tile, outputs)

@@ -1,0 +1,154 @@
+"""Which implementation runs: settings, tables, measured crossovers, ranks that agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from sffn_kernels import dispatch
+
+X = torch.zeros(3)
+WAYS = {"slow": lambda: "slow", "quick": lambda: "quick"}
+
+
+class Card:
+    """Stands in for a tensor on a CUDA device: only its kind and its dtype are asked."""
+
+    device, dtype = torch.device("cuda", 0), torch.float16
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, float]]:
+    """A CUDA device as dispatch sees one, whose ways take as long as this says."""
+    times = {"torch": 2.0, "slow": 3.0, "quick": 1.0}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A Card (80GB)")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(dispatch, "_time", lambda way: times[way()])
+    dispatch._name.cache_clear()
+    monkeypatch.setattr(dispatch._State, "table", None)
+    yield times
+    dispatch._name.cache_clear()
+
+
+def chosen(tokens: int = 100, like: object = Card) -> str:
+    return dispatch.run("op", (tokens, 8), like, lambda: "torch", lambda: WAYS)  # type: ignore[arg-type]
+
+
+def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"kernels = 'cuda': must be one of auto, torch, triton"):
+        dispatch.use("cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with dispatch.using("triton"):
+        assert chosen(like=X) == "slow", "the first, where nothing can be measured"
+        assert chosen(like=X.double()) == "torch"
+        with pytest.raises(RuntimeError, match="bf16"):
+            chosen(like=X.bfloat16())
+    with dispatch.using("torch"):
+        assert chosen(like=X) == "torch"
+    assert chosen(like=X) == "torch", "auto on a CPU"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can run here")
+def test_asking_for_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="kernels = 'triton': Triton needs a CUDA device"):
+        dispatch.use("triton")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="the package triton is not installed"):
+        dispatch.use("triton")
+    monkeypatch.undo()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert dispatch.unavailable(torch.device("cuda")) == "needs compute capability 8.0, and this device has 7.5"
+
+
+def test_what_is_fastest_is_kept(card: dict[str, float], tmp_path: Path) -> None:
+    assert chosen() == "quick"
+    card.update(quick=9.0)
+    assert chosen() == "quick", "measured once"
+    assert chosen(tokens=128) == "quick", "tokens count by the power of two above them"
+    assert chosen(tokens=129) == "torch", "measured anew: plain torch is best now"
+    (file,) = (tmp_path / "sffn_dist" / "kernels").iterdir()
+    assert file.name == "a_card_80gb.json"
+    assert json.loads(file.read_text())["rows"] == {"op float16 128x8": "quick", "op float16 256x8": "torch"}
+    dispatch._State.table = None  # another process
+    card.update(quick=9.0, torch=8.0)
+    assert chosen() == "quick"
+
+
+def test_triton_alone_is_the_best_of_its_tilings(card: dict[str, float], tmp_path: Path) -> None:
+    card.update(torch=0.1)
+    with dispatch.using("triton"):
+        assert chosen() == "quick"
+    assert chosen() == "torch", "what was best without torch was not kept as the best"
+
+
+def test_a_tiling_too_large_for_the_chip_is_never_chosen(card: dict[str, float]) -> None:
+    card.update(quick=float("inf"))
+    assert chosen() == "torch"
+    with dispatch.using("triton"):
+        assert chosen(tokens=1000) == "slow"
+
+
+def test_nothing_is_measured_within_a_graph_capture(card: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert chosen() == "torch"
+    assert not dispatch._State.table
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": 3}', '{"rows": {"op float16 128x8": 3}}', "\xff"])
+def test_a_damaged_table_is_left_aside(card: dict[str, float], text: str) -> None:
+    folder = dispatch.cache_folder()
+    folder.mkdir(parents=True)
+    (folder / "a_card_80gb.json").write_text(text, encoding="latin-1")
+    with pytest.warns(UserWarning, match="not a table of kernels"):
+        assert chosen() == "quick"
+    assert json.loads((folder / "a_card_80gb.json").read_text())["rows"]
+
+
+def test_a_table_may_name_what_is_no_more(card: dict[str, float]) -> None:
+    dispatch._State.table = {"op float16 128x8": "gone"}
+    assert chosen() == "quick"
+
+
+def test_the_cache_may_be_read_only(card: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert chosen() == "quick"
+
+
+def test_ranks_decide_together(card: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank's own times do not decide, those that all made of them do; and all start from one table."""
+    try:
+        dispatch.agree_by(lambda times: [1.0, 5.0, 6.0])  # torch, slow, quick
+        assert chosen() == "torch"
+        dispatch.shared_table(torch.device("cuda"), lambda table: {"op float16 1024x8": "slow"})
+        assert chosen(tokens=1000) == "slow"
+    finally:
+        dispatch.agree_by(None)
+
+
+def test_the_shipped_tables_can_be_read() -> None:
+    for path in dispatch.TABLES.glob("*.json"):
+        assert dispatch.read_table(path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can run here")
+def test_a_run_that_asks_for_triton_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-X", "importtime", "sffn_dist/pretrain.py", "--config", "configs/demo.json", "kernels=triton"]
+    command += ["parallel.tensor=1", f"run.dir={tmp_path}"]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert "error: kernels = triton: needs a CUDA device for each rank, and this is cpu" in result.stderr
+    assert "| torch\n" not in result.stderr
