@@ -23,6 +23,11 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return _by_block(x, weight.transpose(1, 2))
 
 
+def interleaved_product(x: Tensor, weight: Tensor) -> Tensor:
+    """:func:`product` with the blocks interleaved: y[t, o, k] -> (..., O, K). By Triton it is stored so; BLAS cannot, and it is copied."""
+    return _by_block(x, weight.transpose(1, 2), interleave=True)
+
+
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """dx[t, k, i] = sum_o weight[k, o, i] dy[t, k, o]: dy (..., K, O) -> (..., K, I), contiguous."""
     return _by_block(grad, weight)
@@ -43,23 +48,29 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return dispatch.run("block_diagonal_weight_gradient", (*grad.shape, x.shape[2]), x, by_torch, kernels)
 
 
-def _by_block(x: Tensor, matrices: Tensor) -> Tensor:
-    """x (..., K, I) times matrices (K, I, O), written straight into (..., K, O)."""
+def _by_block(x: Tensor, matrices: Tensor, *, interleave: bool = False) -> Tensor:
+    """x (..., K, I) times matrices (K, I, O), written straight into (..., K, O); or (..., O, K)."""
     flat = x.flatten(0, -3)
+    tokens, blocks, outputs = *flat.shape[:2], matrices.shape[2]
 
     def by_torch() -> Tensor:
-        out = x.new_empty(*flat.shape[:2], matrices.shape[2])
+        out = x.new_empty(tokens, blocks, outputs)
         torch.bmm(flat.transpose(0, 1), matrices, out=out.transpose(0, 1))
-        return out
+        return out.transpose(1, 2).contiguous() if interleave else out
 
     def kernels() -> dispatch.Ways[Tensor]:
         from sffn_kernels import block_diagonal_triton as ours
 
-        return {tile.name: partial(ours.product, flat, matrices.transpose(1, 2), tile) for tile in ours.CONFIGS}
+        def way(tile: Any) -> Tensor:
+            out = x.new_empty((tokens, outputs, blocks) if interleave else (tokens, blocks, outputs))
+            ours.product(flat, matrices.transpose(1, 2), tile, out.transpose(1, 2) if interleave else out)
+            return out
 
-    strided = "" if 1 in (x.stride(-1), x.shape[-1]) else " strided"
-    out = dispatch.run(f"block_diagonal{strided}", (*flat.shape, matrices.shape[2]), x, by_torch, kernels)
-    return out.view(*x.shape[:-1], matrices.shape[2])
+        return {tile.name: partial(way, tile) for tile in ours.CONFIGS}
+
+    shuffled = " from shuffled" * (x.stride(-1) != 1) + " to shuffled" * interleave
+    out = dispatch.run(f"block_diagonal{shuffled}", (*flat.shape, outputs), x, by_torch, kernels)
+    return out.view(*x.shape[:-2], *out.shape[1:])
 
 
 def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class Interleaved:
     """weight (K, O, R), Monarch's second factor: z (..., K, R), a row for each block -> y (..., O*K), the blocks interleaved (s, l)."""
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return block_diagonal.product(x, weight).transpose(-1, -2).flatten(-2)
+        return block_diagonal.interleaved_product(x, weight).flatten(-2)
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         return block_diagonal.input_gradient(self._by_block(grad, weight), weight)

@@ -63,6 +63,15 @@ def test_a_long_sum_is_split_and_always_the_same(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("setting", ["torch", "triton"])
+def test_interleaved(setting: str) -> None:
+    x, weight = torch.randn(2, 9, 3, 10, device=DEVICE), torch.randn(3, 7, 10, device=DEVICE)
+    with dispatch.using(setting):
+        y = block_diagonal.interleaved_product(x, weight)
+    assert y.is_contiguous()
+    close(y, torch.einsum("abki,koi->abok", x.double(), weight.double()), torch.float32)
+
+
+@pytest.mark.parametrize("setting", ["torch", "triton"])
 def test_the_operation(setting: str) -> None:
     x = torch.randn(7, 12, device=DEVICE, requires_grad=True)
     weight = torch.randn(3, 5, 4, device=DEVICE, requires_grad=True)
