@@ -25,10 +25,11 @@ from sffn_kernels.launching import Tile, launch
 from sffn_kernels.partial_sums_triton import cores, counters, last_of, shares, span, sum_of
 
 # m rows of a weight and k of its columns at a time, for 2-byte elements; n, the tokens, is set by what comes (:func:`fitted`).
-CONFIGS = (Tile(64, 16, 128, 4, 4), Tile(64, 16, 256, 4, 2), Tile(64, 16, 64, 4, 5), Tile(128, 16, 64, 8, 4))
+CONFIGS = (Tile(64, 16, 128, 4, 4), Tile(64, 16, 64, 4, 5), Tile(128, 16, 64, 8, 4))
 # m wide features at a time, and k of the bottleneck's: summed over by U, then written by V.
 BOTTLENECK_CONFIGS = (Tile(64, 16, 64, 4, 4), Tile(64, 16, 128, 4, 3), Tile(32, 16, 128, 4, 3), Tile(128, 16, 64, 8, 3))
 
+TOKENS_HELD = 4096  # n times k
 PROGRAMS_PER_CORE = 2
 SCRATCH = 1 << 24  # bytes of a bottleneck's partial sums up to which its features are cut further
 REACH = 4096  # partial sums, rows times tokens, that a program of a bottleneck hands over in one piece
@@ -55,20 +56,19 @@ def _product(
     """Program (tile of M rows, block k, split): a share of the I summed features. Scratch (K, tiles, splits, T, M)."""
     tile, k, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, piece = tl.num_programs(2), k * tl.num_programs(0) + tile
-    rows = tile * M + tl.arange(0, M)
-    tokens, i = tl.arange(0, N), split * share + tl.arange(0, K)
-    w_at = weight + k.to(tl.int64) * wk + rows.to(tl.int64)[:, None] * wo + i[None, :] * wi
+    m, tokens, i = tl.arange(0, M), tl.arange(0, N), split * share + tl.arange(0, K)
+    w_at = weight + k.to(tl.int64) * wk + (tile * M).to(tl.int64) * wo + (m[:, None] * wo + i[None, :] * wi)
     x_at = x + k.to(tl.int64) * xk + tokens.to(tl.int64)[None, :] * xt + i[:, None] * xi
     acc = tl.zeros((M, N), tl.float32)
     for step in range(tl.cdiv(tl.minimum(share, I - split * share), K)):
         inside = i + step * K < I
-        w = tl.load(w_at, mask=(rows < O)[:, None] & inside[None, :], other=0.0)
+        w = tl.load(w_at, mask=(m < O - tile * M)[:, None] & inside[None, :], other=0.0)
         read = tl.load(x_at, mask=inside[:, None] & (tokens < T)[None, :], other=0.0)
         acc = tl.dot(w, read, acc, input_precision="ieee")
         w_at += K * wi
         x_at += K * xi
     own = scratch + (piece * splits).to(tl.int64) * T * M
-    tl.store(own + (split * T + tokens)[None, :] * M + tl.arange(0, M)[:, None], acc, mask=(tokens < T)[None, :])
+    tl.store(own + (split * T + tokens)[None, :] * M + m[:, None], acc, mask=(tokens < T)[None, :])
     if last_of(counters + piece, splits):
         for start in range(0, T * M, SPAN):
             e = start + tl.arange(0, SPAN)
@@ -85,10 +85,10 @@ def _features(
     z, second, bias, T, R, s, n, tokens, zt, zr, us, ur, bs,
     ACTIVATION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Wide features s < n of a block of V by tokens, (M, N) in fp32."""
+    """Wide features s < n of a block of V by tokens, (M, N) in fp32; second points to the row of the first of them."""
     away = n * tl.num_programs(1)  # features from a gate to what it multiplies
     y, up = tl.zeros((M, N), tl.float32), tl.zeros((M, N), tl.float32)
-    u_at = second + s.to(tl.int64)[:, None] * us
+    u_at = second + tl.arange(0, M)[:, None] * us
     z_at = z + tokens.to(tl.int64)[None, :] * zt
     for start in range(0, R, K):
         r = start + tl.arange(0, K)
@@ -144,14 +144,16 @@ def _bottleneck(
     end = tl.minimum(begin + share, n)
     stride = tl.num_programs(1) * chunks * T * REACH
     tokens, shift = tl.arange(0, N), (k * n).to(tl.int64)
-    z_l, u = z + l.to(tl.int64) * zl, second + l.to(tl.int64) * ul + shift * us
+    z_l, u_l = z + l.to(tl.int64) * zl, second + l.to(tl.int64) * ul
     v = first + k.to(tl.int64) * vk + l * vl
     if bias is not None:
         bias += l * bl + shift * bs
     for start in range(begin, end, M):
         s = start + tl.arange(0, M)
+        u = u_l + (shift + start) * us
         a = _features(z_l, u, bias, T, R, s, n, tokens, zt, zr, us, ur, bs, ACTIVATION, M, N, K).to(first.dtype.element_ty)
-        tl.debug_barrier()  # sums that other threads of this program wrote for the features before are read below
+        summed = tl.where(start > begin, T, 0)  # tokens of which features before gave sums
+        tl.debug_barrier()  # those that other threads of this program wrote are read below
         for step in range(chunks):
             chunk = (step + slot) % chunks
             pieces = scratch + (k * chunks + chunk) * T * REACH
@@ -159,11 +161,11 @@ def _bottleneck(
             for o in range(0, tl.minimum(left, REACH), K):
                 rows = o + tl.arange(0, K)
                 inside = (rows < left)[:, None]
-                v_at = v + (chunk * REACH + rows).to(tl.int64)[:, None] * vo + s[None, :] * vs
+                v_at = v + (chunk * REACH + o).to(tl.int64) * vo + (tl.arange(0, K)[:, None] * vo + s[None, :] * vs)
                 acc = tl.dot(tl.load(v_at, mask=inside & (s < n)[None, :], other=0.0), a, input_precision="ieee")
                 at = pieces + slot.to(tl.int64) * stride + tokens[None, :] * REACH + rows[:, None]
-                mask = inside & (tokens < T)[None, :]
-                tl.store(at, acc + tl.load(at, mask=mask & (start > begin), other=0.0), mask=mask)
+                acc += tl.load(at, mask=inside & (tokens < summed)[None, :], other=0.0)
+                tl.store(at, acc, mask=inside & (tokens < T)[None, :])
             if start + M >= end:
                 counted = counters + (k * chunks + chunk) * (tl.cdiv(slots, group) + 1)
                 to = out + k * yk + chunk * REACH
@@ -174,9 +176,9 @@ def _bottleneck(
 
 
 def fitted(configs: tuple[Tile, ...], tokens: int, itemsize: int) -> dict[str, Tile]:
-    """Tilings for so many tokens, by name; as many bytes of a weight at a time for wider elements."""
+    """Tilings for so many tokens, by name; of wider elements, and of more tokens, fewer columns at a time."""
     n = max(16, triton.next_power_of_2(tokens))
-    tiles = [replace(tile, n=n, k=tile.k * 2 // itemsize) for tile in configs]
+    tiles = [replace(tile, n=n, k=min(tile.k * 2 // itemsize, TOKENS_HELD // n)) for tile in configs]
     return {tile.name: tile for tile in tiles}
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 COUNTERS = 1 << 14
-HELD = 8192  # partial sums that are in a program's registers at a time
+HELD = 4096  # partial sums that are in a program's registers at a time
 _HELD: Any = tl.constexpr(HELD)
 
 
