@@ -27,7 +27,7 @@ from sffn_kernels.partial_sums_triton import cores, counters, last_of, shares, s
 # m rows of a weight and k of its columns at a time, for 2-byte elements; n, the tokens, is set by what comes (:func:`fitted`).
 CONFIGS = (Tile(64, 16, 128, 4, 4), Tile(64, 16, 64, 4, 5), Tile(128, 16, 64, 8, 4))
 # m wide features at a time, and k of the bottleneck's: summed over by U, then written by V.
-BOTTLENECK_CONFIGS = (Tile(64, 16, 64, 4, 4), Tile(64, 16, 128, 4, 3), Tile(32, 16, 128, 4, 3), Tile(128, 16, 64, 8, 3))
+BOTTLENECK_CONFIGS = (Tile(64, 16, 64, 4, 3), Tile(32, 16, 64, 4, 4), Tile(64, 16, 32, 4, 4))
 
 TOKENS_HELD = 4096  # n times k
 PROGRAMS_PER_CORE = 2
@@ -67,8 +67,8 @@ def _product(
         acc = tl.dot(w, read, acc, input_precision="ieee")
         w_at += K * wi
         x_at += K * xi
-    own = scratch + (piece * splits).to(tl.int64) * T * M
-    tl.store(own + (split * T + tokens)[None, :] * M + m[:, None], acc, mask=(tokens < T)[None, :])
+    own = scratch + piece * splits * T * M
+    tl.store(own + ((split * T + tokens)[None, :] * M + m[:, None]), acc, mask=(tokens < T)[None, :])
     if last_of(counters + piece, splits):
         for start in range(0, T * M, SPAN):
             e = start + tl.arange(0, SPAN)
@@ -112,7 +112,7 @@ def _hand_over(
 ):  # fmt: skip
     """Count in a slot's piece; the last of a group sums the group's into its first, the last group's sums the groups' into out."""
     mine, groups = slot // group, tl.cdiv(slots, group)
-    head = pieces + (mine * group).to(tl.int64) * stride
+    head = pieces + mine * group * stride
     members = tl.minimum(group, slots - mine * group)
     if last_of(counters + mine, members):
         for start in range(0, T * REACH, SPAN):
@@ -163,7 +163,7 @@ def _bottleneck(
                 inside = (rows < left)[:, None]
                 v_at = v + (chunk * REACH + o).to(tl.int64) * vo + (tl.arange(0, K)[:, None] * vo + s[None, :] * vs)
                 acc = tl.dot(tl.load(v_at, mask=inside & (s < n)[None, :], other=0.0), a, input_precision="ieee")
-                at = pieces + slot.to(tl.int64) * stride + tokens[None, :] * REACH + rows[:, None]
+                at = pieces + slot * stride + (tokens[None, :] * REACH + rows[:, None])
                 acc += tl.load(at, mask=inside & (tokens < summed)[None, :], other=0.0)
                 tl.store(at, acc, mask=inside & (tokens < T)[None, :])
             if start + M >= end:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 COUNTERS = 1 << 14
-HELD = 4096  # partial sums that are in a program's registers at a time
+HELD = 2048  # partial sums that are in a program's registers at a time
 _HELD: Any = tl.constexpr(HELD)
 
 
@@ -39,7 +39,7 @@ def sum_of(source, count, stride, e, valid, SPAN: tl.constexpr):
     total = tl.zeros((SPAN,), tl.float32)
     for start in range(0, count, _HELD // SPAN):
         i = (start + which)[:, None]
-        at = source + i.to(tl.int64) * stride + e[None, :]
+        at = source + (i * stride + e[None, :])
         # .cg: other multiprocessors wrote this, and the L1 cache is not kept up to date
         total += tl.sum(tl.load(at, mask=(i < count) & valid[None, :], other=0.0, cache_modifier=".cg"), axis=0)
     return total
