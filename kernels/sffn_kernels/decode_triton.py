@@ -27,7 +27,8 @@ from sffn_kernels.partial_sums_triton import cores, counters, last_of, shares, s
 # m rows of a weight and k of its columns at a time, for 2-byte elements; n, the tokens, is set by what comes (:func:`fitted`).
 CONFIGS = (Tile(64, 16, 128, 4, 4), Tile(64, 16, 64, 4, 5), Tile(128, 16, 64, 8, 4))
 # m wide features at a time, and k of the bottleneck's: summed over by U, then written by V.
-BOTTLENECK_CONFIGS = (Tile(64, 16, 64, 4, 3), Tile(32, 16, 64, 4, 4), Tile(64, 16, 32, 4, 4))
+BOTTLENECK_CONFIGS = (Tile(64, 16, 64, 4, 3), Tile(64, 16, 64, 8, 2))
+FEW_FEATURES = Tile(32, 16, 64, 4, 3)  # one more, but for block_shuffle: V's columns, L apart, then leave too few registers
 
 TOKENS_HELD = 4096  # n times k
 PROGRAMS_PER_CORE = 2
@@ -215,7 +216,8 @@ def _run_product(x: Tensor, weight: Tensor, bias: Tensor | None, interleaved: bo
 
 def bottlenecks(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation) -> Ways[Tensor]:
     """Out (T, O) by each tiling; see ``decode.bottleneck``."""
-    tiles = fitted(BOTTLENECK_CONFIGS, z.shape[0], z.element_size())
+    configs = BOTTLENECK_CONFIGS if second.dim() == 3 else (*BOTTLENECK_CONFIGS, FEW_FEATURES)
+    tiles = fitted(configs, z.shape[0], z.element_size())
     return {name: partial(_run_bottleneck, z, second, bias, first, activation, tile) for name, tile in tiles.items()}
 
 

@@ -156,7 +156,7 @@ def test_every_tiling_gives_the_formula(kind: str, tokens: int) -> None:
     z = draw(tokens, RANK) * 10
     expected = by_blocks(activated(second_factor(z, second, b), "swiglu"), first)
     ways = decode_triton.bottlenecks(dealt(z, second), second, b, first, "swiglu")
-    assert len(ways) == len(decode_triton.BOTTLENECK_CONFIGS)
+    assert len(ways) == len(decode_triton.BOTTLENECK_CONFIGS) + (kind != "block_shuffle")
     for way in ways.values():
         compare(way(), expected)
     x = draw(tokens, INPUTS)
