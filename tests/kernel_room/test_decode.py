@@ -207,6 +207,9 @@ def test_more_counters_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         compare(decode.product(x, weight), by_blocks(x, weight))
     assert not partial_sums_triton._zeros
+    kept = partial_sums_triton.counters(DEVICE, 2)
+    assert partial_sums_triton.counters(DEVICE, 1) is kept
+    assert len(partial_sums_triton.counters(DEVICE, 3)) == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------- refusals
