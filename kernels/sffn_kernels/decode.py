@@ -9,7 +9,7 @@ What such a step costs is reading the weights once, and starting what reads them
 The kernels split the summed features among so many programs that all of a device's multiprocessors read; see ``decode_triton``. Without
 Triton, and where plain torch was measured to be faster, the same is plain torch (``dispatch``).
 
-Each operation is registered with torch as ``sffn_kernels::decode_...``, for ``torch.compile``.
+Each operation is registered with torch as ``sffn::decode_...``, for ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sffn_kernels import activation as act
 from sffn_kernels import block_diagonal, dispatch
-from sffn_kernels import bottleneck as wide
+from sffn_kernels import bottleneck_plain as wide
 
 MOST_TOKENS = 64
 
@@ -62,8 +62,8 @@ def bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, ac
         (T, O), contiguous.
 
     Raises:
-        ValueError: more than 64 tokens, sizes that do not fit (K must divide f/L: ``bottleneck.fits``), more than one dtype, an unknown
-            activation.
+        ValueError: more than 64 tokens, sizes that do not fit (K must divide f/L: ``bottleneck_plain.fits``), more than one dtype,
+            an unknown activation.
         RuntimeError: an argument whose gradient is asked for.
     """
     checked = act.checked(activation)
@@ -131,7 +131,7 @@ def _check_bias(bias: Tensor | None, features: int) -> None:
 # -------------------------------------------------------------------------------------------------------------- operations
 
 
-@torch.library.custom_op("sffn_kernels::decode_product", mutates_args=())
+@torch.library.custom_op("sffn::decode_product", mutates_args=())
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, interleaved: bool) -> Tensor:
     def kernels() -> dispatch.Ways[Tensor]:
         from sffn_kernels import decode_triton
@@ -152,12 +152,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, interleaved: bool) -> Tens
 def _plain_product(x: Tensor, weight: Tensor, bias: Tensor | None, *, interleaved: bool) -> Tensor:
     if weight.shape[0] == 1:
         return F.linear(x.squeeze(1), weight.squeeze(0), bias)
-    y = block_diagonal.product(x, weight)
-    y = (y.transpose(1, 2) if interleaved else y).flatten(1)
+    y = (block_diagonal.interleaved_product if interleaved else block_diagonal.product)(x, weight).flatten(1)
     return y if bias is None else y.add_(bias)
 
 
-@torch.library.custom_op("sffn_kernels::decode_bottleneck", mutates_args=())
+@torch.library.custom_op("sffn::decode_bottleneck", mutates_args=())
 def _bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: str) -> Tensor:
     checked = act.checked(activation)
 
@@ -170,7 +169,7 @@ def _bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, a
         return z.new_empty(0, first.shape[:-1].numel())
     blocks = [matrix.shape[0] if matrix.dim() == 3 else 1 for matrix in (second, first)]
     sizes = (z.shape[0], second.shape[:-1].numel(), second.shape[-1], first.shape[:-1].numel(), *blocks)
-    plain = lambda: wide.forward(z, second, bias, first, checked)[0]  # noqa: E731
+    plain = lambda: wide.narrow(act.forward(wide.widen(z, second, bias), checked), first)  # noqa: E731
     return dispatch.run(f"decode_bottleneck_{activation}", sizes, z, plain, kernels)
 
 

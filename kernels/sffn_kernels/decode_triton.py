@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sffn_kernels import activation as act
-from sffn_kernels import bottleneck as wide
+from sffn_kernels import bottleneck_plain as wide
 from sffn_kernels.activation import ACTIVATIONS, Activation
 from sffn_kernels.dispatch import Ways
 from sffn_kernels.launching import Tile, launch

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from sffn_kernels import bottleneck as shard
+from sffn_kernels import decode
 from sffn_kernels.activation import Activation
 from sffn_kernels.bottleneck_plain import fits
 from torch import Tensor
@@ -90,8 +91,24 @@ class StructuredMLP(MLP):
         with off:
             if activation is None:
                 return _Bottleneck.apply(self, x, bias, *weights), self.linear_fc2.bias
+            if self._few(x):
+                return self._decode(x, bias, weights, activation), self.linear_fc2.bias
             keep = keeps and torch.is_grad_enabled()
             return _Direct.apply(self, activation, keep, x, bias, *weights), self.linear_fc2.bias
+
+    def _few(self, x: Tensor) -> bool:
+        """Whether these are the tokens of a decoding step, on one rank."""
+        alone = self.linear_fc1.ranks == 1
+        return alone and not torch.is_grad_enabled() and x.shape[:-1].numel() <= decode.MOST_TOKENS
+
+    def _decode(self, x: Tensor, bias: Tensor | None, weights: Sequence[Tensor], activation: Activation) -> Tensor:
+        half = len(self.linear_fc1.weights)
+        first, second = _weights(weights, half, (None, None))
+        bias = None if bias is None else bias.to(x.dtype)
+        y = decode.feed_forward(
+            x.flatten(0, -2), first.first, first.second, bias, second.first, second.second, None, activation
+        )
+        return y.unflatten(0, x.shape[:-1])
 
     @property
     def guided(self) -> bool:

@@ -252,10 +252,10 @@ def test_registered_as_torch_requires() -> None:
     weights = draw(BLOCKS, 5, 6)
     for tokens in (0, 2):
         x = draw(tokens, 6, BLOCKS).transpose(1, 2)
-        torch.library.opcheck(torch.ops.sffn_kernels.decode_product.default, (x, weights, draw(15), True))
-        torch.library.opcheck(torch.ops.sffn_kernels.decode_product.default, (x, weights, None, False))
+        torch.library.opcheck(torch.ops.sffn.decode_product.default, (x, weights, draw(15), True))
+        torch.library.opcheck(torch.ops.sffn.decode_product.default, (x, weights, None, False))
         given = (dealt(draw(tokens, RANK), second), second, bias, first, "gelu")
-        torch.library.opcheck(torch.ops.sffn_kernels.decode_bottleneck.default, given)
+        torch.library.opcheck(torch.ops.sffn.decode_bottleneck.default, given)
 
 
 @pytest.mark.parametrize("kind", KINDS)
