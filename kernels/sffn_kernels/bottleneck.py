@@ -105,12 +105,12 @@ def _sizes(z: Tensor, second: Tensor, first: Tensor) -> tuple[int, ...]:
 
 
 def at_a_time(tokens: int) -> int:
-    """Tokens whose wide features are held at once where they are not kept: a sixteenth, and at least 2,048, which fill a GPU.
+    """Tokens whose wide features are held at once where they are not kept: a 24th, and at least 1,024, which fill a GPU.
 
-    At 32% of the parameters everything else that a layer's forward and backward pass holds is 3 T h; y, a and dL/da of a sixteenth are
-    0.75 T h; a dense layer holds 14 T h.
+    At 32% of the parameters everything else that a layer's forward and backward pass holds is 3 T h at most; y, a and dL/da of a 24th are
+    0.5 T h; a dense layer holds 13 T h.
     """
-    return max(2048, -(-tokens // 16))
+    return max(1024, -(-tokens // 24))
 
 
 class _Wide(NamedTuple):
@@ -174,6 +174,7 @@ def backward(
         of_second = plain.second_gradient(made.grad_y, z[part], second) if wanted.second else None
         of_first = plain.first_gradient(grad[part], made.features, first) if wanted.first else None
         sums.add(of_second, made.grad_bias if wanted.bias else None, of_first)
+        del made  # before the next part's are made
     return Gradients(grad_z, *sums.of(z.dtype))
 
 

@@ -224,7 +224,7 @@ class _Direct(torch.autograd.Function):
         own_bias = None if bias is None else bias.to(wide.dtype)
         if kept is None and row.exchange.ranks > 1:  # while dz travels
             kept = shard.rebuild(wide.flatten(0, 1), first.second, own_bias, second.first, ctx.activation)
-        grad_z = arrived(begun.grad_z)
+        grad_z, grad_second = arrived(begun.grad_z), begun.grad_second
         travelling: list[Pending] = []
 
         def send(grad: Tensor) -> None:
@@ -244,13 +244,14 @@ class _Direct(torch.autograd.Function):
                 shard.Wanted(of_first.x or of_first.first, of_first.second, needs[2], of_second.first),
                 send,
             )
+        del begun, grad_z, kept  # not beside the gradient of x
         grad_x, grad_first = None, None
         for grad in travelling:
             with ledger.inside(mlp.linear_fc1):
                 grad_x, grad_first = column.narrow_backward(grad, x, first.first, of_first)
         of_weights = (
             *gradients_of(Gradients(grad_x, arrived(grad_first), made.second, None), ctx.shapes[:half], of_first, x),
-            *gradients_of(Gradients(None, made.first, arrived(begun.grad_second), None), ctx.shapes[half:], of_second, x),
+            *gradients_of(Gradients(None, made.first, arrived(grad_second), None), ctx.shapes[half:], of_second, x),
         )
         return None, None, None, grad_x, None if made.bias is None or bias is None else made.bias.to(bias.dtype), *of_weights
 

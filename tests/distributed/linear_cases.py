@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from fractions import Fraction
 from typing import Any
 
@@ -12,6 +13,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sffn_dist.parallel import host, topology
 from sffn_dist.parallel.collectives import sum_partial_gradients
@@ -266,3 +269,42 @@ def join() -> topology.Topology:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     return topology.groups(torch.distributed.get_world_size())
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of storages made within that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in given | self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _gone(self, which: int, size: int) -> None:
+        self.known.discard(which)
+        self.live -= size
+
+
+def peak_bytes(kind: str, rank: int | None, blocks: int | None, h: int, f: int, rows: int, recompute: str) -> int:
+    """The most that a layer's forward and backward pass holds beside its input, output gradient and weights."""
+    ranks = join()
+    mlp = _ours(Structure(kind, rank, blocks), h, f, False, False, False, None, recompute, ranks.tensor)
+    for parameter in mlp.parameters():
+        parameter.data.normal_()
+    x = torch.randn(rows, 1, h, dtype=torch.float64, requires_grad=True)
+    sent = torch.randn_like(x)
+    with LiveBytes() as seen:
+        mlp(x)[0].backward(sent)
+    assert x.grad is not None
+    return seen.peak

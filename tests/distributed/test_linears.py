@@ -99,6 +99,22 @@ def test_the_bottlenecks_alone_are_kept(
     assert kept(kind, rank, blocks, "bottleneck") == [8 * 16 * (64 + narrow)] * world
 
 
+def test_peak_of_a_layer(ranks: Callable[..., Any]) -> None:
+    """At 32% of the parameters, of many tokens: with recompute: bottleneck a quarter of what the dense layer's passes hold."""
+    sizes = {"h": 32, "f": 128, "rows": 40_960}
+
+    def peak(kind: str, rank: int | None, blocks: int | None, recompute: str) -> int:
+        return ranks(1, 1).run(CASES, "peak_bytes", kind=kind, rank=rank, blocks=blocks, recompute=recompute, **sizes)[0]
+
+    dense = peak("dense", None, None, "none")
+    x = 8 * 40_960 * 32
+    assert dense >= 3 * 4 * x  # y, gelu(y) and a gradient of that size
+    assert peak("low_rank", 8, None, "bottleneck") <= dense / 4
+    assert peak("block_dense", 12, 4, "bottleneck") <= dense / 4
+    assert peak("block_shuffle", None, 4, "bottleneck") <= dense / 2
+    assert peak("low_rank", 8, None, "none") > dense / 2
+
+
 @pytest.mark.parametrize("recompute", ["none", "bottleneck"])
 @pytest.mark.parametrize("sequence", [True, False])
 @pytest.mark.parametrize(("kind", "rank", "blocks"), [("low_rank", 4, None), ("block_dense", 8, 2), ("block_shuffle", None, 2)])
