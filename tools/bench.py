@@ -58,6 +58,10 @@ def misfits(args: argparse.Namespace) -> Iterator[str]:
     elif "widths" in args:
         if args.device == "cuda" and machine.cuda() is None:
             yield "--device cuda: there is no CUDA device that this torch could use"
+        elif args.table and args.device != "cuda":
+            yield f"--table {args.table}: kernels are chosen by measuring on CUDA devices alone"
+        if args.table and not args.table.is_dir():
+            yield f"--table {args.table}: there is no such folder"
         for tokens in getattr(args, "batch", ()):
             if tokens > sizes.MOST_DECODED:
                 yield f"--batch {tokens}: must not exceed {sizes.MOST_DECODED}, the most that are decoded at a time"
@@ -168,6 +172,7 @@ def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of measured times of the paper's layers on one device."""
     names = ("widths", "kinds", "shares", "repeats", *(("batch",) if args.command == "decode" else ("tokens",)))
     settings = {"op": args.command, "threads": machine.cores(), **{name: getattr(args, name) for name in names}}
+    settings["table"] = str(args.table.absolute()) if args.table else None
     script = BENCH / ("decode.py" if args.command == "decode" else "feed_forward.py")
     return printed([str(script), json.dumps(settings)], machine.cores(), "the timing", hide_cuda=args.device == "cpu")
 

@@ -146,7 +146,8 @@ def main() -> None:
     """All widths."""
     settings = json.loads(sys.argv[1])
     device = one_layer.alone(settings["threads"]).device
-    found = [row for width in settings["widths"] for row in measure(width, settings, device)]
+    with dispatch.measuring_into(Path(settings["table"]) if settings["table"] else None):
+        found = [row for width in settings["widths"] for row in measure(width, settings, device)]
     print(json.dumps(found), flush=True)
     topology.stop()
 

@@ -39,6 +39,7 @@ _REPEATS, _WARMUP = 7, 2
 class _State:
     setting: Setting = "auto"
     table: dict[str, str] | None = None
+    folder: Path | None = None  # where it is written; None: the cache
     agree: Callable[[list[float]], list[float]] = staticmethod(lambda times: times)
 
 
@@ -191,14 +192,28 @@ def shared_table(device: torch.device, share: Callable[[dict[str, str]], dict[st
     _State.table = share(_table(device))
 
 
+@contextmanager
+def measuring_into(folder: Path | None) -> Iterator[None]:
+    """Within the block measure every choice anew, and write what is found into the device's table in ``folder``; None: as ever."""
+    before = _State.table, _State.folder
+    if folder is not None:
+        _State.table, _State.folder = {}, folder
+    try:
+        yield
+    finally:
+        _State.table, _State.folder = before
+
+
 def _write(device: torch.device, table: dict[str, str]) -> None:
-    """Replace the cached table in one step; where it cannot be written, the next process measures anew."""
-    folder = cache_folder()
-    content = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "rows": dict(sorted(table.items()))}
+    """Replace the file in one step, its other rows kept; where it cannot be written, the next process measures anew."""
+    folder = _State.folder or cache_folder()
+    path = folder / f"{_name(device)}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        rows = {**read_table(path), **table}
+        content = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "rows": dict(sorted(rows.items()))}
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
             json.dump(content, file, indent=1)
-        Path(file.name).replace(folder / f"{_name(device)}.json")
+        Path(file.name).replace(path)
     except OSError:
         return

@@ -86,6 +86,17 @@ def test_what_is_fastest_is_kept(card: dict[str, float], tmp_path: Path) -> None
     assert chosen() == "quick"
 
 
+def test_a_table_for_a_device_is_made_anew(card: dict[str, float], tmp_path: Path) -> None:
+    assert chosen() == "quick"
+    card.update(quick=9.0)
+    (tmp_path / "a_card_80gb.json").write_text('{"rows": {"another float16 1x8": "torch"}}')
+    with dispatch.measuring_into(tmp_path):
+        assert chosen() == "torch"
+    rows = json.loads((tmp_path / "a_card_80gb.json").read_text())["rows"]
+    assert rows == {"another float16 1x8": "torch", "op float16 128x8": "torch"}
+    assert chosen() == "quick", "what runs here is as it was"
+
+
 def test_triton_alone_is_the_best_of_its_tilings(card: dict[str, float], tmp_path: Path) -> None:
     card.update(torch=0.1)
     with dispatch.using("triton"):
