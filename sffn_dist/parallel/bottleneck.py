@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sffn_dist.parallel.collectives import Exchange, Pending, all_to_all, sum_gradient
 from sffn_dist.shapes import Structure
-from sffn_dist.structured.products import Blocks, Interleaved, Matrix, Product, deal, undeal
+from sffn_dist.structured.products import Blocks, Interleaved, Matrix, Product, deal, shaped, undeal
 
 
 class Weights(NamedTuple):
@@ -178,7 +178,7 @@ class Column(Half):
 
 def _mixed(x: Tensor, guide: Tensor, z: Tensor, second: Tensor, alpha: float) -> Tensor:
     """Alpha W x + (1 - alpha) U z of any leading dimensions."""
-    return mix.forward(x.flatten(0, -2), guide, z.flatten(0, -2), second, alpha).view(*x.shape[:-1], -1)
+    return shaped(mix.forward(x.flatten(0, -2), guide, z.flatten(0, -2), second, alpha), *x.shape[:-1], -1)
 
 
 def _chunked(z: Tensor, n: int) -> Tensor:

@@ -80,7 +80,7 @@ class StructuredMLP(MLP):
 
         With ``per_token_scale`` (an expert's) all that autograd keeps is kept, whatever ``recompute`` says.
         """
-        activation = None if per_token_scale is not None or self.guided else self._one_operation()
+        activation = self._one_operation() if per_token_scale is None else None
         keeps = per_token_scale is not None or self.recompute == "none" or not torch.is_grad_enabled()
         if activation is None and keeps:
             return super().forward(hidden_states, per_token_scale, **kwargs)
@@ -110,25 +110,33 @@ class StructuredMLP(MLP):
         )
         return y.unflatten(0, x.shape[:-1])
 
-    @property
-    def guided(self) -> bool:
-        """Whether a guide takes part in the coming forward pass."""
-        return any(linear.guide_weight is not None for linear in (self.linear_fc1, self.linear_fc2))
-
     def _one_operation(self) -> Activation | None:
-        """The activation, if all between the bottlenecks is one operation on the rank's shard; else None."""
-        activation = activation_of(self.config)
-        _, row = _splits(self)
-        if activation is None or row.turn or not self.linear_fc1.skip_bias_add:
+        """The activation, if all between the bottlenecks is one operation on the rank's shard; else None.
+
+        It is not where a guide takes part, features change ranks, or somebody put other modules, or hooks, in the place of the linears.
+        """
+        activation, linears = activation_of(self.config), (self.linear_fc1, self.linear_fc2)
+        if activation is None or not all(isinstance(linear, StructuredLinear) and _unhooked(linear) for linear in linears):
             return None
-        second, first = self.linear_fc1.weights[1], self.linear_fc2.weights[0]
-        return activation if fits(second, first, activation) else None
+        if any(linear.guide_weight is not None for linear in linears) or _splits(self)[1].turn or not linears[0].skip_bias_add:
+            return None
+        return activation if fits(linears[0].weights[1], linears[1].weights[0], activation) else None
+
+
+def _unhooked(linear: StructuredLinear) -> bool:
+    """True if nobody waits for the linear to be called: but the ledger, which knows, and data parallelism (:func:`_bring_weights`)."""
+    hooks = [linear._forward_pre_hooks, linear._forward_hooks, linear._backward_hooks, linear._backward_pre_hooks]
+    return all(_from(hook, "megatron.core.distributed", ledger.__name__) for some in hooks for hook in some.values())
+
+
+def _from(hook: Any, *modules: str) -> bool:
+    return (getattr(getattr(hook, "func", hook), "__module__", None) or "").startswith(modules)
 
 
 def _bring_weights(linear: StructuredLinear) -> None:
     """The linear is not called, so call what Megatron's data parallelism hooked before it: it may still be gathering the weights."""
     for hook in list(linear._forward_pre_hooks.values()):
-        if getattr(hook, "__module__", "").startswith("megatron.core.distributed"):
+        if _from(hook, "megatron.core.distributed"):
             hook(linear)
 
 

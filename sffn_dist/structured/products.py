@@ -76,7 +76,7 @@ class Interleaved:
     """weight (K, O, R), Monarch's second factor: z (..., K, R), a row for each block -> y (..., O*K), the blocks interleaved (s, l)."""
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return block_diagonal.interleaved_product(x, weight).flatten(-2)
+        return shaped(block_diagonal.interleaved_product(x, weight), *x.shape[:-2], -1)
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         return block_diagonal.input_gradient(self._by_block(grad, weight), weight)
@@ -88,6 +88,11 @@ class Interleaved:
     def _by_block(grad: Tensor, weight: Tensor) -> Tensor:
         """(..., s*K + l) -> (..., l, s)."""
         return grad.unflatten(-1, (weight.shape[1], weight.shape[0])).transpose(-1, -2)
+
+
+def shaped(result: Tensor, *shape: int) -> Tensor:
+    """A new tensor that nobody else holds, in another shape; no view to autograd, which would forbid its users to write into it."""
+    return torch.ops.aten._unsafe_view(result, shape)
 
 
 def deal(z: Tensor, blocks: int) -> Tensor:
