@@ -9,7 +9,8 @@ Shapes: y (..., F) before, features (..., f) after; F = f, or 2 f for a gated pa
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -35,19 +36,25 @@ def halves(activation: str) -> int:
 
 def forward(y: Tensor, activation: Activation) -> Tensor:
     """y (..., F) -> features (..., f)."""
-    if activation == "swiglu":
-        gate, up = y.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-    return F.gelu(y, approximate=_APPROXIMATE[activation])
+    parts = y.chunk(halves(activation), dim=-1)
+    out = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+    forward_into(parts, activation, out)
+    return out
 
 
-def backward(grad: Tensor, y: Tensor, activation: Activation) -> Tensor:
-    """dL/dy (..., F) from dL/dfeatures (..., f), in the place of ``grad`` where that has the size."""
+def forward_into(parts: Sequence[Tensor], activation: Activation, out: Tensor) -> None:
+    """The same from (y,), or from gate and up, each shaped as ``out``; any strides."""
     if activation == "swiglu":
-        gate, up = y.chunk(2, dim=-1)
-        out = torch.empty_like(y)
-        of_gate, of_up = out.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=of_up)
-        _ops.silu_backward.grad_input(grad.mul_(up), gate, grad_input=of_gate)
-        return out
-    return cast(Tensor, _ops.gelu_backward.grad_input(grad, y, approximate=_APPROXIMATE[activation], grad_input=grad))
+        _ops.silu.out(parts[0], out=out)
+        out.mul_(parts[1])
+    else:
+        _ops.gelu.out(parts[0], approximate=_APPROXIMATE[activation], out=out)
+
+
+def backward_into(grad: Tensor, parts: Sequence[Tensor], activation: Activation, out: Sequence[Tensor]) -> None:
+    """dL/dparts into ``out``, from dL/dfeatures, which is used up; any strides. GELU's ``out`` may be ``grad`` itself."""
+    if activation == "swiglu":
+        torch.mul(grad, F.silu(parts[0]), out=out[1])
+        _ops.silu_backward.grad_input(grad.mul_(parts[1]), parts[0], grad_input=out[0])
+    else:
+        _ops.gelu_backward.grad_input(grad, parts[0], approximate=_APPROXIMATE[activation], grad_input=out[0])

@@ -10,9 +10,10 @@ Shapes: T tokens, f wide features of this shard, F = f or 2 f (gated), O outputs
     low_rank, block_dense (T, R)       (F, R)        low_rank              (O, f)            (T, O)
     block_shuffle         (T, L, R)    (L, F/L, R)   block_dense, _shuffle (K, O/K, f/K)     (T, O)
 
-All are one case: L = 1 and K = 1 where there are no blocks. The wide features of block_shuffle stay grouped by the block that wrote them,
-feature s*L + l at place (l, s), and V reads them there: the permutation is in the order of V's columns and of b, f*O/K elements, and no
-copy of T*f elements is made for it. It needs K to divide f/L (bottleneck_plain.fits).
+All are one case: L = 1 and K = 1 where there are no blocks. Of block_shuffle, y stays grouped by the block that wrote it, feature
+s*L + l at place (l, s), and the activation writes the features grouped by the block that reads them, (k, l, j) with s = k*f/(K L) + j. The
+permutation is in the order of V's columns and of b, f*O/K elements, and no copy of T*f elements is made for it. It needs K to divide f/L
+(bottleneck_plain.fits).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Gradients(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a forward pass may leave for backward: before and after the activation, (T, L, F/L) and (T, L, f/L)."""
+    """What a forward pass may leave for backward: before and after the activation, (T, L, F/L) and (T, K, f/K)."""
 
     y: Tensor
     features: Tensor
@@ -63,7 +64,7 @@ def rebuild(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activ
 
     def by_torch() -> Kept:
         y = plain.widen(z, second, bias)
-        return Kept(y, act.forward(y, activation))
+        return Kept(y, plain.activate(y, first, activation))
 
     def kernels() -> dispatch.Ways[Kept]:
         from sffn_kernels import bottleneck_triton as ours
@@ -82,13 +83,10 @@ def forward(
     """
     if keep:
         kept = rebuild(z, second, bias, first, activation)
-        return plain.narrow(kept.features, first), kept
+        return plain.narrow(kept.features, first, _blocks(second)), kept
 
     def by_torch() -> Tensor:
-        parts = [
-            plain.narrow(act.forward(plain.widen(some, second, bias), activation), first)
-            for some in z.split(at_a_time(z.shape[0]))
-        ]
+        parts = [_by_torch(some, second, bias, first, activation) for some in z.split(at_a_time(z.shape[0]))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def kernels() -> dispatch.Ways[Tensor]:
@@ -98,6 +96,14 @@ def forward(
         return {name: partial(ours.through, z, second, bias, first, activation, *tiling) for name, tiling in made.items()}
 
     return dispatch.run(f"bottleneck_through {activation}", _sizes(z, second, first), z, by_torch, kernels), None
+
+
+def _by_torch(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation) -> Tensor:
+    return plain.narrow(plain.activate(plain.widen(z, second, bias), first, activation), first, _blocks(second))
+
+
+def _blocks(second: Tensor) -> int:
+    return second.shape[0] if second.dim() == 3 else 1
 
 
 def _sizes(z: Tensor, second: Tensor, first: Tensor) -> tuple[int, ...]:
@@ -128,8 +134,8 @@ def _wide_backward(
 
     def by_torch() -> _Wide:
         y = kept.y if kept else plain.widen(z, second, bias)
-        features = kept.features if kept else act.forward(y, activation)
-        grad_y = act.backward(plain.features_gradient(grad, first, features.shape[1]), y, activation)
+        features = kept.features if kept else plain.activate(y, first, activation)
+        grad_y = plain.y_gradient(grad, y, first, activation)
         return _Wide(features, grad_y, None if bias is None else grad_y.sum(0).t().reshape(-1))
 
     def kernels() -> dispatch.Ways[_Wide]:
@@ -172,7 +178,7 @@ def backward(
             if start + step >= tokens:
                 ready(grad_z)
         of_second = plain.second_gradient(made.grad_y, z[part], second) if wanted.second else None
-        of_first = plain.first_gradient(grad[part], made.features, first) if wanted.first else None
+        of_first = plain.first_gradient(grad[part], made.features, first, _blocks(second)) if wanted.first else None
         sums.add(of_second, made.grad_bias if wanted.bias else None, of_first)
         del made  # before the next part's are made
     return Gradients(grad_z, *sums.of(z.dtype))

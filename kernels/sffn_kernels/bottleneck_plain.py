@@ -50,55 +50,61 @@ def widen(z: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(kept_bias(bias, second.shape[0]))
 
 
-def narrow(features: Tensor, first: Tensor) -> Tensor:
-    """Out = V a: (T, L, f/L) -> (T, O)."""
-    tokens, blocks = features.shape[:2]
+def activate(y: Tensor, first: Tensor, activation: Activation) -> Tensor:
+    """activation(y) -> (T, K, f/K), grouped by the block of V that reads it, in the order of :func:`columns`."""
+    k = first.shape[0] if first.dim() == 3 else 1
+    parts = _halves(y, k, activation)
+    out = y.new_empty(parts[0].shape)
+    act.forward_into(parts, activation, out)
+    return out.flatten(2)
+
+
+def _halves(y: Tensor, k: int, activation: Activation) -> list[Tensor]:
+    """y, or gate and up: (T, L, F/L) -> each (T, K, L, f/(K L)), views."""
+    return [half.unflatten(-1, (k, -1)).transpose(1, 2) for half in y.chunk(act.halves(activation), dim=-1)]
+
+
+def _ordered(first: Tensor, blocks: int) -> Tensor:
+    """V -> (K, O/K, f/K) with its columns in the order of the features; a copy of the weight where L > 1, no BLAS reads every L-th one."""
+    return columns(first, blocks).flatten(2)
+
+
+def narrow(features: Tensor, first: Tensor, blocks: int) -> Tensor:
+    """Out = V a: (T, K, f/K) -> (T, O)."""
     if first.dim() == 2 and blocks == 1:
         return features.squeeze(1).mm(first.t())
-    matrices_by_l = _by_l(first, blocks)
-    out = features.new_empty(tokens, *matrices_by_l.shape[1:3])
-    by_k = out.transpose(0, 1)  # (K, T, O/K)
-    for l, (matrices, read) in enumerate(zip(matrices_by_l, _runs(features, out.shape[1]), strict=True)):
-        if l == 0:
-            torch.bmm(read, matrices.transpose(1, 2), out=by_k)
-        else:
-            by_k.baddbmm_(read, matrices.transpose(1, 2))
+    matrices = _ordered(first, blocks)
+    out = features.new_empty(features.shape[0], *matrices.shape[:2])
+    torch.bmm(features.transpose(0, 1), matrices.transpose(1, 2), out=out.transpose(0, 1))
     return out.flatten(1)
 
 
-def _runs(features: Tensor, k: int) -> Tensor:
-    """(T, L, f/L) -> (L, K, T, f/(K L)), a view: what block k reads of what block l wrote."""
-    return features.unflatten(-1, (k, -1)).permute(1, 2, 0, 3)
-
-
-def _by_l(first: Tensor, blocks: int) -> Tensor:
-    """V (K, O/K, f/K) -> (L, K, O/K, f/(K L)); a copy of the weight where L > 1, since no BLAS reads every L-th column."""
-    return columns(first, blocks).permute(2, 0, 1, 3).contiguous()
-
-
-def first_gradient(grad: Tensor, features: Tensor, first: Tensor) -> Tensor:
+def first_gradient(grad: Tensor, features: Tensor, first: Tensor, blocks: int) -> Tensor:
     """dL/dV, in its own order of columns."""
-    blocks = features.shape[1]
     if first.dim() == 2 and blocks == 1:
         return grad.t().mm(features.squeeze(1))
-    k, outputs, _, run = columns(first, blocks).shape
-    out = first.new_empty(blocks, k, outputs, run)
-    by_k = grad.unflatten(-1, (k, outputs)).permute(1, 2, 0)
-    for l, read in enumerate(_runs(features, k)):
-        torch.bmm(by_k, read, out=out[l])
-    return out.permute(1, 2, 3, 0).reshape(first.shape)
+    made = torch.bmm(grad.unflatten(-1, (features.shape[1], -1)).permute(1, 2, 0), features.transpose(0, 1))  # (K, O/K, f/K)
+    return made.unflatten(-1, (blocks, -1)).transpose(-1, -2).reshape(first.shape)
 
 
-def features_gradient(grad: Tensor, first: Tensor, blocks: int) -> Tensor:
-    """dL/da = V^T dL/dout -> (T, L, f/L)."""
+def y_gradient(grad: Tensor, y: Tensor, first: Tensor, activation: Activation) -> Tensor:
+    """dL/dy (T, L, F/L) from that of out: through V, then through the activation."""
+    blocks = y.shape[1]
     if first.dim() == 2 and blocks == 1:
-        return grad.mm(first).unsqueeze(1)
-    matrices_by_l = _by_l(first, blocks)
-    _, k, outputs, run = matrices_by_l.shape
-    by_k = grad.unflatten(-1, (k, outputs)).transpose(0, 1)  # (K, T, O/K)
-    out = grad.new_empty(grad.shape[0], blocks, k * run)
-    for matrices, written in zip(matrices_by_l, _runs(out, k), strict=True):
-        torch.bmm(by_k, matrices, out=written)
+        of_features = grad.mm(first).unsqueeze(1)
+    else:
+        matrices = _ordered(first, blocks)
+        of_features = grad.new_empty(grad.shape[0], matrices.shape[0], matrices.shape[2])
+        by_k = grad.unflatten(-1, (matrices.shape[0], -1)).transpose(0, 1)  # (K, T, O/K)
+        torch.bmm(by_k, matrices, out=of_features.transpose(0, 1))
+    k = of_features.shape[1]
+    if activation != "swiglu" and 1 in (k, blocks):  # features and y lie alike
+        same = of_features.view(y.shape)
+        act.backward_into(same, (y,), activation, (same,))
+        return same
+    out = torch.empty_like(y)
+    came = of_features.unflatten(-1, (blocks, -1))  # (T, K, L, f/(K L))
+    act.backward_into(came, _halves(y, k, activation), activation, _halves(out, k, activation))
     return out
 
 

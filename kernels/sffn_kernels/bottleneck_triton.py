@@ -61,7 +61,7 @@ def _wide(  # noqa: C901  its three modes are chosen at compile time
     s = k * J + tile * BN  # the first one of this tile, within its block
     gated: tl.constexpr = ACTIVATION == _SWIGLU
     ROWS = 2 * half if gated else half  # of a block of U
-    features += start * L * half + l * half + s + (t * (L * half) + j)
+    features += start * L * half + (k * L + l) * J + tile * BN + (t * (L * half) + j)
     wide = start * L * ROWS + l * ROWS + s + (t * (L * ROWS) + j)
     y += wide
     if BUILD:
@@ -191,7 +191,7 @@ def _run_wide(
     """(y, features, dy, db): what a mode does not write is an empty stand-in."""
     like, tokens = sizes.z, sizes.tokens
     nothing = like.new_empty(0)
-    of_y, of_features = ((tokens, sizes.blocks, size // sizes.blocks) for size in (sizes.rows, sizes.features))
+    of_y, of_features = (tokens, sizes.blocks, sizes.rows // sizes.blocks), (tokens, sizes.k, sizes.features // sizes.k)
     backward = grad is not None
     y, features = kept or (nothing if backward else like.new_empty(of_y), like.new_empty(of_features))
     grad_y = like.new_empty(of_y) if backward else nothing
@@ -296,7 +296,7 @@ def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
         name = f"{kind} {activation}"
         rows = second.shape[:-1].numel()
         bias, grad = empty(rows), empty(t, first.shape[:-1].numel())
-        kept = Kept(empty(t, 1, rows), empty(t, 1, f))
+        kept = Kept(empty(t, 1, rows), empty(t, 1, f))  # as many elements, whatever L and K are
         for tile in tilings(activation):
             yield f"build, {name} {tile.name}", partial(build, z, second, bias, first, activation, tile)
         for tile in BACKWARD:

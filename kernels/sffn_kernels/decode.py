@@ -169,7 +169,7 @@ def _bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, a
         return z.new_empty(0, first.shape[:-1].numel())
     blocks = [matrix.shape[0] if matrix.dim() == 3 else 1 for matrix in (second, first)]
     sizes = (z.shape[0], second.shape[:-1].numel(), second.shape[-1], first.shape[:-1].numel(), *blocks)
-    plain = lambda: wide.narrow(act.forward(wide.widen(z, second, bias), checked), first)  # noqa: E731
+    plain = lambda: wide.narrow(wide.activate(wide.widen(z, second, bias), first, checked), first, blocks[0])  # noqa: E731
     return dispatch.run(f"decode_bottleneck_{activation}", sizes, z, plain, kernels)
 
 
