@@ -93,7 +93,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
             run()
     torch.cuda.current_stream().wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=beside):  # where decoding's counters are: a new stream would have none
         run()
     return graph.replay
 

@@ -131,7 +131,11 @@ def _check_bias(bias: Tensor | None, features: int) -> None:
 # -------------------------------------------------------------------------------------------------------------- operations
 
 
-@torch.library.custom_op("sffn::decode_product", mutates_args=())
+# their counters outlive a call: a graph that torch.compile captures would have them in its own memory
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
+@torch.library.custom_op("sffn::decode_product", mutates_args=(), tags=_TAGS)
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, interleaved: bool) -> Tensor:
     def kernels() -> dispatch.Ways[Tensor]:
         from sffn_kernels import decode_triton
@@ -156,7 +160,7 @@ def _plain_product(x: Tensor, weight: Tensor, bias: Tensor | None, *, interleave
     return y if bias is None else y.add_(bias)
 
 
-@torch.library.custom_op("sffn::decode_bottleneck", mutates_args=())
+@torch.library.custom_op("sffn::decode_bottleneck", mutates_args=(), tags=_TAGS)
 def _bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: str) -> Tensor:
     checked = act.checked(activation)
 

@@ -1,8 +1,9 @@
 """Which implementation of an operation runs: plain torch (cuBLAS on CUDA devices), or a Triton kernel with one of its tilings.
 
 The setting (:func:`use`) is ``torch``, ``triton``, or ``auto``: whichever was measured to be fastest for the operation, dtype, sizes and
-device. What was measured is kept in tables, a JSON file a device: those in ``tables/`` come with the package; for what no table says, all
-candidates are timed once, on the tensors at hand, and the result is cached in ``$XDG_CACHE_HOME/sffn_dist/kernels`` (``~/.cache/...``).
+device. What was measured is kept in tables, a JSON file a device: those in ``tables/``, if any, come with the package; for what no table
+says, all candidates are timed once, on the tensors at hand, and the result is cached in ``$XDG_CACHE_HOME/sffn_dist/kernels``
+(``~/.cache/...``).
 
 On CPUs ``auto`` is plain torch. Ranks that compute the same thing must do so with the same kernel, or replicas drift apart: times are
 passed through :func:`agree_by` before they decide, and tables are shared by :func:`shared_table`.
@@ -10,6 +11,7 @@ passed through :func:`agree_by` before they decide, and tables are shared by :fu
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -34,13 +36,16 @@ Ways = dict[str, Callable[[], T]]
 LEAST_CAPABILITY = (8, 0)
 TABLES = Path(__file__).with_name("tables")
 _REPEATS, _WARMUP = 7, 2
+_AHEAD = 500_000  # cycles, some 0.3 ms
 
 
 class _State:
     setting: Setting = "auto"
     table: dict[str, str] | None = None
-    folder: Path | None = None  # where it is written; None: the cache
-    agree: Callable[[list[float]], list[float]] = staticmethod(lambda times: times)
+    among_kernels: dict[str, str] = {}  # row -> the best without torch, under the setting triton; of this process alone
+    folder: Path | None = None  # where the table is written; None: the cache
+    writes: bool = True
+    agree: Callable[[list[float]], list[float]] | None = None
 
 
 def use(setting: str) -> None:
@@ -64,9 +69,18 @@ def using(setting: str) -> Iterator[None]:
         _State.setting = before
 
 
-def agree_by(combine: Callable[[list[float]], list[float]] | None) -> None:
-    """How ranks make one list of times of their several ones, in place of each believing its own; None: there is one rank."""
-    _State.agree = staticmethod(combine or (lambda times: times))
+def agree_by(combine: Callable[[list[float]], list[float]] | None, *, writes: bool = True) -> None:
+    """How ranks make one list of times of their several ones, in place of each believing its own; ``writes``: this one keeps the table.
+
+    None: there is one rank. Where there are several all the same, nothing is measured: they would come to different choices.
+    """
+    _State.agree, _State.writes = None if combine is None else staticmethod(combine), writes
+
+
+def _alone() -> bool:
+    return not (
+        torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    )
 
 
 def interpreted() -> bool:
@@ -97,8 +111,9 @@ def run(op: str, sizes: Sequence[int], like: Tensor, plain: Callable[[], T], ker
     capture, and in the interpreter.
     """
     setting = _State.setting
-    if setting == "torch" or like.dtype == torch.float64 or (setting == "auto" and like.device.type != "cuda"):
-        return plain()
+    on_host = like.device.type != "cuda"
+    if setting == "torch" or like.dtype == torch.float64 or (on_host and (setting == "auto" or not interpreted())):
+        return plain()  # what a run computes on the host beside its devices has no kernels
     reason = unavailable(like.device)
     if interpreted() and like.dtype == torch.bfloat16:
         reason = "Triton's interpreter multiplies bf16 wrongly; use float32 or float16"
@@ -109,8 +124,17 @@ def run(op: str, sizes: Sequence[int], like: Tensor, plain: Callable[[], T], ker
     ways = kernels()  # may be none: no kernel takes every size
     if setting == "auto" or not ways:
         ways = {"torch": plain, **ways}
-    name = next(iter(ways)) if len(ways) == 1 or 0 in sizes else _chosen(key(op, like.dtype, sizes), like.device, ways)
-    return ways[name]()
+    if len(ways) == 1 or 0 in sizes:
+        return next(iter(ways.values()))()
+    row = key(op, like.dtype, sizes)
+    name = _chosen(row, like.device, ways)
+    try:
+        return ways[name]()
+    except Exception as error:
+        if setting == "triton" or name == "torch" or not _too_large(error):
+            raise
+        _table(like.device)[row] = "torch"  # the table is another Triton's, whose kernels were smaller
+        return plain()
 
 
 def key(op: str, dtype: torch.dtype, sizes: Sequence[int]) -> str:
@@ -120,35 +144,51 @@ def key(op: str, dtype: torch.dtype, sizes: Sequence[int]) -> str:
 
 
 def _chosen(row: str, device: torch.device, ways: Ways[T]) -> str:
-    table = _table(device)
+    auto = _State.setting == "auto"
+    table = _table(device) if auto else _State.among_kernels
     best = table.get(row)
     if best in ways:
         return best
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing() or (_State.agree is None and not _alone()):
         return next(iter(ways))
-    times = _State.agree([_time(way) for way in ways.values()])
+    with torch.cuda.device(device):
+        times = [_time(name, way) for name, way in ways.items()]
+    times = times if _State.agree is None else _State.agree(times)
     best = min(zip(times, ways, strict=True))[1]
-    if _State.setting == "auto":  # what was best without torch among the candidates says nothing about torch
-        table[row] = best
+    table[row] = best
+    if auto and _State.writes:
         _write(device, table)
     return best
 
 
-def _time(way: Callable[[], T]) -> float:
-    """Median milliseconds on the current CUDA device; infinite if the kernel does not fit it."""
+def _too_large(error: Exception) -> bool:
+    """Triton's OutOfResources, whose place in its package changed between versions."""
+    return "OutOfResources" in type(error).__name__
+
+
+def _time(name: str, way: Callable[[], T]) -> float:
+    """Median milliseconds on the current CUDA device; infinite, with a warning, if the way does not run there.
+
+    Whatever fails fails alike in every process only by luck, so no error is let out: other ranks wait for this one's times.
+    """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
     try:
         for repeat in range(_WARMUP + _REPEATS):
+            torch.cuda._sleep(_AHEAD)  # the host gets ahead meanwhile: what it takes to launch is not measured
             start.record()
             way()
             end.record()
             end.synchronize()
             if repeat >= _WARMUP:
                 times.append(start.elapsed_time(end))
-    except Exception as error:  # a chip with less shared memory: Triton's OutOfResources, whose place changed between versions
-        if "OutOfResources" not in type(error).__name__:
-            raise
+    except Exception as error:
+        if name == "torch":
+            raise  # nothing would be left
+        if not _too_large(error):
+            warnings.warn(f"{name}: does not run here, and is left out ({type(error).__name__}: {error})", stacklevel=2)
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
         return float("inf")
     return statistics.median(times)
 
@@ -166,12 +206,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sffn_dist" / "kernels"
 
 
-def read_table(path: Path) -> dict[str, str]:
-    """Row -> way. A file that is no such table counts as empty, with a warning: it is only a cache."""
+def triton_version() -> str | None:
+    """Of the package that is installed."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def read_table(path: Path, triton: str | None = None) -> dict[str, str]:
+    """Row -> way; none if it was measured with another ``triton``. A file that is no such table counts as empty, with a warning."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = content["rows"]
         if isinstance(rows, dict) and all(isinstance(text, str) for text in rows.values()):
-            return rows
+            return rows if triton is None or content.get("triton") == triton else {}
         raise ValueError("rows: must be names by names")
     except FileNotFoundError:
         return {}
@@ -183,7 +232,7 @@ def read_table(path: Path) -> dict[str, str]:
 def _table(device: torch.device) -> dict[str, str]:
     if _State.table is None:
         file = f"{_name(device)}.json" if device.type == "cuda" else "none.json"
-        _State.table = {**read_table(TABLES / file), **read_table(cache_folder() / file)}
+        _State.table = {**read_table(TABLES / file), **read_table(cache_folder() / file, triton_version())}
     return _State.table
 
 
@@ -210,8 +259,9 @@ def _write(device: torch.device, table: dict[str, str]) -> None:
     path = folder / f"{_name(device)}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        rows = {**read_table(path), **table}
-        content = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "rows": dict(sorted(rows.items()))}
+        rows = {**read_table(path, triton_version()), **table}
+        versions = {"torch": torch.__version__, "triton": triton_version()}
+        content = {"device": torch.cuda.get_device_name(device), **versions, "rows": dict(sorted(rows.items()))}
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
             json.dump(content, file, indent=1)
         Path(file.name).replace(path)

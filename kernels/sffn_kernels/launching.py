@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -33,7 +35,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: i
     if _State.compiled is not None:
         _State.compiled.append(kernel.warmup(*args, grid=grid, **constants, **options))
     elif all(grid):
-        kernel[grid](*args, **constants, **options)
+        with torch.cuda.device_of(args[0]):  # the first argument is a tensor; nothing on the host
+            kernel[grid](*args, **constants, **options)
 
 
 @contextmanager

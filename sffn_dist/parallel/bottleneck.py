@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from sffn_kernels import mix
 from torch import Tensor
 
@@ -112,6 +113,10 @@ class Column(Half):
         if self.shuffled:  # feature (r, l): a chunk holds some blocks l
             return z.unflatten(-1, (-1, n, self.structure.needed_blocks // n)).movedim(-2, 0).transpose(-1, -2)
         return _chunked(z, n)
+
+    def rows(self, wide: Tensor) -> torch.Size:
+        """The leading dimensions of a wide z."""
+        return wide.shape[: -2 if self.shuffled else -1]
 
     def _join(self, narrow: Tensor) -> Tensor:
         """A narrow z -> (rows, ..., bottleneck), as A wrote it."""

@@ -205,11 +205,12 @@ class _Direct(torch.autograd.Function):
         with ledger.inside(mlp.linear_fc1):
             narrow = column.narrow(x, first.first)
             wide = column.exchange.spread(narrow).wait()
+        rows = column.rows(wide)
         out, kept = shard.forward(
-            wide.flatten(0, 1), first.second, None if bias is None else bias.to(wide.dtype), second.first, activation, keep=keep
+            _flat(wide, rows), first.second, None if bias is None else bias.to(wide.dtype), second.first, activation, keep=keep
         )
         with ledger.inside(mlp.linear_fc2):
-            y, z = row.complete(out.unflatten(0, wide.shape[:2]), second.second)
+            y, z = row.complete(out.unflatten(0, rows), second.second)
         regained = not keep and column.exchange.grows
         ctx.save_for_backward(x, narrow if regained else wide, z, bias, *(kept or (None, None)), *parameters)
         return y
@@ -230,20 +231,22 @@ class _Direct(torch.autograd.Function):
             begun = row.begin_backward(grads[0], z, second, None, of_second)
         wide = rising.wait()
         own_bias = None if bias is None else bias.to(wide.dtype)
-        if kept is None and row.exchange.ranks > 1:  # while dz travels
-            kept = shard.rebuild(wide.flatten(0, 1), first.second, own_bias, second.first, ctx.activation)
+        rows = column.rows(wide)
+        tokens = rows.numel()
+        if kept is None and row.exchange.ranks > 1 and tokens <= shard.at_a_time(tokens):  # while dz travels, if all at once
+            kept = shard.rebuild(_flat(wide, rows), first.second, own_bias, second.first, ctx.activation)
         grad_z, grad_second = arrived(begun.grad_z), begun.grad_second
         travelling: list[Pending] = []
 
         def send(grad: Tensor) -> None:
             with ledger.inside(mlp.linear_fc1):
-                travelling.append(column.exchange.collect(grad.unflatten(0, wide.shape[:2])))
+                travelling.append(column.exchange.collect(grad.unflatten(0, rows)))
 
         made = shard.Gradients(None, None, None, None)
         if grad_z is not None:
             made = shard.backward(
-                grad_z.flatten(0, 1),
-                wide.flatten(0, 1),
+                _flat(grad_z, rows),
+                _flat(wide, rows),
                 first.second,
                 own_bias,
                 second.first,
@@ -262,6 +265,11 @@ class _Direct(torch.autograd.Function):
             *gradients_of(Gradients(None, made.first, arrived(grad_second), None), ctx.shapes[half:], of_second, x),
         )
         return None, None, None, grad_x, None if made.bias is None or bias is None else made.bias.to(bias.dtype), *of_weights
+
+
+def _flat(tensor: Tensor, rows: torch.Size) -> Tensor:
+    """(rows, ..., features) -> (T, features)."""
+    return tensor.flatten(0, len(rows) - 1)
 
 
 def activation_of(config: TransformerConfig) -> Activation | None:

@@ -21,6 +21,11 @@ def start(setting: str, topology: Topology) -> None:
     if topology.world == 1 or topology.device.type != "cuda":
         dispatch.agree_by(None)
         return
+    reasons: list[Any] = [None] * topology.world
+    dist.all_gather_object(reasons, dispatch.unavailable(topology.device))
+    if any(reasons):  # on one node is on all: a rank that only ran torch would not meet the others' sums
+        dispatch.use("torch")
+        return
 
     def mean(times: list[float]) -> list[float]:
         summed = torch.tensor(times, device=topology.device)
@@ -32,5 +37,5 @@ def start(setting: str, topology: Topology) -> None:
         dist.broadcast_object_list(held, src=0, device=topology.device)
         return dict(held[0])
 
-    dispatch.agree_by(mean)
+    dispatch.agree_by(mean, writes=topology.main)
     dispatch.shared_table(topology.device, first)

@@ -93,7 +93,8 @@ def structured_layer_spec(
     ``base`` is the layer's spec, by default megatron-core's ``get_gpt_layer_local_spec()`` with norms that run on any device and under
     sequence parallelism; it is copied, never changed, and everything but its feed-forward linears is kept. Where it has no norm before
     the feed-forward layer because Transformer Engine fuses that into the first linear, the copy gets one. With ``recompute``
-    "bottleneck" backward keeps the two bottlenecks and rebuilds the f-wide activations (parallel/feed_forward.py). ``tp_group`` is then
+    "bottleneck" backward keeps the two bottlenecks and rebuilds the f-wide activations (parallel/feed_forward.py). On several ranks kernels
+    are chosen by measuring only once these agree how (kernel_choice.start); before, a table decides, or plain torch. ``tp_group`` is then
     needed by models built over groups that are not ``parallel_state``'s: megatron-core hands a layer's group to its own MLP alone (and
     says "Unknown MLP type" of any other, which is all that it means).
 

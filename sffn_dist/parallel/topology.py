@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from sffn_kernels import dispatch
 
 from sffn_dist import machine
 from sffn_dist.config import Config, ConfigError
@@ -118,6 +119,7 @@ def agree(facts: dict[str, Any]) -> None:
 def stop() -> None:
     """Leave the groups and the process group."""
     _background.clear()
+    dispatch.agree_by(None)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

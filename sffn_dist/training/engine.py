@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sffn_dist.config import Config
 from sffn_dist.counts import reduce_bucket
 from sffn_dist.parallel import host
+from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.topology import ModelParallelUnit, Topology
 from sffn_dist.shapes import is_guide
 from sffn_dist.training import state
@@ -72,6 +73,9 @@ def create(model: nn.Module, config: Config, precision: str, topology: Topology,
         weight_decay=train.weight_decay,
         fused=True,
     )
+    if config.zero.stage == 3:
+        # it computes with its linears' weights without calling them: gather them when it is called, forward and backward
+        deepspeed.utils.set_z3_leaf_modules(model, [StructuredMLP], raise_if_not_found=False)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

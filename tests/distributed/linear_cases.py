@@ -308,3 +308,24 @@ def peak_bytes(kind: str, rank: int | None, blocks: int | None, h: int, f: int, 
         mlp(x)[0].backward(sent)
     assert x.grad is not None
     return seen.peak
+
+
+def any_leading_dimensions(kind: str, rank: int | None, blocks: int | None, recompute: str) -> float:
+    """The largest error between an input as (T, h), (T, 1, h) and (a, b, c, h), with a gradient and without one; 40 and 80 tokens."""
+    ranks = join()
+    mlp = _ours(Structure(kind, rank, blocks), 16, 64, True, True, False, None, recompute, ranks.tensor)
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    errors = []
+    for tokens in (40, 80):
+        x = torch.randn(tokens, 16, dtype=torch.float64, requires_grad=True)
+        shapes = [(tokens, 1, 16), (tokens, 16), (2, tokens // 4, 2, 16)]
+        made = []
+        for shape in shapes:
+            y = mlp(x.view(shape))[0]
+            assert y.shape == shape
+            (gradient,) = torch.autograd.grad(y.square().sum(), x)
+            with torch.no_grad():
+                made.append((y.detach().view(tokens, 16), gradient, mlp(x.view(shape))[0].view(tokens, 16)))
+        errors += [_error(got, want) for other in made for got, want in zip(other, (*made[0][:2], made[0][0]), strict=True)]
+    return max(errors)

@@ -99,6 +99,16 @@ def test_the_bottlenecks_alone_are_kept(
     assert kept(kind, rank, blocks, "bottleneck") == [8 * 16 * (64 + narrow)] * world
 
 
+@pytest.mark.parametrize("recompute", ["none", "bottleneck"])
+@pytest.mark.parametrize(("kind", "rank", "blocks"), [("low_rank", 4, None), ("block_dense", 8, 2), ("block_shuffle", None, 2)])
+def test_any_leading_dimensions(
+    ranks: Callable[..., Any], kind: str, rank: int | None, blocks: int | None, recompute: str
+) -> None:
+    """As Megatron's own layer takes them; few tokens without a gradient are decoded."""
+    found = ranks(1, 1).run(CASES, "any_leading_dimensions", kind=kind, rank=rank, blocks=blocks, recompute=recompute)
+    assert max(found) < 1e-12
+
+
 def test_peak_of_a_layer(ranks: Callable[..., Any]) -> None:
     """At 32% of the parameters, of many tokens: with recompute: bottleneck a quarter of what the dense layer's passes hold."""
     sizes = {"h": 32, "f": 128, "rows": 40_960}

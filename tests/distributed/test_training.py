@@ -79,6 +79,17 @@ def test_zero_stages_agree(train: Callable[..., dict[str, Any]], kind: str) -> N
     )
 
 
+@pytest.mark.parametrize("recompute", ["none", "bottleneck"])
+def test_an_engine_may_evaluate_before_it_trains(ranks: Callable[..., Any], recompute: str) -> None:
+    """Where the guide comes or goes, a new engine may evaluate first: in stage 3 the layer's weights are gathered for its backward too."""
+    results = {}
+    for stage in (0, 3):
+        config = tree("block_shuffle", stage=stage, micro=1, recompute=recompute)
+        results[stage], _ = ranks(2, 1).run(CASES, "evaluated_first", tree=config, steps=3)
+        assert results[stage]["direct"] == [True], "no hook makes the layer take the long way"
+    np.testing.assert_allclose(results[3]["losses"], results[0]["losses"], atol=TOLERANCE)
+
+
 @pytest.mark.parametrize(
     "options",
     [

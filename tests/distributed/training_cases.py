@@ -21,6 +21,7 @@ from sffn_dist.checkpoint.manifest import KINDS, Manifest
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.data.batches import Batches
 from sffn_dist.parallel import host, topology
+from sffn_dist.parallel.feed_forward import StructuredMLP, _unhooked
 from sffn_dist.parallel.ledger import Ledger
 from sffn_dist.shapes import model_tensors
 from sffn_dist.telemetry.plan import communication
@@ -205,3 +206,29 @@ def failed_save(tree: dict[str, Any], step: int) -> tuple[str, list[str]]:
     message = "saved" if saver.wait() else "; ".join(saver.news())
     engines.destroy(engine)
     return message, sorted(path.name for path in (Path(config.run.dir) / "checkpoints").iterdir())
+
+
+def evaluated_first(tree: dict[str, Any], steps: int) -> dict[str, Any]:
+    """An engine that evaluates before its first step, every parameter parted and free, then trains, evaluating after each step.
+
+    ``losses``: of the evaluations; ``direct``: whether each structured layer's bottlenecks were one operation, and without hooks.
+    """
+    from sffn_dist.inference.evaluation import evaluate
+
+    with parted():
+        run = begin(tree)
+
+        def measure() -> float:
+            heldout = run.heldout
+            return evaluate(run.model, models.token_losses, heldout.windows, heldout.token_bytes, 1, run.topology).loss
+
+        losses, direct = [measure()], set()
+        for _ in range(steps):
+            take(run)
+            models.unset_guide(run.model)
+            losses.append(measure())
+            for module in run.model.modules():
+                if isinstance(module, StructuredMLP):
+                    direct.add(all(_unhooked(linear) for linear in (module.linear_fc1, module.linear_fc2)))
+        engines.destroy(run.engine)
+    return {"losses": losses, "direct": sorted(direct)}
