@@ -9,7 +9,8 @@ What such a step costs is reading the weights once, and starting what reads them
 The kernels split the summed features among so many programs that all of a device's multiprocessors read; see ``decode_triton``. Without
 Triton, and where plain torch was measured to be faster, the same is plain torch (``dispatch``).
 
-Each operation is registered with torch as ``sffn::decode_...``, for ``torch.compile``.
+Each operation is registered with torch as ``sffn::decode_...``, for ``torch.compile``; without it, it is called
+directly, which is sooner done.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, interleave
             f"x {tuple(x.shape)}: must be (T, {k * inputs}) or (T, {k}, {inputs}) for a weight {tuple(weight.shape)}"
         )
     _check_bias(bias, k * outputs)
-    return _product(x if x.dim() == 3 else x.unflatten(1, (k, inputs)), blocks, bias, interleaved)
+    run = _product if torch.compiler.is_compiling() else _run_product
+    return run(x if x.dim() == 3 else x.unflatten(1, (k, inputs)), blocks, bias, interleaved)
 
 
 def bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: str) -> Tensor:
@@ -75,7 +77,7 @@ def bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, ac
     if features != k * inputs * act.halves(checked) or not wide.fits(second, first, checked):
         raise ValueError(f"{activation} of features by {tuple(second.shape)}: do not fit a first factor {tuple(first.shape)}")
     _check_bias(bias, features)
-    return _bottleneck(z, second, bias, first, checked)
+    return (_bottleneck if torch.compiler.is_compiling() else _run_bottleneck)(z, second, bias, first, checked)
 
 
 def feed_forward(
@@ -135,8 +137,7 @@ def _check_bias(bias: Tensor | None, features: int) -> None:
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 
 
-@torch.library.custom_op("sffn::decode_product", mutates_args=(), tags=_TAGS)
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, interleaved: bool) -> Tensor:
+def _run_product(x: Tensor, weight: Tensor, bias: Tensor | None, interleaved: bool) -> Tensor:
     def kernels() -> dispatch.Ways[Tensor]:
         from sffn_kernels import decode_triton
 
@@ -146,6 +147,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, interleaved: bool) 
         return x.new_empty(0, weight.shape[:2].numel())
     sizes = (x.shape[0], *weight.shape)
     return dispatch.run("decode_product", sizes, x, lambda: _plain_product(x, weight, bias, interleaved=interleaved), kernels)
+
+
+_product = torch.library.custom_op("sffn::decode_product", _run_product, mutates_args=(), tags=_TAGS)
 
 
 @_product.register_fake
@@ -160,8 +164,7 @@ def _plain_product(x: Tensor, weight: Tensor, bias: Tensor | None, *, interleave
     return y if bias is None else y.add_(bias)
 
 
-@torch.library.custom_op("sffn::decode_bottleneck", mutates_args=(), tags=_TAGS)
-def _bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: str) -> Tensor:
+def _run_bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: str) -> Tensor:
     checked = act.checked(activation)
 
     def kernels() -> dispatch.Ways[Tensor]:
@@ -173,8 +176,20 @@ def _bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, a
         return z.new_empty(0, first.shape[:-1].numel())
     blocks = [matrix.shape[0] if matrix.dim() == 3 else 1 for matrix in (second, first)]
     sizes = (z.shape[0], second.shape[:-1].numel(), second.shape[-1], first.shape[:-1].numel(), *blocks)
-    plain = lambda: wide.narrow(wide.activate(wide.widen(z, second, bias), first, checked), first, blocks[0])  # noqa: E731
+    plain = lambda: _plain_bottleneck(z, second, bias, first, checked)  # noqa: E731
     return dispatch.run(f"decode_bottleneck_{activation}", sizes, z, plain, kernels)
+
+
+def _plain_bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: act.Activation) -> Tensor:
+    """With the features in their own order: those of few tokens are sooner copied than V, whose columns bottleneck.py orders."""
+    y = wide.widen(z, second, None).transpose(1, 2).flatten(1)
+    features = act.forward(y if bias is None else y + bias, activation)
+    if first.dim() == 2:
+        return F.linear(features, first)
+    return block_diagonal.product(features.unflatten(1, (first.shape[0], -1)), first).flatten(1)
+
+
+_bottleneck = torch.library.custom_op("sffn::decode_bottleneck", _run_bottleneck, mutates_args=(), tags=_TAGS)
 
 
 @_bottleneck.register_fake
