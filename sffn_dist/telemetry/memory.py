@@ -41,7 +41,13 @@ def activation_bytes(config: Config, element: int, *, guide: bool = False) -> in
     if config.recompute == "full":
         return logits + layers * stream // 2 + max(whole) * tokens * element
     rebuilt = max(all_of - some for all_of, some in zip(whole, kept, strict=True))  # one layer's at a time
-    return logits + layers * stream + (sum(kept) + rebuilt) * tokens * element
+    at_once = tokens if guide else min(tokens, rebuilt_at_once(tokens))
+    return logits + layers * stream + (sum(kept) * tokens + rebuilt * at_once) * element
+
+
+def rebuilt_at_once(tokens: int) -> int:
+    """Tokens whose wide features ``recompute: bottleneck`` holds at a time while no guide takes part: sffn_kernels.bottleneck.at_a_time."""
+    return max(1024, -(-tokens // 24))
 
 
 def _layer_elements(config: Config, layer: int, narrow: bool, guide: bool) -> int:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sffn_kernels.bottleneck import at_a_time
 
 from sffn_dist import reading
-from sffn_dist.telemetry.memory import feed_forward_elements
+from sffn_dist.telemetry.memory import feed_forward_elements, rebuilt_at_once
 
 CASES = Path(__file__).with_name("linear_cases.py")
 NAIVE = Path(__file__).with_name("naive_cases.py")
@@ -123,6 +124,8 @@ def test_peak_of_a_layer(ranks: Callable[..., Any]) -> None:
     assert peak("block_dense", 12, 4, "bottleneck") <= dense / 4
     assert peak("block_shuffle", None, 4, "bottleneck") <= dense / 2
     assert peak("low_rank", 8, None, "none") > dense / 2
+    for tokens in (1, 1024, 1025, 24_577, 40_960):  # what the plan takes for granted
+        assert rebuilt_at_once(tokens) == at_a_time(tokens)
 
 
 @pytest.mark.parametrize("recompute", ["none", "bottleneck"])

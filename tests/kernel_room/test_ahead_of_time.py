@@ -1,4 +1,6 @@
-"""Every shipped tiling, compiled for chips that need not be here: tensor cores are used, shared memory suffices, no register spills."""
+"""Every shipped tiling, compiled for chips that need not be here, in bf16 and as it would be for a 2048 or 4096 wide layer: tensor cores
+are used, shared memory suffices, no register spills.
+"""
 
 from __future__ import annotations
 
