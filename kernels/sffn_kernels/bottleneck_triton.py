@@ -33,11 +33,7 @@ FORWARD = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 128, 64, 
 BACKWARD = (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3))
 # Of through: tokens x features streamed at a time, and R at most; with it the outputs that a program sums in its registers. More outputs go
 # to other programs, each of which makes the wide features anew. What is here spills no register, with blocks in U (L > 1) or without.
-STREAMS = (
-    (Tile(64, 32, 128, 4, 3), 128),
-    (Tile(64, 32, 256, 8, 2), 256),
-    (Tile(64, 32, 512, 8, 2), 256),
-)
+STREAMS = ((Tile(64, 32, 128, 4, 3), 128), (Tile(64, 32, 256, 8, 2), 256), (Tile(64, 32, 512, 8, 2), 256))
 STREAMS_BLOCKS = ((Tile(64, 32, 128, 4, 2), 128), (Tile(64, 32, 256, 8, 2), 128), (Tile(64, 16, 512, 8, 2), 128))
 LONGEST = 512  # R
 

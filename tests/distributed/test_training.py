@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 CASES = Path(__file__).with_name("training_cases.py")
 FFN: dict[str, dict[str, Any]] = {
@@ -77,6 +78,24 @@ def test_zero_stages_agree(train: Callable[..., dict[str, Any]], kind: str) -> N
     assert difference(stages[0], train(2, tree(kind, stage=3, micro=1), part_all=True)) < TOLERANCE, (
         "stage 3, every tensor parted"
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, in place of a device")
+@pytest.mark.parametrize(
+    ("kind", "recompute", "kernels"),
+    [
+        ("low_rank", "none", ["_mixed", "_wide"]),
+        ("block_dense", "bottleneck", ["_batched", "_mixed", "_through", "_wide"]),
+        ("block_shuffle", "bottleneck", ["_batched", "_through", "_wide"]),
+    ],
+)
+def test_kernels_train_as_plain_torch_does(ranks: Callable[..., Any], kind: str, recompute: str, kernels: list[str]) -> None:
+    """Guided steps and others through Triton's kernels, against the same through none."""
+    config = tree(kind, recompute=recompute, guide={"mode": "fixed_step", "share": 0.1})
+    plain, ours = (ranks(1, 1).run(CASES, "train_by", kernels=way, tree=config, steps=4)[0] for way in ("torch", "triton"))
+    assert plain["launched"] == []
+    assert ours["launched"] == kernels
+    assert difference(plain, ours) < TOLERANCE
 
 
 @pytest.mark.parametrize("recompute", ["none", "bottleneck"])

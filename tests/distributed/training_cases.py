@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from sffn_kernels import dispatch, launching
 
 from sffn_dist import config as configs
 from sffn_dist import model as models
@@ -232,3 +234,23 @@ def evaluated_first(tree: dict[str, Any], steps: int) -> dict[str, Any]:
                     direct.add(all(_unhooked(linear) for linear in (module.linear_fc1, module.linear_fc2)))
         engines.destroy(run.engine)
     return {"losses": losses, "direct": sorted(direct)}
+
+
+def train_by(kernels: str, **arguments: Any) -> dict[str, Any]:
+    """:func:`train` with kernels of one setting, Triton's in its interpreter; ``launched``: the names of those that ran."""
+    launched: set[str] = set()
+    modules = [importlib.import_module(f"sffn_kernels.{op}_triton") for op in ("block_diagonal", "bottleneck", "mix")]
+    usual = launching.launch
+
+    def seen(kernel: Any, *rest: Any, **more: Any) -> None:
+        launched.add(kernel.fn.__name__)
+        usual(kernel, *rest, **more)
+
+    try:
+        for module in modules:
+            module.launch = seen
+        with dispatch.using(kernels):
+            return {**train(**arguments), "launched": sorted(launched)}
+    finally:
+        for module in modules:
+            module.launch = usual
