@@ -31,14 +31,33 @@ def _load(path: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], Any]]:
+def pools() -> Iterator[dict[tuple[int, int], Any]]:
+    """Pools of living ranks, by number and tensor-parallel size."""
+    living: dict[tuple[int, int], Any] = {}
+    yield living
+    stop(living)
+
+
+def stop(pools: dict[tuple[int, int], Any]) -> None:
+    """End all pools; a test that wants one again makes it anew."""
+    while pools:
+        pools.popitem()[1].stop()
+
+
+@pytest.fixture(scope="session")
+def no_idle_ranks(pools: dict[tuple[int, int], Any]) -> None:
+    """For rooms that start no ranks: those that are left over poll, and would slow them down."""
+    stop(pools)
+
+
+@pytest.fixture(scope="session")
+def ranks(pools: dict[tuple[int, int], Any]) -> Callable[[int], Any]:
     """``ranks(n, tensor)`` gives n living ranks, for cases of that tensor-parallel size alone; the newest four pools live on.
 
     Megatron does not end the groups of a size when it makes those of another, and each one's gloo threads poll: a few hundred
     of them slow two cores down.
     """
     rank_pool = _load(Path(__file__).parent / "distributed" / "rank_pool.py")
-    pools: dict[tuple[int, int], Any] = {}
 
     def get(world: int, tensor: int = 1) -> Any:
         pool = pools.pop((world, tensor), None) or rank_pool.RankPool(world)
@@ -47,9 +66,7 @@ def ranks() -> Iterator[Callable[[int], Any]]:
             pools.pop(next(iter(pools))).stop()
         return pool
 
-    yield get
-    for pool in pools.values():
-        pool.stop()
+    return get
 
 
 @pytest.fixture(scope="session")

@@ -22,3 +22,8 @@ def write(tmp_path: Path) -> Write:
         return path
 
     return to_file
+
+
+@pytest.fixture(scope="session", autouse=True)
+def alone(no_idle_ranks: None) -> None:
+    """No test of this room, nor of those that follow it, starts ranks of a pool."""
