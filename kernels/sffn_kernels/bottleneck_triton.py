@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -24,9 +23,8 @@ from sffn_kernels import bottleneck_plain as plain
 from sffn_kernels.activation import Activation, halves
 from sffn_kernels.bottleneck import Kept
 from sffn_kernels.launching import Tile, launch
-from sffn_kernels.tiles_triton import CODES, SWIGLU, accumulate, in_groups, precision, slope, strides, value
+from sffn_kernels.tiles_triton import accumulate, in_groups, precision, slope, strides, value
 
-_SWIGLU: Any = tl.constexpr(SWIGLU)
 # Of wide: tokens x features, k of R or O/K at a time. With more than one product in a program (backward, gated) a larger tile spills
 # registers.
 FORWARD = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 128, 64, 4, 3))
@@ -55,7 +53,7 @@ def _wide(  # noqa: C901  its three modes are chosen at compile time
     rows, columns = t < T - row * BM, j < J - tile * BN
     start, half = (row * BM).to(tl.int64), K * J  # features of a block of U
     s = k * J + tile * BN  # the first one of this tile, within its block
-    gated: tl.constexpr = ACTIVATION == _SWIGLU
+    gated: tl.constexpr = ACTIVATION == "swiglu"
     ROWS = 2 * half if gated else half  # of a block of U
     features += start * L * half + (k * L + l) * J + tile * BN + (t * (L * half) + j)
     wide = start * L * ROWS + l * ROWS + s + (t * (L * ROWS) + j)
@@ -129,7 +127,7 @@ def _through(
     t, r, o, j = tl.arange(0, BM)[:, None], tl.arange(0, BR), tl.arange(0, BO)[None, :], tl.arange(0, BF)
     begin, half = (row * BM).to(tl.int64), K * J
     rows, outputs = t < T - row * BM, o < O - part
-    gated: tl.constexpr = ACTIVATION == _SWIGLU
+    gated: tl.constexpr = ACTIVATION == "swiglu"
     ROWS = 2 * half if gated else half
     z += begin * z_t
     first += k * v_k + part.to(tl.int64) * v_o
@@ -200,7 +198,7 @@ def _run_wide(
     shape = (tokens, sizes.run, sizes.reduced, sizes.outputs, sizes.blocks, sizes.k)
     given = (*sizes.of_z, *sizes.of_u, *strides(sent), *sizes.of_v)
     tensors = (sizes.z, sizes.second, own_bias, sizes.first, sent, y, features, grad_y, parts)
-    constants = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "PRECISION": precision(like.dtype), "ACTIVATION": CODES[activation]}
+    constants = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "PRECISION": precision(like.dtype), "ACTIVATION": activation}
     modes = {"BUILD": kept is None, "BACKWARD": backward, "HAS_BIAS": with_bias}
     launch(_wide, grid, *tensors, *shape, *given, warps=tile.warps, stages=tile.stages, **constants, **modes)
     if not (backward and with_bias):
@@ -265,7 +263,7 @@ def through(
     shape = (sizes.tokens, sizes.run, sizes.reduced, sizes.outputs, sizes.blocks, sizes.k)
     given = (*sizes.of_z, *sizes.of_u, *sizes.of_v, *strides(out))
     constants = {"BM": tile.m, "BF": tile.n, "BR": _power(sizes.reduced), "BO": columns, "PRECISION": precision(z.dtype)}
-    modes = {"ACTIVATION": CODES[activation], "HAS_BIAS": bias is not None}
+    modes = {"ACTIVATION": activation, "HAS_BIAS": bias is not None}
     tensors = (sizes.z, sizes.second, own_bias, sizes.first, out)
     launch(_through, grid, *tensors, *shape, *given, warps=tile.warps, stages=tile.stages, **constants, **modes)
     return out.flatten(1)

@@ -23,6 +23,7 @@ from sffn_kernels.activation import ACTIVATIONS, Activation
 from sffn_kernels.dispatch import Ways
 from sffn_kernels.launching import Tile, launch
 from sffn_kernels.partial_sums_triton import cores, counters, last_of, shares, span, sum_of
+from sffn_kernels.tiles_triton import value
 
 # m rows of a weight and k of its columns at a time, for 2-byte elements; n, the tokens, is set by what comes (:func:`fitted`).
 CONFIGS = (Tile(64, 16, 128, 4, 4), Tile(64, 16, 64, 4, 5), Tile(128, 16, 64, 8, 4))
@@ -36,17 +37,6 @@ SCRATCH = 1 << 24  # bytes of a bottleneck's partial sums up to which its featur
 REACH = 4096  # partial sums, rows times tokens, that a program of a bottleneck hands over in one piece
 
 # ----------------------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def _activate(y, up, ACTIVATION: tl.constexpr):
-    """See ``activation``; (1 + tanh u)/2 is sigmoid(2u)."""
-    if ACTIVATION == "gelu":
-        return y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    elif ACTIVATION == "gelu_erf":  # noqa: RET505
-        return 0.5 * y * (1.0 + tl.erf(0.7071067811865476 * y))
-    else:
-        return y * tl.sigmoid(y) * up
 
 
 @triton.jit
@@ -103,7 +93,10 @@ def _features(
         y += tl.load(bias + s * bs, mask=s < n, other=0.0).to(tl.float32)[:, None]
         if ACTIVATION == "swiglu":
             up += tl.load(bias + (s + away) * bs, mask=s < n, other=0.0).to(tl.float32)[:, None]
-    return _activate(y, up, ACTIVATION)
+    made = value(y, ACTIVATION)
+    if ACTIVATION == "swiglu":
+        made *= up
+    return made
 
 
 @triton.jit

@@ -5,17 +5,10 @@ Everything is summed and activated in fp32; fp32 inputs are multiplied in fp32 (
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-GELU, GELU_ERF, SWIGLU = 1, 2, 3
-CODES = {"gelu": GELU, "gelu_erf": GELU_ERF, "swiglu": SWIGLU}
-_GELU: Any = tl.constexpr(GELU)
-_GELU_ERF: Any = tl.constexpr(GELU_ERF)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -67,9 +60,9 @@ def accumulate(
 @triton.jit
 def value(y, ACTIVATION: tl.constexpr):
     """activation(y): GELU, or SwiGLU's silu."""
-    if ACTIVATION == _GELU:
+    if ACTIVATION == "gelu":
         return y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    if ACTIVATION == _GELU_ERF:
+    if ACTIVATION == "gelu_erf":
         return y * 0.5 * (1.0 + tl.erf(y * 0.7071067811865476))
     return y * tl.sigmoid(y)
 
@@ -77,10 +70,10 @@ def value(y, ACTIVATION: tl.constexpr):
 @triton.jit
 def slope(y, ACTIVATION: tl.constexpr):
     """The derivative of :func:`value`."""
-    if ACTIVATION == _GELU:
+    if ACTIVATION == "gelu":
         s = tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
         return s + y * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * y * y)
-    if ACTIVATION == _GELU_ERF:
+    if ACTIVATION == "gelu_erf":
         return 0.5 * (1.0 + tl.erf(y * 0.7071067811865476)) + y * 0.3989422804014327 * tl.exp(-0.5 * y * y)
     s = tl.sigmoid(y)
     return s * (1.0 + y * (1.0 - s))
