@@ -145,6 +145,28 @@ class Evaluation(Section):
     sequences: PositiveInt = Field(128, description="held-out sequences, at most, and at most as many as are trained on")
 
 
+class Guards(Section):
+    """What is watched while a run trains, and what happens to what goes wrong."""
+
+    preflight: bool = Field(
+        True, description="before the first step: do all ranks agree, does every collective work, who is slow"
+    )
+    hang_seconds: NonNegativeFloat = Field(
+        600.0, description="no progress for so long ends the run with every rank's stack; 0: never"
+    )
+    lost_seconds: NonNegativeFloat = Field(30.0, description="a rank unheard of for so long ends the run; 0: never")
+    replicas_interval: NaturalInt = Field(100, description="steps between comparisons of the replicas' weights; 0: none")
+    spike_deviations: NonNegativeFloat = Field(
+        10.0, description="a loss so many robust standard deviations above the median of the last ones is a spike; 0: none is"
+    )
+    spike_margin: NonNegativeFloat = Field(0.5, description="nats above that median that a spike has at least")
+    spike_window: Annotated[int, Field(ge=8, le=10_000)] = Field(128, description="losses that the median is taken over")
+    rollback_after: NaturalInt = Field(
+        3, description="skipped steps in a row that send the run back to a checkpoint; 0: none do"
+    )
+    rollbacks: NaturalInt = Field(3, description="returns, without a checkpoint beyond the trouble, after which the run stops")
+
+
 class Sample(Section):
     """The text generated at the end of a run."""
 
@@ -181,6 +203,7 @@ class Config(Section):
     init_from: str | None = Field(None, min_length=1, description="checkpoint, or run, whose weights this run starts from")
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
+    guards: Guards = Guards()
     sample: Sample = Sample()
     logging: Logging = Logging()
 

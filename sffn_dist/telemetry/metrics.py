@@ -62,7 +62,7 @@ class MetricsLog:
             raise ValueError(f"step = {step} in a row of {self.path}: must be above the last one, {self._last}")
         if self._closed:
             raise ValueError(f"{self.path} is closed")
-        self._pending.append((json.dumps(_strict(row), allow_nan=False) + "\n").encode())
+        self._pending.append((json.dumps(strict(row), allow_nan=False) + "\n").encode())
         self._last = step
         self._flush()
 
@@ -194,16 +194,16 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """A copy that strict JSON can hold; scalars of numpy or torch become Python's."""
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     if not isinstance(value, (str, int, float, type(None))) and hasattr(value, "item"):
-        return _strict(value.item())
+        return strict(value.item())
     return value
 
 

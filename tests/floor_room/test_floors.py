@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, KERNELS, TOOLS = ROOT / "sffn_dist", ROOT / "kernels" / "sffn_kernels", ROOT / "tools"
 FLOORS = (
-    ("config", "durable"),
+    ("config", "durable", "exit_codes", "launcher"),
     ("shapes", "machine"),
     ("counts", "traffic"),
     ("schedule",),
@@ -32,7 +32,19 @@ FLOORS = (
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "numpy", "megatron", "deepspeed", "datasets", "tokenizers", "triton", "transformers", "wandb", "matplotlib"}
 BY_NAME = {"importlib.import_module", "import_module", "__import__"}
-LOWEST = ("config", "durable", "rules", "reading", "shapes", "counts", "traffic", "schedule", "machine")
+LOWEST = (
+    "config",
+    "durable",
+    "rules",
+    "reading",
+    "shapes",
+    "counts",
+    "traffic",
+    "schedule",
+    "machine",
+    "exit_codes",
+    "launcher",
+)
 LIGHT = (
     *LOWEST,
     *("checkpoint.manifest", "data.store", "training.identity", "training.guards", "pretrain"),

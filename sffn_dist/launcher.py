@@ -1,0 +1,3 @@
+"""Who started this rank, and what it says of the others: torchrun's variables, or Slurm's put into them. Standard library only."""
+
+from __future__ import annotations
