@@ -15,10 +15,14 @@ from sffn_dist.data.batches import Batches
 from sffn_dist.inference.evaluation import Evaluation
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Schedule
+from sffn_dist.telemetry.events import EventLog
 from sffn_dist.telemetry.metrics import MetricsLog
 from sffn_dist.telemetry.progress import Estimate, Progress
 from sffn_dist.telemetry.trackers import Trackers
+from sffn_dist.training.setbacks import Setbacks
+from sffn_dist.training.signals import Signals
 from sffn_dist.training.state import Engine
+from sffn_dist.training.watch import Watch
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Reports:
     trackers: Trackers
     progress: Progress
     estimate: Estimate
+    events: EventLog
     flops_per_step: int  # without the guide
     guide_flops_per_step: int  # when every guide is computed
 
@@ -63,10 +68,14 @@ class Run:
     heldout: Heldout
     data_fingerprint: str
     saver: Saver
+    setbacks: Setbacks
+    signals: Signals = field(default_factory=Signals)
+    watch: Watch = field(default_factory=Watch)
     engine: Engine = None
     step: int = 0
     reports: Reports | None = None
     evaluated: dict[int, Evaluation] = field(default_factory=dict)
+    owes_save: bool = False  # one was due amid bad steps
 
     @property
     def model(self) -> Any:
@@ -75,3 +84,10 @@ class Run:
     @property
     def dir(self) -> Path:
         return Path(self.config.run.dir)
+
+    def tell(self, event: str, text: str, **facts: Any) -> None:
+        """Something that happened to the run at its current step: a line for the reader, a row of events.jsonl, word to the trackers."""
+        if self.reports:
+            self.reports.progress.note(text)
+            row = self.reports.events.write(event, self.step, message=text, **facts)
+            self.reports.trackers.event(row)
