@@ -42,6 +42,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON config of the run")
     parser.add_argument("--plan", action="store_true", help="print what the run will be, and stop")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
+    parser.add_argument("--preflight", action="store_true", help="compare all ranks, try every collective, and stop")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers add it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     options = parser.parse_intermixed_args(argv)
@@ -106,6 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(numbers, indent=1) if options.plan and options.json else render(numbers), flush=True)
         if options.plan:
             return 0
+        if options.preflight:
+            _quieten()
+            from sffn_dist.training import preflight
+
+            return preflight.alone(config)
         lock = guards.RunLock(Path(config.run.dir))
         if main_rank:
             lock.acquire()

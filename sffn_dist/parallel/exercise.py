@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 BYTES = {"cuda": 64_000_000, "cpu": 4_000_000}  # of a buffer: what fills NVLink, and what gloo moves in some ms
-SECONDS, REPEATS = 0.1, 5  # that one collective is repeated for, and how often at most
+SECONDS, REPEATS = 0.05, 5  # that one collective is repeated for, and how often at most
 PERIOD = 251  # of the values sent: prime, so that a part in another's place has other values
 
 Run = Callable[[], None]

@@ -65,7 +65,14 @@ class ModelParallelUnit:
 
 
 def start(config: Config) -> Topology:
-    """Join the process group that the launcher describes (RANK, WORLD_SIZE, ...), or be alone, and make Megatron's groups."""
+    """Join the process group, and make Megatron's groups."""
+    join()
+    check_world(config, dist.get_world_size())
+    return groups(config.parallel.tensor)
+
+
+def join() -> None:
+    """Join the process group that the launcher describes (RANK, WORLD_SIZE, ...), or be alone."""
     host.prepare()
     _threads()
     if not dist.is_initialized():
@@ -75,8 +82,6 @@ def start(config: Config) -> Topology:
             os.environ["MASTER_PORT"] = str(_free_port())
         backend = "nccl" if host.has_cuda() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-    check_world(config, dist.get_world_size())
-    return groups(config.parallel.tensor)
 
 
 def groups(tensor: int) -> Topology:

@@ -8,6 +8,7 @@ Refused is what would make a wrong model or a run that cannot be saved; what onl
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sffn_dist import machine
 from sffn_dist.config import Config, ConfigError, flatten
-from sffn_dist.parallel import exercise
+from sffn_dist.parallel import exercise, topology
 from sffn_dist.parallel.exercise import Trial
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.telemetry.peak import measured_flops
-from sffn_dist.training import agreement
-from sffn_dist.training.agreement import who
+from sffn_dist.training import alike
+from sffn_dist.training.alike import who
 
 CLOCK_SECONDS = 5.0  # beyond which logs and events of nodes do not line up
 SLOW_COMPUTE, SLOW_LINK = 0.7, 0.5  # of the median
@@ -81,9 +83,10 @@ class Report:
     def text(self) -> str:
         """The table that rank 0 prints, and the warnings."""
         world, nodes = len(self.hosts), len(set(self.hosts))
+        right = f"{len(self.trials)} collectives right, " if self.trials else ""
         lines = [
             f"pre-flight: {world} rank{'s' * (world > 1)} on {nodes} node{'s' * (nodes > 1)}, {self.backend}, {self.device}: "
-            f"{len(self.trials)} collectives right, in {self.seconds:.1f} s"
+            f"{right}{self.seconds:.1f} s"
         ]
         if self.trials:
             lines.append(f"  {'collective':<16}{'group':<8}{'ranks':>6}{'MB':>8}{'ms':>9}{'bus GB/s':>10}")
@@ -102,20 +105,41 @@ class Report:
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
+def alone(config: Config) -> int:
+    """The pre-flight and nothing else, for ``pretrain.py --preflight``; rank 0 prints the table. Returns 0, raises as the parts do."""
+    precision, run_dir, made = machine.precision(config.precision), Path(config.run.dir), False
+    topology.join()
+    main = dist.get_rank() == 0
+    if main and not run_dir.exists():
+        with contextlib.suppress(OSError):  # share_folder tells
+            run_dir.mkdir(parents=True)
+            made = True
+    try:
+        report = measure(agree(config, precision), topology.start(config), precision)
+        if main:
+            print(report.text(), flush=True)
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()
+    topology.stop()
+    return 0
+
+
 def agree(config: Config, precision: str) -> Agreed:
     """Versions, code, config, precision and kind of device are the same on all ranks, and all share run.dir.
 
     Raises ConfigError on every rank: what differs, its values and who has them; or who does not see run.dir.
     """
-    mine = agreement.facts(config, precision)
-    hosts, warnings = agreement.agree(mine, flatten(config))
-    agreement.share_folder(Path(config.run.dir), hosts)
-    return Agreed(tuple(hosts), mine[agreement.DEVICE], tuple(warnings))
+    mine = alike.facts(config, precision)
+    hosts, warnings = alike.agree(mine, flatten(config))
+    alike.share_folder(Path(config.run.dir), hosts)
+    return Agreed(tuple(hosts), mine[alike.DEVICE], tuple(warnings))
 
 
 def measure(
     agreed: Agreed,
-    topology: Topology,
+    here: Topology,
     precision: str,
     *,
     now: Callable[[], float] = time.time,
@@ -126,15 +150,15 @@ def measure(
     ``now`` reads the wall clock, ``rate`` measures FLOP/s of matrix products. Raises ConfigError on every rank where a
     collective's result is wrong, naming it and the ranks that had it wrong; exercise.CollectiveError where one fails outright.
     """
-    began, device = time.perf_counter(), topology.device
+    began, device = time.perf_counter(), here.device
     backend = dist.get_backend() if dist.is_initialized() else "no process group"
     report = Report(agreed.hosts, backend, agreed.device, warnings=list(agreed.warnings))
-    if topology.world > 1:
-        groups = {"world": dist.group.WORLD, "tensor": topology.tensor_group, "data": topology.data_group}
+    if here.world > 1:
+        groups = {"world": dist.group.WORLD, "tensor": here.tensor_group, "data": here.data_group}
         report.trials, report.links = exercise.collectives(groups, device)
         report.clocks = exercise.clocks(device, now)
     for _ in range(2):
-        again = agreement.everyone(rate(device, precision, PRODUCT_SECONDS))
+        again = alike.everyone(rate(device, precision, PRODUCT_SECONDS))
         report.flops = [max(pair) for pair in zip(again, report.flops or again, strict=True)]
         if not slow(report.flops):
             break  # else it is given a second chance: something else may have run there for a moment

@@ -29,7 +29,7 @@ from sffn_dist.config import Config
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.shapes import is_guide, model_tensors
 from sffn_dist.training import state
-from sffn_dist.training.agreement import everyone, who
+from sffn_dist.training.alike import everyone, who
 from sffn_dist.training.state import Engine
 
 LANES = 256  # weights c of the checksum

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from sffn_dist import reading
 from sffn_dist.config import ConfigError, flatten
 from sffn_dist.parallel import exercise, host, topology
-from sffn_dist.training import agreement, preflight
+from sffn_dist.training import alike, preflight
 
 
 def join(tensor: int) -> topology.Topology:
@@ -27,9 +27,9 @@ def agreed(tree: dict[str, Any], odd: dict[int, dict[str, Any]]) -> list[str]:
     join(1)
     mine = odd.get(dist.get_rank(), {})
     config = reading.from_tree({**tree, **mine.get("overrides", {})})
-    facts = {**agreement.facts(config, "fp32"), "host": f"n{dist.get_rank() // 2}", **mine.get("facts", {})}
+    facts = {**alike.facts(config, "fp32"), "host": f"n{dist.get_rank() // 2}", **mine.get("facts", {})}
     try:
-        hosts, warnings = agreement.agree(facts, flatten(config))
+        hosts, warnings = alike.agree(facts, flatten(config))
     except ConfigError as error:
         return list(error.problems)
     return [*hosts, *warnings]
@@ -42,19 +42,19 @@ def folder(folders: list[str], hosts: list[str], late: float = 0.0, upper: str |
     """
     join(1)
     mine, rank = Path(folders[dist.get_rank()]), dist.get_rank()
-    write = agreement._write
+    write = alike._write
 
     def elsewhere(path: Path, token: str) -> str | None:
         time.sleep(late)
         return write(Path(upper) / path.name if upper and rank == 1 else path, token)
 
-    agreement._write = elsewhere
+    alike._write = elsewhere
     try:
-        agreement.share_folder(mine, hosts, patience=0.5)
+        alike.share_folder(mine, hosts, patience=0.5)
     except ConfigError as error:
         return list(error.problems)
     finally:
-        agreement._write = write
+        alike._write = write
     return [f"rank {rank} sees it"]
 
 
@@ -107,7 +107,7 @@ def flight(tree: dict[str, Any]) -> dict[str, Any]:
     """All of it as a run does it; how long each part took."""
     config = reading.from_tree(tree)
     here = join(config.parallel.tensor)
-    agreement.code()
+    alike.code()
     dist.barrier()
     began = time.perf_counter()
     found = preflight.agree(config, "fp32")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sffn_dist.parallel import exercise
-from sffn_dist.training import agreement, preflight
+from sffn_dist.training import alike, preflight
 
 CASES = Path(__file__).with_name("preflight_cases.py")
 TREE: dict[str, Any] = {
-    "model": {"layers": 2, "width": 32, "heads": 4, "sequence": 16, "vocab": 64},
+    "model": {"layers": 2, "width": 32, "heads": 4, "sequence": 16, "vocab": 300},
     "train": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 1},
 }
 
-# --------------------------------------------------------------------------------------------------------------- agreement
+# ------------------------------------------------------------------------------------------------------------------- alike
 
 
 def test_ranks_that_agree(ranks: Callable[..., Any]) -> None:
@@ -67,7 +72,7 @@ def test_an_unshared_folder_is_refused(ranks: Callable[..., Any], tmp_path: Path
 @given(st.lists(st.sampled_from("abc"), min_size=2, max_size=12))
 def test_differences_name_every_rank_once(values: list[str]) -> None:
     hosts = [f"n{rank // 2}" for rank in range(len(values))]
-    found = agreement.differences([{"key": value, "same": 1} for value in values], hosts)
+    found = alike.differences([{"key": value, "same": 1} for value in values], hosts)
     if len(set(values)) == 1:
         assert found == {}
         return
@@ -75,7 +80,7 @@ def test_differences_name_every_rank_once(values: list[str]) -> None:
     parts = found["key"].split("; ")
     for part in parts:
         value = part[1]
-        assert agreement.who([rank for rank, held in enumerate(values) if held == value], hosts) in part
+        assert alike.who([rank for rank, held in enumerate(values) if held == value], hosts) in part
     counts = sorted((values.count(value) for value in set(values)), reverse=True)
     assert len(parts) == len(counts)
     assert found["key"].count("the odd one") == (len(parts) - 1 if counts[0] > counts[1] else 0)
@@ -83,8 +88,8 @@ def test_differences_name_every_rank_once(values: list[str]) -> None:
 
 def test_many_ranks_are_told_briefly() -> None:
     hosts = [f"n{rank // 8}" for rank in range(800)]
-    assert agreement.who(range(800), hosts) == "n0, n1, n2, n3 and 96 more (ranks 0-799)"
-    assert agreement.who([1, 3, 4, 5], hosts) == "n0 (ranks 1, 3-5)"
+    assert alike.who(range(800), hosts) == "n0, n1, n2, n3 and 96 more (ranks 0-799)"
+    assert alike.who([1, 3, 4, 5], hosts) == "n0 (ranks 1, 3-5)"
 
 
 # ----------------------------------------------------------------------------------------------------------------- measures
@@ -125,6 +130,41 @@ def test_one_wrong_bit_is_refused(ranks: Callable[..., Any], kind: str) -> None:
     """On every rank, with the collective and the rank that has it."""
     for result in ranks(2, 1).run(CASES, "measured", tensor=1, hosts=["n0", "n1"], slow=9, corrupt=kind):
         assert result["refused"][0] == f"pre-flight: {kind} over the world group gives wrong values on n1 (rank 1)"
+
+
+def test_the_flag(root: Path, tmp_path: Path) -> None:
+    """pretrain.py --preflight on two ranks: 2 where their configs differ, told by rank 0; 0 and a table where they agree."""
+    (tmp_path / "tiny.json").write_text(json.dumps(TREE), encoding="utf-8")
+
+    def start(*rates: float) -> list[tuple[int, str, str]]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, str(root / "sffn_dist/pretrain.py"), "--config", str(tmp_path / "tiny.json"), "--preflight"]
+        started = [
+            subprocess.Popen(
+                [*command, f"run.dir={tmp_path / 'run'}", f"train.learning_rate={rate}"],
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, rate in enumerate(rates)
+        ]
+        pages = [process.communicate(timeout=200) for process in started]
+        return [(process.returncode, *page) for process, page in zip(started, pages, strict=True)]
+
+    (code, _, error), (other, _, _) = start(1e-3, 2e-3)
+    assert (code, other) == (2, 2), error
+    assert "error: ranks disagree: config: train.learning_rate = 0.001 on " in error
+    (code, page, error), (other, quiet, _) = start(1e-3, 1e-3)
+    assert (code, other) == (0, 0), error
+    assert "8 collectives right" in page
+    assert "all-to-all" in page
+    assert quiet == "", "rank 0 speaks"
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"], "nothing is left"
 
 
 @given(st.lists(st.floats(1e6, 1e15), min_size=1, max_size=40), st.floats(0.1, 1.0))

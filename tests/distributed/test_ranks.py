@@ -59,6 +59,10 @@ def test_stragglers_by_computing(seconds: list[float], data: Any) -> None:
     assert list(stragglers([row(rank, value) for rank, value in enumerate(one)])) == [len(one) - 1]
 
 
+def test_where_all_differ_nobody_is_a_straggler() -> None:
+    assert not stragglers([row(rank, 1.0 + rank / 4) for rank in range(5)])
+
+
 @given(st.lists(st.floats(1e9, 1e15), min_size=1, max_size=60))
 def test_stragglers_by_matrix_products(rates: list[float]) -> None:
     found = stragglers([row(rank, None, rate) for rank, rate in enumerate(rates)])
