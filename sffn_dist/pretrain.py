@@ -42,6 +42,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON config of the run")
     parser.add_argument("--plan", action="store_true", help="print what the run will be, and stop")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
+    parser.add_argument("--preflight", action="store_true", help="compare all ranks, try every collective, and stop")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers add it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     options = parser.parse_intermixed_args(argv)
@@ -107,6 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(numbers, indent=1) if options.plan and options.json else render(numbers), flush=True)
         if options.plan:
             return exit_codes.DONE
+        if options.preflight:
+            _quieten()
+            from sffn_dist.training import preflight
+
+            return preflight.alone(config)
         lock = guards.RunLock(Path(config.run.dir))
         if main_rank:
             lock.acquire()
@@ -142,12 +148,13 @@ def pretrain(config: Config, watch: Watch) -> int:
     from sffn_dist.data import prepare, shards
     from sffn_dist.data.batches import Batches, heldout_batches
     from sffn_dist.parallel import host, kernel_choice, topology
-    from sffn_dist.training import finish, identity, loop, reporting, resume
+    from sffn_dist.training import finish, identity, loop, preflight, reporting, resume
     from sffn_dist.training.run import Heldout, Run
     from sffn_dist.training.setbacks import Setbacks
 
     precision, train, run_dir = machine.precision(config.precision), config.train, Path(config.run.dir)
     store = topology.join(max(1800.0, 2 * config.guards.hang_seconds))
+    agreed = preflight.agree(config, precision)
     corpus = shards.open_corpus(prepare.prepare(config))
     identity.check(config, corpus.meta.fingerprint)
     batches = Batches(corpus.train, config.model.sequence, train.global_batch_size, train.seed)
@@ -155,17 +162,11 @@ def pretrain(config: Config, watch: Watch) -> int:
 
     here = topology.start(config)
     watch.start(store, here.rank, here.world, config.guards, run_dir)
+    tried = preflight.measure(agreed, here, precision) if config.guards.preflight and here.world > 1 else None
     kernel_choice.start(config.kernels, here)
     host.seed(train.seed)
     seen = manifest.newest(run_dir)
-    topology.agree(
-        {
-            "precision": precision,
-            "data fingerprint": corpus.meta.fingerprint,
-            "step of the newest checkpoint": seen.step if seen else None,
-            "sight of run.dir": (run_dir / guards.LOCK_NAME).exists(),
-        }
-    )
+    topology.agree({"data fingerprint": corpus.meta.fingerprint, "step of the newest checkpoint": seen.step if seen else None})
     run = Run(
         config=config,
         precision=precision,
@@ -181,7 +182,7 @@ def pretrain(config: Config, watch: Watch) -> int:
     found = resume.newest(run_dir, here)
     resume.start(run, found)
     if here.main:
-        reporting.begin(run, found.folder if found else None)
+        reporting.begin(run, found.folder if found else None, tried)
     run.signals.catch()
     try:
         stop = loop.train(run)

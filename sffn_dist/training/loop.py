@@ -21,7 +21,7 @@ from sffn_dist.inference.evaluation import Evaluation, evaluate
 from sffn_dist.schedule import Now
 from sffn_dist.shapes import is_guide
 from sffn_dist.training import engine as engines
-from sffn_dist.training import phases, reporting, rollback, state
+from sffn_dist.training import phases, replicas, reporting, rollback, state
 from sffn_dist.training.agreement import Agreed, agree
 from sffn_dist.training.run import Run
 
@@ -42,7 +42,11 @@ def train(run: Run) -> signal.Signals | None:
         if schedules.due(run.step, config.evaluation.interval, total) and not stop:
             evaluate_now(run)
         run.owes_save |= schedules.due(run.step, config.checkpoint.interval, total)
-        if stop or (run.owes_save and not run.setbacks.streak):
+        saves = stop or (run.owes_save and not run.setbacks.streak)
+        every = config.guards.replicas_interval
+        if every and (saves or run.step % every == 0):  # no checkpoint of replicas that differ
+            replicas.check(run.engine, config, run.topology)
+        if saves:
             save(run)
         _tell_of_saves(run)
         if stop:
@@ -62,18 +66,31 @@ def take_step(run: Run, taken: int) -> signal.Signals | None:
     agreed: list[Agreed] = []
 
     def allow(loss: float) -> bool:
-        agreed.append(agree(loss, run.signals, run.topology))
+        with run.recorder.waiting():
+            agreed.append(agree(loss, run.signals, run.topology, report=run.report_requested()))
         return run.setbacks.losses.objection(agreed[0].loss) is None
 
-    batches = _micro_batches(run, now, announce=taken == 0)
+    run.recorder.begin()
+    batches = run.recorder.data(_micro_batches(run, now, announce=taken == 0))
     _, norm = engines.train_step(run.engine, _loss(run), batches, config.train.clip, allow)
+    run.recorder.end()
     loss = agreed[0].loss
     reason = run.setbacks.losses.objection(loss) or (None if math.isfinite(norm) else f"gradient norm {norm}")
     run.step += 1
     last_early = taken + 1 == min(reporting.EARLY_STEPS, run.schedule.total_steps - now.step + taken)
     reporting.report_step(run, now, loss, norm, drawn, time.perf_counter() - started, skipped=reason, announce=last_early)
     run.setbacks.note(now.step, reason, loss)
+    _report_if_asked(run, agreed[0].report)
     return agreed[0].stop
+
+
+def _report_if_asked(run: Run, asked: bool) -> None:
+    """A report of all ranks; on CUDA after one step more, which waits for the device at each mark."""
+    if run.recorder.precise or (asked and run.topology.device.type != "cuda"):
+        run.recorder.precise = False
+        reporting.report_ranks(run)
+    elif asked:
+        run.recorder.precise = True
 
 
 def pass_over(run: Run) -> signal.Signals | None:
@@ -107,7 +124,9 @@ class LostWeightsError(RuntimeError):
 def _loss(run: Run) -> Any:
     def loss(batch: Tensor) -> Tensor:
         run.watch.tick(f"step {run.step}")
-        return models.token_losses(run.engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
+        mean = models.token_losses(run.engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
+        run.recorder.forwarded()
+        return mean
 
     return loss
 

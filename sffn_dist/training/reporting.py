@@ -15,13 +15,14 @@ from sffn_dist.checkpoint.manifest import checkpoints
 from sffn_dist.config import Config, ConfigError, flatten
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Now
+from sffn_dist.telemetry import ranks
 from sffn_dist.telemetry.events import EventLog
 from sffn_dist.telemetry.metrics import MetricsLog
 from sffn_dist.telemetry.peak import measured_flops, peak_flops
 from sffn_dist.telemetry.plan import checkpoint_bytes
 from sffn_dist.telemetry.progress import Estimate, Progress, format_duration
 from sffn_dist.telemetry.trackers import Trackers, open_trackers
-from sffn_dist.training import identity
+from sffn_dist.training import identity, preflight
 from sffn_dist.training.run import Reports, Run
 
 DISK_RATE, COPY_RATE = (
@@ -31,8 +32,11 @@ DISK_RATE, COPY_RATE = (
 EARLY_STEPS = 3  # after so many steps of a process the estimate of the whole run is printed
 
 
-def begin(run: Run, continued: Path | None) -> None:
-    """Rank 0 takes run.dir in hand: leftovers out, the run's record and logs in; raises ConfigError where it cannot be written."""
+def begin(run: Run, continued: Path | None, tried: preflight.Report | None) -> None:
+    """Rank 0 takes run.dir in hand: leftovers out, the run's record and logs in; raises ConfigError where it cannot be written.
+
+    ``tried``: what the pre-flight found.
+    """
     config = run.config
     try:
         store.sweep(run.dir)
@@ -43,6 +47,9 @@ def begin(run: Run, continued: Path | None) -> None:
     except OSError as error:
         raise ConfigError([f"run.dir = {config.run.dir!r}: cannot be written: {error}"]) from None
     _warn_of_room(run)
+    if tried:
+        head, *_ = tried.text().split("\n", 1)
+        run.tell("pre-flight", "\n".join([head, *(f"warning: {warning}" for warning in tried.warnings)]), **tried.row())
     if continued:
         run.tell("continued", f"continuing at step {run.step} of {run.schedule.total_steps} from {continued}")
 
@@ -145,6 +152,14 @@ def report_step(
         run.tell("skipped", f"warning: step {now.step}: {skipped}: the optimiser step was skipped", skipped=now.step)
     if announce and run.step < run.schedule.total_steps:
         announce_estimate(run, f"from {run.step} steps" if run.step > 1 else "from the first step")
+
+
+def report_ranks(run: Run) -> None:
+    """How fast each rank is, and which are slow: to the reader and into ranks.jsonl. All ranks must call it."""
+    rows = ranks.report(run.recorder, run.topology, run.config.tokens_per_step, run.precision)
+    if run.reports:
+        run.reports.progress.note(ranks.render(rows))
+        ranks.write(run.dir, run.step, rows)
 
 
 def remaining_seconds(run: Run) -> float | None:
