@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sffn_dist import exit_codes
 from sffn_dist.config import Config
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.shapes import is_guide, model_tensors
@@ -39,6 +40,8 @@ NAMED = 3  # parameters that a message names
 
 class ReplicasDifferError(RuntimeError):
     """Replicas are none any more: ``parameters`` that differ, and the ``ranks`` that are odd, or that nobody can tell apart."""
+
+    exit_code = exit_codes.REPLICAS_DIFFER
 
     def __init__(self, message: str, parameters: Sequence[str], ranks: Sequence[int]):
         super().__init__(message)
