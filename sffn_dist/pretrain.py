@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sffn_dist import machine, reading, rules
+from sffn_dist import launcher, machine, reading, rules
 from sffn_dist.config import Config, ConfigError
 from sffn_dist.training import guards
 
@@ -90,9 +90,10 @@ def refuse_bad_input(options: argparse.Namespace) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0; 2 where the input is refused; 1 where the finished weights could not be saved."""
-    guards.watch_launcher()
-    main_rank, begun = os.environ.get("RANK", "0") == "0", False
+    main_rank, begun = launcher.is_first(), False
     try:
+        launcher.adopt()
+        guards.watch_launcher()
         options = arguments(argv)
         config = refuse_bad_input(options)
         if config.parallel.tensor > 1:
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not main_rank:
             # a launcher ends all ranks once one has gone: rank 0 speaks first, and for all
             time.sleep(3.0)
-        speaker = "" if main_rank else f"rank {os.environ['RANK']} on {platform.node()}: "
+        speaker = "" if main_rank else f"rank {os.environ.get('RANK')} on {platform.node()}: "
         # once it has begun, a rank may have a fault of its own: a folder that its node does not see, say
         for problem in error.problems if main_rank or begun else ():
             print(f"pretrain.py: error: {speaker}{problem}", file=sys.stderr)

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, KERNELS, TOOLS = ROOT / "sffn_dist", ROOT / "kernels" / "sffn_kernels", ROOT / "tools"
 FLOORS = (
-    ("config", "durable", "exit_codes", "launcher"),
-    ("shapes", "machine"),
+    ("config", "durable", "exit_codes"),
+    ("shapes", "machine", "launcher"),
     ("counts", "traffic"),
     ("schedule",),
     ("rules",),
