@@ -17,7 +17,7 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from sffn_dist.config import ConfigError
 
 _RESERVED_STEPS = 0xFFFFFFF0  # from here on step ids are Slurm's names for the batch script, an allocation's shell, ...
-_FIRST_PORT, _PORTS = 20000, 40000
+_FIRST_PORT, _PORTS = 20000, 12000  # below those that the kernel gives out by itself, from 32768 on
 _MOST_HOSTS = 1_000_000
 _SIOCGIFADDR = 0x8915
 
