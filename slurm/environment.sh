@@ -6,7 +6,7 @@ line() { printf '%-12s %s\n' "$1" "$2"; }
 line date "$(date -u '+%F %T UTC')"
 line node "${SLURMD_NODENAME:-$(hostname -s)} ($(hostname))"
 line kernel "$(uname -srm)"
-line cores "$(nproc) of $(getconf _NPROCESSORS_ONLN)"
+line cores "$(env -u OMP_NUM_THREADS nproc) of $(getconf _NPROCESSORS_ONLN)"
 line memory "$(awk '/^MemTotal/ {printf "%.0f GB", $2 / 1e6}' /proc/meminfo 2>/dev/null)"
 line limits "open files $(ulimit -n), locked memory $(ulimit -l)"
 if command -v nvidia-smi >/dev/null; then

@@ -12,7 +12,8 @@
     }
 
 Paths of configs start from the sweep file's folder. An axis of the grid is a key with a list of values, or a word with an object of
-labelled settings. A combination that has everything an entry of "exclude" names (axes, and "config" for a config's name) is left out.
+labelled settings. A combination that has everything an entry of "exclude" names (axes, and "config" for a config's name; of a list any
+one) is left out.
 A run writes to runs/<name>/<label>, the label being put together from the config's name and what the axes say.
 """
 
@@ -139,10 +140,14 @@ def combinations(sweep: Sweep) -> Iterator[tuple[str, str, tuple[Choice, ...]]]:
     for file in sweep.configs:
         for choices in itertools.product(*sweep.axes):
             named = {"config": Path(file).stem, **{choice.axis: choice.value for choice in choices}}
-            if any(all(named[axis] == value for axis, value in item.items()) for item in sweep.exclude):
+            if any(all(_is_one(named[axis], value) for axis, value in item.items()) for item in sweep.exclude):
                 continue
             parts = [Path(file).stem] if len(sweep.configs) > 1 or not choices else []
             yield "-".join([*parts, *(choice.label for choice in choices)]), file, choices
+
+
+def _is_one(value: Any, wanted: Any) -> bool:
+    return value == wanted or (isinstance(wanted, list) and value in wanted)
 
 
 def expand(sweep: Sweep, overrides: Sequence[str], world: int, folder: str = "runs") -> list[Run]:

@@ -107,6 +107,8 @@ network() { # a bridge, whose making is the lock on its subnet
             echo "::ffff:$NET.$((11 + i)) ${NODES[i]}" # torch asks for a peer's name by this form, and complains on standard error
         done
     } >"$D/hosts"
+    # as on Debian: a host's own name is loopback on itself, which is the address that gloo would tell the others
+    for node in "${NODES[@]}"; do { echo "127.0.1.1 $node"; cat "$D/hosts"; } >"$D/hosts.$node"; done
     for i in "${!NODES[@]}"; do
         node=$TAG-${NODES[i]}
         ip netns add "$node"
@@ -177,11 +179,12 @@ EOF
 # ---- daemons: each forks away by itself and writes its pid file ----
 
 apart() { # NETNS-or-'' HOSTNAME COMMAND...: with mounts, host name and /etc/hosts of its own
-    local netns=$1
+    local netns=$1 hosts=$D/hosts
     shift
+    [ -z "$netns" ] || hosts=$D/hosts.$1
     # shellcheck disable=SC2016  # the inner shell expands
     ${netns:+nsenter --net="/run/netns/$netns"} unshare -m -u --propagation private sh -c \
-        'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"' sh "$D/hosts" "$@"
+        'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"' sh "$hosts" "$@"
 }
 start_node() { # NODE
     # shellcheck disable=SC1091
