@@ -1,33 +1,263 @@
-"""Runs as jobs of a real Slurm: its nodes, signals, requeues, arrays, a dead node. ``make test-slurm``."""
+"""Runs as jobs of a real Slurm: its nodes, signals, requeues, arrays, a node that dies. ``make test-slurm``."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.slurm
-TWO_NODES = ("--nodes", "2", "--gpus-per-node", "0", "--ranks-per-node", "1", "--time", "20")
+ONE_NODE = ("--nodes", "1", "--gpus-per-node", "0", "--ranks-per-node", "1", "--time", "20")
+TWO_NODES = ("--nodes", "2", *ONE_NODE[2:])
+LAUNCHERS = ("srun", "torchrun", "deepspeed")
 
 
-def same(curve: list[tuple[Any, ...]], other: list[tuple[Any, ...]]) -> bool:
-    """Equal but for the order of sums over ranks."""
-    return len(curve) == len(other) and all(
-        row == pytest.approx(reference, rel=2e-4) for row, reference in zip(curve, other, strict=True)
-    )
+def saved(run: Path) -> int:
+    """Step of the newest checkpoint; 0 without one."""
+    found = [int(path.parent.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*/manifest.json")]
+    return max(found, default=0)
 
 
-def test_two_nodes_train_what_one_process_does(cluster: Any, tiny: Path, alone: Any, curve: Any) -> None:
-    run = tiny / "two_nodes"
-    began = time.monotonic()
+def started(cluster: Any, number: str, run: Path, curve: Any, steps: int) -> None:
+    """Wait until the run has done ``steps``."""
+    cluster.wait(number, lambda job: len(curve(run)) >= steps)
+
+
+def restarted(number: str, cluster: Any, times: int = 1) -> None:
+    cluster.wait(number, lambda job: job["JobState"] == "RUNNING" and job["Restarts"] == str(times))
+
+
+def ranks_of(run: Path) -> list[int]:
+    """Process ids of a run's ranks, on all nodes: they share the machine."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[0].endswith(b"python") and f"run.dir={run}".encode() in words:
+            found.append(int(entry.parent.name))
+    return sorted(found)
+
+
+# ------------------------------------------------------------------------------------------------------------ two nodes
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Any, tiny: Path, alone: Any) -> tuple[str, Path]:
+    """Id and run.dir of an uninterrupted run on two nodes."""
+    run = tiny / "whole"
     (number,) = cluster.submit("--config", f"{tiny}/tiny.json", *TWO_NODES, f"run.dir={run}")
     assert cluster.end(number) == ("COMPLETED", "0"), cluster.log(cluster.job(number))
-    assert same(curve(run), alone)
+    return number, run
+
+
+def test_two_nodes_train_what_one_process_does(cluster: Any, whole: Any, alone: Any, curve: Any) -> None:
+    number, run = whole
+    assert len(curve(run)) == len(alone) > 10
+    for row, reference in zip(curve(run), alone, strict=True):
+        assert row == pytest.approx(reference, rel=2e-4), "equal but for the order of sums over ranks"
     logs = run / "logs" / number / "start_0"
-    print(time.monotonic() - began, sorted(path.name for path in logs.iterdir()))
-    print(cluster.log(cluster.job(number)))
-    print((logs / "launcher.n1.log").read_text())
-    print((logs / "rank_1.n2.log").read_text())
-    print((logs / "environment.n2.txt").read_text())
+    assert {path.name for path in logs.iterdir()} == {
+        *("rank_0.n1.log", "rank_1.n2.log", "environment.n1.txt", "environment.n2.txt", "launcher.n1.log", "launcher.n2.log")
+    }
+    rank, log = (logs / "rank_0.n1.log").read_text(), cluster.log(cluster.job(number))
+    assert "held-out loss" in rank
+    assert rank in log, "the job's log has rank 0's lines"
+    assert "n1 n2: 1 ranks a node by srun, rendezvous n1:" in log
+    assert log.endswith("finished\n")
+    report = (logs / "environment.n2.txt").read_text()
+    assert "node         n2 (n2)" in report
+    assert "MASTER_ADDR=n1" in report
+
+
+def test_sbatchs_refusals_are_passed_on(cluster: Any, tiny: Path) -> None:
+    config = ("--config", f"{tiny}/tiny.json", *TWO_NODES, f"run.dir={tiny}/refused")
+    for words, says in (
+        (("--nodes", "3", "train.global_batch_size=6"), "Node count specification invalid"),
+        (("--partition", "nowhere"), "invalid partition specified: nowhere"),
+        (("--constraint", "h100"), "Invalid feature specification"),
+    ):
+        done = cluster.command(sys.executable, "tools/submit.py", "--submit", *config, *words)
+        assert done.returncode == 1
+        assert says in done.stderr
+        assert not done.stdout
+
+
+def test_the_script_by_itself_refuses_and_is_not_requeued(cluster: Any, tiny: Path, root: Path) -> None:
+    """Handed to sbatch as it is, with a mistake that shows at once, and one that shows on the nodes."""
+    words = ("sbatch", "--parsable", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={tiny}/%j.log")
+    words += ("slurm/pretrain.sbatch", "--config", f"{tiny}/tiny.json")
+    for mistake in (f"train.stps={tiny}", "kernels=triton"):
+        done = cluster.command(*words, f"run.dir={tiny}/mistake", mistake, VENV=sys.prefix, TRITON_INTERPRET="0")
+        assert done.returncode == 0, done.stderr
+        number = done.stdout.strip()
+        assert cluster.end(number) == ("FAILED", "2"), cluster.log(cluster.job(number))
+        assert cluster.job(number)["Restarts"] == "0"
+        assert mistake.split("=")[0] in cluster.log(cluster.job(number))
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture(scope="module")
+def warned(cluster: Any, tiny: Path, alone: Any, curve: Any) -> dict[str, tuple[str, Path]]:
+    """A run by each launcher, side by side, that is given Slurm's warning in its first start."""
+    found = {}
+    for launcher in LAUNCHERS:
+        run = tiny / f"warned_{launcher}"
+        (number,) = cluster.submit("--config", f"{tiny}/tiny.json", *TWO_NODES, "--launcher", launcher, f"run.dir={run}")
+        found[launcher] = (number, run)
+    left = dict(found)
+    deadline = time.monotonic() + 240
+    while left:
+        assert time.monotonic() < deadline, left
+        for launcher, (number, run) in list(left.items()):
+            if len(curve(run)) >= 3:
+                cluster.command("scancel", "--batch", "--signal=USR1", number)
+                del left[launcher]
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_warned_run_saves_requeues_itself_and_goes_on(
+    launcher: str, cluster: Any, warned: Any, whole: Any, curve: Any
+) -> None:
+    number, run = warned[launcher]
+    assert cluster.end(number) == ("COMPLETED", "0"), cluster.log(cluster.job(number))
+    assert cluster.job(number)["Restarts"] == "1"
+    log = cluster.log(cluster.job(number))
+    assert "SIGUSR1: the ranks save and stop" in log
+    assert "start 1 on n1 n2" in log
+    first, second = (json.loads(line) for line in (run / "logs" / number / "starts.jsonl").read_text().splitlines())
+    assert first["asked"] == "USR1"
+    assert 3 <= int(first["newest"].removeprefix("step_")) < len(curve(run)), "it was stopped on its way"
+    assert second["end"] == "finished"
+    assert curve(run) == curve(whole[1]), "to the last digit"
+
+
+def test_a_time_limit_requeues_and_scancel_ends_both_with_a_save(cluster: Any, tiny: Path, alone: Any, curve: Any) -> None:
+    run = tiny / "long"
+    (number,) = cluster.submit("--config", f"{tiny}/tiny.json", *TWO_NODES, f"run.dir={run}", "train.steps=100000")
+    started(cluster, number, run, curve, 3)
+    minutes = 2 + int(cluster.job(number)["RunTime"].split(":")[-2])
+    done = cluster.command("scontrol", "update", f"jobid={number}", f"TimeLimit={minutes}")  # nearer than the grace time
+    assert done.returncode == 0, done.stderr
+    restarted(number, cluster)
+    first = saved(run)
+    assert first >= 3
+    started(cluster, number, run, curve, first + 3)
+    cluster.command("scancel", number)
+    state, _ = cluster.end(number)
+    assert state == "CANCELLED"
+    assert saved(run) >= first + 3
+    assert [row[0] for row in curve(run)] == list(range(saved(run))), "each step once, and all of them saved"
+    log = cluster.log(cluster.job(number))
+    assert "SIGTERM: the ranks save and stop" in log
+    assert "submit it again to continue" in log
+    assert not ranks_of(run)
+
+
+def test_a_preempted_run_saves_and_goes_on(cluster: Any, tiny: Path, whole: Any, curve: Any) -> None:
+    """Slurm signals the ranks alone, and would take the end of the batch script for a failure."""
+    run = tiny / "preempted"
+    (number,) = cluster.submit(
+        "--config", f"{tiny}/tiny.json", *TWO_NODES, "--partition=low", "--sbatch=--exclusive", f"run.dir={run}"
+    )
+    started(cluster, number, run, curve, 3)
+    other = cluster.command("sbatch", "--parsable", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    assert other.returncode == 0, other.stderr
+    assert cluster.end(number) == ("COMPLETED", "0"), cluster.log(cluster.job(number))
+    assert cluster.end(other.stdout.strip()) == ("COMPLETED", "0")
+    assert cluster.job(number)["Restarts"] == "1"
+    assert curve(run) == curve(whole[1])
+
+
+# --------------------------------------------------------------------------------------------------------------- deaths
+
+
+@pytest.fixture
+def mended(cluster: Any) -> Iterator[Callable[[], None]]:
+    """Call it to start node n2's daemon again; whatever happens, it runs afterwards."""
+    done: list[bool] = []
+
+    def mend() -> None:
+        if not done:
+            cluster.administer("start", "n2")
+            done.append(True)
+
+    yield mend
+    mend()
+
+
+def test_a_killed_rank_and_a_dead_node(cluster: Any, tiny: Path, whole: Any, curve: Any, mended: Callable[[], None]) -> None:
+    run = tiny / "deaths"
+    (number,) = cluster.submit("--config", f"{tiny}/tiny.json", *TWO_NODES, f"run.dir={run}", "checkpoint.interval=2")
+    cluster.wait(number, lambda job: saved(run) >= 2)
+    os.kill(ranks_of(run)[-1], signal.SIGKILL)
+    restarted(number, cluster)
+    before = saved(run)
+    cluster.wait(number, lambda job: saved(run) >= before + 2)
+    cluster.administer("kill", "n2")
+    cluster.wait(number, lambda job: job["JobState"] in ("PENDING", "REQUEUED") or job["Restarts"] == "2")
+    mended()
+    assert cluster.end(number, 240) == ("COMPLETED", "0"), cluster.log(cluster.job(number))
+    assert cluster.job(number)["Restarts"] == "2"
+    assert curve(run) == curve(whole[1])
+
+
+# ---------------------------------------------------------------------------------------------------- chains and sweeps
+
+
+def test_a_chain_goes_on_where_the_one_before_stopped(cluster: Any, tiny: Path, alone: Any, curve: Any) -> None:
+    run = tiny / "chain"
+    numbers = cluster.submit("--config", f"{tiny}/tiny.json", *ONE_NODE, "--chain", "3", f"run.dir={run}")
+    assert len(numbers) == 3
+    assert cluster.job(numbers[1])["Dependency"].startswith(f"afternotok:{numbers[0]}")
+    started(cluster, numbers[0], run, curve, 3)
+    cluster.command("scancel", "--batch", "--signal=USR1", numbers[0])
+    assert cluster.end(numbers[0])[0] == "FAILED"
+    assert cluster.job(numbers[0])["Restarts"] == "0"
+    assert cluster.end(numbers[1]) == ("COMPLETED", "0")
+    assert cluster.end(numbers[2])[0] == "CANCELLED", "there is nothing left to do"
+    assert curve(run) == alone
+
+
+def test_an_array_trains_a_sweep_of_four(cluster: Any, tiny: Path, root: Path, alone: Any, curve: Any) -> None:
+    tree = {
+        "name": "four",
+        "configs": ["tiny.json"],
+        "overrides": {"train.steps": 4},
+        "grid": {
+            "structure": {"low": {"ffn.rank": 8}, "shuffle": {"ffn.kind": "block_shuffle", "ffn.blocks": 4}},
+            "train.learning_rate": [1e-3, 1e-2],
+        },
+    }
+    (tiny / "sweep.json").write_text(json.dumps(tree))
+    words = ("--submit", "--sweep", "sweep.json", *ONE_NODE, "--max-parallel", "2")
+    done = cluster.command(sys.executable, str(root / "tools/submit.py"), *words, cwd=tiny)
+    assert done.returncode == 0, done.stderr
+    number = done.stdout.strip()
+    most = 0
+    deadline = time.monotonic() + 240
+    while states := cluster.command("squeue", "-h", "-r", "-j", number, "-o", "%T").stdout.split():
+        most = max(most, states.count("RUNNING"))
+        assert time.monotonic() < deadline, states
+        time.sleep(0.2)
+    assert most == 2
+    runs = sorted(path for path in (tiny / "runs/four").iterdir() if path.name != "logs")
+    assert [run.name for run in runs] == [
+        f"{kind}-learning_rate_{rate}" for kind in ("low", "shuffle") for rate in (0.001, 0.01)
+    ]
+    losses = {json.loads((run / "summary.json").read_text())["heldout_loss"] for run in runs}
+    assert len(losses) == 4
+    assert all(len(curve(run)) == 4 for run in runs)
+    assert sorted(path.name for path in (tiny / "runs/four/logs").iterdir()) == [f"{number}_{index}.log" for index in range(4)]
