@@ -36,19 +36,20 @@ def judge(code: int, asked: str, record: dict[str, Any] | None, newest: Sequence
     ``code``: exit code of the launcher. ``asked``: the signal that the batch script was given (USR1, TERM), PREEMPTED, or nothing.
     ``record``: what the ranks left. ``newest``: the newest checkpoint's name after each start of this job, this one's last.
     """
-    why = str(record["reason"]) if record else f"the launcher ended with exit code {code}, and no rank said why"
     cause = int(record["code"]) if record else code
+    # where no rank spoke, the code is of whichever was ended last
+    why = f"({exit_codes.name(cause)}): {record['reason']}" if record else f"with exit code {code}, and no rank said why"
     at = f"newest checkpoint: {newest[-1] or 'none'}"
     if code == 0:
         return Verdict(False, "finished")
     if cause in NEVER:
-        return Verdict(False, f"ended ({exit_codes.name(cause)}): {why}; another start would end the same way")
+        return Verdict(False, f"ended {why}; another start would end the same way")
     if asked == "TERM":
         return Verdict(False, f"cancelled; {at}; submit it again to continue")
     warned = asked in ("USR1", "PREEMPTED") or cause == WARNING
     if not warned and record and not record["restart"]:
-        return Verdict(False, f"ended ({exit_codes.name(cause)}): {why}; {at}; submit it again to continue")
-    end = "stopped before its end" if warned else f"ended ({exit_codes.name(cause)}): {why}"
+        return Verdict(False, f"ended {why}; {at}; submit it again to continue")
+    end = "stopped before its end" if warned else f"ended {why}"
     if len(newest) >= STARTS and len(set(newest[-STARTS:])) == 1:
         return Verdict(False, f"{end}; given up: {STARTS} starts in a row brought no new checkpoint, {at}")
     return Verdict(True, f"{end}; {at}; it goes on from there")

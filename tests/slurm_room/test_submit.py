@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +25,47 @@ from sffn_dist.config import ConfigError
 
 DEMO = ("--config", "configs/demo.json", "train.micro_batch_size=1")
 SIZE = ("--nodes", "2", "--gpus-per-node", "8", "--time", "12:00:00")
+BASH = shutil.which("bash") or "bash"
 SETTINGS = ("LAUNCHER", "REPOSITORY", "VENV", "INTERFACE", "CONTAINER", "MOUNTS", "CHAIN", "ARGUMENTS", "RUN_DIR")
 
 
-def submit(root: Path, *words: str, cwd: Path | None = None, path: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(root / "tools/submit.py"), *words]
-    environment = None if path is None else {"PATH": path, "PYTHONSAFEPATH": "1", "PYTHONPATH": ":".join(sys.path)}
-    return subprocess.run(command, cwd=cwd or root, env=environment, capture_output=True, text=True, timeout=120)
+@dataclass(frozen=True)
+class Said:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def script_of(root: Path, *words: str, cwd: Path | None = None) -> str:
-    done = submit(root, *words, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    checked = subprocess.run(["bash", "-n"], input=done.stdout, capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stderr
-    return done.stdout
+@pytest.fixture
+def submit(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+    """tools/submit.py, called; where there is no sbatch."""
+    spec = importlib.util.spec_from_file_location("submit", root / "tools/submit.py")
+    assert spec
+    assert spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setenv("PATH", "/nowhere")
+
+    def call(*words: str, cwd: Path = root) -> Said:
+        monkeypatch.chdir(cwd)
+        code = tool.main(list(words))
+        return Said(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def script_of(submit: Callable[..., Said]) -> Callable[..., str]:
+    """The script that a dry run prints, which bash can read."""
+
+    def call(*words: str, cwd: Path | None = None) -> str:
+        done = submit(*words, **({"cwd": cwd} if cwd else {}))
+        assert done.returncode == 0, done.stderr
+        checked = subprocess.run([BASH, "-n"], input=done.stdout, capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stderr
+        return done.stdout
+
+    return call
 
 
 def directives(script: str) -> dict[str, str]:
@@ -49,21 +78,21 @@ def evaluated(script: str, *names: str, **variables: str) -> list[list[str]]:
     """Values of a script's settings, as bash reads them."""
     head = script[: script.index(f"\n{job.BODY}")]
     shown = "\n".join(f'printf "%s\\0" "${{{name}[@]}}"; printf "\\1\\0"' for name in names)
-    done = subprocess.run(["bash", "-c", f"{head}\n{shown}"], env=variables, capture_output=True, text=True, check=True)
+    done = subprocess.run([BASH, "-c", f"{head}\n{shown}"], env=variables, capture_output=True, text=True, check=True)
     return [part.split("\0")[:-1] for part in done.stdout.split("\1\0")[:-1]]
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
-def test_a_script_says_what_was_asked(root: Path, tmp_path: Path) -> None:
+def test_a_script_says_what_was_asked(root: Path, tmp_path: Path, script_of: Any) -> None:
     folder = tmp_path / "a folder 100%"
     folder.mkdir()
     config = root / "configs/demo.json"
     run = ("train.micro_batch_size=1", "run.dir=my runs/it's", "sample.prompt=$HOME `x`")
     more = ("--partition", "h100", "--account", "me", "--qos", "long", "--constraint", "a&b", "--cpus-per-rank", "12")
     more += ("--sbatch=--exclusive", "--interface", "ib0", "--grace", "600", "--launcher", "deepspeed")
-    script = script_of(root, "--config", str(config), *SIZE, *more, *run, cwd=folder)
+    script = script_of("--config", str(config), *SIZE, *more, *run, cwd=folder)
     found = directives(script)
     wanted = {"nodes": "2", "ntasks-per-node": "8", "gpus-per-node": "8", "time": "12:00:00", "signal": "B:USR1@600"}
     wanted |= {"partition": "h100", "account": "me", "qos": "long", "constraint": "a&b", "cpus-per-task": "12"}
@@ -78,9 +107,9 @@ def test_a_script_says_what_was_asked(root: Path, tmp_path: Path) -> None:
     assert not list(folder.iterdir()), "a dry run writes nothing"
 
 
-def test_the_body_is_the_one_that_sbatch_takes_directly(root: Path) -> None:
+def test_the_body_is_the_one_that_sbatch_takes_directly(root: Path, script_of: Any) -> None:
     template = (root / "slurm/pretrain.sbatch").read_text()
-    script = script_of(root, *DEMO, *SIZE)
+    script = script_of(*DEMO, *SIZE)
     assert script[script.index(job.BODY) :] == template[template.index(job.BODY) :]
     assert "SBATCH" not in template[template.index(job.BODY) :]
     # what a written script sets is what the file by itself sets: the body runs with set -u
@@ -92,8 +121,8 @@ def test_the_body_is_the_one_that_sbatch_takes_directly(root: Path) -> None:
     assert {k: directives(template)[k] for k in same} == {k: directives(script)[k] for k in same}
 
 
-def test_ranks_on_cpus_ask_for_no_gpus(root: Path) -> None:
-    found = directives(script_of(root, *DEMO, "--nodes", "2", "--gpus-per-node", "0", "--ranks-per-node", "4", "--time", "30"))
+def test_ranks_on_cpus_ask_for_no_gpus(root: Path, script_of: Any) -> None:
+    found = directives(script_of(*DEMO, "--nodes", "2", "--gpus-per-node", "0", "--ranks-per-node", "4", "--time", "30"))
     assert found["ntasks-per-node"] == "4"
     assert "gpus-per-node" not in found
 
@@ -105,12 +134,12 @@ def test_ranks_on_cpus_ask_for_no_gpus(root: Path) -> None:
         ("nvcr.io#nvidia/pytorch:25.01-py3", ["--container-image=", "--container-mounts=", "--container-workdir="]),
     ],
 )
-def test_containers(root: Path, tmp_path: Path, image: str, words: list[str]) -> None:
+def test_containers(root: Path, tmp_path: Path, image: str, words: list[str], script_of: Any) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "a.txt").write_text("text")
     script = script_of(
-        root, *DEMO, *SIZE, "--container", image, "--mount", "/scratch/x", f"data.source={corpus}", "run.dir=/fast/run"
+        *DEMO, *SIZE, "--container", image, "--mount", "/scratch/x", f"data.source={corpus}", "run.dir=/fast/run"
     )
     container, mounts = evaluated(script, "CONTAINER", "MOUNTS")
     assert container == [str(root / image) if image.endswith(".sif") else image]
@@ -120,7 +149,7 @@ def test_containers(root: Path, tmp_path: Path, image: str, words: list[str]) ->
     body = script[script.index("# ---- what runs where") : script.index("cluster() {")]
     setting = f"CONTAINER={shlex.quote(container[0])}; MOUNTS=({shlex.join(mounts)}); VENV=/none; refuse() {{ exit 9; }}"
     shown = subprocess.run(
-        ["bash", "-uc", f'{setting}\n{body}\nprintf "%s " "${{IMAGE[@]}}" "${{INSIDE[@]}}"'],
+        [BASH, "-uc", f'{setting}\n{body}\nprintf "%s " "${{IMAGE[@]}}" "${{INSIDE[@]}}"'],
         capture_output=True,
         text=True,
         check=True,
@@ -147,8 +176,8 @@ def test_containers(root: Path, tmp_path: Path, image: str, words: list[str]) ->
         (("init_from=/no/such/place",), "init_from"),
     ],
 )
-def test_refusals_come_before_anything_is_submitted(root: Path, words: tuple[str, ...], says: str) -> None:
-    done = submit(root, *DEMO, *SIZE, "--submit", *words, path="/nowhere")
+def test_refusals_come_before_anything_is_submitted(root: Path, words: tuple[str, ...], says: str, submit: Any) -> None:
+    done = submit(*DEMO, *SIZE, "--submit", *words)
     assert done.returncode == 2, done.stderr
     assert says in done.stderr
     assert done.stderr.startswith("submit.py: error: ")
@@ -156,9 +185,9 @@ def test_refusals_come_before_anything_is_submitted(root: Path, words: tuple[str
     assert not done.stdout
 
 
-def test_without_sbatch_it_is_said(root: Path, tmp_path: Path) -> None:
+def test_without_sbatch_it_is_said(root: Path, tmp_path: Path, submit: Any) -> None:
     words = ("--gpus-per-node", "2", "--time", "30", f"run.dir={tmp_path}/run", "--submit")
-    done = submit(root, *DEMO, *words, path="/nowhere")
+    done = submit(*DEMO, *words)
     assert done.returncode == 1
     assert "sbatch cannot be run" in done.stderr
 
@@ -177,7 +206,7 @@ def test_time_limits(days: int, hours: int, minutes: int, seconds: int) -> None:
 
 def test_the_scripts_are_shell(root: Path) -> None:
     scripts = [root / "slurm" / name for name in ("pretrain.sbatch", "start.sh", "environment.sh")]
-    assert subprocess.run(["bash", "-n", *map(str, scripts)], capture_output=True).returncode == 0
+    assert subprocess.run([BASH, "-n", *map(str, scripts)], capture_output=True).returncode == 0
     checker = shutil.which("shellcheck")
     if checker:
         done = subprocess.run(
@@ -196,7 +225,7 @@ def test_the_environment_report_shows_no_secret(root: Path) -> None:
     }
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "NCCL_DEBUG": "INFO", **secrets}
     done = subprocess.run(
-        ["bash", str(root / "slurm/environment.sh")], env=environment, capture_output=True, text=True, timeout=60
+        [BASH, str(root / "slurm/environment.sh")], env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0
     assert "abc" not in done.stdout
@@ -216,8 +245,8 @@ def write(folder: Path, tree: Any) -> Path:
     return path
 
 
-def test_the_example_is_sizes_by_structures_by_learning_rates(root: Path) -> None:
-    script = script_of(root, "--sweep", "slurm/sweep.json", "--max-parallel", "4", "--nodes", "1", *SIZE[2:])
+def test_the_example_is_sizes_by_structures_by_learning_rates(root: Path, script_of: Any) -> None:
+    script = script_of("--sweep", "slurm/sweep.json", "--max-parallel", "4", "--nodes", "1", *SIZE[2:])
     tree = json.loads((root / "slurm/sweep.json").read_text())
     runs = sweep.expand(sweep.read(root / "slurm/sweep.json"), [], 8)
     axes = [len(values) for values in tree["grid"].values()]
@@ -290,15 +319,15 @@ def test_sweeps_are_refused_whole(root: Path, tmp_path: Path, change: Any, says:
     assert says in str(error.value)
 
 
-def test_config_and_sweep(root: Path, tmp_path: Path) -> None:
+def test_config_and_sweep(root: Path, tmp_path: Path, script_of: Any, submit: Any) -> None:
     """--config serves a sweep that names no configs, and no other."""
     bare = write(tmp_path, {key: value for key, value in GOOD.items() if key != "configs"})
-    found = directives(script_of(root, *DEMO, "--sweep", str(bare), *SIZE))
+    found = directives(script_of(*DEMO, "--sweep", str(bare), *SIZE))
     assert found["array"] == "0-1"
-    done = submit(root, *DEMO, "--sweep", "slurm/sweep.json", *SIZE)
+    done = submit(*DEMO, "--sweep", "slurm/sweep.json", *SIZE)
     assert done.returncode == 2
     assert "leave one out" in done.stderr
-    assert submit(root, *SIZE).returncode == 2
+    assert submit(*SIZE).returncode == 2
 
 
 # ------------------------------------------------------------------------------------------------- questions of the body
