@@ -18,7 +18,7 @@ import pytest
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "cluster.sh"
-STEPS = 60
+STEPS = 120
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GONE_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD")
 
@@ -55,12 +55,14 @@ class Cluster:
         shown = self.command("scontrol", "show", "job", "-o", number).stdout.splitlines()
         return dict(word.split("=", 1) for word in shown[0].split() if "=" in word) if shown else {}
 
-    def wait(self, number: str, until: Callable[[dict[str, str]], bool], seconds: float = 120.0) -> dict[str, str]:
+    def wait(
+        self, number: str, until: Callable[[dict[str, str]], bool], seconds: float = 120.0, pause: float = 0.25
+    ) -> dict[str, str]:
         """What Slurm says of the job once ``until`` holds of it; the job's log if it never does."""
         deadline = time.monotonic() + seconds
         while not until(job := self.job(number)):
             assert time.monotonic() < deadline, f"job {number} is {job}\n{self.log(job)}"
-            time.sleep(0.25)
+            time.sleep(pause)
         return job
 
     def end(self, number: str, seconds: float = 180.0) -> tuple[str, str]:

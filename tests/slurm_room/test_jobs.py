@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,30 @@ def saved(run: Path) -> int:
 
 def started(cluster: Any, number: str, run: Path, curve: Any, steps: int) -> None:
     """Wait until the run has done ``steps``."""
-    cluster.wait(number, lambda job: len(curve(run)) >= steps)
+    cluster.wait(number, lambda job: len(curve(run)) >= steps, pause=0.05)
+
+
+@contextmanager
+def held(cluster: Any, number: str, run: Path, curve: Any, steps: int) -> Iterator[list[int]]:
+    """Once the run has done ``steps``, its ranks stand still, so that what happens to it happens before its end."""
+    started(cluster, number, run, curve, steps)
+    ranks = ranks_of(run)
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield ranks
+    finally:
+        for pid in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def warn(cluster: Any, number: str, run: Path, curve: Any) -> None:
+    """Slurm's warning, on the run's way."""
+    with held(cluster, number, run, curve, 3):
+        cluster.command("scancel", "--batch", "--signal=USR1", number)
+        cluster.wait(number, lambda job: "SIGUSR1: the ranks save" in cluster.log(job), pause=0.05)
+        time.sleep(1.0)  # from the batch script to the ranks
 
 
 def restarted(number: str, cluster: Any, times: int = 1) -> None:
@@ -42,7 +66,7 @@ def ranks_of(run: Path) -> list[int]:
             words = entry.read_bytes().split(b"\0")
         except OSError:
             continue
-        if words[0].endswith(b"python") and f"run.dir={run}".encode() in words:
+        if words[1:2] and words[1].endswith(b"sffn_dist/pretrain.py") and f"run.dir={run}".encode() in words:
             found.append(int(entry.parent.name))
     return sorted(found)
 
@@ -115,15 +139,8 @@ def warned(cluster: Any, tiny: Path, alone: Any, curve: Any) -> dict[str, tuple[
         run = tiny / f"warned_{launcher}"
         (number,) = cluster.submit("--config", f"{tiny}/tiny.json", *TWO_NODES, "--launcher", launcher, f"run.dir={run}")
         found[launcher] = (number, run)
-    left = dict(found)
-    deadline = time.monotonic() + 240
-    while left:
-        assert time.monotonic() < deadline, left
-        for launcher, (number, run) in list(left.items()):
-            if len(curve(run)) >= 3:
-                cluster.command("scancel", "--batch", "--signal=USR1", number)
-                del left[launcher]
-        time.sleep(0.1)
+    for number, run in found.values():
+        warn(cluster, number, run, curve)
     return found
 
 
@@ -172,9 +189,13 @@ def test_a_preempted_run_saves_and_goes_on(cluster: Any, tiny: Path, whole: Any,
     (number,) = cluster.submit(
         "--config", f"{tiny}/tiny.json", *TWO_NODES, "--partition=low", "--sbatch=--exclusive", f"run.dir={run}"
     )
-    started(cluster, number, run, curve, 3)
-    other = cluster.command("sbatch", "--parsable", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
-    assert other.returncode == 0, other.stderr
+    with held(cluster, number, run, curve, 3):
+        other = cluster.command(
+            "sbatch", "--parsable", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
+        )
+        assert other.returncode == 0, other.stderr
+        cluster.wait(number, lambda job: job["PreemptTime"] != "None", pause=0.05)
+        time.sleep(1.0)  # from Slurm to the ranks
     assert cluster.end(number) == ("COMPLETED", "0"), cluster.log(cluster.job(number))
     assert cluster.end(other.stdout.strip()) == ("COMPLETED", "0")
     assert cluster.job(number)["Restarts"] == "1"
@@ -201,13 +222,14 @@ def mended(cluster: Any) -> Iterator[Callable[[], None]]:
 def test_a_killed_rank_and_a_dead_node(cluster: Any, tiny: Path, whole: Any, curve: Any, mended: Callable[[], None]) -> None:
     run = tiny / "deaths"
     (number,) = cluster.submit("--config", f"{tiny}/tiny.json", *TWO_NODES, f"run.dir={run}", "checkpoint.interval=2")
-    cluster.wait(number, lambda job: saved(run) >= 2)
-    os.kill(ranks_of(run)[-1], signal.SIGKILL)
+    with held(cluster, number, run, curve, 5) as ranks:
+        os.kill(ranks[-1], signal.SIGKILL)
     restarted(number, cluster)
     before = saved(run)
-    cluster.wait(number, lambda job: saved(run) >= before + 2)
-    cluster.administer("kill", "n2")
-    cluster.wait(number, lambda job: job["JobState"] in ("PENDING", "REQUEUED") or job["Restarts"] == "2")
+    assert before >= 2
+    with held(cluster, number, run, curve, before + 5):
+        cluster.administer("kill", "n2")
+        cluster.wait(number, lambda job: job["JobState"] in ("PENDING", "REQUEUED") or job["Restarts"] == "2")
     mended()
     assert cluster.end(number, 240) == ("COMPLETED", "0"), cluster.log(cluster.job(number))
     assert cluster.job(number)["Restarts"] == "2"
@@ -222,8 +244,7 @@ def test_a_chain_goes_on_where_the_one_before_stopped(cluster: Any, tiny: Path, 
     numbers = cluster.submit("--config", f"{tiny}/tiny.json", *ONE_NODE, "--chain", "3", f"run.dir={run}")
     assert len(numbers) == 3
     assert cluster.job(numbers[1])["Dependency"].startswith(f"afternotok:{numbers[0]}")
-    started(cluster, numbers[0], run, curve, 3)
-    cluster.command("scancel", "--batch", "--signal=USR1", numbers[0])
+    warn(cluster, numbers[0], run, curve)
     assert cluster.end(numbers[0])[0] == "FAILED"
     assert cluster.job(numbers[0])["Restarts"] == "0"
     assert cluster.end(numbers[1]) == ("COMPLETED", "0")
