@@ -46,6 +46,11 @@ def held(cluster: Any, number: str, run: Path, curve: Any, steps: int) -> Iterat
                 os.kill(pid, signal.SIGCONT)
 
 
+def ends(run: Path, number: str) -> list[dict[str, Any]]:
+    """What followed each start of a job."""
+    return [json.loads(line) for line in (run / "logs" / number / "starts.jsonl").read_text().splitlines()]
+
+
 def warn(cluster: Any, number: str, run: Path, curve: Any) -> None:
     """Slurm's warning, on the run's way."""
     with held(cluster, number, run, curve, 3):
@@ -154,14 +159,17 @@ def test_a_warned_run_saves_requeues_itself_and_goes_on(
     log = cluster.log(cluster.job(number))
     assert "SIGUSR1: the ranks save and stop" in log
     assert "start 1 on n1 n2" in log
-    first, second = (json.loads(line) for line in (run / "logs" / number / "starts.jsonl").read_text().splitlines())
+    first, second = ends(run, number)
     assert first["asked"] == "USR1"
     assert 3 <= int(first["newest"].removeprefix("step_")) < len(curve(run)), "it was stopped on its way"
     assert second["end"] == "finished"
     assert curve(run) == curve(whole[1]), "to the last digit"
 
 
-def test_a_time_limit_requeues_and_scancel_ends_both_with_a_save(cluster: Any, tiny: Path, alone: Any, curve: Any) -> None:
+def test_a_time_limit_requeues_and_scancel_ends_both_with_a_save(
+    cluster: Any, tiny: Path, alone: Any, curve: Any, four: str
+) -> None:
+    """Slurm looks at the limits every half a minute: the array trains meanwhile."""
     run = tiny / "long"
     (number,) = cluster.submit("--config", f"{tiny}/tiny.json", *TWO_NODES, f"run.dir={run}", "train.steps=100000")
     started(cluster, number, run, curve, 3)
@@ -199,6 +207,9 @@ def test_a_preempted_run_saves_and_goes_on(cluster: Any, tiny: Path, whole: Any,
     assert cluster.end(number) == ("COMPLETED", "0"), cluster.log(cluster.job(number))
     assert cluster.end(other.stdout.strip()) == ("COMPLETED", "0")
     assert cluster.job(number)["Restarts"] == "1"
+    first, _ = ends(run, number)
+    assert first["asked"] == "PREEMPTED"
+    assert 3 <= int(first["newest"].removeprefix("step_")) < len(curve(run))
     assert curve(run) == curve(whole[1])
 
 
@@ -252,7 +263,9 @@ def test_a_chain_goes_on_where_the_one_before_stopped(cluster: Any, tiny: Path, 
     assert curve(run) == alone
 
 
-def test_an_array_trains_a_sweep_of_four(cluster: Any, tiny: Path, root: Path, alone: Any, curve: Any) -> None:
+@pytest.fixture(scope="module")
+def four(cluster: Any, tiny: Path, root: Path, alone: Any) -> str:
+    """Number of an array of four runs, two at a time."""
     tree = {
         "name": "four",
         "configs": ["tiny.json"],
@@ -266,14 +279,17 @@ def test_an_array_trains_a_sweep_of_four(cluster: Any, tiny: Path, root: Path, a
     words = ("--submit", "--sweep", "sweep.json", *ONE_NODE, "--max-parallel", "2")
     done = cluster.command(sys.executable, str(root / "tools/submit.py"), *words, cwd=tiny)
     assert done.returncode == 0, done.stderr
-    number = done.stdout.strip()
-    most = 0
-    deadline = time.monotonic() + 240
-    while states := cluster.command("squeue", "-h", "-r", "-j", number, "-o", "%T").stdout.split():
-        most = max(most, states.count("RUNNING"))
-        assert time.monotonic() < deadline, states
-        time.sleep(0.2)
-    assert most == 2
+    return str(done.stdout.strip())
+
+
+def test_an_array_trains_a_sweep_of_four(cluster: Any, tiny: Path, four: str, curve: Any) -> None:
+    times = []
+    for index in range(4):
+        assert cluster.end(f"{four}_{index}") == ("COMPLETED", "0"), cluster.log(cluster.job(f"{four}_{index}"))
+        job = cluster.job(f"{four}_{index}")
+        times.append((job["StartTime"], job["EndTime"]))
+    # how many ran when each began
+    assert max(sum(other[0] <= start < other[1] for other in times) for start, _ in times) == 2
     runs = sorted(path for path in (tiny / "runs/four").iterdir() if path.name != "logs")
     assert [run.name for run in runs] == [
         f"{kind}-learning_rate_{rate}" for kind in ("low", "shuffle") for rate in (0.001, 0.01)
@@ -281,4 +297,4 @@ def test_an_array_trains_a_sweep_of_four(cluster: Any, tiny: Path, root: Path, a
     losses = {json.loads((run / "summary.json").read_text())["heldout_loss"] for run in runs}
     assert len(losses) == 4
     assert all(len(curve(run)) == 4 for run in runs)
-    assert sorted(path.name for path in (tiny / "runs/four/logs").iterdir()) == [f"{number}_{index}.log" for index in range(4)]
+    assert sorted(path.name for path in (tiny / "runs/four/logs").iterdir()) == [f"{four}_{index}.log" for index in range(4)]
