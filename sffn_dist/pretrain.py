@@ -18,18 +18,18 @@ if sys.path and os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.a
 import argparse
 import json
 import logging
-import platform
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from sffn_dist import launcher, machine, reading, rules
+from sffn_dist import exit_codes, launcher, machine, reading, rules
 from sffn_dist.config import Config, ConfigError
 from sffn_dist.training import guards
 
-REFUSED, LOST = 2, 1  # exit codes
+if TYPE_CHECKING:
+    from sffn_dist.training.watch import Watch
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -42,6 +42,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON config of the run")
     parser.add_argument("--plan", action="store_true", help="print what the run will be, and stop")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
+    parser.add_argument("--preflight", action="store_true", help="compare all ranks, try every collective, and stop")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers add it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     options = parser.parse_intermixed_args(argv)
@@ -89,8 +90,8 @@ def refuse_bad_input(options: argparse.Namespace) -> Config:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0; 2 where the input is refused; 1 where the finished weights could not be saved."""
-    main_rank, begun = launcher.is_first(), False
+    """The exit code; exit_codes.py says what each means."""
+    main_rank, watch = launcher.is_first(), None
     try:
         launcher.adopt()
         guards.watch_launcher()
@@ -106,26 +107,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             numbers = plan(config, started_ranks(config.parallel.tensor))
             print(json.dumps(numbers, indent=1) if options.plan and options.json else render(numbers), flush=True)
         if options.plan:
-            return 0
+            return exit_codes.DONE
+        if options.preflight:
+            _quieten()
+            from sffn_dist.training import preflight
+
+            return preflight.alone(config)
         lock = guards.RunLock(Path(config.run.dir))
         if main_rank:
             lock.acquire()
-        begun = True
-        return pretrain(config)
+        from sffn_dist.training.watch import Watch
+
+        watch = Watch()
+        return pretrain(config, watch)
     except ConfigError as error:
         if not main_rank:
             # a launcher ends all ranks once one has gone: rank 0 speaks first, and for all
             time.sleep(3.0)
-        speaker = "" if main_rank else f"rank {os.environ.get('RANK')} on {platform.node()}: "
-        # once it has begun, a rank may have a fault of its own: a folder that its node does not see, say
-        for problem in error.problems if main_rank or begun else ():
-            print(f"pretrain.py: error: {speaker}{problem}", file=sys.stderr)
+        if watch:  # a rank may have a fault of its own now: a folder that its node does not see, say
+            return watch.fail(error)
+        for problem in error.problems if main_rank else ():
+            print(f"pretrain.py: error: {problem}", file=sys.stderr)
         sys.stderr.flush()
-        return REFUSED
+        exit_codes.record(exit_codes.REFUSED, error.problems[0])
+        return exit_codes.REFUSED
+    except Exception as error:
+        if watch is None:
+            raise
+        return watch.fail(error)
 
 
-def pretrain(config: Config) -> int:
-    """The run itself."""
+def pretrain(config: Config, watch: Watch) -> int:
+    """The run itself; returns its exit code."""
     _quieten()
     import numpy as np
 
@@ -135,27 +148,25 @@ def pretrain(config: Config) -> int:
     from sffn_dist.data import prepare, shards
     from sffn_dist.data.batches import Batches, heldout_batches
     from sffn_dist.parallel import host, kernel_choice, topology
-    from sffn_dist.training import finish, identity, loop, reporting, resume
+    from sffn_dist.training import finish, identity, loop, preflight, reporting, resume
     from sffn_dist.training.run import Heldout, Run
+    from sffn_dist.training.setbacks import Setbacks
 
     precision, train, run_dir = machine.precision(config.precision), config.train, Path(config.run.dir)
+    store = topology.join(max(1800.0, 2 * config.guards.hang_seconds))
+    agreed = preflight.agree(config, precision)
     corpus = shards.open_corpus(prepare.prepare(config))
     identity.check(config, corpus.meta.fingerprint)
     batches = Batches(corpus.train, config.model.sequence, train.global_batch_size, train.seed)
     windows = list(heldout_batches(corpus.heldout, config.model.sequence, config.evaluation_sequences, 64))
 
     here = topology.start(config)
+    watch.start(store, here.rank, here.world, config.guards, run_dir)
+    tried = preflight.measure(agreed, here, precision) if config.guards.preflight and here.world > 1 else None
     kernel_choice.start(config.kernels, here)
     host.seed(train.seed)
     seen = manifest.newest(run_dir)
-    topology.agree(
-        {
-            "precision": precision,
-            "data fingerprint": corpus.meta.fingerprint,
-            "step of the newest checkpoint": seen.step if seen else None,
-            "sight of run.dir": (run_dir / guards.LOCK_NAME).exists(),
-        }
-    )
+    topology.agree({"data fingerprint": corpus.meta.fingerprint, "step of the newest checkpoint": seen.step if seen else None})
     run = Run(
         config=config,
         precision=precision,
@@ -165,21 +176,25 @@ def pretrain(config: Config) -> int:
         heldout=Heldout(np.concatenate(windows), corpus.token_bytes),
         data_fingerprint=corpus.meta.fingerprint,
         saver=Saver(run_dir, config, here, corpus.folder / "tokenizer.json"),
+        setbacks=Setbacks(config.guards, run_dir),
+        watch=watch,
     )
     found = resume.newest(run_dir, here)
     resume.start(run, found)
     if here.main:
-        reporting.begin(run, found.folder if found else None)
+        reporting.begin(run, found.folder if found else None, tried)
+    run.signals.catch()
     try:
-        loop.train(run)
-    except loop.LostWeightsError as error:
-        print(f"pretrain.py: error: {error}", file=sys.stderr, flush=True)
-        return LOST
+        stop = loop.train(run)
     finally:
         run.saver.wait(60.0)  # whatever ends the training, a save that is being written may still be finished
-    finish.finish(run, corpus)
+    if stop:
+        finish.stopped(run, stop)
+    else:
+        finish.finish(run, corpus)
+    watch.stop()
     topology.stop()
-    return 0
+    return exit_codes.of_signal(stop) if stop else exit_codes.DONE
 
 
 def _quieten() -> None:

@@ -80,6 +80,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     revision: str | None = None
     origin: str | None = None  # what it was imported from
+    recent_losses: tuple[float, ...] = ()  # of the last accepted steps, nats: what the next ones are judged by
     alpha: float | None = None  # of an import's guides; None: that of the run's schedule at ``step``
 
     @classmethod
@@ -125,6 +126,7 @@ class Manifest:
             versions=dict(tree["versions"]),
             revision=tree["revision"],
             origin=tree["origin"],
+            recent_losses=tuple(map(float, tree.get("recent_losses", ()))),
             alpha=None if (alpha := tree.get("alpha")) is None else float(alpha),
         )
 
@@ -212,8 +214,10 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [run_dir / "checkpoints" / name for name in found]
 
 
-def newest(run_dir: Path, besides: Container[Path] = ()) -> Manifest | None:
+def newest(run_dir: Path, besides: Container[Path] = (), up_to: int | None = None) -> Manifest | None:
     """The newest complete checkpoint of a run; broken ones are skipped and named in a warning. Content is not read: see ``damage``.
+
+    ``up_to``: the last step that it may be of.
 
     None if there is none at all. Raises ConfigError if there are some and all are broken (or among ``besides``, already known to be),
     or if they cannot be listed: starting anew would overwrite the run.
@@ -225,6 +229,8 @@ def newest(run_dir: Path, besides: Container[Path] = ()) -> Manifest | None:
     except OSError as error:
         raise ConfigError([f"run.dir = {str(run_dir)!r}: its checkpoints cannot be listed: {error}"]) from None
     for folder in reversed(folders):
+        if up_to is not None and int(folder.name[5:]) > up_to:
+            continue
         if folder in besides:
             reasons.append(f"{folder}: its content is damaged, see above")
             told = len(reasons)  # those before it by the call that found it

@@ -69,6 +69,7 @@ class Position:
     optimizer_steps: int
     guide_optimizer_steps: int | None
     data_fingerprint: str | None
+    recent_losses: tuple[float, ...] = ()
 
 
 @dataclass
@@ -122,6 +123,11 @@ class Saver:
         if self._thread.ident is not None:
             self._thread.join(seconds)
         return self._saved
+
+    @property
+    def writing(self) -> bool:
+        """True while a save is being written in the background."""
+        return self._thread.is_alive()
 
     def news(self) -> list[str]:
         """What went wrong since this was last asked, a sentence each."""
@@ -211,6 +217,7 @@ class Saver:
             optimizer_steps=position.optimizer_steps,
             guide_optimizer_steps=position.guide_optimizer_steps,
             data_fingerprint=position.data_fingerprint,
+            recent_losses=position.recent_losses,
             tensor_parallel=self.topology.tensor,
             kinds=KINDS,
             config=self.config.model_dump(mode="json"),

@@ -41,7 +41,7 @@ def _run_dir(arguments: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(prog="pretrain.py")
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*")
-    options = parser.parse_intermixed_args(arguments)
+    options, _ = parser.parse_known_intermixed_args(arguments)
     return reading.load(options.config, options.overrides).run.dir
 
 

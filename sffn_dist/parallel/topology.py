@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from sffn_kernels import dispatch
+from torch._C._distributed_c10d import PrefixStore
 
 from sffn_dist import machine
 from sffn_dist.config import Config, ConfigError
-from sffn_dist.parallel import host
+from sffn_dist.parallel import host, rendezvous
 from sffn_dist.rules import check_world
 
 
@@ -65,18 +66,28 @@ class ModelParallelUnit:
 
 
 def start(config: Config) -> Topology:
-    """Join the process group that the launcher describes (RANK, WORLD_SIZE, ...), or be alone, and make Megatron's groups."""
-    host.prepare()
-    _threads()
-    if not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        if "RANK" not in os.environ:
-            os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
-            os.environ["MASTER_PORT"] = str(_free_port())
-        backend = "nccl" if host.has_cuda() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    """Join the process group, and make Megatron's groups."""
+    join()
     check_world(config, dist.get_world_size())
     return groups(config.parallel.tensor)
+
+
+def join(timeout: float = 1800.0) -> Any:
+    """Join the process group that the launcher describes (RANK, WORLD_SIZE, ...), or be alone; returns the ranks' common store.
+
+    ``timeout``: seconds that a collective may take. Raises ConfigError where ranks do not find each other.
+    """
+    host.prepare()
+    _threads()
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    if "RANK" not in os.environ:
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = rendezvous.join(rank, world)
+    backend, limit = "nccl" if host.has_cuda() else "gloo", datetime.timedelta(seconds=timeout)
+    dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=limit)
+    return store
 
 
 def groups(tensor: int) -> Topology:
@@ -130,9 +141,3 @@ def _threads() -> None:
     """Share the cores among a node's ranks, unless the user said otherwise: oversubscribed ranks crawl."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, machine.cores() // machine.ranks_here()))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -146,7 +146,7 @@ class Progress:
         now = self._clock()
         seconds = row["seconds"] if "seconds" in row else now - self._before
         self._before = now
-        self.done += 1
+        before, self.done = self.done, row.get("step", self.done) + 1  # some steps may have been passed over
         self._estimate.observe("step", seconds)
         if row.get("heldout_loss") is not None:
             self._heldout = row["heldout_loss"]
@@ -156,7 +156,7 @@ class Progress:
             remaining = self._estimate.remaining(self.done)
         text = "  ".join(self._parts(row, seconds, remaining))
         if self._bar is not None:
-            self._try(self._advance, text)
+            self._try(self._advance, text, self.done - before)
         elif self.done - self.start <= self.FIRST or self.done >= self.total or now - self._printed >= self.SECONDS:
             self._printed = now
             self._print(f"step {self.done}/{self.total}  {text}")
@@ -207,9 +207,9 @@ class Progress:
             total=self.total, initial=self.start, file=self._stream, bar_format=form, dynamic_ncols=True, mininterval=0.2
         )
 
-    def _advance(self, text: str) -> None:
+    def _advance(self, text: str, steps: int) -> None:
         self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(1)
+        self._bar.update(steps)
         if self.done >= self.total:
             self._bar.refresh()
 

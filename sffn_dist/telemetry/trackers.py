@@ -31,6 +31,10 @@ class Tracker(Protocol):
 
     def log(self, row: Mapping[str, Any], step: int) -> None: ...
 
+    def event(self, row: Mapping[str, Any]) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
+
     def finish(self, summary: Mapping[str, Any]) -> None: ...
 
 
@@ -45,6 +49,16 @@ class Trackers:
         """Hand on one row of numbers; ``step`` as in the metrics log (index of the step, rising)."""
         for tracker in self._trackers:
             self._guard(tracker, tracker.log, row, step)
+
+    def event(self, row: Mapping[str, Any]) -> None:
+        """Hand on something that happened: a row of events.jsonl."""
+        for tracker in self._trackers:
+            self._guard(tracker, tracker.event, row)
+
+    def rewind(self, step: int) -> None:
+        """The run went back: the rows of ``step`` and later will come again."""
+        for tracker in self._trackers:
+            self._guard(tracker, tracker.rewind, step)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Hand on the run's final figures and close; later calls do nothing."""
@@ -126,6 +140,8 @@ class _Wandb:
                 allow_val_change=True,  # a restart may change what does not make another run of it, e.g. micro_batch_size
             )
 
+        self._counts: dict[str, int] = {}
+        self._logged = 0
         offline = _wandb_is_logged_out()
         try:
             self._run = start("offline" if offline else None)
@@ -137,9 +153,18 @@ class _Wandb:
             self._run = start("offline")
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        # the steps that a resumed run repeats are on the server already, with the same values; it would warn about each
-        if step >= self._run.starting_step:
+        # steps that a resumed run, or one that went back, repeats are on the server already; it would warn about each
+        if step >= max(self._run.starting_step, self._logged):
+            self._logged = step
             self._run.log(dict(row), step=step)
+
+    def event(self, row: Mapping[str, Any]) -> None:
+        kind = str(row["event"]).replace(" ", "_")
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        self._run.summary.update({f"events/{kind}": self._counts[kind], "events/last": str(row["message"])})
+
+    def rewind(self, step: int) -> None:
+        """Nothing to do: W&B takes no step twice, and the server keeps the rows that were undone."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(summary))
@@ -193,7 +218,10 @@ class _Tensorboard:
     def __init__(self, run_dir: Path, config_flat: Mapping[str, Any], resume_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step)
+        self._folder, self._writer = (
+            str(run_dir / "tensorboard"),
+            SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step),
+        )
         table = "\n".join(["| key | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in config_flat.items())])
         self._writer.add_text("config", table, resume_step)
 
@@ -202,6 +230,15 @@ class _Tensorboard:
     def log(self, row: Mapping[str, Any], step: int) -> None:
         self._step = step
         self._add(row, step)
+
+    def event(self, row: Mapping[str, Any]) -> None:
+        self._writer.add_text("events", f"{row['event']}: {row['message']}", row["step"])
+
+    def rewind(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer.close()
+        self._writer = SummaryWriter(self._folder, purge_step=step)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._add({f"summary/{key}": value for key, value in summary.items()}, self._step)

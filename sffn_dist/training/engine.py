@@ -128,29 +128,45 @@ def set_learning_rate(engine: Engine, value: float) -> None:
 
 
 def train_step(
-    engine: Engine, losses: Callable[[Any], Tensor], micro_batches: Iterator[Any], clip: float
+    engine: Engine,
+    losses: Callable[[Any], Tensor],
+    micro_batches: Iterator[Any],
+    clip: float,
+    allow: Callable[[float], bool] = lambda loss: True,
 ) -> tuple[float, float]:
-    """One optimiser step over the rank's micro-batches; returns (mean loss in nats, global gradient norm before clipping)."""
+    """One optimiser step over the rank's micro-batches; returns (mean loss in nats, global gradient norm before clipping).
+
+    ``allow``, called with the mean loss on every rank, says whether the update is made: the same on all of them. Where it is not, and
+    where a gradient is not finite, nothing changes: no weight, no moment, no count; the norm returned is then not finite.
+    """
     total: Tensor | None = None
     norm: float | None = None
-    count = 0
+    mean, count = math.nan, 0
     for micro_batch in micro_batches:
         loss = losses(micro_batch)
         engine.backward(loss)
-        if engine.is_gradient_accumulation_boundary() and engine.zero_optimization_stage() == 0:
-            norm = _gradient_norm(engine)
-            if math.isfinite(norm):
-                _clip(engine, norm, clip)
-            else:  # as the other stages do: no step, nothing decays
-                _drop_gradients(engine)
+        total, count = loss.detach() if total is None else total + loss.detach(), count + 1
+        if engine.is_gradient_accumulation_boundary():
+            mean = float(total) / count
+            norm = _settle(engine, allow(mean), clip)
         engine.step()
-        total = loss.detach() if total is None else total + loss.detach()
-        count += 1
     assert total is not None, "a step needs a micro-batch"
     assert engine.micro_steps % engine.gradient_accumulation_steps() == 0
-    if norm is None:
-        norm = float(engine.get_global_grad_norm())
-    return float(total) / count, norm
+    return mean, float(engine.get_global_grad_norm()) if norm is None else norm
+
+
+def _settle(engine: Engine, allowed: bool, clip: float) -> float | None:
+    """Before the optimiser's step: in stage 0 norm and clipping; in every stage, what keeps back an update that is not to be made."""
+    if engine.zero_optimization_stage() > 0:
+        if not allowed:
+            _spoil_partitions(engine)
+        return None
+    norm = _gradient_norm(engine) if allowed else math.inf
+    if math.isfinite(norm):
+        _clip(engine, norm, clip)
+    else:  # as the other stages do: no step, nothing decays
+        _drop_gradients(engine)
+    return norm
 
 
 def _gradient_norm(engine: Engine) -> float:
@@ -173,6 +189,14 @@ def _drop_gradients(engine: Engine) -> None:
         engine.optimizer.zero_grad(set_to_none=True)
     else:
         next(p for p in engine.module.parameters() if p.grad is not None).grad.fill_(math.nan)
+
+
+def _spoil_partitions(engine: Engine) -> None:
+    """Stages 1-3 skip a step whose gradients are not finite, on all ranks: there is no other way in DeepSpeed 0.19 to have it skipped."""
+    for parts in engine.optimizer.averaged_gradients.values():
+        for part in parts or ():
+            if part is not None:
+                part.fill_(math.nan)
 
 
 def _clip(engine: Engine, norm: float, limit: float) -> None:

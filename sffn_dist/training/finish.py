@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
 import sys
 from typing import Any
 
-from sffn_dist import counts
+from sffn_dist import counts, exit_codes
 from sffn_dist import model as models
 from sffn_dist.data.shards import Corpus
 from sffn_dist.durable import write_text
@@ -35,8 +36,19 @@ def finish(run: Run, corpus: Corpus) -> None:
         write_text(run.dir / "summary.json", json.dumps(numbers, indent=1) + "\n")
     except OSError as error:  # the run is over and printed: a full disk takes only this file
         log.warning("summary.json not written: %s", error)
+    run.watch.stop()  # a tracker may take minutes to send the rest, and nobody waits for it
     run.reports.trackers.finish(numbers)
     sys.stdout.flush()
+
+
+def stopped(run: Run, stop: signal.Signals) -> None:
+    """A signal stopped the run, its state is saved: the record of the end says so to a job script, the trackers close."""
+    reason = f"stopped by {stop.name} after step {run.step} of {run.schedule.total_steps}"
+    if run.reports is None:
+        return
+    exit_codes.record(exit_codes.of_signal(stop), reason)
+    run.reports.close()
+    run.reports.trackers.finish({"stopped": reason})
 
 
 def sample_text(run: Run, corpus: Corpus) -> str:
@@ -46,7 +58,7 @@ def sample_text(run: Run, corpus: Corpus) -> str:
     prompt = corpus.tokenizer.encode(config.sample.prompt, add_special_tokens=False).ids or [corpus.meta.end_of_text]
     ids = sample(
         run.model,
-        models.token_logits,
+        run.watch.ticking(models.token_logits, "sample"),
         prompt,
         config.sample.tokens,
         context=config.model.sequence,

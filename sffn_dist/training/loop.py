@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,62 +11,122 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from sffn_dist import exit_codes
 from sffn_dist import model as models
 from sffn_dist import schedule as schedules
 from sffn_dist.checkpoint import store
 from sffn_dist.inference.evaluation import Evaluation, evaluate
-from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Now
 from sffn_dist.shapes import is_guide
 from sffn_dist.training import engine as engines
-from sffn_dist.training import phases, reporting, state
+from sffn_dist.training import phases, replicas, reporting, rollback, state
+from sffn_dist.training.agreement import Agreed, agree
 from sffn_dist.training.run import Run
 
 
-def train(run: Run) -> None:
-    """Take every step that is left."""
-    config, first = run.config, run.step
+def train(run: Run) -> signal.Signals | None:
+    """Take every step that is left, or those until a signal: that one is returned once the state is saved.
+
+    Raises LostWeightsError, DivergedError or ReplicasDifferError, each on every rank.
+    """
+    config, first, total = run.config, run.step, run.schedule.total_steps
     reporting.announce_bound(run)
-    for step in range(first, run.schedule.total_steps):
-        now = run.schedule.at(step)
-        drawn = models.set_guide(run.model, run.schedule, now)
-        engines.set_learning_rate(run.engine, config.train.learning_rate * now.learning_rate_factor)
-        started = time.perf_counter()
-        batches = _micro_batches(run, now, announce=step == first)
-        loss, norm = engines.train_step(run.engine, _loss(run), batches, config.train.clip)
-        loss = _mean_over_data(loss, run.topology)
-        run.step = step + 1
-        reporting.report_step(
-            run,
-            now,
-            loss,
-            norm,
-            drawn,
-            time.perf_counter() - started,
-            announce=run.step == min(first + reporting.EARLY_STEPS, run.schedule.total_steps),
-        )
+    while run.step < total:
+        stop = pass_over(run) if run.step in run.setbacks.passed else take_step(run, taken=run.step - first)
+        if run.setbacks.too_many:
+            rollback.go_back(run)
+            continue
         phases.enter(run)
-        if schedules.due(run.step, config.evaluation.interval, run.schedule.total_steps):
+        if schedules.due(run.step, config.evaluation.interval, total) and not stop:
             evaluate_now(run)
-        if schedules.due(run.step, config.checkpoint.interval, run.schedule.total_steps):
+        run.owes_save |= schedules.due(run.step, config.checkpoint.interval, total)
+        saves = stop or (run.owes_save and not run.setbacks.streak)
+        every = config.guards.replicas_interval
+        if every and (saves or run.step % every == 0):  # no checkpoint of replicas that differ
+            replicas.check(run.engine, config, run.topology)
+        if saves:
             save(run)
         _tell_of_saves(run)
+        if stop:
+            return stopped(run, stop)
     if run.step > first and not finished_save(run):
         save(run)  # the last save is worth a second try
         if not finished_save(run):
             raise LostWeightsError(f"the finished run's weights could not be saved in {run.dir}; see the warnings above")
+    return None
+
+
+def take_step(run: Run, taken: int) -> signal.Signals | None:
+    """One step: batches, guide, optimiser, metrics; skipped where its loss or gradient forbids it. ``taken``: steps of this start."""
+    config, now, started = run.config, run.schedule.at(run.step), time.perf_counter()
+    drawn = models.set_guide(run.model, run.schedule, now)
+    engines.set_learning_rate(run.engine, config.train.learning_rate * now.learning_rate_factor)
+    agreed: list[Agreed] = []
+
+    def allow(loss: float) -> bool:
+        with run.recorder.waiting():
+            agreed.append(agree(loss, run.signals, run.topology, report=run.report_requested()))
+        return run.setbacks.losses.objection(agreed[0].loss) is None
+
+    run.recorder.begin()
+    batches = run.recorder.data(_micro_batches(run, now, announce=taken == 0))
+    _, norm = engines.train_step(run.engine, _loss(run), batches, config.train.clip, allow)
+    run.recorder.end()
+    loss = agreed[0].loss
+    reason = run.setbacks.losses.objection(loss) or (None if math.isfinite(norm) else f"gradient norm {norm}")
+    run.step += 1
+    last_early = taken + 1 == min(reporting.EARLY_STEPS, run.schedule.total_steps - now.step + taken)
+    reporting.report_step(run, now, loss, norm, drawn, time.perf_counter() - started, skipped=reason, announce=last_early)
+    run.setbacks.note(now.step, reason, loss)
+    _report_if_asked(run, agreed[0].report)
+    return agreed[0].stop
+
+
+def _report_if_asked(run: Run, asked: bool) -> None:
+    """A report of all ranks; on CUDA after one step more, which waits for the device at each mark."""
+    if run.recorder.precise or (asked and run.topology.device.type != "cuda"):
+        run.recorder.precise = False
+        reporting.report_ranks(run)
+    elif asked:
+        run.recorder.precise = True
+
+
+def pass_over(run: Run) -> signal.Signals | None:
+    """A step that was bad before the run went back: nothing of it is computed, and no signal agreed on."""
+    run.tell("passed over", f"step {run.step}: its batch is passed over")
+    run.step += 1
+    return None
+
+
+def stopped(run: Run, stop: signal.Signals) -> signal.Signals:
+    """The end of a run that a signal stopped; its state is being saved."""
+    saved = finished_save(run)
+    if not saved:
+        raise LostWeightsError(
+            f"{stop.name}: the state after step {run.step} could not be saved in {run.dir}; see the warnings above"
+        )
+    run.tell(
+        "stopped",
+        f"stopped by {stop.name} after step {run.step} of {run.schedule.total_steps}; saved in {saved}",
+        signal=stop.name,
+    )
+    return stop
 
 
 class LostWeightsError(RuntimeError):
     """Training is over and its result is not on disk."""
 
+    exit_code = exit_codes.FAILED
+
 
 def _loss(run: Run) -> Any:
     def loss(batch: Tensor) -> Tensor:
-        return models.token_losses(run.engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
+        run.watch.tick(f"step {run.step}")
+        mean = models.token_losses(run.engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
+        run.recorder.forwarded()
+        return mean
 
     return loss
 
@@ -83,14 +145,6 @@ def _micro_batches(run: Run, now: Now, announce: bool) -> Iterator[Tensor]:
         yield torch.from_numpy(np.ascontiguousarray(batch)).to(topology.device)
 
 
-def _mean_over_data(loss: float, topology: Topology) -> float:
-    if topology.data == 1:
-        return loss
-    total = torch.tensor(loss, device=topology.device, dtype=torch.float32)
-    dist.all_reduce(total, group=topology.data_group)
-    return float(total) / topology.data
-
-
 def evaluate_now(run: Run) -> Evaluation:
     """Held-out loss: of the mix that is trained while guided, of the structure alone at the end."""
     if run.step in run.evaluated:
@@ -102,7 +156,7 @@ def evaluate_now(run: Run) -> Evaluation:
         models.mix_guide(run.model, run.schedule.alpha(run.step))
     result = evaluate(
         run.model,
-        models.token_losses,
+        run.watch.ticking(models.token_losses, f"evaluation after step {run.step}"),
         run.heldout.windows,
         run.heldout.token_bytes,
         run.config.train.micro_batch_size,
@@ -130,15 +184,20 @@ def save(run: Run) -> None:
     guided = run.schedule.guided(run.step)
     held = (fragment for fragment in state.fragments(run.engine) if guided or not is_guide(fragment.name))
     fragments = store.owned(held, run.config, run.topology)
-    position = store.Position(run.step, steps, guide_steps if guided else None, run.data_fingerprint)
+    position = store.Position(
+        run.step, steps, guide_steps if guided else None, run.data_fingerprint, tuple(run.setbacks.losses.recent)
+    )
+    _await_save(run)  # of the one before, which must not seem a hang
     run.saver.save(position, fragments)
+    run.owes_save = False
+    run.setbacks.saved(run.step)
     if run.reports:
         run.reports.estimate.observe("checkpoint", time.perf_counter() - started)
 
 
 def finished_save(run: Run) -> Path | None:
     """The checkpoint begun last, once it is written; None if that failed, on every rank."""
-    path = run.saver.wait()
+    path = _await_save(run)
     _tell_of_saves(run)
     return path
 
@@ -147,3 +206,11 @@ def _tell_of_saves(run: Run) -> None:
     for problem in run.saver.news():
         if run.reports:
             run.reports.progress.note(f"warning: {problem}; training goes on")
+
+
+def _await_save(run: Run) -> Path | None:
+    """Let a save end, however slow the disk is."""
+    while run.saver.writing:
+        run.watch.tick(f"saving step {run.step}")
+        run.saver.wait(5.0)
+    return run.saver.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 
@@ -16,12 +15,14 @@ from sffn_dist.checkpoint.manifest import checkpoints
 from sffn_dist.config import Config, ConfigError, flatten
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Now
+from sffn_dist.telemetry import ranks
+from sffn_dist.telemetry.events import EventLog
 from sffn_dist.telemetry.metrics import MetricsLog
 from sffn_dist.telemetry.peak import measured_flops, peak_flops
 from sffn_dist.telemetry.plan import checkpoint_bytes
 from sffn_dist.telemetry.progress import Estimate, Progress, format_duration
 from sffn_dist.telemetry.trackers import Trackers, open_trackers
-from sffn_dist.training import identity
+from sffn_dist.training import identity, preflight
 from sffn_dist.training.run import Reports, Run
 
 DISK_RATE, COPY_RATE = (
@@ -31,8 +32,11 @@ DISK_RATE, COPY_RATE = (
 EARLY_STEPS = 3  # after so many steps of a process the estimate of the whole run is printed
 
 
-def begin(run: Run, continued: Path | None) -> None:
-    """Rank 0 takes run.dir in hand: leftovers out, the run's record and logs in; raises ConfigError where it cannot be written."""
+def begin(run: Run, continued: Path | None, tried: preflight.Report | None) -> None:
+    """Rank 0 takes run.dir in hand: leftovers out, the run's record and logs in; raises ConfigError where it cannot be written.
+
+    ``tried``: what the pre-flight found.
+    """
     config = run.config
     try:
         store.sweep(run.dir)
@@ -43,8 +47,20 @@ def begin(run: Run, continued: Path | None) -> None:
     except OSError as error:
         raise ConfigError([f"run.dir = {config.run.dir!r}: cannot be written: {error}"]) from None
     _warn_of_room(run)
+    if tried:
+        head, *_ = tried.text().split("\n", 1)
+        run.tell("pre-flight", "\n".join([head, *(f"warning: {warning}" for warning in tried.warnings)]), **tried.row())
     if continued:
-        run.reports.progress.note(f"continuing at step {run.step} of {run.schedule.total_steps} from {continued}")
+        run.tell("continued", f"continuing at step {run.step} of {run.schedule.total_steps} from {continued}")
+
+
+def begin_again(run: Run) -> None:
+    """After a return to an earlier step: its metrics go on from there, whatever they held beyond."""
+    assert run.reports
+    trackers = run.reports.trackers
+    run.reports.close()
+    trackers.rewind(run.step)
+    run.reports = open_reports(run.config, run.precision, run.topology, trackers, run.step)
 
 
 def _warn_of_room(run: Run) -> None:
@@ -76,6 +92,7 @@ def open_reports(config: Config, precision: str, topology: Topology, trackers: T
         # a row's step counts the steps taken: the one of a resumed step stands, the last one is written anew
         evaluations=MetricsLog(Path(config.run.dir) / "evaluations.jsonl", step + (step < total)),
         trackers=trackers,
+        events=EventLog(Path(config.run.dir) / "events.jsonl"),
         progress=Progress(
             total,
             step,
@@ -101,8 +118,10 @@ def _costs(config: Config, more: float) -> list[float]:
     return [1.0 + more * clock.expected_drawn_share(step) for step in range(clock.total_steps)]
 
 
-def report_step(run: Run, now: Now, loss: float, norm: float, drawn: int, seconds: float, announce: bool) -> None:
-    """One line of metrics, the progress bar, the trackers."""
+def report_step(
+    run: Run, now: Now, loss: float, norm: float, drawn: int, seconds: float, *, skipped: str | None, announce: bool
+) -> None:
+    """One line of metrics, the progress bar, the trackers; a step that was ``skipped`` is an event too."""
     if run.reports is None:
         return
     config, reports = run.config, run.reports
@@ -123,15 +142,24 @@ def report_step(run: Run, now: Now, loss: float, norm: float, drawn: int, second
         "guided_share": share,
         "data_step": now.data_step,
         "flops": flops,
+        "skipped": int(skipped is not None),
     }
     reports.estimate.observe("step", seconds, step=now.step)
     reports.metrics.write(row)
     reports.trackers.log(row, now.step)
     reports.progress.step(row, remaining_seconds(run))
-    if not math.isfinite(norm):
-        reports.progress.note(f"warning: step {now.step}: loss {loss}, gradient norm {norm}: the optimiser step was skipped")
+    if skipped:
+        run.tell("skipped", f"warning: step {now.step}: {skipped}: the optimiser step was skipped", skipped=now.step)
     if announce and run.step < run.schedule.total_steps:
         announce_estimate(run, f"from {run.step} steps" if run.step > 1 else "from the first step")
+
+
+def report_ranks(run: Run) -> None:
+    """How fast each rank is, and which are slow: to the reader and into ranks.jsonl. All ranks must call it."""
+    rows = ranks.report(run.recorder, run.topology, run.config.tokens_per_step, run.precision)
+    if run.reports:
+        run.reports.progress.note(ranks.render(rows))
+        ranks.write(run.dir, run.step, rows)
 
 
 def remaining_seconds(run: Run) -> float | None:

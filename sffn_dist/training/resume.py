@@ -26,14 +26,14 @@ from sffn_dist.training.run import Run
 log = logging.getLogger(__name__)
 
 
-def newest(run_dir: Path, topology: Topology) -> Manifest | None:
+def newest(run_dir: Path, topology: Topology, up_to: int | None = None) -> Manifest | None:
     """The run's newest checkpoint whose content is whole: rank 0 chooses, each rank hashes its share of the files. All ranks must call it.
 
     A damaged one is named in a warning and skipped; where its content is wrong, it is marked in its folder. Raises ConfigError if there
-    are checkpoints and none is good.
+    are checkpoints and none is good. ``up_to``: the last step that it may be of.
     """
     damaged: set[Path] = set()
-    while (found := _chosen(lambda: manifests.newest(run_dir, damaged), topology)) is not None:
+    while (found := _chosen(lambda: manifests.newest(run_dir, damaged, up_to), topology)) is not None:
         problems = damage(found, topology)
         if not problems:
             return found
@@ -91,6 +91,7 @@ def start(run: Run, found: Manifest | None) -> None:
     if source is not None:
         check_tokenizer(source, run)
     run.step = found.step if found else 0
+    run.setbacks.begin(found.recent_losses if found else ())
     model = models.build(config, run.precision, topology, guide=run.schedule.guided(run.step))
     if found is None and source is None:
         models.initialise(model, config, topology)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,16 @@ from sffn_dist.data.batches import Batches
 from sffn_dist.inference.evaluation import Evaluation
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.schedule import Schedule
+from sffn_dist.telemetry import ranks
+from sffn_dist.telemetry.events import EventLog
 from sffn_dist.telemetry.metrics import MetricsLog
 from sffn_dist.telemetry.progress import Estimate, Progress
+from sffn_dist.telemetry.ranks import Recorder
 from sffn_dist.telemetry.trackers import Trackers
+from sffn_dist.training.setbacks import Setbacks
+from sffn_dist.training.signals import Signals
 from sffn_dist.training.state import Engine
+from sffn_dist.training.watch import Watch
 
 
 @dataclass
@@ -38,6 +46,7 @@ class Reports:
     trackers: Trackers
     progress: Progress
     estimate: Estimate
+    events: EventLog
     flops_per_step: int  # without the guide
     guide_flops_per_step: int  # when every guide is computed
 
@@ -63,10 +72,19 @@ class Run:
     heldout: Heldout
     data_fingerprint: str
     saver: Saver
+    setbacks: Setbacks
+    signals: Signals = field(default_factory=Signals)
+    watch: Watch = field(default_factory=Watch)
     engine: Engine = None
     step: int = 0
     reports: Reports | None = None
     evaluated: dict[int, Evaluation] = field(default_factory=dict)
+    owes_save: bool = False  # one was due amid bad steps
+    recorder: Recorder = field(init=False)
+    asked: float = -math.inf  # when rank 0 last looked for a request, by the monotonic clock
+
+    def __post_init__(self) -> None:
+        self.recorder = Recorder(self.topology.device)
 
     @property
     def model(self) -> Any:
@@ -75,3 +93,18 @@ class Run:
     @property
     def dir(self) -> Path:
         return Path(self.config.run.dir)
+
+    def tell(self, event: str, text: str, **facts: Any) -> None:
+        """Something that happened to the run at its current step: a line for the reader, a row of events.jsonl, word to the trackers."""
+        if self.reports:
+            self.reports.progress.note(text)
+            row = self.reports.events.write(event, self.step, message=text, **facts)
+            self.reports.trackers.event(row)
+
+    def report_requested(self) -> bool:
+        """Whether somebody asks rank 0 for a report of all ranks, by a file in run.dir; looked for every two seconds at most."""
+        now = time.monotonic()
+        if not self.topology.main or now - self.asked < 2.0:
+            return False
+        self.asked = now
+        return ranks.requested(self.dir)

@@ -30,6 +30,7 @@ from sffn_dist.telemetry.plan import communication
 from sffn_dist.training import engine as engines
 from sffn_dist.training import loop, phases, resume, state
 from sffn_dist.training.run import Heldout, Run
+from sffn_dist.training.setbacks import Setbacks
 
 
 def tokens(vocab: int) -> np.ndarray:
@@ -96,7 +97,8 @@ def begin(tree: dict[str, Any], precision: str = "fp32") -> Run:
     windows = tokens(config.model.vocab)[: 2 * length].astype(np.int64).reshape(2, length)
     heldout = Heldout(windows, np.ones(config.model.vocab))
     run_dir = Path(config.run.dir)
-    run = Run(config, precision, schedules.of(config), ranks, batches, heldout, "test", store.Saver(run_dir, config, ranks))
+    saver, setbacks = store.Saver(run_dir, config, ranks), Setbacks(config.guards, run_dir)
+    run = Run(config, precision, schedules.of(config), ranks, batches, heldout, "test", saver, setbacks)
     resume.start(run, resume.newest(run_dir, ranks) if config.run.dir else None)
     return run
 

@@ -1,0 +1,39 @@
+"""Back to a good checkpoint: the run's state is what it was there, and what went wrong since is passed over (setbacks.py)."""
+
+from __future__ import annotations
+
+from sffn_dist.training import engine as engines
+from sffn_dist.training import phases, reporting, resume
+from sffn_dist.training.run import Run
+
+
+def go_back(run: Run) -> None:
+    """Start again from the newest checkpoint before the trouble, or from the start if there is none. All ranks must call it.
+
+    Raises setbacks.DivergedError where that has been done often enough. The metrics of the steps that are undone go; the events stay.
+    """
+    setbacks, reached = run.setbacks, run.step
+    first, last = setbacks.streak[0], setbacks.streak[-1]
+    limit = setbacks.turn_back()
+    run.watch.tick("going back")
+    run.saver.wait()
+    found = resume.newest(run.dir, run.topology, up_to=limit)
+    if found is None and limit < first:  # nothing that far back is kept
+        found = resume.newest(run.dir, run.topology, up_to=first)
+    engines.destroy(run.engine)
+    run.engine = None
+    phases.free(run)
+    resume.start(run, found)
+    setbacks.returned(run.step)
+    run.evaluated = {step: result for step, result in run.evaluated.items() if step <= run.step}
+    if run.topology.main:
+        setbacks.write()
+        reporting.begin_again(run)
+    source = found.folder if found else "the start"
+    run.tell(
+        "went back",
+        f"steps {first} to {last} were bad: from step {reached} back to step {run.step}, {source}; their batches will be passed over",
+        first=first,
+        last=last,
+        reached=reached,
+    )

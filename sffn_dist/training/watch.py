@@ -1,0 +1,240 @@
+"""The watch beside a run: who is alive, who makes progress, and one reason for all when it ends before its time.
+
+    main thread   tick("step 12") whenever it gets on             fail(error) when it cannot
+    line          every beat: own progress to the ranks' store, the others' and the verdict from it (roll_call.py)
+    watch         every half second, from memory alone: a rank lost? no progress? a verdict? -> stacks, one message, exit
+
+The first verdict in the store stands for all ranks: whoever wrote it says it, the others leave with the same code. So an exception on one
+rank is told once, not with the broken connections that it leaves behind on the others. Exit codes: exit_codes.py.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sffn_dist import exit_codes
+from sffn_dist.config import ConfigError, Guards
+from sffn_dist.telemetry.events import EventLog
+from sffn_dist.training.roll_call import Line, Verdict
+from sffn_dist.training.signals import ASKING
+
+GLANCE = 0.5  # seconds between looks
+LINGER = 5.0  # seconds that who serves the store, or wrote the verdict, waits for the others to have read it
+BEFORE_FIRST = 3  # times guards.hang_seconds until the first progress: weights are read, kernels compiled
+SLOWER = 10  # times the longest wait for progress so far is no hang yet, however long a step takes
+
+
+class Watch:
+    """One a rank; inert until :meth:`start`."""
+
+    def __init__(self) -> None:
+        self._line: Line | None = None
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._ticks, self._ticked, self._longest, self._doing = 0, time.monotonic(), 0.0, "start"
+        self._guards, self._run_dir, self._rank = Guards(), Path(), 0
+        self._wakeup: tuple[int, int] | None = None
+
+    def start(self, store: Any, rank: int, world: int, guards: Guards, run_dir: Path) -> None:
+        """Begin to watch; every rank must call it at the same place. Waits until all have."""
+        self._guards, self._run_dir, self._rank = guards, run_dir, rank
+        self._line = Line(store, rank, world, guards.lost_seconds, self._progress)
+        self._line.start()
+        self._catch_wakeups()
+        self._ticked = time.monotonic()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread.start()
+
+    def tick(self, doing: str) -> None:
+        """The main thread got on, and now does ``doing``; costs less than a microsecond."""
+        now = time.monotonic()
+        if self._ticks:
+            self._longest = max(self._longest, now - self._ticked)
+        self._ticks, self._ticked, self._doing = self._ticks + 1, now, doing
+
+    def ticking(self, function: Callable[..., Any], doing: str) -> Callable[..., Any]:
+        """``function``, each call of which is progress."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            self.tick(doing)
+            return function(*args, **kwargs)
+
+        return called
+
+    def fail(self, error: BaseException) -> int:
+        """The main thread ends with ``error``: the exit code, once the reason is told by whoever has it.
+
+        A broken connection is what another rank's end looks like from here: such an error waits for the verdict of who knows more.
+        """
+        code = exit_codes.REFUSED if isinstance(error, ConfigError) else getattr(error, "exit_code", exit_codes.FAILED)
+        if self._line is None or self._thread is None or self._ended.is_set():
+            _say(self._text(error) + "\n")
+            exit_codes.record(code, _short(error))
+            return code
+        if is_consequence(error):
+            self._line.suspect()  # no beat from a rank that has gone: see who, now
+            self._ended.wait(self._guards.lost_seconds + 10.0)
+        self._line.propose(Verdict(code, self._rank, f"{self._where()}{_short(error)}", self._text(error)))
+        self._thread.join(2 * LINGER + 10.0)  # it ends this process
+        return code
+
+    def stop(self) -> None:
+        """The rank's part is done: nobody need miss it. Rank 0, which may serve the store, waits for the others' word."""
+        if self._thread is None or self._ended.is_set():
+            return
+        assert self._line
+        self._ended.set()
+        self._thread.join()
+        self._line.stop()
+        faulthandler.cancel_dump_traceback_later()
+        if self._wakeup:
+            signal.set_wakeup_fd(-1)
+            for descriptor in self._wakeup:
+                os.close(descriptor)
+            self._wakeup = None
+
+    # ------------------------------------------------------------------------------------------------------ the watch thread
+
+    def _look(self) -> None:
+        assert self._line
+        armed = 0.0
+        while not self._ended.is_set():
+            self._wait_for_wakeup()
+            now = time.monotonic()
+            if self._guards.hang_seconds and now - armed > 30.0:
+                # where this thread cannot run either, because somebody keeps the interpreter's lock: C code, which needs none
+                armed = now
+                faulthandler.dump_traceback_later(self._limit() + 120.0, exit=True)
+            verdict = self._line.verdict or self._lost() or self._hung()
+            if verdict:
+                self._end(verdict)
+
+    def _progress(self) -> dict[str, Any]:
+        return {"ticks": self._ticks, "doing": self._doing, "idle": round(time.monotonic() - self._ticked, 1)}
+
+    def _limit(self) -> float:
+        first = BEFORE_FIRST if self._ticks < 2 else 1
+        return max(first * self._guards.hang_seconds, SLOWER * self._longest)
+
+    def _lost(self) -> Verdict | None:
+        assert self._line
+        found = self._line.lost()
+        if found is None:
+            return None
+        return self._line.propose(Verdict(exit_codes.LOST_RANK, self._rank, found, ""))
+
+    def _hung(self) -> Verdict | None:
+        """No progress here for too long: everybody waits for the rank that is furthest behind."""
+        assert self._line
+        limit = self._limit()
+        if not self._guards.hang_seconds or time.monotonic() - self._ticked < limit:
+            return None
+        reason = f"no progress for {limit:.0f} seconds (guards.hang_seconds = {self._guards.hang_seconds:g}): {self._line.standings()}"
+        return self._line.propose(Verdict(exit_codes.HUNG, self._rank, reason, ""))
+
+    def _end(self, verdict: Verdict) -> None:
+        """Stacks, the reason if it is this rank's to say, and out: the main thread may be in a collective for ever."""
+        assert self._line
+        try:
+            folder = self._run_dir / "stacks" / self._line.run_id
+            if verdict.code in (exit_codes.HUNG, exit_codes.LOST_RANK):
+                self.dump_stacks(folder)
+            if verdict.rank == self._rank and self._line.speaks(folder):
+                self._speak(verdict, folder)
+            self._line.see_off(verdict, LINGER)
+        finally:
+            os._exit(verdict.code)
+
+    def _speak(self, verdict: Verdict, folder: Path) -> None:
+        text = verdict.text or f"pretrain.py: error: {verdict.reason}\n"
+        if verdict.code in (exit_codes.HUNG, exit_codes.LOST_RANK):
+            text += f"stacks of the ranks that still run: {folder}/\n"
+        _say(text)
+        exit_codes.record(verdict.code, verdict.reason)
+        log = EventLog(self._run_dir / "events.jsonl")
+        log.write("ended", -1, code=verdict.code, message=verdict.reason, doing=self._doing)
+
+    def dump_stacks(self, folder: Path) -> Path | None:
+        """Every thread's Python stack into ``folder``, or to standard error where that cannot be written."""
+        header = f"rank {self._rank}, pid {os.getpid()}: {self._doing}, for {time.monotonic() - self._ticked:.1f} seconds\n\n"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"rank_{self._rank:05d}.txt"
+            with path.open("a", encoding="utf-8") as file:
+                file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + header)
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+                file.write("\n")
+            return path
+        except OSError:
+            _say(header)
+            faulthandler.dump_traceback(all_threads=True)
+            return None
+
+    # --------------------------------------------------------------------------------------------------------------- signals
+
+    def _catch_wakeups(self) -> None:
+        """Python's handlers run in the main thread only, which may wait in a collective: the numbers of signals come through a pipe too."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._wakeup = os.pipe()
+        for descriptor in self._wakeup:
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
+
+    def _wait_for_wakeup(self) -> None:
+        if self._wakeup is None:
+            self._ended.wait(GLANCE)
+            return
+        if select.select([self._wakeup[0]], [], [], GLANCE)[0] and ASKING in os.read(self._wakeup[0], 4096):
+            assert self._line
+            path = self.dump_stacks(self._run_dir / "stacks" / self._line.run_id)
+            if path:
+                _say(f"rank {self._rank}: stacks written to {path}\n")
+
+    def _where(self) -> str:
+        assert self._line
+        return f"rank {self._rank} on {self._line.host}: "
+
+    def _text(self, error: BaseException) -> str:
+        """What is printed: problems of the input as they are, anything else with its traceback."""
+        where = self._where() if self._line and self._line.world > 1 else ""
+        if isinstance(error, ConfigError):
+            return "".join(f"pretrain.py: error: {where if self._rank else ''}{problem}\n" for problem in error.problems)
+        if hasattr(error, "exit_code"):
+            return f"pretrain.py: error: {error}\n"
+        trace = "".join(traceback.format_exception(error))
+        return f"{trace}pretrain.py: error: {where}{_short(error)}\n"
+
+
+def is_consequence(error: BaseException) -> bool:
+    """True for what a collective or the store raises: most often because another rank has gone."""
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "ProcessGroup")
+    kinds = {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError"}
+    return type(error).__name__ in kinds or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+
+
+def _short(error: BaseException) -> str:
+    first = str(error).strip().split("\n", 1)[0]
+    return first if isinstance(error, ConfigError) or hasattr(error, "exit_code") else f"{type(error).__name__}: {first}"
+
+
+def _say(text: str) -> None:
+    """Straight to the descriptor: the main thread may hold the stream's lock, and a full pipe that nobody reads would block."""
+    try:
+        sys.stdout.flush()
+        data = text.encode(errors="replace")
+        while data and select.select([], [2], [], 1.0)[1]:
+            data = data[os.write(2, data[:4096]) :]
+    except (OSError, ValueError):
+        pass
