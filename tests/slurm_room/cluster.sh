@@ -166,14 +166,18 @@ AccountingStorageType=accounting_storage/none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 EOF
+        echo "GresTypes=gpu"
         for i in "${!NODES[@]}"; do
             mkdir -p "$D/spool.${NODES[i]}"
-            echo "NodeName=${NODES[i]} NodeAddr=$NET.$((11 + i)) Port=26818 CPUs=4 RealMemory=4000 State=UNKNOWN"
+            echo "NodeName=${NODES[i]} NodeAddr=$NET.$((11 + i)) Port=26818 CPUs=4 RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
         done
         echo "PartitionName=main Nodes=ALL Default=YES PriorityTier=5 PreemptMode=OFF"
         echo "PartitionName=low Nodes=ALL PriorityTier=1 GraceTime=60"
         echo "PartitionName=high Nodes=ALL PriorityTier=9"
     } >"$SLURM_CONF"
+    # devices that count as GPUs for Slurm, and for nobody else
+    for i in 0 1; do ln -s /dev/null "$D/nvidia$i"; done
+    echo "Name=gpu File=$D/nvidia[0-1] Flags=nvidia_gpu_env" >"$D/gres.conf"
 }
 
 # ---- daemons: each forks away by itself and writes its pid file ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,9 +52,11 @@ class Cluster:
         return done.stdout.split()
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm says of a job (of an array: of its first line)."""
-        shown = self.command("scontrol", "show", "job", "-o", number).stdout.splitlines()
-        return dict(word.split("=", 1) for word in shown[0].split() if "=" in word) if shown else {}
+        """What Slurm says of a job (of an array: of its first part)."""
+        shown = self.command("scontrol", "show", "job", number).stdout.split("\n\n")[0]
+        found = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+        path = re.search(r"StdOut=(.*)", shown)  # it may hold spaces
+        return found | ({"StdOut": path[1]} if path else {})
 
     def wait(
         self, number: str, until: Callable[[dict[str, str]], bool], seconds: float = 120.0, pause: float = 0.25
@@ -95,7 +98,7 @@ def cluster(root: Path, no_idle_ranks: None) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config whose training takes a second or two, on real text."""
-    folder = tmp_path_factory.mktemp("jobs")
+    folder = tmp_path_factory.mktemp("some jobs")
     (folder / "text").mkdir()
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for name in ("argparse", "ast", "bisect", "calendar", "cmd", "copy", "csv", "datetime", "enum", "glob"):

@@ -17,7 +17,11 @@ import pytest
 pytestmark = pytest.mark.slurm
 ONE_NODE = ("--nodes", "1", "--gpus-per-node", "0", "--ranks-per-node", "1", "--time", "20")
 TWO_NODES = ("--nodes", "2", *ONE_NODE[2:])
-LAUNCHERS = ("srun", "torchrun", "deepspeed")
+LAUNCHERS = {  # with GPUs that only Slurm takes for such
+    "srun": ("--launcher", "srun"),
+    "torchrun": ("--launcher", "torchrun", "--gpus-per-node", "1"),
+    "deepspeed": ("--launcher", "deepspeed", "--gpus-per-node", "1"),
+}
 
 
 def saved(run: Path) -> int:
@@ -142,7 +146,7 @@ def warned(cluster: Any, tiny: Path, alone: Any, curve: Any) -> dict[str, tuple[
     found = {}
     for launcher in LAUNCHERS:
         run = tiny / f"warned_{launcher}"
-        (number,) = cluster.submit("--config", f"{tiny}/tiny.json", *TWO_NODES, "--launcher", launcher, f"run.dir={run}")
+        (number,) = cluster.submit("--config", f"{tiny}/tiny.json", *TWO_NODES, *LAUNCHERS[launcher], f"run.dir={run}")
         found[launcher] = (number, run)
     for number, run in found.values():
         warn(cluster, number, run, curve)
@@ -163,6 +167,8 @@ def test_a_warned_run_saves_requeues_itself_and_goes_on(
     assert first["asked"] == "USR1"
     assert 3 <= int(first["newest"].removeprefix("step_")) < len(curve(run)), "it was stopped on its way"
     assert second["end"] == "finished"
+    report = (run / "logs" / number / "start_1" / "environment.n2.txt").read_text()
+    assert ("CUDA_VISIBLE_DEVICES=0" in report) == ("--gpus-per-node" in LAUNCHERS[launcher])
     assert curve(run) == curve(whole[1]), "to the last digit"
 
 
@@ -252,14 +258,16 @@ def test_a_killed_rank_and_a_dead_node(cluster: Any, tiny: Path, whole: Any, cur
 
 def test_a_chain_goes_on_where_the_one_before_stopped(cluster: Any, tiny: Path, alone: Any, curve: Any) -> None:
     run = tiny / "chain"
-    numbers = cluster.submit("--config", f"{tiny}/tiny.json", *ONE_NODE, "--chain", "3", f"run.dir={run}")
-    assert len(numbers) == 3
+    numbers = cluster.submit("--config", f"{tiny}/tiny.json", *ONE_NODE, "--chain", "4", f"run.dir={run}")
+    assert len(numbers) == 4
     assert cluster.job(numbers[1])["Dependency"].startswith(f"afternotok:{numbers[0]}")
     warn(cluster, numbers[0], run, curve)
     assert cluster.end(numbers[0])[0] == "FAILED"
     assert cluster.job(numbers[0])["Restarts"] == "0"
     assert cluster.end(numbers[1]) == ("COMPLETED", "0")
-    assert cluster.end(numbers[2])[0] == "CANCELLED", "there is nothing left to do"
+    for number in numbers[2:]:  # there is nothing left to do, and the last would take the third's end for a failure
+        assert cluster.end(number)[0] == "CANCELLED"
+        assert cluster.job(number)["RunTime"] == "00:00:00"
     assert curve(run) == alone
 
 
