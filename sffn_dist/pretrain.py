@@ -199,6 +199,8 @@ def pretrain(config: Config, watch: Watch) -> int:
 
 def _quieten() -> None:
     """Keep a run's page readable: progress of our own at INFO, warnings that no user can act on left out."""
+    # c10d tells each broken connection of a rank that has gone, with its C++ stack; errors it still tells
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if os.environ.get("RANK", "0") == "0":
         logging.getLogger("sffn_dist").setLevel(logging.INFO)

@@ -8,6 +8,7 @@ was joined; each rank comes to the same verdict, and one that is refused is refu
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -29,7 +30,8 @@ from sffn_dist.checkpoint import store
 from sffn_dist.config import Config, ConfigError, flatten
 from sffn_dist.parallel import host
 
-CONFIG, DEVICE = "config", "device"  # facts: a hash, of which the keys are told; a name, of which others are odd and no more
+# facts: two hashes, of which the keys and the git revision are told; a name, of which others are odd and no more
+CONFIG, CODE, DEVICE = "config", "code", "device"
 PATIENCE = 10.0  # seconds for a file to be seen on other nodes: NFS clients keep what they know of a folder for 3 s and more
 NAMED = 4  # hosts named one by one; of more, the first ones and how many there are
 
@@ -56,13 +58,13 @@ def told(by_first: Any) -> Any:
 
 
 def facts(config: Config, precision: str) -> dict[str, str]:
-    """What is compared: versions, the code's revision, sha256 of the config as canonical JSON, precision, CPU or CUDA, device."""
+    """What is compared: versions, a hash of the code, sha256 of the config as canonical JSON, precision, CPU or CUDA, device."""
     cuda = host.has_cuda()
     found = {"host": socket.gethostname(), **store.versions(), "triton": _version("triton")}
     if cuda:
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     canonical = json.dumps(flatten(config), sort_keys=True)
-    found |= {"code": code(), CONFIG: hashlib.sha256(canonical.encode()).hexdigest(), "precision": precision}
+    found |= {CODE: code(), CONFIG: hashlib.sha256(canonical.encode()).hexdigest(), "precision": precision}
     found["computes on"] = "cuda" if cuda else "cpu"
     found[DEVICE] = device_name()
     return found
@@ -76,24 +78,22 @@ def _version(package: str) -> str:
 
 
 def device_name() -> str:
-    """Name and compute capability of this rank's CUDA device, or the machine type of its CPU."""
+    """Name and compute capability of this rank's CUDA device, or what its CPU is."""
     if not host.has_cuda():
         return machine.device_name()
     return "{}, compute capability {}.{}".format(torch.cuda.get_device_name(), *torch.cuda.get_device_capability())
 
 
+@functools.cache
 def code() -> str:
-    """The git revision that runs; a hash of the sources after it if they were changed since, or alone where git knows nothing."""
-    revision = store.revision()
-    if revision and not revision.endswith("+"):
-        return revision
+    """A hash of the sources that run here. (Git is asked only where they differ: its answer may time out on a slow disk.)"""
     digest = hashlib.sha256()
     for package in (sffn_dist, sffn_kernels):
         assert package.__file__
         folder = Path(package.__file__).parent
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".json")):
             digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
-    return f"{revision or 'sources '}{digest.hexdigest()[:12]}"
+    return digest.hexdigest()[:12]
 
 
 def agree(mine: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -106,6 +106,10 @@ def agree(mine: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[list[st
     differing = differences(gathered, hosts)
     if differing.pop(CONFIG, None):
         differing |= {f"config: {key}": text for key, text in differences(everyone(dict(settings)), hosts).items()}
+    if CODE in differing:
+        revisions = everyone(store.revision() or "unknown")
+        named = [{CODE: f"{held[CODE]}, git {revision}"} for held, revision in zip(gathered, revisions, strict=True)]
+        differing |= differences(named, hosts)
     odd = differing.pop(DEVICE, None)
     if differing:
         raise ConfigError([f"ranks disagree: {key} = {text}" for key, text in differing.items()])

@@ -58,7 +58,7 @@ def sample_text(run: Run, corpus: Corpus) -> str:
     prompt = corpus.tokenizer.encode(config.sample.prompt, add_special_tokens=False).ids or [corpus.meta.end_of_text]
     ids = sample(
         run.model,
-        run.watch.ticking(models.token_logits, "sample"),
+        run.watch.ticking(models.token_logits, "sample", run.step),
         prompt,
         config.sample.tokens,
         context=config.model.sequence,

@@ -123,7 +123,7 @@ class LostWeightsError(RuntimeError):
 
 def _loss(run: Run) -> Any:
     def loss(batch: Tensor) -> Tensor:
-        run.watch.tick(f"step {run.step}")
+        run.watch.tick("training", run.step)
         mean = models.token_losses(run.engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
         run.recorder.forwarded()
         return mean
@@ -156,7 +156,7 @@ def evaluate_now(run: Run) -> Evaluation:
         models.mix_guide(run.model, run.schedule.alpha(run.step))
     result = evaluate(
         run.model,
-        run.watch.ticking(models.token_losses, f"evaluation after step {run.step}"),
+        run.watch.ticking(models.token_losses, "evaluation", run.step),
         run.heldout.windows,
         run.heldout.token_bytes,
         run.config.train.micro_batch_size,
@@ -211,6 +211,6 @@ def _tell_of_saves(run: Run) -> None:
 def _await_save(run: Run) -> Path | None:
     """Let a save end, however slow the disk is."""
     while run.saver.writing:
-        run.watch.tick(f"saving step {run.step}")
+        run.watch.tick("saving", run.step)
         run.saver.wait(5.0)
     return run.saver.wait()

@@ -9,8 +9,8 @@ Compared are, by a checksum each:
 
 The checksum of a tensor, seen as 64-bit integers w_i modulo 2^64, is sum_i c_(i mod 256) w_i with odd c: any one flipped bit changes
 it, and so does nearly every exchange of values. It reads each tensor once and makes no copy (of one that does not lie at a multiple of
-8 bytes, a piece at a time); then 8 bytes a tensor are reduced over each group, and the host waits once. On one CPU core 100 M
-parameters take 23 ms in bf16 and 60 ms in fp32, beside the exchange.
+8 bytes, a piece at a time); then 8 bytes a tensor are reduced over each group, and the host waits once. Of 110 M parameters on two
+ranks with a CPU core each it took 38 ms in bf16 and 44 ms in fp32 (ZeRO 1), and 85 ms in bf16 under ZeRO 0, with the masters.
 """
 
 from __future__ import annotations
@@ -65,11 +65,15 @@ def check(engine: Engine, config: Config, topology: Topology) -> None:
     """
     if topology.world == 1:
         return
-    held = list(_held(engine, config, topology))
+    # those over the data-parallel group come first, those over the tensor-parallel one last: slices, for an index would make the host wait
+    held = sorted(_held(engine, config, topology), key=lambda item: ("tensor" in item.over) - ("data" in item.over))
     sums = torch.stack([checksum(item.tensor) for item in held]) if held else torch.zeros(0, dtype=torch.int64)
     sums, differ = sums.to(topology.device), {}
-    for name, group in (("data", topology.data_group), ("tensor", topology.tensor_group)):
-        own = sums[torch.tensor([name in item.over for item in held], dtype=torch.bool, device=sums.device)]
+    many = {name: sum(name in item.over for item in held) for name in ("data", "tensor")}
+    for name, group, own in (
+        ("data", topology.data_group, sums[: many["data"]]),
+        ("tensor", topology.tensor_group, sums[len(held) - many["tensor"] :]),
+    ):
         bounds = torch.stack([own, ~own])  # the least of ~x is ~ of the greatest x
         if getattr(topology, name) > 1:
             dist.all_reduce(bounds, op=dist.ReduceOp.MIN, group=group)

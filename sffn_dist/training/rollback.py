@@ -15,7 +15,7 @@ def go_back(run: Run) -> None:
     setbacks, reached = run.setbacks, run.step
     first, last = setbacks.streak[0], setbacks.streak[-1]
     limit = setbacks.turn_back()
-    run.watch.tick("going back")
+    run.watch.tick("going back", run.step)
     run.saver.wait()
     found = resume.newest(run.dir, run.topology, up_to=limit)
     if found is None and limit < first:  # nothing that far back is kept

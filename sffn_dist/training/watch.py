@@ -1,6 +1,6 @@
 """The watch beside a run: who is alive, who makes progress, and one reason for all when it ends before its time.
 
-    main thread   tick("step 12") whenever it gets on             fail(error) when it cannot
+    main thread   tick("training", 12) whenever it gets on             fail(error) when it cannot
     line          every beat: own progress to the ranks' store, the others' and the verdict from it (roll_call.py)
     watch         every half second, from memory alone: a rank lost? no progress? a verdict? -> stacks, one message, exit
 
@@ -42,7 +42,7 @@ class Watch:
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
         self._ticks, self._ticked, self._longest, self._doing = 0, time.monotonic(), 0.0, "start"
-        self._guards, self._run_dir, self._rank = Guards(), Path(), 0
+        self._guards, self._run_dir, self._rank, self._step = Guards(), Path(), 0, 0
         self._wakeup: tuple[int, int] | None = None
 
     def start(self, store: Any, rank: int, world: int, guards: Guards, run_dir: Path) -> None:
@@ -55,18 +55,19 @@ class Watch:
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
 
-    def tick(self, doing: str) -> None:
-        """The main thread got on, and now does ``doing``; costs less than a microsecond."""
+    def tick(self, doing: str, step: int) -> None:
+        """The main thread got on, and is ``doing`` something at a step; costs a microsecond."""
         now = time.monotonic()
         if self._ticks:
             self._longest = max(self._longest, now - self._ticked)
-        self._ticks, self._ticked, self._doing = self._ticks + 1, now, doing
+        self._ticks, self._ticked, self._doing = self._ticks + 1, now, f"step {step}, {doing}"
+        self._step = step
 
-    def ticking(self, function: Callable[..., Any], doing: str) -> Callable[..., Any]:
+    def ticking(self, function: Callable[..., Any], doing: str, step: int) -> Callable[..., Any]:
         """``function``, each call of which is progress."""
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            self.tick(doing)
+            self.tick(doing, step)
             return function(*args, **kwargs)
 
         return called
@@ -162,7 +163,7 @@ class Watch:
         _say(text)
         exit_codes.record(verdict.code, verdict.reason)
         log = EventLog(self._run_dir / "events.jsonl")
-        log.write("ended", -1, code=verdict.code, message=verdict.reason, doing=self._doing)
+        log.write("ended", self._step, code=verdict.code, message=verdict.reason, doing=self._doing)
 
     def dump_stacks(self, folder: Path) -> Path | None:
         """Every thread's Python stack into ``folder``, or to standard error where that cannot be written."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def test_another_revision_is_refused_and_another_device_is_not(ranks: Callable[.
     odd = {1: {"facts": {"code": "abc", "device": "Z1"}}}
     for (problem,) in ranks(2, 1).run(CASES, "agreed", tree=TREE, odd=odd):
         assert "ranks disagree: code = " in problem
-        assert '"abc" on n0 (rank 1)' in problem
+        assert re.search(r'"abc, git \w+\+?" on n0 \(rank 1\)', problem)
         assert "the odd one" not in problem, "of two nobody knows which"
     for *_, warning in ranks(2, 1).run(CASES, "agreed", tree=TREE, odd={1: {"facts": {"device": "Z1"}}}):
         assert warning.startswith("devices differ")

@@ -1,0 +1,85 @@
+"""A short run killed and started again, many times; called inside the nursery, whose children have all imports behind them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from sffn_dist import pretrain
+from sffn_dist.checkpoint.manifest import newest
+from sffn_dist.training import finish, loop, rollback  # noqa: F401  (what a child would import first)
+
+
+def start(argv: list[str], world: int, log: Path) -> list[int]:
+    """Fork the ranks of a run; their pids by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [_fork(argv, rank, world, port, log) for rank in range(world)]
+
+
+def _fork(argv: list[str], rank: int, world: int, port: int, log: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ.update({**{key: str(value) for key, value in place.items()}, "MASTER_ADDR": "127.0.0.1"})
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        pretrain.guards.watch_launcher = lambda *_: None  # the nursery is no launcher
+        code = pretrain.main(argv)
+    finally:
+        os._exit(code)
+
+
+def rows(run: Path) -> int:
+    """How many steps the run has told of."""
+    try:
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+def cycles(argv: list[str], run: str, kills: int, seed: int, world: int) -> list[dict[str, Any]]:
+    """Kill some rank of the run after some more steps, or while it starts; again and again, then let it end."""
+    chance, told, folder = random.Random(seed), [], Path(run)
+    log = folder.with_name(folder.name + ".log")
+    for number in range(kills + 1):
+        pids, before = start(argv, world, log), rows(folder)
+        alive, wanted = dict(enumerate(pids)), before + chance.randrange(1, 12)
+        deadline = time.monotonic() + (chance.uniform(0.0, 2.0) if chance.random() < 0.2 else 90.0)
+        codes: dict[int, int] = {}
+        killed = None
+        while alive:
+            for rank, pid in list(alive.items()):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+                    del alive[rank]
+            if killed is None and alive and number < kills and (rows(folder) >= wanted or time.monotonic() > deadline):
+                time.sleep(chance.uniform(0.0, 0.05))
+                killed = chance.choice(list(alive))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(alive[killed], signal.SIGKILL)
+            time.sleep(0.005)
+        told.append({"killed": killed, "codes": [codes[rank] for rank in range(world)], "from": before, "to": rows(folder)})
+    return told
+
+
+def outcome(run: str) -> dict[str, Any]:
+    """The last checkpoint's step and the hashes of its files; the curve."""
+    manifest = newest(Path(run))
+    assert manifest
+    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
+    curve = [tuple(json.loads(line)[key] for key in ("step", "loss", "grad_norm", "lr")) for line in lines]
+    return {"step": manifest.step, "files": {name: file.sha256 for name, file in manifest.files.items()}, "curve": curve}
