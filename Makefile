@@ -1,5 +1,6 @@
 # make demo   train the demo (installs first if needed)      make test   all tests
 # make lint   ruff and mypy                                  make install   .venv with everything in it
+# make test-slurm    jobs on a real Slurm on this machine, for some minutes; needs root and Debian's packages slurmctld slurmd slurm-client munge
 # make test-faults   saves killed at random moments and disks that fill, for some minutes
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo test test-faults lint clean
+.PHONY: install demo test test-faults test-slurm lint clean
 
 install: $(READY)
 
@@ -29,6 +30,9 @@ test: $(READY)
 
 test-faults: $(READY)
 	$(BIN)/python -m pytest -m faults
+
+test-slurm: $(READY)
+	$(BIN)/python -m pytest -m slurm tests/slurm_room
 
 lint: $(READY)
 	$(BIN)/ruff check .

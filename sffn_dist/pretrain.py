@@ -92,10 +92,10 @@ def refuse_bad_input(options: argparse.Namespace) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code; exit_codes.py says what each means."""
-    launcher.adopt()
-    guards.watch_launcher()
-    main_rank, watch = os.environ.get("RANK", "0") == "0", None
+    main_rank, watch = launcher.is_first(), None
     try:
+        launcher.adopt()
+        guards.watch_launcher()
         options = arguments(argv)
         config = refuse_bad_input(options)
         if config.parallel.tensor > 1:

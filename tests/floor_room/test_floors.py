@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, KERNELS, TOOLS = ROOT / "sffn_dist", ROOT / "kernels" / "sffn_kernels", ROOT / "tools"
 FLOORS = (
-    ("config", "durable", "exit_codes", "launcher"),
-    ("shapes", "machine"),
+    ("config", "durable", "exit_codes"),
+    ("shapes", "machine", "launcher"),
     ("counts", "traffic"),
     ("schedule",),
     ("rules",),
@@ -27,6 +27,7 @@ FLOORS = (
     ("model",),
     ("data", "checkpoint", "telemetry", "inference"),
     ("training",),
+    ("cluster",),
     ("pretrain", "tools"),
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -49,6 +50,7 @@ LIGHT = (
     *LOWEST,
     *("checkpoint.manifest", "data.store", "training.identity", "training.guards", "pretrain"),
     *("telemetry.plan", "telemetry.trackers", "telemetry.metrics", "telemetry.progress"),
+    *("cluster.runs", "cluster.job", "cluster.sweep", "cluster.ending"),
     *("telemetry.variants", "telemetry.comparison", "telemetry.curves"),
 )
 

@@ -1,0 +1,1 @@
+"""Runs as jobs of a cluster: batch scripts, sweeps, what follows when a job ends. Imports no torch."""

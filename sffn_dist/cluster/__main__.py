@@ -1,0 +1,81 @@
+"""What slurm/pretrain.sbatch asks: where a run writes, how deepspeed's launcher is told of the nodes, what follows an end.
+
+python -m sffn_dist.cluster run-dir ARGUMENTS-OF-PRETRAIN...         prints run.dir; exit code 2 where they are refused
+python -m sffn_dist.cluster world-info NODE RANKS HOST...            prints the launcher's --world_info, as node number NODE sees it
+python -m sffn_dist.cluster ended --code N --asked SIGNAL --record FILE --history FILE --run-dir DIR
+                                                                     prints what follows; exit code 0: start again, 3: do not
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sffn_dist import reading
+from sffn_dist.cluster import ending
+from sffn_dist.config import ConfigError
+
+GO_ON, REFUSED, LEAVE = 0, 2, 3  # exit codes
+
+
+def world_info(node: int, ranks: int, hosts: Sequence[str], visible: str | None) -> str:
+    """DeepSpeed's description of all nodes: host -> its devices, as base64 of JSON.
+
+    The launcher makes the devices of its own node, number ``node``, visible to the ranks. Where Slurm chose some (``visible``), those are
+    the ones.
+    """
+    chosen = [name for name in (visible or "").split(",") if name]
+    devices: list[str | int] = [int(name) if name.isdecimal() else name for name in chosen]
+    usual: list[str | int] = list(range(ranks))
+    here = devices if len(devices) == ranks else usual
+    tree = {host: here if number == node else usual for number, host in enumerate(hosts)}
+    return base64.urlsafe_b64encode(json.dumps(tree).encode()).decode()
+
+
+def _run_dir(arguments: Sequence[str]) -> str:
+    parser = argparse.ArgumentParser(prog="pretrain.py")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("overrides", nargs="*")
+    options, _ = parser.parse_known_intermixed_args(arguments)
+    return reading.load(options.config, options.overrides).run.dir
+
+
+def _ended(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="ended")
+    parser.add_argument("--code", type=int, required=True)
+    parser.add_argument("--asked", default="")
+    for name in ("--record", "--history", "--run-dir"):
+        parser.add_argument(name, type=Path, required=True)
+    options = parser.parse_args(arguments)
+    verdict = ending.ended(options.code, options.asked, options.record, options.history, options.run_dir)
+    print(verdict.sentence, flush=True)
+    return GO_ON if verdict.go_on else LEAVE
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit code, as above."""
+    question, *rest = argv or [""]
+    if question == "run-dir":
+        try:
+            print(_run_dir(rest))
+        except ConfigError as error:
+            for problem in error.problems:
+                print(f"pretrain.sbatch: error: {problem}", file=sys.stderr)
+            return REFUSED
+    elif question == "world-info":
+        print(world_info(int(rest[0]), int(rest[1]), rest[2:], os.environ.get("CUDA_VISIBLE_DEVICES")))
+    elif question == "ended":
+        return _ended(rest)
+    else:
+        print(__doc__, file=sys.stderr)
+        return REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
