@@ -56,7 +56,8 @@ def begin(run: Run, continued: Path | None, tried: preflight.Report) -> None:
 
 def begin_again(run: Run) -> None:
     """After a return to an earlier step: its metrics go on from there, whatever they held beyond."""
-    assert run.reports
+    if run.reports is None:
+        return
     trackers = run.reports.trackers
     run.reports.close()
     trackers.rewind(run.step)
