@@ -47,12 +47,13 @@ def record(code: int, reason: str) -> None:
     path = os.environ.get(VARIABLE)
     if not path:
         return
+    rank = os.environ.get("RANK", "0")
     tree: dict[str, Any] = {
         "code": code,
         "name": name(code),
         "restart": code in RESTARTABLE,
         "reason": reason,
-        "rank": int(os.environ.get("RANK", "0")),
+        "rank": int(rank) if rank.isdecimal() else rank,
         "host": platform.node(),
         "time": time.time(),
     }

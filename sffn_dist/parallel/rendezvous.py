@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from sffn_dist.config import ConfigError
 
@@ -34,6 +34,8 @@ def join(rank: int, world: int, patience: float = PATIENCE) -> Any:
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError([f"environment variable MASTER_PORT = {port!r}: must be a port number"])
     store = _connect(host, int(port), rank, patience)
+    if _agent_serves():  # it outlives the ranks: those that it starts again must not read the words of those before
+        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     try:
         _wait_for_all(store, rank, world, patience)
     except dist.DistError as error:  # its server is gone
@@ -42,7 +44,7 @@ def join(rank: int, world: int, patience: float = PATIENCE) -> Any:
 
 
 def _connect(host: str, port: int, rank: int, patience: float) -> Any:
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    serves = rank == 0 and not _agent_serves()
     timeout = datetime.timedelta(seconds=patience)
     try:
         return TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=timeout)
@@ -52,6 +54,10 @@ def _connect(host: str, port: int, rank: int, patience: float) -> Any:
             raise ConfigError([f"MASTER_PORT = {port}: {rule}"]) from None
         rule = f"{platform.node()} cannot reach it in {patience:g} seconds ({_first_line(error)}); rank 0 must run there"
         raise ConfigError([f"MASTER_ADDR = {host}, MASTER_PORT = {port}: {rule}"]) from None
+
+
+def _agent_serves() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _wait_for_all(store: Any, rank: int, world: int, patience: float) -> None:

@@ -23,10 +23,10 @@ KEPT = 1000  # lines kept in memory while the disk is full
 class EventLog:
     """Append-only; a line is ``{"time": seconds since 1970, "step": ..., "event": kind, ...}``. Never raises for a disk's sake."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, warns: bool = True):
         self.path = path
         self._pending: deque[bytes] = deque(maxlen=KEPT)
-        self._warned = False
+        self._warned = not warns
 
     def write(self, event: str, step: int, **facts: Any) -> dict[str, Any]:
         """Append one event, and what could not be written before it; returns the row."""

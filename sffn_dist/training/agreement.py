@@ -6,7 +6,6 @@ go back) is a function of these, so that all ranks decide alike, and of the loss
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from dataclasses import dataclass
@@ -39,5 +38,4 @@ def agree(loss: float, told: Signals, topology: Topology, *, report: bool = Fals
         dist.all_reduce(shared)
         facts = shared.tolist()
     stop = next((number for number, count in zip(STOPPING, facts[2:], strict=True) if count), None)
-    mean = facts[0] if math.isfinite(facts[0]) or not math.isfinite(loss) else math.nan
-    return Agreed(mean, stop, bool(facts[1]), time.perf_counter() - started)
+    return Agreed(facts[0], stop, bool(facts[1]), time.perf_counter() - started)

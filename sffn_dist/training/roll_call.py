@@ -17,6 +17,7 @@ import platform
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -57,7 +58,9 @@ class Line:
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._talk, name="roll-call", daemon=True)
-        self._number, self._asked = 0, 0.0
+        self._number, self._asked, self.fault = 0, 0.0, ""
+        self._all = rank == 0  # hear of every rank, not only of those of this machine
+        self.awake = 0.0  # when this process last came back from having been stopped: no silence counts from before
 
     def start(self) -> None:
         """Tell where this rank is, wait until all have, and begin."""
@@ -84,7 +87,7 @@ class Line:
             deadline = time.monotonic() + patience
             while self.rank == 0 and time.monotonic() < deadline:
                 self._read_beats()
-                if all(beat.get("done") for rank, (_, beat) in self._beats.items() if rank):
+                if all(self._done(rank) or _state(pid, started) == "gone" for rank, (_, pid, started) in self._places.items()):
                     return
                 time.sleep(0.05)
 
@@ -104,6 +107,13 @@ class Line:
         """A connection broke: somebody may be gone, look at once."""
         self._wake.set()
 
+    def hear_all(self) -> None:
+        """Hear of all ranks once, whatever they are at now: for :meth:`standings`."""
+        self._all, now = True, time.monotonic()
+        self._wake.set()
+        while not self._broken and self._asked < now and time.monotonic() < now + 2 * self.interval:
+            time.sleep(0.02)
+
     def _visible(self, host: str, pid: int, started: str) -> tuple[str, int, str]:
         """A rank's place; without start time where its process cannot be seen from here, though it lives: in another container, say."""
         return host, pid, started if host == self.host and _state(pid, started) not in ("gone", None) else ""
@@ -118,11 +128,13 @@ class Line:
             return f"rank {gone} (pid {pid}) on {host} ended without a word: killed from outside, out of memory, or crashed"
         if not self._patience:
             return None
-        if self.rank and (self._broken or self._out_of_contact()):
-            return self._describe(0, "cannot be reached: its store does not answer")
+        if self._broken or self._out_of_contact():
+            if self.rank == 0:
+                return "the ranks' common store does not answer: who serves it is gone"
+            return None if self._done(0) else self._describe(0, "cannot be reached: its store does not answer")
         now = time.monotonic()
         for rank in range(self.world) if self.rank == 0 else (0,):
-            silence = now - self._beats[rank][0]
+            silence = now - max(self._beats[rank][0], self.awake)
             if rank != self.rank and silence > self._patience and not self._done(rank):
                 how = f"unheard of for {silence:.0f} seconds (guards.lost_seconds = {self._patience:g})"
                 return self._describe(rank, how)
@@ -136,7 +148,7 @@ class Line:
                 continue
             since = self._gone.setdefault(rank, time.monotonic())
             self._wake.set()
-            if self._broken or (self._contact > since and self._asked > since):
+            if (self._broken and not self._done(0)) or (self._contact > since and self._asked > since):
                 return rank
         return None
 
@@ -148,9 +160,8 @@ class Line:
         return f"rank {rank} (pid {pid}) on {host}: {how}{what}" + (f"; it was last at {doing}" if doing else "")
 
     def standings(self) -> str:
-        """Who is how far, furthest behind first."""
-        own = {self.rank: self._progress()}
-        beats = {rank: own.get(rank, beat) for rank, (_, beat) in self._beats.items()}
+        """Who is how far, as far as it is known here; furthest behind first."""
+        beats = {rank: beat for rank, (_, beat) in self._beats.items() if beat} | {self.rank: self._progress()}
         order = sorted(beats, key=lambda rank: (beats[rank].get("ticks", 0), rank))
         words = [f"rank {rank} on {self._places[rank][0]} at {beats[rank].get('doing', 'start')}" for rank in order[:8]]
         return ", ".join(words) + (", ..." if len(order) > 8 else "")
@@ -159,7 +170,7 @@ class Line:
         """True if this rank is to tell the reason: always, unless nobody could be asked and another one has told it."""
         if not self._broken and not self._out_of_contact():
             return True
-        time.sleep(min(0.2 * (self.rank - 1), 5.0))
+        time.sleep(min(0.2 * self.rank, 5.0))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             os.close(os.open(folder / "told", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -190,7 +201,7 @@ class Line:
         return bool(self._beats[rank][1].get("done"))
 
     def _out_of_contact(self) -> bool:
-        return bool(self._patience) and time.monotonic() - self._contact > self._patience
+        return bool(self._patience) and time.monotonic() - max(self._contact, self.awake) > self._patience
 
     # ---------------------------------------------------------------------------------------------------------- the line itself
 
@@ -209,9 +220,11 @@ class Line:
                 elif self.verdict:
                     self._heard = self._store.add("heard", 0)
                 self._contact = time.monotonic()
-            except Exception:  # whatever the store raises once it is gone
+            except RuntimeError:  # what the store raises once it is gone
                 self._broken = not self._stopping.is_set()
                 return
+            except Exception:  # not the store's: again at the next beat; should it last, the others miss this rank's word
+                self.fault = traceback.format_exc()
             self._wake.wait(0.05 if self.verdict else self.interval)
             self._wake.clear()
 
@@ -221,7 +234,7 @@ class Line:
 
     def _read_beats(self) -> None:
         """Rank 0 reads everyone's, the others those of rank 0 and of this machine."""
-        wanted = list(range(self.world)) if self.rank == 0 else sorted({0, *self._near})
+        wanted = list(range(self.world)) if self._all else sorted({0, *self._near})
         beats = self._store.multi_get([f"beat/{rank}" for rank in wanted])
         now = time.monotonic()
         for rank, raw in zip(wanted, beats, strict=True):
@@ -240,11 +253,19 @@ class Line:
             self.verdict = Verdict(**json.loads(found))
 
 
+def _stat(pid: int) -> list[str]:
+    """What /proc says of a process: its state first, its start at 19; names may hold anything, and are left out. Raises OSError."""
+    words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode("ascii", "replace").split()
+    if len(words) < 20:
+        raise OSError(f"/proc/{pid}/stat holds {words}")
+    return words
+
+
 def _started(pid: int) -> str:
     """When a process began, in ticks since boot: a number given to another process later has another start."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        return _stat(pid)[19]
+    except OSError:
         return ""
 
 
@@ -253,8 +274,8 @@ def _state(pid: int, started: str) -> str | None:
     if not started:
         return None
     try:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
+        words = _stat(pid)
+    except (FileNotFoundError, ProcessLookupError):
         return "gone"
     except OSError:
         return None

@@ -11,6 +11,7 @@ rank is told once, not with the broken connections that it leaves behind on the 
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import select
 import signal
@@ -19,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,10 @@ GLANCE = 0.5  # seconds between looks
 LINGER = 5.0  # seconds that who serves the store, or wrote the verdict, waits for the others to have read it
 BEFORE_FIRST = 3  # times guards.hang_seconds until the first progress: weights are read, kernels compiled
 SLOWER = 10  # times the longest wait for progress so far is no hang yet, however long a step takes
+UNEXPLAINED = 10.0  # seconds beyond guards.lost_seconds that a broken connection waits for who knows why
+REARM, BEYOND = 30.0, 120.0  # the last resort is set so often, to so many seconds beyond a hang
+LAST = 30.0  # seconds that an end may take: a pipe or a file system may block for ever
+STARVED = 3.0  # seconds between looks beyond which this process itself was stopped (Ctrl-Z) or kept from running
 
 
 class Watch:
@@ -44,6 +50,7 @@ class Watch:
         self._ticks, self._ticked, self._longest, self._doing = 0, time.monotonic(), 0.0, "start"
         self._guards, self._run_dir, self._rank, self._step = Guards(), Path(), 0, 0
         self._wakeup: tuple[int, int] | None = None
+        self._looked, self._armed = 0.0, -math.inf
 
     def start(self, store: Any, rank: int, world: int, guards: Guards, run_dir: Path) -> None:
         """Begin to watch; every rank must call it at the same place. Waits until all have."""
@@ -51,7 +58,7 @@ class Watch:
         self._line = Line(store, rank, world, guards.lost_seconds, self._progress)
         self._line.start()
         self._catch_wakeups()
-        self._ticked = time.monotonic()
+        self._ticked = self._looked = time.monotonic()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
 
@@ -77,16 +84,15 @@ class Watch:
 
         A broken connection is what another rank's end looks like from here: such an error waits for the verdict of who knows more.
         """
-        code = exit_codes.REFUSED if isinstance(error, ConfigError) else getattr(error, "exit_code", exit_codes.FAILED)
-        if self._line is None or self._thread is None or self._ended.is_set():
-            _say(self._text(error) + "\n")
-            exit_codes.record(code, _short(error))
-            return code
-        if is_consequence(error):
-            self._line.suspect()  # no beat from a rank that has gone: see who, now
-            self._ended.wait(self._guards.lost_seconds + 10.0)
-        self._line.propose(Verdict(code, self._rank, f"{self._where()}{_short(error)}", self._text(error)))
-        self._thread.join(2 * LINGER + 10.0)  # it ends this process
+        code = exit_codes.REFUSED if isinstance(error, ConfigError) else _own_code(error) or exit_codes.FAILED
+        if self._line and self._thread and not self._ended.is_set():
+            if is_consequence(error):
+                self._line.suspect()  # no beat from a rank that has gone: see who, now
+                self._ended.wait(self._guards.lost_seconds + UNEXPLAINED)
+            self._line.propose(Verdict(code, self._rank, f"{self._where()}{_short(error)}", self._text(error)))
+            self._thread.join(LAST)  # it ends this process, unless it waits for the store
+        _say(self._text(error))
+        exit_codes.record(code, _short(error))
         return code
 
     def stop(self) -> None:
@@ -108,17 +114,32 @@ class Watch:
 
     def _look(self) -> None:
         assert self._line
-        armed = 0.0
+        told = False
         while not self._ended.is_set():
-            self._wait_for_wakeup()
-            now = time.monotonic()
-            if self._guards.hang_seconds and now - armed > 30.0:
-                # where this thread cannot run either, because somebody keeps the interpreter's lock: C code, which needs none
-                armed = now
-                faulthandler.dump_traceback_later(self._limit() + 120.0, exit=True)
-            verdict = self._line.verdict or self._lost() or self._hung()
-            if verdict:
-                self._end(verdict)
+            fault = self._line.fault
+            try:
+                self._glance()
+            except Exception:  # a fault of the watch ends no healthy run, nor does it leave one alone
+                fault = traceback.format_exc()
+                self._ended.wait(GLANCE)
+            if fault and not told:
+                told = True
+                _say(f"rank {self._rank}: warning: the watch stumbled, and goes on:\n{fault}")
+
+    def _glance(self) -> None:
+        assert self._line
+        self._wait_for_wakeup()
+        now = time.monotonic()
+        if now - self._looked > STARVED:
+            self._line.awake = now  # nobody is late for that
+        self._looked = now
+        if self._guards.hang_seconds and now - self._armed > REARM:
+            # where this thread cannot run either, because somebody keeps the interpreter's lock: C code, which needs none
+            self._armed = now
+            faulthandler.dump_traceback_later(self._limit() + BEYOND, exit=True)
+        verdict = self._line.verdict or self._lost() or self._hung()
+        if verdict:
+            self._end(verdict)
 
     def _progress(self) -> dict[str, Any]:
         return {"ticks": self._ticks, "doing": self._doing, "idle": round(time.monotonic() - self._ticked, 1)}
@@ -138,31 +159,36 @@ class Watch:
         """No progress here for too long: everybody waits for the rank that is furthest behind."""
         assert self._line
         limit = self._limit()
-        if not self._guards.hang_seconds or time.monotonic() - self._ticked < limit:
+        if not self._guards.hang_seconds or time.monotonic() - max(self._ticked, self._line.awake) < limit:
             return None
+        self._line.hear_all()
         reason = f"no progress for {limit:.0f} seconds (guards.hang_seconds = {self._guards.hang_seconds:g}): {self._line.standings()}"
         return self._line.propose(Verdict(exit_codes.HUNG, self._rank, reason, ""))
 
     def _end(self, verdict: Verdict) -> None:
-        """Stacks, the reason if it is this rank's to say, and out: the main thread may be in a collective for ever."""
+        """The reason if it is this rank's to say, stacks, and out: the main thread may be in a collective for ever."""
         assert self._line
+        faulthandler.dump_traceback_later(LAST, exit=True)
+        folder = self._run_dir / "stacks" / self._line.run_id
         try:
-            folder = self._run_dir / "stacks" / self._line.run_id
-            if verdict.code in (exit_codes.HUNG, exit_codes.LOST_RANK):
-                self.dump_stacks(folder)
-            if verdict.rank == self._rank and self._line.speaks(folder):
-                self._speak(verdict, folder)
+            speaks = verdict.rank == self._rank and self._line.speaks(folder)
+            stuck = verdict.code in (exit_codes.HUNG, exit_codes.LOST_RANK)
+            if speaks:  # first of all: folders and files may be what hangs
+                where = f"stacks of the ranks that still run: {folder}/\n" if stuck else ""
+                _say((verdict.text or f"pretrain.py: error: {verdict.reason}\n") + where)
+            with suppress(Exception):
+                if stuck:
+                    self.dump_stacks(folder)
+            if speaks:
+                self._record(verdict)
             self._line.see_off(verdict, LINGER)
+            _flush()
         finally:
             os._exit(verdict.code)
 
-    def _speak(self, verdict: Verdict, folder: Path) -> None:
-        text = verdict.text or f"pretrain.py: error: {verdict.reason}\n"
-        if verdict.code in (exit_codes.HUNG, exit_codes.LOST_RANK):
-            text += f"stacks of the ranks that still run: {folder}/\n"
-        _say(text)
+    def _record(self, verdict: Verdict) -> None:
         exit_codes.record(verdict.code, verdict.reason)
-        log = EventLog(self._run_dir / "events.jsonl")
+        log = EventLog(self._run_dir / "events.jsonl", warns=False)
         log.write("ended", self._step, code=verdict.code, message=verdict.reason, doing=self._doing)
 
     def dump_stacks(self, folder: Path) -> Path | None:
@@ -185,19 +211,26 @@ class Watch:
     # --------------------------------------------------------------------------------------------------------------- signals
 
     def _catch_wakeups(self) -> None:
-        """Python's handlers run in the main thread only, which may wait in a collective: the numbers of signals come through a pipe too."""
+        """Python's handlers run in the main thread only, which may wait in a collective: the numbers of signals come through a pipe too.
+
+        A run is asked for stacks from now on, also before it handles the signal: unhandled, it would end this process.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
         self._wakeup = os.pipe()
         for descriptor in self._wakeup:
             os.set_blocking(descriptor, False)
         signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
+        if signal.getsignal(ASKING) == signal.SIG_DFL:
+            signal.signal(ASKING, lambda number, frame: None)
 
     def _wait_for_wakeup(self) -> None:
         if self._wakeup is None:
             self._ended.wait(GLANCE)
             return
-        if select.select([self._wakeup[0]], [], [], GLANCE)[0] and ASKING in os.read(self._wakeup[0], 4096):
+        waiting = select.poll()  # unlike select(), for any descriptor: a store's server has thousands
+        waiting.register(self._wakeup[0], select.POLLIN)
+        if waiting.poll(1000 * GLANCE) and ASKING in os.read(self._wakeup[0], 4096):
             assert self._line
             path = self.dump_stacks(self._run_dir / "stacks" / self._line.run_id)
             if path:
@@ -212,7 +245,7 @@ class Watch:
         where = self._where() if self._line and self._line.world > 1 else ""
         if isinstance(error, ConfigError):
             return "".join(f"pretrain.py: error: {where if self._rank else ''}{problem}\n" for problem in error.problems)
-        if hasattr(error, "exit_code"):
+        if _own_code(error):
             return f"pretrain.py: error: {error}\n"
         trace = "".join(traceback.format_exception(error))
         return f"{trace}pretrain.py: error: {where}{_short(error)}\n"
@@ -225,17 +258,34 @@ def is_consequence(error: BaseException) -> bool:
     return type(error).__name__ in kinds or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
+def _own_code(error: BaseException) -> int | None:
+    """The exit code that an error of this package brings along; others' exceptions have an attribute of that name too."""
+    code = getattr(error, "exit_code", None)
+    return code if isinstance(code, int) and type(error).__module__.startswith(__name__.partition(".")[0] + ".") else None
+
+
 def _short(error: BaseException) -> str:
     first = str(error).strip().split("\n", 1)[0]
-    return first if isinstance(error, ConfigError) or hasattr(error, "exit_code") else f"{type(error).__name__}: {first}"
+    return first if isinstance(error, ConfigError) or _own_code(error) else f"{type(error).__name__}: {first}"
 
 
 def _say(text: str) -> None:
     """Straight to the descriptor: the main thread may hold the stream's lock, and a full pipe that nobody reads would block."""
-    try:
-        sys.stdout.flush()
+    _flush()
+    with suppress(OSError, ValueError):
         data = text.encode(errors="replace")
         while data and select.select([], [2], [], 1.0)[1]:
             data = data[os.write(2, data[:4096]) :]
-    except (OSError, ValueError):
-        pass
+
+
+def _flush() -> None:
+    """Write out what is buffered for standard output, if that takes no longer than a second: it may be a full pipe."""
+
+    def flush() -> None:
+        with suppress(Exception):
+            sys.stdout.flush()
+
+    with suppress(RuntimeError):  # no thread can be started
+        thread = threading.Thread(target=flush, name="flush", daemon=True)
+        thread.start()
+        thread.join(1.0)

@@ -45,6 +45,7 @@ class RankPool:
                 "CUDA_VISIBLE_DEVICES": "",  # more ranks than devices: gloo on the CPU everywhere
                 "PYTHONSAFEPATH": "1",
                 "PYTHONWARNINGS": "ignore",
+                "TORCH_CPP_LOG_LEVEL": "ERROR",  # as pretrain.py sets it
             }
             self._processes.append(
                 subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
