@@ -129,7 +129,7 @@ def _play_rank(scene: Scene, rank: int, folder: Path, port: int) -> None:
     output = os.open(folder / f"rank_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout = open(1, "w", closefd=False)  # buffered, whatever the environment says
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  (buffered, whatever the environment says)
     os.environ.update({"RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     os.environ["SFFN_EXIT_FILE"] = str(folder / "end.json")
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(scene.agent)
