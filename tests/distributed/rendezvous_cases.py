@@ -72,9 +72,9 @@ def meet_again(starts: int) -> list[list[str]]:
     """Two ranks started again and again by an agent that serves the store all the while."""
     address = ("127.0.0.1", free_port())
     server = TCPStore(*address, is_master=True, wait_for_workers=False)
-    found = [
-        _in_children([lambda rank=rank: _join(rank, 2, address, 20.0, start) for rank in range(2)]) for start in range(starts)
-    ]
+    found = []
+    for start in range(starts):
+        found.append(_in_children([lambda rank=rank, start=start: _join(rank, 2, address, 20.0, start) for rank in range(2)]))
     del server
     return found
 
