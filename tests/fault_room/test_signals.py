@@ -19,7 +19,7 @@ CASES = Path(__file__).with_name("cycle_cases.py")
 
 def test_stopped_four_times(nursery: Callable[..., Any], config: Path, tmp_path: Path) -> None:
     """By each signal, at one rank or the other; once with all signals again, at all ranks, while the state is saved."""
-    more = ["train.steps=24", "checkpoint.interval=0", "logging.progress=false"]
+    more = ["train.steps=24", "checkpoint.interval=0", "evaluation.interval=1", "logging.progress=false"]
     ends = {}
     for name in ("never", "often"):
         run = str(tmp_path / name)
@@ -35,6 +35,8 @@ def test_stopped_four_times(nursery: Callable[..., Any], config: Path, tmp_path:
         ends[name] = nursery(CASES, "outcome", run=run)
     assert ends["often"] == ends["never"]
     events = [json.loads(line) for line in (tmp_path / "often" / "events.jsonl").read_text().splitlines()]
+    evaluations = [(tmp_path / name / "evaluations.jsonl").read_text() for name in ("never", "often")]
+    assert evaluations[0] == evaluations[1], "what a stop did not wait for is made up for"
     stops = [event["signal"] for event in events if event["event"] == "stopped"]
     assert stops == ["SIGUSR1", "SIGTERM", "SIGINT", "SIGUSR1"]
 
