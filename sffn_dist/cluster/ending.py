@@ -45,7 +45,9 @@ def judge(code: int, asked: str, record: dict[str, Any] | None, newest: Sequence
     if cause in NEVER:
         return Verdict(False, f"ended {why}; another start would end the same way")
     if asked == "TERM":
-        return Verdict(False, f"ended by Slurm; {at}; unless Slurm starts it again (a preemption, a lost node), submit it to continue")
+        return Verdict(
+            False, f"ended by Slurm; {at}; unless Slurm starts it again (a preemption, a lost node), submit it to continue"
+        )
     warned = asked in ("USR1", "PREEMPTED") or cause == WARNING
     if not warned and record and not record["restart"]:
         return Verdict(False, f"ended {why}; {at}; submit it again to continue")
