@@ -18,6 +18,7 @@ if sys.path and os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.a
 import argparse
 import json
 import logging
+import platform
 import time
 import warnings
 from collections.abc import Sequence
@@ -108,26 +109,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(numbers, indent=1) if options.plan and options.json else render(numbers), flush=True)
         if options.plan:
             return exit_codes.DONE
-        if options.preflight:
-            _quieten()
-            from sffn_dist.training import preflight
-
-            return preflight.alone(config)
         lock = guards.RunLock(Path(config.run.dir))
-        if main_rank:
+        if main_rank and not options.preflight:
             lock.acquire()
+        _quieten()
         from sffn_dist.training.watch import Watch
 
         watch = Watch()
-        return pretrain(config, watch)
+        return preflight_alone(config, watch) if options.preflight else pretrain(config, watch)
     except ConfigError as error:
         if not main_rank:
             # a launcher ends all ranks once one has gone: rank 0 speaks first, and for all
             time.sleep(3.0)
         if watch:  # a rank may have a fault of its own now: a folder that its node does not see, say
             return watch.fail(error)
-        for problem in error.problems if main_rank else ():
-            print(f"pretrain.py: error: {problem}", file=sys.stderr)
+        # another node may see other files: its first rank speaks too, unless rank 0's word has ended it by now
+        where = "" if main_rank else f"rank {os.environ['RANK']} on {platform.node()}: "
+        for problem in error.problems if main_rank or os.environ.get("LOCAL_RANK") == "0" else ():
+            print(f"pretrain.py: error: {where}{problem}", file=sys.stderr)
         sys.stderr.flush()
         exit_codes.record(exit_codes.REFUSED, error.problems[0])
         return exit_codes.REFUSED
@@ -137,9 +136,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return watch.fail(error)
 
 
+def preflight_alone(config: Config, watch: Watch) -> int:
+    """Compare all ranks, try every collective, and stop; returns the exit code."""
+    from sffn_dist.training import preflight
+
+    preflight.alone(config, watch)
+    return exit_codes.DONE
+
+
 def pretrain(config: Config, watch: Watch) -> int:
     """The run itself; returns its exit code."""
-    _quieten()
     import numpy as np
 
     from sffn_dist import schedule
@@ -162,7 +168,7 @@ def pretrain(config: Config, watch: Watch) -> int:
 
     here = topology.start(config)
     watch.start(store, here.rank, here.world, config.guards, run_dir)
-    tried = preflight.measure(agreed, here, precision) if config.guards.preflight and here.world > 1 else None
+    tried = agreed.report() if here.world == 1 or not config.guards.preflight else preflight.measure(agreed, here, precision)
     kernel_choice.start(config.kernels, here)
     host.seed(train.seed)
     seen = manifest.newest(run_dir)

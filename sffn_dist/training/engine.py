@@ -193,10 +193,13 @@ def _drop_gradients(engine: Engine) -> None:
 
 def _spoil_partitions(engine: Engine) -> None:
     """Stages 1-3 skip a step whose gradients are not finite, on all ranks: there is no other way in DeepSpeed 0.19 to have it skipped."""
-    for parts in engine.optimizer.averaged_gradients.values():
-        for part in parts or ():
-            if part is not None:
-                part.fill_(math.nan)
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_groups_gradients_flat"):  # stage 1 in bf16 sums in fp32, whole
+        held = optimizer.fp32_groups_gradients_flat
+    else:
+        held = [part for parts in optimizer.averaged_gradients.values() for part in parts or () if part is not None]
+    for part in held:
+        part.fill_(math.nan)
 
 
 def _clip(engine: Engine, norm: float, limit: float) -> None:

@@ -42,7 +42,7 @@ def train(run: Run) -> signal.Signals | None:
         if schedules.due(run.step, config.evaluation.interval, total) and not stop:
             evaluate_now(run)
         run.owes_save |= schedules.due(run.step, config.checkpoint.interval, total)
-        saves = stop or (run.owes_save and not run.setbacks.streak)
+        saves = stop or (run.owes_save and (run.setbacks.calm or run.step == total))
         every = config.guards.replicas_interval
         if every and (saves or run.step % every == 0):  # no checkpoint of replicas that differ
             replicas.check(run.engine, config, run.topology)

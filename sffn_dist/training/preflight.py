@@ -27,6 +27,7 @@ from sffn_dist.parallel.topology import Topology
 from sffn_dist.telemetry.peak import measured_flops
 from sffn_dist.training import alike
 from sffn_dist.training.alike import who
+from sffn_dist.training.watch import Watch
 
 CLOCK_SECONDS = 5.0  # beyond which logs and events of nodes do not line up
 SLOW_COMPUTE, SLOW_LINK = 0.7, 0.5  # of the median
@@ -40,6 +41,10 @@ class Agreed:
     hosts: tuple[str, ...]  # by rank
     device: str  # rank 0's
     warnings: tuple[str, ...] = ()
+
+    def report(self, backend: str = "") -> Report:
+        """A report of nothing but this."""
+        return Report(self.hosts, backend, self.device, warnings=list(self.warnings))
 
 
 @dataclass
@@ -105,17 +110,20 @@ class Report:
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
-def alone(config: Config) -> int:
-    """The pre-flight and nothing else, for ``pretrain.py --preflight``; rank 0 prints the table. Returns 0, raises as the parts do."""
+def alone(config: Config, watch: Watch) -> None:
+    """The pre-flight and nothing else, for ``pretrain.py --preflight``; rank 0 prints the table. Raises as the parts do."""
     precision, run_dir, made = machine.precision(config.precision), Path(config.run.dir), False
-    topology.join()
+    store = topology.join()
     main = dist.get_rank() == 0
     if main and not run_dir.exists():
         with contextlib.suppress(OSError):  # share_folder tells
             run_dir.mkdir(parents=True)
             made = True
     try:
-        report = measure(agree(config, precision), topology.start(config), precision)
+        agreed, here = agree(config, precision), topology.start(config)
+        watch.start(store, here.rank, here.world, config.guards, run_dir)
+        report = measure(agreed, here, precision)
+        watch.stop()
         if main:
             print(report.text(), flush=True)
     finally:
@@ -123,7 +131,6 @@ def alone(config: Config) -> int:
             with contextlib.suppress(OSError):
                 run_dir.rmdir()
     topology.stop()
-    return 0
 
 
 def agree(config: Config, precision: str) -> Agreed:
@@ -151,8 +158,7 @@ def measure(
     collective's result is wrong, naming it and the ranks that had it wrong; exercise.CollectiveError where one fails outright.
     """
     began, device = time.perf_counter(), here.device
-    backend = dist.get_backend() if dist.is_initialized() else "no process group"
-    report = Report(agreed.hosts, backend, agreed.device, warnings=list(agreed.warnings))
+    report = agreed.report(dist.get_backend() if dist.is_initialized() else "no process group")
     if here.world > 1:
         groups = {"world": dist.group.WORLD, "tensor": here.tensor_group, "data": here.data_group}
         report.trials, report.links = exercise.collectives(groups, device)

@@ -32,7 +32,7 @@ DISK_RATE, COPY_RATE = (
 EARLY_STEPS = 3  # after so many steps of a process the estimate of the whole run is printed
 
 
-def begin(run: Run, continued: Path | None, tried: preflight.Report | None) -> None:
+def begin(run: Run, continued: Path | None, tried: preflight.Report) -> None:
     """Rank 0 takes run.dir in hand: leftovers out, the run's record and logs in; raises ConfigError where it cannot be written.
 
     ``tried``: what the pre-flight found.
@@ -47,7 +47,7 @@ def begin(run: Run, continued: Path | None, tried: preflight.Report | None) -> N
     except OSError as error:
         raise ConfigError([f"run.dir = {config.run.dir!r}: cannot be written: {error}"]) from None
     _warn_of_room(run)
-    if tried:
+    if tried.trials or tried.warnings:
         head, *_ = tried.text().split("\n", 1)
         run.tell("pre-flight", "\n".join([head, *(f"warning: {warning}" for warning in tried.warnings)]), **tried.row())
     if continued:
@@ -56,7 +56,8 @@ def begin(run: Run, continued: Path | None, tried: preflight.Report | None) -> N
 
 def begin_again(run: Run) -> None:
     """After a return to an earlier step: its metrics go on from there, whatever they held beyond."""
-    assert run.reports
+    if run.reports is None:
+        return
     trackers = run.reports.trackers
     run.reports.close()
     trackers.rewind(run.step)

@@ -28,7 +28,7 @@ def go_back(run: Run) -> None:
     run.evaluated = {step: result for step, result in run.evaluated.items() if step <= run.step}
     if run.topology.main:
         setbacks.write()
-        reporting.begin_again(run)
+    reporting.begin_again(run)
     source = found.folder if found else "the start"
     run.tell(
         "went back",

@@ -41,6 +41,7 @@ class Setbacks:
         self.passed: set[int] = set()
         self.returns: list[int] = []  # where to, since the last checkpoint beyond the trouble
         self.trouble = -1  # the last bad step that sent the run back
+        self._beyond = True  # a step after it was taken
         self._read()
 
     def begin(self, recent: Iterable[float]) -> None:
@@ -55,11 +56,17 @@ class Setbacks:
         else:
             self.streak = []
             self.losses.accept(loss)
+            self._beyond |= step > self.trouble
 
     @property
     def too_many(self) -> bool:
         """True when the run must go back."""
         return 0 < self._guards.rollback_after <= len(self.streak)
+
+    @property
+    def calm(self) -> bool:
+        """True where the run's state is worth a checkpoint: not amid bad steps, nor before one is taken that is beyond the trouble."""
+        return not self.streak and self._beyond
 
     def turn_back(self) -> int:
         """Pass the streak's steps over from now on; returns the step that the checkpoint to go back to must not be beyond.
@@ -73,7 +80,7 @@ class Setbacks:
                 f"(guards.rollbacks = {self._guards.rollbacks}, guards.rollback_after = {self._guards.rollback_after})"
             )
         self.passed |= set(self.streak)
-        self.trouble, self.streak = last, []
+        self.trouble, self.streak, self._beyond = last, [], False
         return min([first, *(step - 1 for step in self.returns)])
 
     def returned(self, step: int) -> None:
@@ -82,7 +89,7 @@ class Setbacks:
 
     def saved(self, step: int) -> None:
         """A checkpoint of ``step`` is begun: beyond the trouble, the returns are forgotten."""
-        if step > self.trouble:
+        if step > self.trouble and self._beyond:
             self.returns = []
 
     def write(self) -> None:
@@ -98,6 +105,7 @@ class Setbacks:
             tree = json.loads(self._path.read_text(encoding="utf-8"))
             self.passed = {int(step) for step in tree["steps"]}
             self.returns, self.trouble = [int(step) for step in tree["returns"]], int(tree["trouble"])
+            self._beyond = not self.returns
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError) as error:
