@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if watch:  # a rank may have a fault of its own now: a folder that its node does not see, say
             return watch.fail(error)
         # another node may see other files: its first rank speaks too, unless rank 0's word has ended it by now
-        where = "" if main_rank else f"rank {os.environ['RANK']} on {platform.node()}: "
+        where = "" if main_rank else f"rank {os.environ.get('RANK')} on {platform.node()}: "
         for problem in error.problems if main_rank or os.environ.get("LOCAL_RANK") == "0" else ():
             print(f"pretrain.py: error: {where}{problem}", file=sys.stderr)
         sys.stderr.flush()
