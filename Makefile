@@ -1,13 +1,15 @@
 # make demo   train the demo (installs first if needed)      make test   all tests
 # make lint   ruff and mypy                                  make install   .venv with everything in it
 # make test-slurm    jobs on a real Slurm on this machine, for some minutes; needs root and Debian's packages slurmctld slurmd slurm-client munge
-# make test-faults   saves killed at random moments and disks that fill, for some minutes
+# make test-faults   runs and saves killed at random moments, disks that fill, ranks that hang or lie, for a quarter of an hour;
+#                    their table goes to TABLE
 PYTHON ?= python3
 VENV ?= .venv
 # where torch comes from, if not from pip's default: TORCH_OPTIONS="--index-url ..."
 TORCH_OPTIONS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TABLE ?= benchmarks/results/faults_cpu.csv
 export PYTHONSAFEPATH := 1
 
 .PHONY: install demo test test-faults test-slurm lint clean
@@ -25,11 +27,12 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus 2 sffn_dist/pretrain.py --config configs/demo.json run.dir=runs/demo
 
+# two workers, each with whole files: many tests compute on one core
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: $(READY)
-	$(BIN)/python -m pytest -m faults
+	FAULT_TABLE=$(abspath $(TABLE)) $(BIN)/python -m pytest -m faults
 
 test-slurm: $(READY)
 	$(BIN)/python -m pytest -m slurm tests/slurm_room

@@ -16,6 +16,7 @@ if sys.path and os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.a
     del sys.path[0]
 
 import argparse
+import faulthandler
 import json
 import logging
 import platform
@@ -113,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if main_rank and not options.preflight:
             lock.acquire()
         _quieten()
+        faulthandler.enable()  # a crash in C code shows where in Python it came from
         from sffn_dist.training.watch import Watch
 
         watch = Watch()
@@ -171,8 +173,14 @@ def pretrain(config: Config, watch: Watch) -> int:
     tried = agreed.report() if here.world == 1 or not config.guards.preflight else preflight.measure(agreed, here, precision)
     kernel_choice.start(config.kernels, here)
     host.seed(train.seed)
-    seen = manifest.newest(run_dir)
-    topology.agree({"data fingerprint": corpus.meta.fingerprint, "step of the newest checkpoint": seen.step if seen else None})
+    seen, setbacks = manifest.newest(run_dir), Setbacks(config.guards, run_dir)
+    topology.agree(
+        {
+            "data fingerprint": corpus.meta.fingerprint,
+            "step of the newest checkpoint": seen.step if seen else None,
+            "steps to pass over": sorted(setbacks.passed),
+        }
+    )
     run = Run(
         config=config,
         precision=precision,
@@ -182,7 +190,7 @@ def pretrain(config: Config, watch: Watch) -> int:
         heldout=Heldout(np.concatenate(windows), corpus.token_bytes),
         data_fingerprint=corpus.meta.fingerprint,
         saver=Saver(run_dir, config, here, corpus.folder / "tokenizer.json"),
-        setbacks=Setbacks(config.guards, run_dir),
+        setbacks=setbacks,
         watch=watch,
     )
     found = resume.newest(run_dir, here)

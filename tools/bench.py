@@ -1,4 +1,4 @@
-"""What a structured feed-forward layer costs: how long it takes, and what it sends; and what a checkpoint costs.
+"""What a structured feed-forward layer costs: how long it takes, and what it sends; what a checkpoint costs, and a run's guards.
 
 python tools/bench.py ffn       time and memory of one layer on one device, forward and forward + backward, against dense
 python tools/bench.py step      time of a training step of one layer on one device: forward + backward + AdamW
@@ -7,6 +7,7 @@ python tools/bench.py comm      elements that a rank receives under tensor paral
 python tools/bench.py tp        time of one layer over p ranks: ours, the naive split, dense
 python tools/bench.py guide     time of one layer on one rank: with the guide, with one that takes no part, without, dense
 python tools/bench.py checkpoint    time that training waits for a save: written while it waits, or behind it
+python tools/bench.py guards    time that a run's watch, checks and telemetry take of its steps
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sffn_dist import counts, machine, reading
+from sffn_dist import counts, machine, reading, rules
+from sffn_dist.config import ConfigError
 from sffn_dist.shapes import Structure
 from sffn_dist.traffic import Group, feed_forward, total
 
@@ -53,7 +55,12 @@ def misfits(args: argparse.Namespace) -> Iterator[str]:
         yield f"--csv {args.csv}: there is no folder {args.csv.absolute().parent}"
     if "repeats" in args and args.repeats < 2:
         yield f"--repeats {args.repeats}: must be at least 2"
-    if args.command == "checkpoint":
+    if args.command == "guards":
+        try:
+            rules.check_world(reading.load(str(args.config), args.overrides), args.ranks)
+        except ConfigError as error:
+            yield from error.problems
+    elif args.command == "checkpoint":
         yield from no_room(args)
     elif "widths" in args:
         if args.device == "cuda" and machine.cuda() is None:
@@ -191,6 +198,23 @@ def checkpoint(args: argparse.Namespace) -> list[dict[str, Any]]:
         return printed([str(BENCH / "checkpoint.py"), json.dumps(settings)], machine.cores(), "the saves")
 
 
+def guards(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of a run's guards; what it wrote is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="bench_guards_") as folder:
+        said = reading.load(str(args.config), args.overrides)
+        overrides = [f"run.dir={folder}", f"train.steps={args.steps}", "checkpoint.interval=0", *args.overrides]
+        settings = {
+            "config": str(args.config),
+            "overrides": overrides,
+            "folder": folder,
+            "ranks": args.ranks,
+            "replicas_interval": said.guards.replicas_interval or args.steps,
+        }
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks)]
+        command = [*launch, str(BENCH / "guards.py"), json.dumps(settings)]
+        return printed(command, max(1, machine.cores() // args.ranks), "the run")
+
+
 def printed(command: list[str], threads: int, who: str, *, hide_cuda: bool = False) -> list[dict[str, Any]]:
     """The rows that a Python process prints in its last line."""
     quiet = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "PYTHONSAFEPATH": "1"}
@@ -208,6 +232,7 @@ COMMANDS = {
     "tp": tp,
     "guide": guide,
     "checkpoint": checkpoint,
+    "guards": guards,
     "ffn": layers,
     "step": layers,
     "decode": layers,
@@ -221,6 +246,7 @@ COLUMNS = {
     "tp": ("kind", "p", "sequence", "provider", "median_ms", "p20_ms", "p80_ms", "speedup_over_naive", "speedup_over_dense"),
     "guide": ("kind", "provider", "median_ms", "p20_ms", "p80_ms", "over_unguided", "over_dense", "speedup_over_three_passes"),
     "checkpoint": ("provider", "gigabytes", "first_ms", "median_ms", "p20_ms", "p80_ms", "over_sync", "total_s", "gb_per_s"),
+    "guards": ("provider", "config", "ranks", "steps", "step_ms", "calls", "median_ms", "share"),
 }
 
 

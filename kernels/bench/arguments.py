@@ -37,6 +37,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     saving.add_argument(
         "--folder", type=Path, default=Path("."), metavar="DIR", help="on the disk to write to (default: this one)"
     )
+    watching = _command(commands, "guards", "time that a run's watch, checks and telemetry take of its steps")
+    watching.add_argument("--config", type=Path, default=Path("configs/demo.json"), help="the run (default %(default)s)")
+    watching.add_argument("--steps", type=positive, default=100, help="of the run (default %(default)s)")
+    watching.add_argument("--ranks", type=positive, default=2, help="that it is started on (default %(default)s)")
+    watching.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the config")
     layers = [
         _paper_sizes(
             commands, "ffn", "time and memory of one feed-forward layer on one device: forward, and forward + backward"

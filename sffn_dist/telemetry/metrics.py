@@ -48,6 +48,11 @@ class MetricsLog:
         self._last, self._clean = self._scan()
         self._flush()
 
+    @property
+    def last(self) -> int | None:
+        """The step of the last row, None where there is none."""
+        return self._last
+
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one line and hand it to the operating system.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sffn_dist import exit_codes
@@ -33,6 +34,8 @@ def train(run: Run) -> signal.Signals | None:
     """
     config, first, total = run.config, run.step, run.schedule.total_steps
     reporting.announce_bound(run)
+    if _evaluation_missed(run):
+        evaluate_now(run)
     while run.step < total:
         stop = pass_over(run) if run.step in run.setbacks.passed else take_step(run, taken=run.step - first)
         if run.setbacks.too_many:
@@ -56,6 +59,17 @@ def train(run: Run) -> signal.Signals | None:
         if not finished_save(run):
             raise LostWeightsError(f"the finished run's weights could not be saved in {run.dir}; see the warnings above")
     return None
+
+
+def _evaluation_missed(run: Run) -> bool:
+    """True where the run was stopped by a signal when an evaluation was due: it is made up for at the next start."""
+    due = 0 < run.step < run.schedule.total_steps
+    if not (due and schedules.due(run.step, run.config.evaluation.interval, run.schedule.total_steps)):
+        return False
+    missed = [run.reports is not None and run.reports.evaluations.last != run.step]
+    if run.topology.world > 1:
+        dist.broadcast_object_list(missed, src=0)
+    return missed[0]
 
 
 def take_step(run: Run, taken: int) -> signal.Signals | None:

@@ -9,10 +9,12 @@ import random
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sffn_dist import pretrain
+from sffn_dist.checkpoint import store
 from sffn_dist.checkpoint.manifest import newest
 from sffn_dist.training import finish, loop, rollback  # noqa: F401  (what a child would import first)
 
@@ -74,6 +76,39 @@ def cycles(argv: list[str], run: str, kills: int, seed: int, world: int) -> list
             time.sleep(0.005)
         told.append({"killed": killed, "codes": [codes[rank] for rank in range(world)], "from": before, "to": rows(folder)})
     return told
+
+
+def signalled(argv: list[str], run: str, world: int, number: int, rank: int, *, again: bool = False) -> list[int]:
+    """Send a signal to one rank after some steps; with ``again`` others to all ranks while the state is saved. Exit codes."""
+    folder, slow = Path(run), _slow_writes() if again else contextlib.nullcontext()
+    before = rows(folder)
+    with slow:
+        pids = start(argv, world, folder.with_name(folder.name + ".log"))
+    while rows(folder) < before + 4:
+        time.sleep(0.01)
+    os.kill(pids[rank], number)
+    if again:
+        while not list(folder.glob("checkpoints/.step_*.partial/*")):
+            time.sleep(0.01)
+        for other in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            for pid in pids:
+                os.kill(pid, other)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+@contextlib.contextmanager
+def _slow_writes() -> Iterator[None]:
+    """Ranks forked inside take a second to write a checkpoint."""
+    usual = store.Saver._write
+
+    def write(saver: Any, folder: Path, job: Any) -> Any:
+        result = usual(saver, folder, job)
+        time.sleep(1.0)
+        return result
+
+    store.Saver._write = write  # type: ignore[method-assign]
+    yield
+    store.Saver._write = usual  # type: ignore[method-assign]
 
 
 def outcome(run: str) -> dict[str, Any]:

@@ -172,6 +172,7 @@ def host_lists(draw: st.DrawFn, tails: tuple[str, ...] = ("", "-ib", ".x")) -> t
     return ",".join(texts), names
 
 
+@settings(deadline=None)
 @given(host_lists())
 def test_any_list_of_hosts(case: tuple[str, list[str]]) -> None:
     text, names = case
@@ -185,7 +186,7 @@ def test_hosts_as_slurm_reads_them(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     environment["SLURM_CONF"] = str(tmp_path / "slurm.conf")
 
-    @settings(max_examples=50)
+    @settings(max_examples=50, deadline=None)  # a process each
     @given(host_lists(tails=("",)))  # it shows nothing for n[1]-ib
     def agree(case: tuple[str, list[str]]) -> None:
         text, _ = case
@@ -196,12 +197,14 @@ def test_hosts_as_slurm_reads_them(tmp_path: Path) -> None:
     agree()
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 5)), min_size=1, max_size=5))
 def test_tasks_per_node(groups: list[tuple[int, int]]) -> None:
     text = ",".join(f"{tasks}(x{nodes})" if nodes > 1 else str(tasks) for tasks, nodes in groups)
     assert launcher.tasks_per_node(text) == [tasks for tasks, nodes in groups for _ in range(nodes)]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 50))
 def test_ports(job: int, step: int) -> None:
     assert 20000 <= launcher.port(job, step) < 32000

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sffn_dist.cluster import __main__ as questions
@@ -191,6 +191,7 @@ def test_without_sbatch_it_is_said(root: Path, tmp_path: Path, submit: Any) -> N
     assert "sbatch cannot be run" in done.stderr
 
 
+@settings(deadline=None)
 @given(st.integers(0, 30), st.integers(0, 23), st.integers(0, 59), st.integers(0, 59))
 def test_time_limits(days: int, hours: int, minutes: int, seconds: int) -> None:
     whole = ((days * 24 + hours) * 60 + minutes) * 60

@@ -64,7 +64,7 @@ GOOD = {"name": "x", "configs": ["demo.json"], "grid": {"train.seed": [1, 2]}}
         ({"overrides": {"train.seed": 3}}, "train.seed: is an axis"),
         ({"overrides": {"run.dir": "x"}}, "run.dir: is set for each run"),
         ({"grid": {"s": {"a": {"run.dir": "x"}}}}, "run.dir: is set for each run"),
-        ({"grid": {"parallel.tensor": [1, 3]}}, "(run tensor_3)"),
+        ({"overrides": {"parallel.tensor": 1}, "grid": {"train.micro_batch_size": [8, 16]}}, "(run micro_batch_size_16)"),
     ],
 )
 def test_sweeps_are_refused_whole(root: Path, tmp_path: Path, change: Any, says: str) -> None:

@@ -58,6 +58,16 @@ def test_terminal_gets_a_bar():
     assert "MFU" not in out.getvalue()
 
 
+def test_steps_that_were_passed_over_count():
+    out = Terminal()
+    progress = Progress(6, 0, 2e12, stream=out)
+    for step in (0, 1, 4, 5):
+        progress.step(row(step, seconds=1.0))
+    progress.close()
+    assert progress.done == 6
+    assert "6/6" in out.getvalue()
+
+
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])
 def test_silent_when_not_enabled_and_harmless_when_the_stream_is_gone(stream):
     out = stream()

@@ -21,6 +21,11 @@ import wandb
 assert wandb.run is not None and wandb.run.offline, "no tracker, or not offline"
 for step in range(start, stop):
     tracked.log({"step": step, "loss": float("nan")}, step)
+tracked.event({"event": "went back", "step": stop, "message": "it did"})
+tracked.rewind(start)
+for step in range(start, stop):
+    tracked.log({"step": step, "loss": 1.0}, step)  # without a warning for each
+assert wandb.run.summary["events/went_back"] == 1 and wandb.run.summary["events/last"] == "it did"
 if start == 0: os.kill(os.getpid(), signal.SIGKILL)
 tracked.finish({"heldout_loss": 3.0})
 """
@@ -46,6 +51,7 @@ def test_wandb_offline_keeps_one_id_over_a_kill_and_its_files_in_the_run_folder(
         ids.append((run_dir / "wandb_id").read_text().strip())
         errors += (tmp_path / "errors").read_text()
     assert codes == [-9, 0], errors
+    assert "warn" not in errors.lower(), errors
     assert len(set(ids)) == 1
     files = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
     assert [file.name for file in files] == [f"run-{ids[0]}.wandb"] * 2
@@ -86,6 +92,24 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     expected = [(step, 1.0 if step < 3 else 2.0) for step in range(7)]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
     assert sorted(events.Tags()["scalars"]) == ["loss", "summary/heldout_loss"]
+
+
+def test_tensorboard_shows_what_a_run_went_back_over_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracked = open_trackers(Logging(tensorboard=True), tmp_path, {}, 0)
+    for start, stop, loss in ((0, 6, 1.0), (2, 7, 2.0)):
+        if start:
+            tracked.event({"event": "went back", "step": 6, "message": "steps 3 to 5 were bad"})
+            tracked.rewind(start)
+        for step in range(start, stop):
+            tracked.log({"step": step, "loss": loss}, step)
+    tracked.finish({})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(s, 1.0 if s < 2 else 2.0) for s in range(7)]
+    assert "events/text_summary" in events.Tags()["tensors"]
 
 
 def test_nothing_asked_for_imports_nothing(tmp_path):
