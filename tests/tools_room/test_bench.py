@@ -190,6 +190,12 @@ def test_generation_is_timed(root: Path) -> None:
         assert row["gflop"] == pytest.approx(2e-9 * row["tokens"] * matrices(row), rel=1e-5)
 
 
+def test_a_run_that_does_not_fit_is_refused_before_it_is_timed(root: Path) -> None:
+    done = bench(root, "guards", "--ranks", "3")
+    assert done.returncode == 2
+    assert "parallel.tensor = 2: must divide the number of ranks, 3" in done.stderr
+
+
 @pytest.mark.parametrize("share", [32, 63])
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_providers_compute_the_same_layer(root: Path, ranks: Callable[..., Any], kind: str, share: int) -> None:
