@@ -2,7 +2,7 @@
 
     0  finished                      3  diverged: skipped and rolled-back steps did not help
     1  an exception                  4  replicas of the weights differ
-    2  input refused                 5  hung: no progress, stacks were written     6  a rank was lost
+    2  input refused                 5  hung: no progress, stacks were written     6  a rank was lost, or did not come
     128 + n  stopped by signal n after its state was saved: 130 SIGINT, 138 SIGUSR1, 143 SIGTERM
 
 Where several ranks end, launchers give the code of one of them, or their own. So the rank that knows why the run ends also leaves a

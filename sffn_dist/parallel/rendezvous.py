@@ -15,18 +15,24 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
+from sffn_dist import exit_codes
 from sffn_dist.config import ConfigError
 
-PATIENCE = (
-    600.0  # seconds that a rank may come later than the first: nodes boot containers and read an environment from a slow disk
-)
+# seconds that a rank may come later than the first: nodes boot containers and read an environment from a slow disk
+PATIENCE = 600.0
+
+
+class RendezvousError(ConfigError):
+    """Ranks do not find each other: where the address is right, another start may."""
+
+    exit_code = exit_codes.LOST_RANK
 
 
 def join(rank: int, world: int, patience: float = PATIENCE) -> Any:
     """The store, once all ``world`` ranks are there.
 
-    Raises ConfigError where the port is taken, the address cannot be reached in ``patience`` seconds, or ranks are missing by then: with
-    their numbers, on rank 0.
+    Raises RendezvousError where the port is taken, the address cannot be reached in ``patience`` seconds, or ranks are missing by then:
+    with their numbers, on rank 0. ConfigError where MASTER_PORT is no port.
     """
     if world == 1:
         return HashStore()
@@ -39,7 +45,9 @@ def join(rank: int, world: int, patience: float = PATIENCE) -> Any:
     try:
         _wait_for_all(store, rank, world, patience)
     except dist.DistError as error:  # its server is gone
-        raise ConfigError([f"MASTER_ADDR = {host}: rank 0 went before all ranks were there ({_first_line(error)})"]) from None
+        raise RendezvousError(
+            [f"MASTER_ADDR = {host}: rank 0 went before all ranks were there ({_first_line(error)})"]
+        ) from None
     return store
 
 
@@ -51,9 +59,9 @@ def _connect(host: str, port: int, rank: int, patience: float) -> Any:
     except (dist.DistError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error):
             rule = f"is in use on {platform.node()}; another run may have it: choose a free port"
-            raise ConfigError([f"MASTER_PORT = {port}: {rule}"]) from None
+            raise RendezvousError([f"MASTER_PORT = {port}: {rule}"]) from None
         rule = f"{platform.node()} cannot reach it in {patience:g} seconds ({_first_line(error)}); rank 0 must run there"
-        raise ConfigError([f"MASTER_ADDR = {host}, MASTER_PORT = {port}: {rule}"]) from None
+        raise RendezvousError([f"MASTER_ADDR = {host}, MASTER_PORT = {port}: {rule}"]) from None
 
 
 def _agent_serves() -> bool:
@@ -66,12 +74,14 @@ def _wait_for_all(store: Any, rank: int, world: int, patience: float) -> None:
         try:
             store.wait(["everyone is here"], datetime.timedelta(seconds=patience + 30.0))
         except dist.DistStoreError:
-            raise ConfigError([f"not all of {world} ranks were there after {patience:g} seconds; rank 0 knows which"]) from None
+            raise RendezvousError(
+                [f"not all of {world} ranks were there after {patience:g} seconds; rank 0 knows which"]
+            ) from None
         return
     deadline, missing = time.monotonic() + patience, list(range(world))
     while missing := [other for other in missing if not store.check([f"here/{other}"])]:
         if time.monotonic() > deadline:
-            raise ConfigError([_absent(missing, world, patience, store)])
+            raise RendezvousError([_absent(missing, world, patience, store)])
         time.sleep(0.05)
     store.set("everyone is here", "")
 

@@ -84,7 +84,7 @@ class Watch:
 
         A broken connection is what another rank's end looks like from here: such an error waits for the verdict of who knows more.
         """
-        code = exit_codes.REFUSED if isinstance(error, ConfigError) else _own_code(error) or exit_codes.FAILED
+        code = _own_code(error) or (exit_codes.REFUSED if isinstance(error, ConfigError) else exit_codes.FAILED)
         if self._line and self._thread and not self._ended.is_set():
             if is_consequence(error):
                 self._line.suspect()  # no beat from a rank that has gone: see who, now

@@ -250,5 +250,5 @@ def test_port_in_use(trial: Any) -> None:
         taken.listen()
         launch, row = trial("MASTER_PORT in use", port=taken.getsockname()[1])
     one_reason(launch, "MASTER_PORT", "in use")
-    assert row.exit_code == 2
+    assert row.exit_code == 6
     row.detected_s = None
