@@ -148,7 +148,7 @@ class Line:
                 continue
             since = self._gone.setdefault(rank, time.monotonic())
             self._wake.set()
-            if (self._broken and not self._done(0)) or (self._contact > since and self._asked > since):
+            if (self._broken and rank == 0) or (self._contact > since and self._asked > since):
                 return rank
         return None
 

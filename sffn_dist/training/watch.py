@@ -37,7 +37,7 @@ SLOWER = 10  # times the longest wait for progress so far is no hang yet, howeve
 UNEXPLAINED = 10.0  # seconds beyond guards.lost_seconds that a broken connection waits for who knows why
 REARM, BEYOND = 30.0, 120.0  # the last resort is set so often, to so many seconds beyond a hang
 LAST = 30.0  # seconds that an end may take: a pipe or a file system may block for ever
-STARVED = 3.0  # seconds between looks beyond which this process itself was stopped (Ctrl-Z) or kept from running
+STARVED = 3.0  # seconds for a wait of GLANCE beyond which this process itself was stopped (Ctrl-Z) or kept from running
 
 
 class Watch:
@@ -50,7 +50,7 @@ class Watch:
         self._ticks, self._ticked, self._longest, self._doing = 0, time.monotonic(), 0.0, "start"
         self._guards, self._run_dir, self._rank, self._step = Guards(), Path(), 0, 0
         self._wakeup: tuple[int, int] | None = None
-        self._looked, self._armed = 0.0, -math.inf
+        self._armed = -math.inf
 
     def start(self, store: Any, rank: int, world: int, guards: Guards, run_dir: Path) -> None:
         """Begin to watch; every rank must call it at the same place. Waits until all have."""
@@ -58,7 +58,7 @@ class Watch:
         self._line = Line(store, rank, world, guards.lost_seconds, self._progress)
         self._line.start()
         self._catch_wakeups()
-        self._ticked = self._looked = time.monotonic()
+        self._ticked = time.monotonic()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
 
@@ -90,7 +90,7 @@ class Watch:
                 self._line.suspect()  # no beat from a rank that has gone: see who, now
                 self._ended.wait(self._guards.lost_seconds + UNEXPLAINED)
             self._line.propose(Verdict(code, self._rank, f"{self._where()}{_short(error)}", self._text(error)))
-            self._thread.join(LAST)  # it ends this process, unless it waits for the store
+            self._thread.join(LAST + LINGER)  # it ends this process, unless it waits for the store
         _say(self._text(error))
         exit_codes.record(code, _short(error))
         return code
@@ -128,11 +128,11 @@ class Watch:
 
     def _glance(self) -> None:
         assert self._line
+        before = time.monotonic()
         self._wait_for_wakeup()
         now = time.monotonic()
-        if now - self._looked > STARVED:
+        if now - before > STARVED:
             self._line.awake = now  # nobody is late for that
-        self._looked = now
         if self._guards.hang_seconds and now - self._armed > REARM:
             # where this thread cannot run either, because somebody keeps the interpreter's lock: C code, which needs none
             self._armed = now

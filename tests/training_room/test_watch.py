@@ -114,7 +114,7 @@ def test_what_a_broken_connection_looks_like() -> None:
     assert not is_consequence(ValueError("gloo"))
 
 
-@played("first_killed", "agent_ends")
+@played("first_killed", "agent_ends", "agent_ends_late")
 def test_the_server_of_the_store_is_gone(scenes: Scenes) -> None:
     """Nobody can be asked who speaks, and one does: rank 0 was killed, or torchrun's agent was."""
     killed = scenes("first_killed")
@@ -125,6 +125,9 @@ def test_the_server_of_the_store_is_gone(scenes: Scenes) -> None:
     assert agent.codes == [6, 6, 6]
     assert len(agent.errors) == len(agent.events) == 1
     assert "store" in agent.errors[0]
+    late = scenes("agent_ends_late")
+    assert late.codes == [6, 0]
+    assert late.errors == ["pretrain.py: error: the ranks' common store does not answer: who serves it is gone"]
 
 
 @played("stopped")
@@ -157,6 +160,8 @@ def test_a_hang(scenes: Scenes) -> None:
     for name in ("no_stacks", "no_folder"):
         assert scenes(name).codes == [5, 5, 5]
         assert len(scenes(name).errors) == 1, scenes(name).printed
+        assert scenes(name).record["code"] == 5
+    assert len(scenes("no_stacks").events) == 1
     assert not any("training goes on" in text for text in scenes("no_folder").printed)
     assert "never_again" in scenes("no_folder").printed[1], "where no file can be written, to standard error"
 

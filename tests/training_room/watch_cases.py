@@ -364,6 +364,17 @@ def end_agent(stage: Stage) -> Iterator[float]:
     yield 1e9
 
 
+def first_is_left(own: Watch, rank: int) -> None:
+    if rank == 0:
+        wait()
+
+
+def end_agent_late(stage: Stage) -> Iterator[float]:
+    while 1 not in stage.codes:
+        yield 0.05
+    os.kill(stage.agent, signal.SIGKILL)
+
+
 def own_nodes(rank: int) -> None:
     """Each rank on a machine of its own: nobody sees the others' processes."""
     platform.node = lambda: f"node{rank}"
@@ -433,6 +444,7 @@ SCENES = {
     "full_pipe": Scene(full_pipe, HANG),
     "closed_pipe": Scene(closed_pipe),
     "agent_ends": Scene(lambda own, rank: wait(), agent=True, act=end_agent),
+    "agent_ends_late": Scene(first_is_left, {"lost_seconds": 2.0}, world=2, agent=True, act=end_agent_late),
     "no_folder": Scene(hangs, HANG, run="/dev/null/none"),
     "remote_hang": Scene(remote_hang, HANG, before=own_nodes),
     "remote_killed": Scene(lambda own, rank: wait(), LOST, before=own_nodes, act=kill(2)),
