@@ -30,10 +30,14 @@ def test_stopped_four_times(nursery: Callable[..., Any], config: Path, tmp_path:
                 assert codes == [128 + number] * 2, (tmp_path / "often.log").read_text()[-3000:]
             codes = nursery(CASES, "signalled", argv=argv, run=run, world=2, number=int(signal.SIGUSR1), rank=0, again=True)
             assert codes == [138, 138]
+            (tmp_path / name / "report").touch()  # somebody asks how fast the ranks are
         cycles = nursery(CASES, "cycles", argv=argv, run=run, kills=0, seed=0, world=2)
         assert cycles[-1]["codes"] == [0, 0]
         ends[name] = nursery(CASES, "outcome", run=run)
     assert ends["often"] == ends["never"]
+    (report,) = [json.loads(line) for line in (tmp_path / "often" / "ranks.jsonl").read_text().splitlines()]
+    assert [row["rank"] for row in report["ranks"]] == [0, 1]
+    assert not (tmp_path / "often" / "report").exists()
     events = [json.loads(line) for line in (tmp_path / "often" / "events.jsonl").read_text().splitlines()]
     evaluations = [(tmp_path / name / "evaluations.jsonl").read_text() for name in ("never", "often")]
     assert evaluations[0] == evaluations[1], "what a stop did not wait for is made up for"
