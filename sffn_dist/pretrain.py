@@ -201,9 +201,7 @@ def pretrain(config: Config, watch: Watch) -> int:
     try:
         stop = loop.train(run)
     finally:
-        run.saver.wait(
-            10.0
-        )  # whatever ends the training, a save that is being written may still be finished; the others wait for the reason
+        run.saver.wait(10.0)  # whatever ends the training, a save that is being written may still be finished
     if stop:
         finish.stopped(run, stop)
     else:

@@ -33,7 +33,8 @@ from sffn_dist.training.signals import ASKING
 GLANCE = 0.5  # seconds between looks
 LINGER = 5.0  # seconds that who serves the store, or wrote the verdict, waits for the others to have read it
 BEFORE_FIRST = 3  # times guards.hang_seconds until the first progress: weights are read, kernels compiled
-SLOWER = 10  # times the longest wait for progress so far is no hang yet, however long a step takes
+SLOWER = 10  # times the longest wait for progress lately is no hang yet, however long a step takes
+FORGETS = 0.98  # what is left of it after one progress more: a kernel that compiled for minutes counts for some steps only
 UNEXPLAINED = 10.0  # seconds beyond guards.lost_seconds that a broken connection waits for who knows why
 REARM, BEYOND = 30.0, 120.0  # the last resort is set so often, to so many seconds beyond a hang
 LAST = 30.0  # seconds that an end may take: a pipe or a file system may block for ever
@@ -66,7 +67,7 @@ class Watch:
         """The main thread got on, and is ``doing`` something at a step; costs a microsecond."""
         now = time.monotonic()
         if self._ticks:
-            self._longest = max(self._longest, now - self._ticked)
+            self._longest = max(FORGETS * self._longest, now - self._ticked)
         self._ticks, self._ticked, self._doing = self._ticks + 1, now, f"step {step}, {doing}"
         self._step = step
 
