@@ -124,7 +124,7 @@ def test_killed_and_restarted_equals_uninterrupted(root: Path, folder: Path, who
     broken = folder / "broken"
     stop_at = random.randint(1, STEPS - 2)
     victim = start(root, folder, f"run.dir={broken}")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while len(rows(broken)) < stop_at:
         assert victim.poll() is None, finish(victim)
         assert time.monotonic() < deadline
