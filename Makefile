@@ -27,9 +27,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus 2 sffn_dist/pretrain.py --config configs/demo.json run.dir=runs/demo
 
-# two workers: one for all files that start ranks, one for the others, most of which compute on one core
+# two workers, each with whole files: many tests compute on one core
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: $(READY)
 	FAULT_TABLE=$(abspath $(TABLE)) $(BIN)/python -m pytest -m faults

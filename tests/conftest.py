@@ -78,21 +78,12 @@ def nursery() -> Iterator[Callable[..., Any]]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu run where a CUDA device is, and say why elsewhere. With two workers all files that start ranks go to one of them:
-    two sets of ranks would share the same cores, and each file's fixtures are made once.
-    """
+    """Tests marked gpu run where a CUDA device is, and say why elsewhere."""
     from sffn_dist import machine
 
-    starting = {item.path for item in items if _starts_ranks(item)}
     for item in items:
         if item.get_closest_marker("gpu") and machine.cuda_capability() is None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        item.add_marker(pytest.mark.xdist_group("ranks" if item.path in starting else str(item.path)))
-
-
-def _starts_ranks(item: pytest.Item) -> bool:
-    names = getattr(item, "fixturenames", ())
-    return not {"ranks", "nursery", "launches"}.isdisjoint(names) or item.path.parent.name == "distributed"
 
 
 @pytest.fixture(scope="session")
