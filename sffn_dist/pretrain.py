@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sffn_dist import exit_codes, launcher, machine, reading, rules
 from sffn_dist.config import Config, ConfigError
-from sffn_dist.training import guards
+from sffn_dist.training import guards, launcher_watch
 
 if TYPE_CHECKING:
     from sffn_dist.training.watch import Watch
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     main_rank, watch = launcher.is_first(), None
     try:
         launcher.adopt()
-        guards.watch_launcher()
+        launcher_watch.watch_launcher()
         options = arguments(argv)
         config = refuse_bad_input(options)
         if config.parallel.tensor > 1:

@@ -42,7 +42,8 @@ from sffn_dist.durable import hash_file, sync
 from sffn_dist.shapes import model_tensors
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import, and a conversion has no ranks
-    from sffn_dist.parallel.topology import Topology
+    from sffn_dist.parallel.object_collectives import all_gather_object, broadcast_object
+from sffn_dist.parallel.topology import Topology
 
 PARTIAL, OLDER = ".partial", ".older.partial"
 
@@ -171,23 +172,19 @@ class Saver:
         self, job: _Job, report: tuple[Any, str | None], act: Callable[[list[Any]], None], give_up: Callable[[], None]
     ) -> None:
         """Gather (result, problem) of all ranks; rank 0 then acts on the results. Raises SaveError on every rank if anything failed."""
-        everyone: list[Any] = [report]
-        if self._group is not None:
-            everyone = [None] * self.topology.world
-            dist.all_gather_object(everyone, report, group=self._group)
-        problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(everyone) if problem]
+        reports = [report] if self._group is None else all_gather_object(report, self._group)
+        problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(reports) if problem]
         if self.topology.main and not problems:
             try:
-                act([result for result, _ in everyone])
+                act([result for result, _ in reports])
             except Exception as error:
                 problems = [f"rank 0: {type(error).__name__}: {error}"]
         if self.topology.main and problems:
             give_up()
-        verdict = [problems]
         if self._group is not None:
-            dist.broadcast_object_list(verdict, src=0, group=self._group)
-        if verdict[0]:
-            raise SaveError(f"checkpoint of step {job.position.step} not written: {verdict[0][0]}")
+            problems = broadcast_object(problems, self._group)
+        if problems:
+            raise SaveError(f"checkpoint of step {job.position.step} not written: {problems[0]}")
 
     def _make_room(self, temporary: Path, sizes: list[int]) -> None:
         """An empty folder on a disk with room for what comes; raises OSError."""

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sffn_dist.parallel.object_collectives import all_gather_object
+
 BYTES = {"cuda": 64_000_000, "cpu": 4_000_000}  # of a buffer: what fills NVLink, and what gloo moves in some ms
 SECONDS, REPEATS = 0.05, 5  # that one collective is repeated for, and how often at most
 PERIOD = 251  # of the values sent: prime, so that a part in another's place has other values
@@ -170,8 +172,7 @@ def collectives(groups: Mapping[str, Any], device: torch.device, size: int | Non
                 raise CollectiveError(f"{collective} over the {name} group of {n} ranks: {error}") from error
     if not plan:
         return [], []
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, mine)
+    answers = all_gather_object(mine)
     trials = [
         Trial(
             *planned, max(answer[i][0] for answer in answers), tuple(r for r, answer in enumerate(answers) if not answer[i][1])

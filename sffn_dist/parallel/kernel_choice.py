@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from sffn_kernels import dispatch
 
+from sffn_dist.parallel.object_collectives import all_gather_object, broadcast_object
 from sffn_dist.parallel.topology import Topology
 
 
@@ -21,9 +20,7 @@ def start(setting: str, topology: Topology) -> None:
     if topology.world == 1 or topology.device.type != "cuda":
         dispatch.agree_by(None)
         return
-    reasons: list[Any] = [None] * topology.world
-    dist.all_gather_object(reasons, dispatch.unavailable(topology.device))
-    if any(reasons):  # on one node is on all: a rank that only ran torch would not meet the others' sums
+    if any(all_gather_object(dispatch.unavailable(topology.device))):  # on one node is on all: a rank that only ran torch would not meet the others' sums
         dispatch.use("torch")
         return
 
@@ -33,9 +30,7 @@ def start(setting: str, topology: Topology) -> None:
         return [time / topology.world for time in summed.tolist()]
 
     def first(table: dict[str, str]) -> dict[str, str]:
-        held: list[Any] = [table]
-        dist.broadcast_object_list(held, src=0, device=topology.device)
-        return dict(held[0])
+        return dict(broadcast_object(table, device=topology.device))
 
     dispatch.agree_by(mean, writes=topology.main)
     dispatch.shared_table(topology.device, first)

@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import PrefixStore
 from sffn_dist import machine
 from sffn_dist.config import Config, ConfigError
 from sffn_dist.parallel import host, rendezvous
+from sffn_dist.parallel.object_collectives import all_gather_object
 from sffn_dist.rules import check_world
 
 
@@ -116,13 +117,12 @@ def agree(facts: dict[str, Any]) -> None:
 
     Each rank finds them by itself, and a folder that is not shared, another Python or another processor would split the run silently.
     """
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), facts))
+    by_rank = all_gather_object((socket.gethostname(), facts))
     problems = []
-    for key, value in everyone[0][1].items():
-        other = next(((host, held[key]) for host, held in everyone if held[key] != value), None)
+    for key, value in by_rank[0][1].items():
+        other = next(((hostname, values[key]) for hostname, values in by_rank if values[key] != value), None)
         if other:
-            problems.append(f"ranks disagree: {key} is {value!r} on {everyone[0][0]} and {other[1]!r} on {other[0]}")
+            problems.append(f"ranks disagree: {key} is {value!r} on {by_rank[0][0]} and {other[1]!r} on {other[0]}")
     if problems:
         raise ConfigError(problems)
 

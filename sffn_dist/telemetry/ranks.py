@@ -34,6 +34,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from sffn_dist.parallel.object_collectives import all_gather_object
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.telemetry.events import EventLog
 from sffn_dist.telemetry.peak import measured_flops
@@ -147,11 +148,7 @@ def report(recorder: Recorder, topology: Topology, tokens_per_step: int, precisi
         ),  # a moment's neighbour is no straggler
         **seen,
     )
-    if topology.world == 1:
-        return [mine]
-    rows: list[Any] = [None] * topology.world
-    dist.all_gather_object(rows, mine)
-    return rows
+    return all_gather_object(mine)
 
 
 def peak_bytes(device: torch.device) -> int:

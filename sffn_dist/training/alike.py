@@ -29,29 +29,12 @@ from sffn_dist import machine
 from sffn_dist.checkpoint import store
 from sffn_dist.config import Config, ConfigError, flatten
 from sffn_dist.parallel import host
+from sffn_dist.parallel.object_collectives import all_gather_object, broadcast_object
 
 # facts: two hashes, of which the keys and the git revision are told; a name, of which others are odd and no more
 CONFIG, CODE, DEVICE = "config", "code", "device"
 PATIENCE = 10.0  # seconds for a file to be seen on other nodes: NFS clients keep what they know of a folder for 3 s and more
 NAMED = 4  # hosts named one by one; of more, the first ones and how many there are
-
-
-def everyone(mine: Any) -> list[Any]:
-    """The same thing of every rank, by rank; alone, or without a process group, this one's."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [mine]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
-
-
-def told(by_first: Any) -> Any:
-    """What rank 0 has, on every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return by_first
-    box = [by_first]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 # ------------------------------------------------------------------------------------------------------------------ facts
@@ -101,13 +84,13 @@ def agree(mine: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[list[st
 
     Raises ConfigError on every rank, one problem for each fact and dotted key that differs, with the values and who has them.
     """
-    gathered = everyone(dict(mine))
+    gathered = all_gather_object(dict(mine))
     hosts = [found.pop("host") for found in gathered]
     differing = differences(gathered, hosts)
     if differing.pop(CONFIG, None):
-        differing |= {f"config: {key}": text for key, text in differences(everyone(dict(settings)), hosts).items()}
+        differing |= {f"config: {key}": text for key, text in differences(all_gather_object(dict(settings)), hosts).items()}
     if CODE in differing:
-        revisions = everyone(store.revision() or "unknown")
+        revisions = all_gather_object(store.revision() or "unknown")
         named = [{CODE: f"{held[CODE]}, git {revision}"} for held, revision in zip(gathered, revisions, strict=True)]
         differing |= differences(named, hosts)
     odd = differing.pop(DEVICE, None)
@@ -163,11 +146,11 @@ def share_folder(folder: Path, hosts: Sequence[str], patience: float = PATIENCE)
     Raises ConfigError on every rank naming the folder and who does not see it, or cannot write there.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    token, path = told((secrets.token_hex(8), str(folder)))
+    token, path = broadcast_object((secrets.token_hex(8), str(folder)))
     # a name that nobody has asked for: a client that was told of no such file keeps that answer for a while
     files = {hosts.index(name): folder / f".preflight-{token}-{hosts.index(name)}" for name in hosts}
     try:
-        refuse = [told(_write(files[0], token) if rank == 0 else None)]
+        refuse = [broadcast_object(_write(files[0], token) if rank == 0 else None)]
         if refuse[0] is None:
             refuse = _both_ways(rank, files, token, hosts, patience)
     finally:
@@ -181,7 +164,7 @@ def _both_ways(rank: int, files: Mapping[int, Path], token: str, hosts: Sequence
     """What is wrong, the same list on every rank: rank 0's file is looked for by all, and a file of each host by rank 0."""
     seen = _wait_for(files[0], token, patience)
     failed = _write(files[rank], token) if seen and rank in files and rank > 0 else None
-    answers = everyone((seen, failed))
+    answers = all_gather_object((seen, failed))
     blind = [other for other, (saw, _) in enumerate(answers) if not saw]
     problems = []
     if blind:
@@ -192,7 +175,7 @@ def _both_ways(rank: int, files: Mapping[int, Path], token: str, hosts: Sequence
         deadline = time.monotonic() + patience
         wrote = [other for other in files if other > 0 and answers[other] == (True, None)]
         lost = [other for other in wrote if not _wait_for(files[other], token, max(0.0, deadline - time.monotonic()))]
-    lost = told(lost)
+    lost = broadcast_object(lost)
     if lost:
         problems.append(f"what {who(lost, hosts)} writes there is not seen on {hosts[0]}")
     return problems

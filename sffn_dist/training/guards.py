@@ -1,7 +1,4 @@
-"""Guards around a run: one writer a run directory, and no rank without its launcher.
-
-Standard library only: both run before torch is imported.
-"""
+"""One writer for each run directory. Standard library only; runs before torch is imported."""
 
 from __future__ import annotations
 
@@ -10,11 +7,9 @@ import fcntl
 import getpass
 import json
 import os
-import select
 import shlex
 import socket
 import sys
-import threading
 import time
 from datetime import UTC, datetime
 from logging import getLogger
@@ -25,8 +20,6 @@ from typing import Any
 from sffn_dist.config import ConfigError
 
 _log = getLogger(__name__)
-
-# ------------------------------------------------------------------------------------------------------------------- lock
 
 LOCK_NAME = "lock"
 PATIENCE = 3.0  # seconds to wait for a holder that is about to end
@@ -153,90 +146,3 @@ def _describe_holder(fd: int) -> str:
         except (ValueError, KeyError, TypeError, OSError):
             time.sleep(0.05)  # it has the lock and is about to write
     return "a process that has not said which"
-
-
-# --------------------------------------------------------------------------------------------------------------- launcher
-
-_SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh", "ash", "busybox"}
-
-
-def watch_launcher(exit_code: int = 1, interval: float = 1.0) -> threading.Thread | None:
-    """Stop this process, with ``exit_code``, when the launcher that started it is gone; polls every ``interval`` seconds.
-
-    The watched launcher is the parent process. DeepSpeed has two: the ``deepspeed`` command and, below it, its ``launch.py``,
-    which goes on without the first; so under it that command is watched as well. Nothing is watched, and None returned, where
-    no launcher started this process (no LOCAL_RANK in the environment, or an interactive shell as the parent).
-    """
-    if "LOCAL_RANK" not in os.environ:
-        return None
-    parent = os.getppid()
-    command = _command(parent)
-    if _is_shell(command) and not any(not word.startswith("-") for word in command[1:]):
-        return None  # LOCAL_RANK set by hand, and a shell that the user may leave
-    runner = _deepspeed_runner(parent, command)
-    thread = threading.Thread(target=_watch, args=(parent, runner, exit_code, interval), name="watch-launcher", daemon=True)
-    thread.start()
-    return thread
-
-
-def _watch(parent: int, runner: int | None, exit_code: int, interval: float) -> None:
-    names = {pid: _name(pid) for pid in (parent, runner) if pid is not None}
-    while True:
-        if os.getppid() != parent:
-            _stop(names[parent], exit_code)
-        if runner is not None and _parent_of(parent) not in (runner, None):
-            _stop(names[runner], exit_code)
-        time.sleep(interval)
-
-
-def _stop(name: str, exit_code: int) -> None:
-    """One line to standard error, then the end without clean-up: the main thread may hang in a collective."""
-    try:
-        rank = os.environ.get("RANK", os.environ["LOCAL_RANK"])
-        line = f"rank {rank}: its launcher, {name}, is gone; this process stops\n".encode(errors="replace")
-        # straight to the descriptor: sys.stderr's lock may be held, and a full pipe that nobody reads would block
-        if select.select([], [2], [], 0)[1]:
-            os.write(2, line)
-    except (OSError, ValueError, KeyError):
-        pass  # the launcher may have been the other end of standard error
-    finally:
-        os._exit(exit_code)
-
-
-def _deepspeed_runner(launch: int, command: list[str]) -> int | None:
-    """Process id of the ``deepspeed`` command above a DeepSpeed ``launch.py``; None where that is not the chain."""
-    line = " ".join(command)
-    if "deepspeed.launcher.launch" not in line and "deepspeed/launcher/launch.py" not in line:
-        return None
-    runner = _parent_of(launch)
-    if runner is None:
-        return None
-    above = _command(runner)
-    # a shell may name deepspeed too (`bash -c "... deepspeed.launcher.launch ... &"`), and its end means nothing
-    return runner if "deepspeed" in " ".join(above) and not _is_shell(above) else None
-
-
-def _command(pid: int) -> list[str]:
-    """The words of a process's command line; empty where there is no /proc or no such process."""
-    try:
-        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return []
-    return [word for word in raw.decode(errors="replace").split("\0") if word]
-
-
-def _is_shell(command: list[str]) -> bool:
-    return bool(command) and os.path.basename(command[0]).lstrip("-") in _SHELLS
-
-
-def _parent_of(pid: int) -> int | None:
-    """Parent's process id, from /proc/<pid>/stat ('pid (name) state parent ...', the name may hold spaces and brackets)."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-    except (OSError, IndexError, ValueError):
-        return None
-
-
-def _name(pid: int) -> str:
-    words = " ".join(_command(pid))
-    return f"pid {pid}" + (f" ({words[:100]})" if words else "")

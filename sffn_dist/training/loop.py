@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sffn_dist import exit_codes
@@ -19,6 +18,7 @@ from sffn_dist import model as models
 from sffn_dist import schedule as schedules
 from sffn_dist.checkpoint import store
 from sffn_dist.inference.evaluation import Evaluation, evaluate
+from sffn_dist.parallel.object_collectives import broadcast_object
 from sffn_dist.schedule import Now
 from sffn_dist.shapes import is_guide
 from sffn_dist.training import engine as engines
@@ -66,10 +66,7 @@ def _evaluation_missed(run: Run) -> bool:
     due = 0 < run.step < run.schedule.total_steps
     if not (due and schedules.due(run.step, run.config.evaluation.interval, run.schedule.total_steps)):
         return False
-    missed = [run.reports is not None and run.reports.evaluations.last != run.step]
-    if run.topology.world > 1:
-        dist.broadcast_object_list(missed, src=0)
-    return missed[0]
+    return bool(broadcast_object(run.reports is not None and run.reports.evaluations.last != run.step))
 
 
 def take_step(run: Run, taken: int) -> signal.Signals | None:

@@ -23,6 +23,7 @@ from sffn_dist import machine
 from sffn_dist.config import Config, ConfigError, flatten
 from sffn_dist.parallel import exercise, topology
 from sffn_dist.parallel.exercise import Trial
+from sffn_dist.parallel.object_collectives import all_gather_object
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.telemetry.peak import measured_flops
 from sffn_dist.training import alike
@@ -164,7 +165,7 @@ def measure(
         report.trials, report.links = exercise.collectives(groups, device)
         report.clocks = exercise.clocks(device, now)
     for _ in range(2):
-        again = alike.everyone(rate(device, precision, PRODUCT_SECONDS))
+        again = all_gather_object(rate(device, precision, PRODUCT_SECONDS))
         report.flops = [max(pair) for pair in zip(again, report.flops or again, strict=True)]
         if not slow(report.flops):
             break  # else it is given a second chance: something else may have run there for a moment

@@ -30,7 +30,8 @@ from sffn_dist.config import Config
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.shapes import is_guide, model_tensors
 from sffn_dist.training import state
-from sffn_dist.training.alike import everyone, who
+from sffn_dist.parallel.object_collectives import all_gather_object
+from sffn_dist.training.alike import who
 from sffn_dist.training.state import Engine
 
 LANES = 256  # weights c of the checksum
@@ -155,7 +156,7 @@ def _error(held: Sequence[_Held], sums: Tensor, differ: Mapping[str, Tensor], to
         chosen = [i for i, other in zip(inside, differ[name].tolist(), strict=True) if other]
         values = {held[i].name: int(sums[i]) for i in chosen}
         mine[name] = (tuple(dist.get_process_group_ranks(group)), values)
-    gathered = everyone(mine)
+    gathered = all_gather_object(mine)
     return describe([found["host"] for found in gathered], [found["compared"] for found in gathered], gathered)
 
 

@@ -8,8 +8,6 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch.distributed as dist
-
 from sffn_dist import model as models
 from sffn_dist.checkpoint import manifest as manifests
 from sffn_dist.checkpoint.manifest import TOKENIZER, BrokenCheckpoint, Manifest, UnreadableCheckpoint
@@ -17,6 +15,7 @@ from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.config import Config, ConfigError
 from sffn_dist.data.tokenizer import differing_tokens
 from sffn_dist.durable import hash_file
+from sffn_dist.parallel.object_collectives import all_gather_object, broadcast_object
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.shapes import is_guide
 from sffn_dist.training import engine as engines
@@ -58,27 +57,22 @@ def source_of_weights(config: Config, topology: Topology) -> Manifest:
 
 def _chosen(choose: Callable[[], Manifest | None], topology: Topology) -> Manifest | None:
     """Rank 0's choice, or its ConfigError, on every rank."""
-    answer: list[Manifest | ConfigError | None] = [None]
+    choice: Manifest | ConfigError | None = None
     if topology.main:
         try:
-            answer = [choose()]
+            choice = choose()
         except ConfigError as error:
-            answer = [error]
-    if topology.world > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], ConfigError):
-        raise ConfigError(answer[0].problems)
-    return answer[0]
+            choice = error
+    choice = broadcast_object(choice)
+    if isinstance(choice, ConfigError):
+        raise ConfigError(choice.problems)
+    return choice
 
 
 def damage(manifest: Manifest, topology: Topology) -> list[BrokenCheckpoint]:
     """What is wrong with the files' content, found by all ranks together, each a share."""
     problems = manifest.damage(sorted(manifest.files)[topology.rank :: topology.world])
-    everyone: list[list[BrokenCheckpoint]] = [problems]
-    if topology.world > 1:
-        everyone = [[] for _ in range(topology.world)]
-        dist.all_gather_object(everyone, problems)
-    return [problem for problems in everyone for problem in problems]
+    return [problem for of_rank in all_gather_object(problems) for problem in of_rank]
 
 
 def start(run: Run, found: Manifest | None) -> None:

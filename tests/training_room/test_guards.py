@@ -38,7 +38,7 @@ RANK = """
 import os, sys, time
 from pathlib import Path
 assert "torch" not in sys.modules
-from sffn_dist.training.guards import watch_launcher
+from sffn_dist.training.launcher_watch import watch_launcher
 assert (watch_launcher(exit_code=7, interval=0.05) is None) == ("LOCAL_RANK" not in os.environ)
 assert "torch" not in sys.modules
 Path(sys.argv[1]).write_text(str(os.getpid()))
