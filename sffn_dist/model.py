@@ -23,16 +23,16 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sffn_dist.config import Config
-from sffn_dist.parallel import host
+from sffn_dist.parallel import cpu_compat
 from sffn_dist.parallel.collectives import sum_partial_gradients
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.layers import CoreAttention, NormLayer
 from sffn_dist.parallel.linears import StructuredColumnParallelLinear, StructuredLinear, StructuredRowParallelLinear
 from sffn_dist.parallel.split import shard
 from sffn_dist.parallel.topology import Topology
-from sffn_dist.schedule import Now, Schedule
-from sffn_dist.shapes import TensorSpec, ffn_linears, ffn_structure, is_guide, model_tensors
+from sffn_dist.spec.config import Config
+from sffn_dist.spec.schedule import Schedule, StepSchedule
+from sffn_dist.spec.split_table import TensorSpec, ffn_linears, ffn_structure, is_guide, model_tensors
 from sffn_dist.structured import initialisation
 from sffn_dist.structured.maps import to_dense
 
@@ -71,7 +71,7 @@ def transformer_config(config: Config, precision: str) -> TransformerConfig:
         sequence_parallel=config.parallel.sequence and config.parallel.tensor > 1,
         params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         bf16=precision == "bf16",
-        use_cpu_initialization=not host.has_cuda(),
+        use_cpu_initialization=not cpu_compat.has_cuda(),
         perform_initialization=False,  # initialise() below, by name, alike for every layout
     )
 
@@ -167,7 +167,7 @@ def has_guide(model: GPTModel) -> bool:
     return any(linear.guide is not None for _, _, linear in structured_linears(model))
 
 
-def set_guide(model: GPTModel, schedule: Schedule, now: Now) -> int:
+def set_guide(model: GPTModel, schedule: Schedule, now: StepSchedule) -> int:
     """Tell every linear whether it computes its guide in this step; returns how many do."""
     drawn = 0
     for layer, which, linear in structured_linears(model):

@@ -26,12 +26,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from sffn_dist import exit_codes, launcher, machine, reading, rules
-from sffn_dist.config import Config, ConfigError
-from sffn_dist.training import guards, launcher_watch
+from sffn_dist.launch import environment, exit_codes, launcher_watch, run_lock
+from sffn_dist.spec import loading, machine, validation
+from sffn_dist.spec.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from sffn_dist.training.watch import Watch
+    from sffn_dist.health.watchdog import Watchdog
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -70,32 +70,32 @@ def started_ranks(otherwise: int) -> int:
 
 def refuse_bad_input(options: argparse.Namespace) -> Config:
     """Everything that can be wrong and is cheap to see, before torch is imported; raises ConfigError."""
-    config = reading.load(options.config, options.overrides)
+    config = loading.load(options.config, options.overrides)
     # --plan assumes one data-parallel replica where nothing was started
-    rules.check_world(config, started_ranks(config.parallel.tensor if options.plan else 1))
+    validation.check_world(config, started_ranks(config.parallel.tensor if options.plan else 1))
     from sffn_dist.checkpoint import manifest
-    from sffn_dist.data import store
+    from sffn_dist.data import metadata
+    from sffn_dist.launch import run_identity
     from sffn_dist.telemetry.trackers import check_trackers
-    from sffn_dist.training import identity
 
-    store.check_source(config.data, config.model.vocab)
+    metadata.check_source(config.data, config.model.vocab)
     check_trackers(config.logging)
     if not options.plan:
-        reason = machine.lacks_triton() if config.kernels == "triton" else None
+        reason = machine.triton_unavailable() if config.kernels == "triton" else None
         if reason:
             raise ConfigError([f"kernels = triton: {reason}"])
-        prepared = store.locate(config)
-        identity.check(config, store.read_meta(prepared).fingerprint if store.is_usable(prepared) else None)
-    if config.init_from and manifest.newest(Path(config.run.dir)) is None:
-        identity.check_source_of_weights(config)
+        prepared = metadata.locate(config)
+        run_identity.check_identity(config, metadata.read_meta(prepared).fingerprint if metadata.is_usable(prepared) else None)
+    if config.init_from and manifest.latest_checkpoint(Path(config.run.dir)) is None:
+        run_identity.check_source_of_weights(config)
     return config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code; exit_codes.py says what each means."""
-    main_rank, watch = launcher.is_first(), None
+    """The exit code; launch/exit_codes.py says what each means."""
+    main_rank, watch = environment.is_rank_zero(), None
     try:
-        launcher.adopt()
+        environment.set_rank_variables()
         launcher_watch.watch_launcher()
         options = arguments(argv)
         config = refuse_bad_input(options)
@@ -103,21 +103,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Megatron's linears count on one queue: a collective started before a product then runs before it, and overlaps.
             # The driver reads it once, when the plan first asks for devices.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        from sffn_dist.telemetry.plan import plan, render
+        from sffn_dist.spec.plan import plan, render
 
         if options.plan or main_rank:
             numbers = plan(config, started_ranks(config.parallel.tensor))
             print(json.dumps(numbers, indent=1) if options.plan and options.json else render(numbers), flush=True)
         if options.plan:
             return exit_codes.DONE
-        lock = guards.RunLock(Path(config.run.dir))
+        lock = run_lock.RunLock(Path(config.run.dir))
         if main_rank and not options.preflight:
             lock.acquire()
         _quieten()
         faulthandler.enable()  # a crash in C code shows where in Python it came from
-        from sffn_dist.training.watch import Watch
+        from sffn_dist.health.watchdog import Watchdog
 
-        watch = Watch()
+        watch = Watchdog()
         return preflight_alone(config, watch) if options.preflight else pretrain(config, watch)
     except ConfigError as error:
         if not main_rank:
@@ -138,59 +138,61 @@ def main(argv: Sequence[str] | None = None) -> int:
         return watch.fail(error)
 
 
-def preflight_alone(config: Config, watch: Watch) -> int:
+def preflight_alone(config: Config, watch: Watchdog) -> int:
     """Compare all ranks, try every collective, and stop; returns the exit code."""
-    from sffn_dist.training import preflight
+    from sffn_dist.health import preflight
 
-    preflight.alone(config, watch)
+    preflight.preflight_only(config, watch)
     return exit_codes.DONE
 
 
-def pretrain(config: Config, watch: Watch) -> int:
+def pretrain(config: Config, watch: Watchdog) -> int:
     """The run itself; returns its exit code."""
     import numpy as np
 
-    from sffn_dist import schedule
     from sffn_dist.checkpoint import manifest
-    from sffn_dist.checkpoint.store import Saver
+    from sffn_dist.checkpoint.writer import Saver
     from sffn_dist.data import prepare, shards
     from sffn_dist.data.batches import Batches, heldout_batches
-    from sffn_dist.parallel import host, kernel_choice, topology
-    from sffn_dist.training import finish, identity, loop, preflight, reporting, resume
+    from sffn_dist.health import preflight
+    from sffn_dist.launch import run_identity
+    from sffn_dist.parallel import cpu_compat, kernel_choice, topology
+    from sffn_dist.spec import schedule
+    from sffn_dist.training import finalize, loop, reporting, resume
+    from sffn_dist.training.bad_steps import BadSteps
     from sffn_dist.training.run import Heldout, Run
-    from sffn_dist.training.setbacks import Setbacks
 
     precision, train, run_dir = machine.precision(config.precision), config.train, Path(config.run.dir)
-    store = topology.join(max(1800.0, 2 * config.guards.hang_seconds))
-    agreed = preflight.agree(config, precision)
+    metadata = topology.init_process_group(max(1800.0, 2 * config.guards.hang_seconds))
+    agreed = preflight.check_ranks(config, precision)
     corpus = shards.open_corpus(prepare.prepare(config))
-    identity.check(config, corpus.meta.fingerprint)
+    run_identity.check_identity(config, corpus.meta.fingerprint)
     batches = Batches(corpus.train, config.model.sequence, train.global_batch_size, train.seed)
     windows = list(heldout_batches(corpus.heldout, config.model.sequence, config.evaluation_sequences, 64))
 
-    here = topology.start(config)
-    watch.start(store, here.rank, here.world, config.guards, run_dir)
+    here = topology.init_parallel(config)
+    watch.start(metadata, here.rank, here.world, config.guards, run_dir)
     tried = agreed.report() if here.world == 1 or not config.guards.preflight else preflight.measure(agreed, here, precision)
     kernel_choice.start(config.kernels, here)
-    host.seed(train.seed)
-    seen, setbacks = manifest.newest(run_dir), Setbacks(config.guards, run_dir)
-    topology.agree(
+    cpu_compat.seed(train.seed)
+    seen, bad_steps = manifest.latest_checkpoint(run_dir), BadSteps(config.guards, run_dir)
+    topology.require_equal(
         {
             "data fingerprint": corpus.meta.fingerprint,
             "step of the newest checkpoint": seen.step if seen else None,
-            "steps to pass over": sorted(setbacks.passed),
+            "steps to pass over": sorted(bad_steps.passed),
         }
     )
     run = Run(
         config=config,
         precision=precision,
-        schedule=schedule.of(config),
+        schedule=schedule.build_schedule(config),
         topology=here,
         batches=batches,
         heldout=Heldout(np.concatenate(windows), corpus.token_bytes),
         data_fingerprint=corpus.meta.fingerprint,
         saver=Saver(run_dir, config, here, corpus.folder / "tokenizer.json"),
-        setbacks=setbacks,
+        bad_steps=bad_steps,
         watch=watch,
     )
     found = resume.newest(run_dir, here)
@@ -203,12 +205,12 @@ def pretrain(config: Config, watch: Watch) -> int:
     finally:
         run.saver.wait(10.0)  # whatever ends the training, a save that is being written may still be finished
     if stop:
-        finish.stopped(run, stop)
+        finalize.finalize_stopped(run, stop)
     else:
-        finish.finish(run, corpus)
+        finalize.finalize(run, corpus)
     watch.stop()
-    topology.stop()
-    return exit_codes.of_signal(stop) if stop else exit_codes.DONE
+    topology.destroy()
+    return exit_codes.for_signal(stop) if stop else exit_codes.DONE
 
 
 def _quieten() -> None:

@@ -79,7 +79,7 @@ def nursery() -> Iterator[Callable[..., Any]]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu run where a CUDA device is, and say why elsewhere."""
-    from sffn_dist import machine
+    from sffn_dist.spec import machine
 
     for item in items:
         if item.get_closest_marker("gpu") and machine.cuda_capability() is None:

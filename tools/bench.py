@@ -25,18 +25,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sffn_dist import counts, machine, reading, rules
-from sffn_dist.config import ConfigError
-from sffn_dist.shapes import Structure
-from sffn_dist.traffic import Group, feed_forward, total
+from sffn_bench import arguments, sizes
 
-# kernels/, before this script's own folder, where it would itself be found as bench
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-
-from bench import arguments, sizes
+from sffn_dist.spec import counts, loading, machine, validation
+from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.split_table import Structure
+from sffn_dist.spec.traffic import TrafficGroup, feed_forward, total
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCH = ROOT / "kernels" / "bench"
+BENCH = ROOT / "benchmarks" / "sffn_bench"
 SIZES = "sml"  # of the paper's dense models; their state is 1.3, 4.0 and 8.7 GB
 
 
@@ -57,7 +54,7 @@ def misfits(args: argparse.Namespace) -> Iterator[str]:
         yield f"--repeats {args.repeats}: must be at least 2"
     if args.command == "guards":
         try:
-            rules.check_world(reading.load(str(args.config), args.overrides), args.ranks)
+            validation.check_world(loading.load(str(args.config), args.overrides), args.ranks)
         except ConfigError as error:
             yield from error.problems
     elif args.command == "checkpoint":
@@ -111,7 +108,7 @@ def no_room(args: argparse.Namespace) -> Iterator[str]:
 
 def gigabytes(size: str) -> float:
     """fp32 weights and both moments of one of the paper's dense models."""
-    return 12 * counts.parameters(reading.load(_config(size))) / 1e9
+    return 12 * counts.parameters(loading.load(_config(size))) / 1e9
 
 
 def paper_config(wanted: float) -> Path | None:
@@ -132,7 +129,7 @@ def comm(args: argparse.Namespace) -> list[dict[str, Any]]:
     h, f, tokens = args.width, args.inner, args.tokens
     rows = []
     for p in args.ranks:
-        split, whole = Group(p, tokens, True), Group(p, tokens, False)
+        split, whole = TrafficGroup(p, tokens, True), TrafficGroup(p, tokens, False)
         dense = feed_forward(split, Structure("dense"), h, f)
         for structure in (Structure("dense"), *structures(args)):
             kept, full = (feed_forward(group, structure, h, f) for group in (split, whole))
@@ -164,7 +161,7 @@ def guide(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def timed(script: str, args: argparse.Namespace, p: int, *, threads: int, **more: Any) -> list[dict[str, Any]]:
-    """Rows that a script of kernels/bench prints; starts its p ranks."""
+    """Rows that a script of benchmarks/sffn_bench prints; starts its p ranks."""
     settings = {
         **{name: getattr(args, name) for name in ("width", "inner", "tokens", "repeats")},
         "threads": threads,
@@ -201,7 +198,7 @@ def checkpoint(args: argparse.Namespace) -> list[dict[str, Any]]:
 def guards(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of a run's guards; what it wrote is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="bench_guards_") as folder:
-        said = reading.load(str(args.config), args.overrides)
+        said = loading.load(str(args.config), args.overrides)
         overrides = [f"run.dir={folder}", f"train.steps={args.steps}", "checkpoint.interval=0", *args.overrides]
         settings = {
             "config": str(args.config),

@@ -23,14 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sffn_dist
-from sffn_dist import durable, machine, reading, rules
+from sffn_dist import atomic_io
 from sffn_dist.checkpoint import manifest
-from sffn_dist.config import Config, ConfigError
-from sffn_dist.data import store
-from sffn_dist.telemetry import comparison, curves, variants
+from sffn_dist.comparison import curves, summary, variants
+from sffn_dist.data import metadata
+from sffn_dist.launch import run_identity
+from sffn_dist.spec import loading, machine, validation
+from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.telemetry.progress import format_duration
 from sffn_dist.telemetry.trackers import check_trackers
-from sffn_dist.training import identity
 
 PRETRAIN = Path(sffn_dist.__file__).absolute().parent / "pretrain.py"
 FAILED, REFUSED = 1, 2  # exit codes
@@ -39,10 +40,10 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 
 @dataclass(frozen=True)
-class Run:
+class ComparisonRun:
     """A variant with a seed, in its folder."""
 
-    entry: variants.Entry
+    entry: variants.PlannedVariant
     seed: int
     config: Config
     overrides: tuple[str, ...]
@@ -55,15 +56,15 @@ class Run:
     def name(self) -> str:
         return f"{self.entry.label} seed {self.seed}"
 
-    def result(self) -> comparison.Result:
-        return comparison.read(self.entry, self.seed, self.dir)
+    def result(self) -> summary.Result:
+        return summary.read(self.entry, self.seed, self.dir)
 
 
 @dataclass
-class Started:
+class RunningProcess:
     """A run under way: its process, the place it takes among the jobs, when it began."""
 
-    run: Run
+    run: ComparisonRun
     process: subprocess.Popen[bytes]
     place: int
     began: float
@@ -76,17 +77,17 @@ class Started:
 # ----------------------------------------------------------------------------------------------------------- before the first
 
 
-def planned(args: argparse.Namespace) -> tuple[list[variants.Entry], list[Run]]:
+def planned(args: argparse.Namespace) -> tuple[list[variants.PlannedVariant], list[ComparisonRun]]:
     """What will be trained; raises ConfigError with whatever is wrong in any variant, run or option."""
     seeds = variants.seeds(args.seeds)
-    entries = variants.entries(args.config, args.overrides, variants.parse(args.variants), args.equal)
+    entries = variants.planned_variants(args.config, args.overrides, variants.parse(args.variants), args.equal)
     problems: list[str] = []
     runs = []
     for seed in seeds:
         for entry in entries:
             folder = args.out / entry.variant.folder / f"seed_{seed}"
             overrides = (*entry.overrides, f"train.seed={seed}", f"run.dir={folder}")
-            run = Run(entry, seed, reading.load(args.config, overrides), overrides)
+            run = ComparisonRun(entry, seed, loading.load(args.config, overrides), overrides)
             try:
                 check(run.config, max(1, args.gpus))
             except ConfigError as error:
@@ -100,15 +101,15 @@ def planned(args: argparse.Namespace) -> tuple[list[variants.Entry], list[Run]]:
 def check(config: Config, world: int) -> None:
     """What pretrain.py refuses on this machine before it imports torch; raises ConfigError."""
     try:
-        rules.check_world(config, world)
+        validation.check_world(config, world)
     except ConfigError as error:
         raise ConfigError([f"{problem}; --gpus sets the ranks of a run" for problem in error.problems]) from None
-    store.check_source(config.data, config.model.vocab)
+    metadata.check_source(config.data, config.model.vocab)
     check_trackers(config.logging)
-    prepared = store.locate(config)
-    identity.check(config, store.read_meta(prepared).fingerprint if store.is_usable(prepared) else None)
-    if config.init_from and manifest.newest(Path(config.run.dir)) is None:
-        identity.check_source_of_weights(config)
+    prepared = metadata.locate(config)
+    run_identity.check_identity(config, metadata.read_meta(prepared).fingerprint if metadata.is_usable(prepared) else None)
+    if config.init_from and manifest.latest_checkpoint(Path(config.run.dir)) is None:
+        run_identity.check_source_of_weights(config)
 
 
 def origin(world: int) -> dict[str, str]:
@@ -123,7 +124,7 @@ def origin(world: int) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------------- running
 
 
-def command(run: Run, args: argparse.Namespace, place: int) -> list[str]:
+def command(run: ComparisonRun, args: argparse.Namespace, place: int) -> list[str]:
     """The run as it is started: by itself, or by deepspeed on devices of its own where there are enough for all jobs."""
     script = [str(PRETRAIN), "--config", args.config, *run.overrides]
     if not args.gpus:
@@ -148,18 +149,18 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
     return found
 
 
-def start(run: Run, args: argparse.Namespace, place: int) -> Started:
+def start(run: ComparisonRun, args: argparse.Namespace, place: int) -> RunningProcess:
     """Start a run; its output goes to log.txt in its folder, after what an earlier start wrote there."""
     run.dir.mkdir(parents=True, exist_ok=True)
-    durable.write_text(run.dir / comparison.ORIGIN, json.dumps(origin(max(1, args.gpus))) + "\n")
+    atomic_io.write_text(run.dir / summary.ORIGIN, json.dumps(origin(max(1, args.gpus))) + "\n")
     with (run.dir / "log.txt").open("ab") as log:
         process = subprocess.Popen(command(run, args, place), stdout=log, stderr=subprocess.STDOUT, env=environment(args))
-    return Started(run, process, place, time.monotonic())
+    return RunningProcess(run, process, place, time.monotonic())
 
 
-def train_all(runs: Sequence[Run], args: argparse.Namespace) -> list[Run]:
+def train_all(runs: Sequence[ComparisonRun], args: argparse.Namespace) -> list[ComparisonRun]:
     """Train ``runs``, ``args.jobs`` at a time, with a line for each that ends; returns those that failed."""
-    waiting, under_way, failed = list(runs), list[Started](), list[Run]()
+    waiting, under_way, failed = list(runs), list[RunningProcess](), list[ComparisonRun]()
     places, done = list(range(args.jobs)), list[tuple[int, float]]()
     try:
         while waiting or under_way:
@@ -183,14 +184,14 @@ def train_all(runs: Sequence[Run], args: argparse.Namespace) -> list[Run]:
                 failed.append(one.run)
             if done and (waiting or under_way):
                 begun = [(other.run.entry.flops, other.seconds) for other in under_way]
-                left = comparison.seconds_left(done, [run.entry.flops for run in waiting], begun, args.jobs)
+                left = summary.seconds_left(done, [run.entry.flops for run in waiting], begun, args.jobs)
                 print(f"    about {format_duration(left)} left", flush=True)
     finally:
         stop(under_way)
     return failed
 
 
-def stop(under_way: Sequence[Started]) -> None:
+def stop(under_way: Sequence[RunningProcess]) -> None:
     """End what still runs; each can be continued from its last checkpoint."""
     for one in under_way:
         one.process.terminate()
@@ -198,7 +199,7 @@ def stop(under_way: Sequence[Started]) -> None:
         one.process.wait()
 
 
-def tell(one: Started, count: str) -> bool:
+def tell(one: RunningProcess, count: str) -> bool:
     """Print what a run that ended came to; False if it failed."""
     run, code = one.run, one.process.returncode
     problem = f"ended with exit code {code}"
@@ -219,24 +220,24 @@ def tell(one: Started, count: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------------- results
 
 
-def report(entries: Sequence[variants.Entry], runs: Sequence[Run], args: argparse.Namespace) -> None:
+def report(entries: Sequence[variants.PlannedVariant], runs: Sequence[ComparisonRun], args: argparse.Namespace) -> None:
     """Table, rows, curves and plot of the runs that there are, variants in the order asked for."""
     results = [run.result() for entry in entries for run in runs if run.entry is entry]
-    table = comparison.markdown(comparison.table_rows(results))
-    durable.write_text(args.out / "comparison.md", table + "\n")
-    durable.write_text(args.out / "comparison.csv", comparison.csv_text([comparison.run_row(result) for result in results]))
-    durable.write_text(args.out / "curves.csv", comparison.csv_text(comparison.curve_rows(results)))
+    table = summary.markdown(summary.table_rows(results))
+    atomic_io.write_text(args.out / "comparison.md", table + "\n")
+    atomic_io.write_text(args.out / "comparison.csv", summary.csv_text([summary.run_row(result) for result in results]))
+    atomic_io.write_text(args.out / "curves.csv", summary.csv_text(summary.curve_rows(results)))
     if args.plot:
         title = f"{Path(args.config).stem}, equal {args.equal}, seeds {args.seeds}"
-        curves.draw(comparison.curves(results), args.out / "comparison.png", title)
+        curves.draw(summary.curves(results), args.out / "comparison.png", title)
     print(f"\n{table}\n\nwritten to {args.out}/ (comparison.md, comparison.csv, curves.csv{', comparison.png' * args.plot})")
 
 
 def compare(args: argparse.Namespace) -> int:
     """The comparison; the exit code. Raises ConfigError for bad input."""
     entries, runs = planned(args)
-    base = reading.load(args.config, args.overrides)
-    print(comparison.markdown([comparison.plan_row(entry, variants.reference_flops(base)) for entry in entries]), flush=True)
+    base = loading.load(args.config, args.overrides)
+    print(summary.markdown([summary.plan_row(entry, variants.reference_flops(base)) for entry in entries]), flush=True)
     if args.plan:
         return 0
     if args.plot and not curves.can_draw():
@@ -245,7 +246,7 @@ def compare(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError([f"--out {args.out}: cannot be made: {error.strerror}"]) from None
-    todo = [run for run in runs if not comparison.finished(run.dir, run.config)]
+    todo = [run for run in runs if not summary.finished(run.dir, run.config)]
     print(f"\n{len(todo)} of {len(runs)} runs to train, {args.jobs} at a time, into {args.out}/", flush=True)
     failed = train_all(todo, args)
     good = [run for run in runs if run not in failed]

@@ -24,8 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sffn_dist.checkpoint.manifest import BrokenCheckpoint, Manifest, find
-from sffn_dist.config import ConfigError
+from sffn_dist.checkpoint.manifest import BrokenCheckpoint, Manifest, find_checkpoint
+from sffn_dist.spec.config import ConfigError
 
 REFUSED, DIFFERENT = 2, 1  # exit codes
 
@@ -122,12 +122,12 @@ def _layers(text: str) -> tuple[int, ...]:
 
 def inspect(options: argparse.Namespace) -> int:
     """Of a checkpoint everything, of other formats what the weights say."""
-    from sffn_dist.checkpoint import inspection
-    from sffn_dist.checkpoint.formats import format_of, weights_of
+    from sffn_dist.conversion import inspection
+    from sffn_dist.conversion.formats import format_of, weights_of
 
     spectra = not options.no_spectra
     if format_of(options.source) == "checkpoint":
-        found = inspection.describe(find("source", str(options.source)), spectra=spectra)
+        found = inspection.describe(find_checkpoint("source", str(options.source)), spectra=spectra)
     else:
         weights = weights_of(options.source)
         found = {"origin": weights.origin, **inspection.model(weights, spectra=spectra)}
@@ -137,8 +137,8 @@ def inspect(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """0 where both hold the same."""
-    from sffn_dist.checkpoint import verification
-    from sffn_dist.checkpoint.formats import format_of
+    from sffn_dist.conversion import verification
+    from sffn_dist.conversion.formats import format_of
 
     tree: dict[str, Any] = {}
     both = format_of(options.a) == format_of(options.b) == "checkpoint"
@@ -184,7 +184,7 @@ def reshard(options: argparse.Namespace) -> int:
 
 def _intact(path: Path) -> Manifest:
     """The checkpoint in ``path``, every file of it read and compared with its hash."""
-    found = find("source", str(path))
+    found = find_checkpoint("source", str(path))
     if problems := found.damage(found.files):
         raise ConfigError([str(problem) for problem in problems])
     return found
@@ -192,8 +192,8 @@ def _intact(path: Path) -> Manifest:
 
 def to_hf(options: argparse.Namespace) -> int:
     """A folder that transformers loads."""
-    from sffn_dist.checkpoint.formats import format_of, weights_of
-    from sffn_dist.checkpoint.hf import export
+    from sffn_dist.conversion.formats import format_of, weights_of
+    from sffn_dist.conversion.hf import export
 
     if format_of(options.source) == "checkpoint":
         _intact(options.source)
@@ -205,8 +205,9 @@ def to_hf(options: argparse.Namespace) -> int:
 
 def import_from(options: argparse.Namespace) -> int:
     """A checkpoint of a model from elsewhere, for ``init_from``."""
-    from sffn_dist.checkpoint import formats, reshard
+    from sffn_dist.checkpoint import reshard
     from sffn_dist.checkpoint.weights import approximated
+    from sffn_dist.conversion import formats
 
     expected, found = options.command.removeprefix("from-"), formats.format_of(options.source)
     if found != expected:
@@ -226,7 +227,7 @@ def import_from(options: argparse.Namespace) -> int:
 
 def to_deepspeed(options: argparse.Namespace) -> int:
     """DeepSpeed's universal format, for its ``checkpoint.load_universal``."""
-    from sffn_dist.checkpoint import formats
+    from sffn_dist.conversion import formats
 
     print(formats.to_universal(_intact(options.source), options.target, tensor=options.tensor))
     return 0
@@ -234,10 +235,10 @@ def to_deepspeed(options: argparse.Namespace) -> int:
 
 def from_deepspeed(options: argparse.Namespace) -> int:
     """A universal checkpoint, as one to resume from: put it into run.dir/checkpoints."""
-    from sffn_dist import reading
-    from sffn_dist.checkpoint import formats
+    from sffn_dist.conversion import formats
+    from sffn_dist.spec import loading
 
-    config = reading.load(options.config, options.overrides) if options.config else None
+    config = loading.load(options.config, options.overrides) if options.config else None
     made = formats.from_universal(options.source, options.target, config)
     print(
         f"{made.folder}: step {made.step}, {made.bytes / 1e6:,.1f} MB; to resume, name it step_{made.step:08d} in a run's checkpoints"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import sffn_dist
 from sffn_dist.cluster import job, runs, sweep
-from sffn_dist.config import ConfigError
+from sffn_dist.spec.config import ConfigError
 
 REPOSITORY = Path(sffn_dist.__file__).resolve().parents[1]
 FAILED, REFUSED = 1, 2  # exit codes
@@ -83,7 +83,7 @@ def options_of(args: argparse.Namespace) -> job.Options:
     return options
 
 
-def runs_of(args: argparse.Namespace, options: job.Options) -> tuple[str, list[runs.Run], Path]:
+def runs_of(args: argparse.Namespace, options: job.Options) -> tuple[str, list[runs.JobRun], Path]:
     """(name of the job, its runs, folder of its own logs); every run is checked. Raises ConfigError."""
     if args.sweep:
         plan = sweep.read(args.sweep, args.config)
@@ -95,7 +95,7 @@ def runs_of(args: argparse.Namespace, options: job.Options) -> tuple[str, list[r
     return run.name, [run], Path(run.run_dir, "logs").absolute()
 
 
-def describe(options: job.Options, found: Sequence[runs.Run], log: Path) -> None:
+def describe(options: job.Options, found: Sequence[runs.JobRun], log: Path) -> None:
     """What the script will do, to standard error."""
     devices = "GPU" if options.gpus else "CPU"
     say = f"{options.nodes} node(s) x {options.ranks_per_node} {devices} ranks by {options.launcher}, {options.time} a start"

@@ -29,9 +29,10 @@ from sffn_kernels import activation as act
 from sffn_kernels import bottleneck_plain as plain
 from sffn_kernels import dispatch
 from sffn_kernels.activation import Activation
+from sffn_kernels.bottleneck_plain import Kept
 
 
-class Wanted(NamedTuple):
+class NeedsGrad(NamedTuple):
     """Whose gradients are wanted; what is frozen costs no product."""
 
     z: bool = True
@@ -40,7 +41,7 @@ class Wanted(NamedTuple):
     first: bool = True
 
 
-EVERYTHING = Wanted()
+EVERYTHING = NeedsGrad()
 
 
 class Gradients(NamedTuple):
@@ -50,13 +51,6 @@ class Gradients(NamedTuple):
     second: Tensor | None
     bias: Tensor | None
     first: Tensor | None
-
-
-class Kept(NamedTuple):
-    """What a forward pass may leave for backward: before and after the activation, (T, L, F/L) and (T, K, f/K)."""
-
-    y: Tensor
-    features: Tensor
 
 
 def rebuild(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation) -> Kept:
@@ -158,7 +152,7 @@ def backward(
     first: Tensor,
     activation: Activation,
     kept: Kept | None,
-    wanted: Wanted = EVERYTHING,
+    wanted: NeedsGrad = EVERYTHING,
     ready: Callable[[Tensor], None] = lambda grad_z: None,
 ) -> Gradients:
     """Gradients from that of out (T, O).

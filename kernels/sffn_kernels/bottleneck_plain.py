@@ -1,15 +1,24 @@
-"""The products between two bottlenecks in plain torch, and how the tensors are seen (bottleneck.py has the formula and the shapes).
+"""The products between two bottlenecks in plain torch, and how the tensors are seen (split_linear.py has the formula and the shapes).
 
 BLAS writes into and reads from strided views here, so that no tensor of T*f elements is copied.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from sffn_kernels import activation as act
 from sffn_kernels.activation import Activation
+
+
+class Kept(NamedTuple):
+    """What a forward pass may leave for backward: before and after the activation, (T, L, F/L) and (T, K, f/K)."""
+
+    y: Tensor
+    features: Tensor
 
 
 def fits(second: Tensor, first: Tensor, activation: Activation) -> bool:

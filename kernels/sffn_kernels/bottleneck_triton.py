@@ -1,4 +1,4 @@
-"""From bottleneck to bottleneck by Triton (see bottleneck.py for the formula and the shapes).
+"""From bottleneck to bottleneck by Triton (see split_linear.py for the formula and the shapes).
 
     through   z -> out. The wide features are streamed through the chip, as attention kernels stream keys: none is written to memory.
     wide      z -> y, a                     forward, keeping what backward needs: second factor, bias and activation in one pass
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sffn_kernels import bottleneck_plain as plain
 from sffn_kernels.activation import Activation, halves
-from sffn_kernels.bottleneck import Kept
+from sffn_kernels.bottleneck_plain import Kept
 from sffn_kernels.launching import Tile, launch
 from sffn_kernels.tiles_triton import accumulate, in_groups, precision, slope, strides, value
 

@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sffn_dist.config import ConfigError
-from sffn_dist.durable import hash_file, sync, write_text
+from sffn_dist.atomic_io import hash_file, sync, write_text
+from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.renamed_keys import translate
 
 FORMAT, VERSION = "sffn_dist checkpoint", 2
 NAME, MARK, TOKENIZER = "manifest.json", "BROKEN", "tokenizer.json"
@@ -119,7 +120,7 @@ class Manifest:
             data_fingerprint=tree["data_fingerprint"],
             tensor_parallel=int(tree["tensor_parallel"]),
             kinds=tuple(kind for kind in KINDS if kind in tree["kinds"]),
-            config=dict(tree["config"]),
+            config=translate(tree["config"]),
             shapes={name: tuple(map(int, entry["shape"])) for name, entry in tensors},
             pieces={name: tuple(Piece(**piece) for piece in entry["pieces"]) for name, entry in tensors},
             files={name: File(**entry) for name, entry in tree["files"].items()},
@@ -214,7 +215,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [run_dir / "checkpoints" / name for name in found]
 
 
-def newest(run_dir: Path, besides: Container[Path] = (), up_to: int | None = None) -> Manifest | None:
+def latest_checkpoint(run_dir: Path, besides: Container[Path] = (), up_to: int | None = None) -> Manifest | None:
     """The newest complete checkpoint of a run; broken ones are skipped and named in a warning. Content is not read: see ``damage``.
 
     ``up_to``: the last step that it may be of.
@@ -248,7 +249,7 @@ def newest(run_dir: Path, besides: Container[Path] = (), up_to: int | None = Non
     return None
 
 
-def find(key: str, path: str) -> Manifest:
+def find_checkpoint(key: str, path: str) -> Manifest:
     """The checkpoint that ``path`` (a checkpoint, or a run whose newest is meant) names; raises ConfigError naming ``key``."""
     folder = Path(path)
     if not folder.is_dir():
@@ -259,7 +260,7 @@ def find(key: str, path: str) -> Manifest:
         except BrokenCheckpoint as error:
             raise ConfigError([f"{key} = {path!r}: {error}"]) from None
     try:
-        found = newest(folder)
+        found = latest_checkpoint(folder)
     except ConfigError as error:
         raise ConfigError([f"{key} = {path!r}: {problem}" for problem in error.problems]) from None
     if found is None:

@@ -10,12 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sffn_dist import reading, schedule
 from sffn_dist.checkpoint.manifest import KINDS, TOKENIZER, BrokenCheckpoint, Manifest, missing_tensors
-from sffn_dist.checkpoint.store import Fragment
 from sffn_dist.checkpoint.weights import Weights
+from sffn_dist.checkpoint.writer import Fragment
 from sffn_dist.parallel.split import part_view, shard
-from sffn_dist.shapes import model_tensors
+from sffn_dist.spec import loading, schedule
+from sffn_dist.spec.split_table import model_tensors
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import, and a conversion has no ranks
     from sffn_dist.parallel.topology import Topology
@@ -28,7 +28,7 @@ class Reader:
     """
 
     def __init__(self, manifest: Manifest):
-        self.manifest, self.config = manifest, reading.from_tree(manifest.config)
+        self.manifest, self.config = manifest, loading.from_tree(manifest.config)
         self.guide = manifest.guide_optimizer_steps is not None
         self.specs = model_tensors(self.config, guide=self.guide)
         for problem in missing_tensors(manifest, {name: spec.shape for name, spec in self.specs.items()}):
@@ -92,7 +92,7 @@ class Reader:
 
     def weights(self) -> Weights:
         """The checkpoint's model, as it would be evaluated at its step."""
-        manifest, clock = self.manifest, schedule.of(self.config)
+        manifest, clock = self.manifest, schedule.build_schedule(self.config)
         alpha = clock.alpha(manifest.step) if manifest.alpha is None else manifest.alpha
         facts = {"data_fingerprint": manifest.data_fingerprint, "revision": manifest.revision, "versions": manifest.versions}
         return Weights(

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sffn_dist import reading
+from sffn_dist.atomic_io import atomic_folder, hash_file, write_text
 from sffn_dist.checkpoint.manifest import TOKENIZER, File, Manifest, Piece
 from sffn_dist.checkpoint.reader import Reader
-from sffn_dist.checkpoint.store import check_room, revision, versions
-from sffn_dist.checkpoint.tensor_file import Entry, TensorFile
+from sffn_dist.checkpoint.tensor_file import TensorEntry, TensorFile
 from sffn_dist.checkpoint.weights import Weights
-from sffn_dist.config import ConfigError
-from sffn_dist.durable import fresh_folder, hash_file, write_text
+from sffn_dist.checkpoint.writer import check_room, revision, versions
 from sffn_dist.parallel.split import shard
-from sffn_dist.shapes import TensorSpec, model_tensors
+from sffn_dist.spec import loading
+from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.split_table import TensorSpec, model_tensors
 
 START = "start.json"  # of an import: a config to start from
 FullTensor = Callable[[str, str], Tensor]  # (name, kind) -> full fp32 tensor
@@ -41,7 +41,7 @@ def reshard(source: Manifest, target: Path, *, tensor: int, data: int = 1) -> Ma
     """
     reader = Reader(source)
     tree = {**source.config, "parallel": {**source.config["parallel"], "tensor": tensor}}
-    cut = dataclasses.replace(source, config=reading.from_tree(tree).model_dump(mode="json"), tensor_parallel=tensor)
+    cut = dataclasses.replace(source, config=loading.from_tree(tree).model_dump(mode="json"), tensor_parallel=tensor)
     texts = {name: (source.folder / name).read_text(encoding="utf-8") for name in (TOKENIZER, START) if name in source.files}
     return write(cut, reader.full, target, data=data, texts=texts)
 
@@ -89,7 +89,7 @@ def header(weights: Weights, target: Path) -> Manifest:
 
 def write(like: Manifest, full: FullTensor, target: Path, *, data: int = 1, texts: Mapping[str, str] | None = None) -> Manifest:
     """A checkpoint whose manifest is ``like`` but for tensors and files, which come from ``full``; ``texts``: files beside, by name."""
-    config = reading.from_tree(like.config)
+    config = loading.from_tree(like.config)
     specs = model_tensors(config, guide=like.guide_optimizer_steps is not None)
     p = like.tensor_parallel
     with fresh(target) as folder:
@@ -105,9 +105,9 @@ def write(like: Manifest, full: FullTensor, target: Path, *, data: int = 1, text
 
 @contextlib.contextmanager
 def fresh(target: Path) -> Iterator[Path]:
-    """durable.fresh_folder with ConfigError for what goes wrong with the disk."""
+    """atomic_io.atomic_folder with ConfigError for what goes wrong with the disk."""
     try:
-        with fresh_folder(target) as folder:
+        with atomic_folder(target) as folder:
             yield folder
     except OSError as error:
         raise ConfigError([f"{target}: not written: {error}"]) from None
@@ -118,10 +118,10 @@ def _write_tensors(
 ) -> tuple[dict[str, tuple[Piece, ...]], dict[str, File]]:
     """One file a rank, all open at once; each tensor is made once and cut into every file."""
     pieces = {name: tuple(_pieces(spec, p, data)) for name, spec in specs.items()}
-    entries: dict[str, dict[str, Entry]] = {_file(rank): {} for rank in range(p * data)}
+    entries: dict[str, dict[str, TensorEntry]] = {_file(rank): {} for rank in range(p * data)}
     for name, some in pieces.items():
         for piece in some:
-            entries[piece.file] |= {piece.key(kind, name): Entry(torch.float32, (piece.numel,)) for kind in kinds}
+            entries[piece.file] |= {piece.key(kind, name): TensorEntry(torch.float32, (piece.numel,)) for kind in kinds}
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(TensorFile(folder / name, some)) for name, some in entries.items()}
         for name, spec in specs.items():

@@ -17,14 +17,14 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from sffn_dist.durable import sync
+from sffn_dist.atomic_io import sync
 
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 CHUNK = 1 << 24  # bytes hashed and written at a time
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """What the header says of a tensor."""
 
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+def header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
     """The file's bytes before the first tensor, padded to a multiple of 8."""
     tree: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -50,7 +50,7 @@ def header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
 class TensorFile:
     """A safetensors file being written; a context manager, which on an exception closes the file as it is and leaves it incomplete."""
 
-    def __init__(self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None):
+    def __init__(self, path: Path, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str] | None = None):
         self.path, self._left = path, dict(entries)
         self._hash, self._file = hashlib.sha256(), path.open("wb")
         self.bytes = 0

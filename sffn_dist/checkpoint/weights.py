@@ -1,6 +1,7 @@
 """A model's weights by name, wherever they lie: what importers give and exporters take.
 
-Tensors bear the names and full shapes of :func:`sffn_dist.shapes.model_tensors` and come one at a time, in fp32, so that nothing here holds
+Tensors bear the names and full shapes of :func:`sffn_dist.spec.split_table.model_tensors` and come one at a
+time, in fp32, so that nothing here holds
 a model in memory: a conversion needs about twice the largest tensor.
 """
 
@@ -14,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sffn_dist import reading
-from sffn_dist.config import Config, ConfigError
-from sffn_dist.counts import all_dense
-from sffn_dist.shapes import ffn_structure, is_guide, model_tensors
+from sffn_dist.spec import loading
+from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.counts import all_dense
+from sffn_dist.spec.split_table import ffn_structure, is_guide, model_tensors
 from sffn_dist.structured.approximation import from_dense
 from sffn_dist.structured.maps import to_dense
 
@@ -71,8 +72,8 @@ def approximated(weights: Weights, ffn: Mapping[str, Any], *, guide: bool = Fals
     tree = weights.config.model_dump(mode="json")
     tree["ffn"] = {**tree["ffn"], "width": weights.config.ffn_width, **ffn}
     if guide:
-        tree["guide"] = {"mode": "fixed_step", "share": 1.0}
-    config = reading.from_tree(tree)
+        tree["guide"] = {"mode": "fixed_step", "fraction": 1.0}
+    config = loading.from_tree(tree)
     dense = set(weights.names())
     last: dict[str, dict[str, Tensor]] = {}  # the factors of one linear come from one decomposition
 

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sffn_dist import reading
-from sffn_dist.cluster import ending
-from sffn_dist.config import ConfigError
+from sffn_dist.cluster import requeue
+from sffn_dist.spec import loading
+from sffn_dist.spec.config import ConfigError
 
 GO_ON, REFUSED, LEAVE = 0, 2, 3  # exit codes
 
@@ -42,7 +42,7 @@ def _run_dir(arguments: Sequence[str]) -> str:
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*")
     options, _ = parser.parse_known_intermixed_args(arguments)
-    return reading.load(options.config, options.overrides).run.dir
+    return loading.load(options.config, options.overrides).run.dir
 
 
 def _ended(arguments: Sequence[str]) -> int:
@@ -52,7 +52,7 @@ def _ended(arguments: Sequence[str]) -> int:
     for name in ("--record", "--history", "--run-dir"):
         parser.add_argument(name, type=Path, required=True)
     options = parser.parse_args(arguments)
-    verdict = ending.ended(options.code, options.asked, options.record, options.history, options.run_dir)
+    verdict = requeue.record_end(options.code, options.asked, options.record, options.history, options.run_dir)
     print(verdict.sentence, flush=True)
     return GO_ON if verdict.go_on else LEAVE
 

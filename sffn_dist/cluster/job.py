@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sffn_dist.cluster.runs import Run
-from sffn_dist.config import ConfigError
+from sffn_dist.cluster.runs import JobRun
+from sffn_dist.spec.config import ConfigError
 
 BODY = "# ---- the job:"
 LAUNCHERS = ("srun", "torchrun", "deepspeed")
@@ -125,7 +125,7 @@ def _problems(options: Options, arrays: bool) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------------------------ rendering
 
 
-def script(options: Options, name: str, runs: Sequence[Run], place: Place, log: Path, body: str, chain: Path | None) -> str:
+def script(options: Options, name: str, runs: Sequence[JobRun], place: Place, log: Path, body: str, chain: Path | None) -> str:
     """The batch script of one run, or of an array of them.
 
     ``log``: the folder of the jobs' own logs, which must exist when they start; ``body``: text of slurm/pretrain.sbatch;
@@ -150,7 +150,7 @@ def script(options: Options, name: str, runs: Sequence[Run], place: Place, log: 
     return "\n".join(lines) + "\n" + body[start:]
 
 
-def _directives(options: Options, name: str, runs: Sequence[Run], place: Place, log: Path) -> Iterator[str]:
+def _directives(options: Options, name: str, runs: Sequence[JobRun], place: Place, log: Path) -> Iterator[str]:
     array = len(runs) > 1
     yield f"--job-name={re.sub(r'[^A-Za-z0-9_.+-]', '_', name)}"
     yield f"--nodes={options.nodes}"
@@ -192,7 +192,7 @@ def _settings(options: Options, place: Place, chain: Path | None) -> Iterator[st
         yield f"{name}={shlex.quote(value) if value else ''}"
 
 
-def _mounts(options: Options, runs: Sequence[Run], place: Place) -> list[str]:
+def _mounts(options: Options, runs: Sequence[JobRun], place: Place) -> list[str]:
     """Folders that a container must see: the project, where the runs write and read, and those asked for; none inside another."""
     wanted = [place.repository, place.folder, *(place.folder / path for run in runs for path in run.folders)]
     wanted += [place.folder / mount for mount in options.mounts]

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sffn_dist import reading, rules
 from sffn_dist.checkpoint import manifest
-from sffn_dist.config import Config
-from sffn_dist.data import store
+from sffn_dist.data import metadata
+from sffn_dist.launch import run_identity
+from sffn_dist.spec import loading, validation
+from sffn_dist.spec.config import Config
 from sffn_dist.telemetry.trackers import check_trackers
-from sffn_dist.training import identity
 
 
 @dataclass(frozen=True)
-class Run:
+class JobRun:
     """One run of pretrain.py. ``name`` is for people; ``file`` and ``run_dir`` are as the user wrote them."""
 
     name: str
@@ -42,9 +42,9 @@ class Run:
         return [path for path in paths if path]
 
 
-def read(name: str, file: str, overrides: Sequence[str]) -> Run:
+def read(name: str, file: str, overrides: Sequence[str]) -> JobRun:
     """Load a run's config; raises ConfigError."""
-    return Run(name, file, tuple(overrides), reading.load(file, overrides))
+    return JobRun(name, file, tuple(overrides), loading.load(file, overrides))
 
 
 def check(config: Config, world: int) -> None:
@@ -52,10 +52,10 @@ def check(config: Config, world: int) -> None:
 
     A job may wait for days: what can be seen now is said now.
     """
-    rules.check_world(config, world)
-    store.check_source(config.data, config.model.vocab)
+    validation.check_world(config, world)
+    metadata.check_source(config.data, config.model.vocab)
     check_trackers(config.logging)
-    prepared = store.locate(config)
-    identity.check(config, store.read_meta(prepared).fingerprint if store.is_usable(prepared) else None)
-    if config.init_from and manifest.newest(Path(config.run.dir)) is None:
-        identity.check_source_of_weights(config)
+    prepared = metadata.locate(config)
+    run_identity.check_identity(config, metadata.read_meta(prepared).fingerprint if metadata.is_usable(prepared) else None)
+    if config.init_from and manifest.latest_checkpoint(Path(config.run.dir)) is None:
+        run_identity.check_source_of_weights(config)

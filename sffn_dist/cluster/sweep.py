@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from sffn_dist.cluster import runs
-from sffn_dist.cluster.runs import Run
-from sffn_dist.config import ConfigError
+from sffn_dist.cluster.runs import JobRun
+from sffn_dist.spec.config import ConfigError
 
 KEYS = ("name", "configs", "overrides", "grid", "exclude")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
@@ -150,7 +150,7 @@ def _is_one(value: Any, wanted: Any) -> bool:
     return value == wanted or (isinstance(wanted, list) and value in wanted)
 
 
-def expand(sweep: Sweep, overrides: Sequence[str], world: int, folder: str = "runs") -> list[Run]:
+def expand(sweep: Sweep, overrides: Sequence[str], world: int, folder: str = "runs") -> list[JobRun]:
     """The runs, each checked; raises ConfigError with what is wrong in any of them.
 
     ``overrides`` are the command line's, for all runs; ``world``: ranks of each.
@@ -162,7 +162,7 @@ def expand(sweep: Sweep, overrides: Sequence[str], world: int, folder: str = "ru
             raise ConfigError(["run.dir: is set for each run of a sweep, and cannot be given"])
         if key in taken:
             raise ConfigError([f"{key}: is an axis of the grid, and cannot be set for all runs too"])
-    found: dict[str, Run] = {}
+    found: dict[str, JobRun] = {}
     problems: dict[str, list[str]] = {}
     for label, file, choices in combinations(sweep):
         if label in found:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sffn_dist.config import ConfigError
+from sffn_dist.spec.config import ConfigError
 
 _ROUNDS = 8
 

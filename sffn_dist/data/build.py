@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from sffn_dist.config import Config, ConfigError
+from sffn_dist.atomic_io import hash_file
 from sffn_dist.data.corpus import documents
+from sffn_dist.data.metadata import FORMAT, Meta, Split, dump_meta, fingerprint
 from sffn_dist.data.shards import SHARD_TOKENS, ShardWriter, Tokens, TokenStream, token_dtype, unigram_entropy
-from sffn_dist.data.store import FORMAT, Meta, Split, dump_meta, fingerprint
 from sffn_dist.data.tokenizer import (
     end_of_text,
     is_byte_level,
@@ -28,7 +28,7 @@ from sffn_dist.data.tokenizer import (
     train_tokenizer,
     vocab_size,
 )
-from sffn_dist.durable import hash_file
+from sffn_dist.spec.config import Config, ConfigError
 
 log = logging.getLogger(__name__)
 

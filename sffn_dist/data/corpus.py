@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sffn_dist.config import ConfigError, Data
-from sffn_dist.data.store import hf_name, source_files
+from sffn_dist.data.metadata import hf_name, source_files
+from sffn_dist.spec.config import ConfigError, Data
 
 LARGE = 16 << 20  # bytes of a text file
 PART = 1 << 20  # characters

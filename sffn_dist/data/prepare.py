@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from sffn_dist.config import Config, ConfigError
-from sffn_dist.data.store import CorpusError, is_usable, locate, read_meta
-from sffn_dist.durable import sync
+from sffn_dist.atomic_io import sync
+from sffn_dist.data.metadata import CorpusError, is_usable, locate, read_meta
+from sffn_dist.spec.config import Config, ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from sffn_dist.data.store import CorpusError, Meta, Shard, Split, read_meta
+from sffn_dist.atomic_io import hash_file
+from sffn_dist.data.metadata import CorpusError, Meta, Shard, Split, read_meta
 from sffn_dist.data.tokenizer import plain
-from sffn_dist.durable import hash_file
 
 SHARD_TOKENS = 1 << 28
 _CHUNK = 1 << 24  # tokens looked at in one go

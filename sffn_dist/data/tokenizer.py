@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sffn_dist.config import ConfigError
+from sffn_dist.spec.config import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 SEPARATORS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")  # the first that a given tokenizer has is used

@@ -27,15 +27,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from sffn_kernels import bottleneck as shard
 from sffn_kernels import decode
 from sffn_kernels.activation import Activation
-from sffn_kernels.bottleneck_plain import fits
+from sffn_kernels.bottleneck_plain import Kept, fits
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sffn_dist.parallel import ledger
-from sffn_dist.parallel.bottleneck import Column, Gradients, Row, Wanted, Weights, arrived
 from sffn_dist.parallel.collectives import Pending
 from sffn_dist.parallel.functions import autocast, gradients_of, weights_of
 from sffn_dist.parallel.linears import StructuredLinear
+from sffn_dist.parallel.split_linear import ColumnSplit, Gradients, NeedsGrad, RowSplit, Weights, wait_for
 
 Recompute = Literal["none", "bottleneck"]
 
@@ -164,8 +164,8 @@ class _Bottleneck(torch.autograd.Function):
         mlp, alphas, half, needs = ctx.mlp, ctx.alphas, ctx.half, ctx.needs_input_grad
         first, second = _weights(parameters, half, alphas)
         column, row = _splits(mlp)
-        of_first = Wanted(needs[1], *needs[3 : 3 + half])
-        of_second = Wanted(any(needs[1 : 3 + half]), *needs[3 + half :])
+        of_first = NeedsGrad(needs[1], *needs[3 : 3 + half])
+        of_second = NeedsGrad(any(needs[1 : 3 + half]), *needs[3 + half :])
         with ledger.inside(mlp.linear_fc1):
             rising = column.exchange.spread(kept) if column.exchange.grows else Pending(kept)
         with ledger.inside(mlp.linear_fc2):
@@ -176,7 +176,7 @@ class _Bottleneck(torch.autograd.Function):
             leaves = [y.requires_grad_()] + ([] if bias is None else [bias.detach().requires_grad_()])
             features = mlp.between(y, leaves[1] if len(leaves) > 1 else None).to(y.dtype)
         with ledger.inside(mlp.linear_fc2):
-            read = row.turned(features.detach()).wait()
+            read = row.exchanges_features(features.detach()).wait()
             row_gradients = row.finish_backward(begun, features.detach(), read, second, of_second)
         grad_bias, column_gradients = None, Gradients(None, None, None, None)
         if row_gradients.x is not None:
@@ -222,9 +222,9 @@ class _Direct(torch.autograd.Function):
         mlp, half, needs = ctx.mlp, ctx.half, ctx.needs_input_grad[2:]
         first, second = _weights(parameters, half, (None, None))
         column, row = _splits(mlp)
-        of_first = Wanted(needs[1], *needs[3 : 3 + half])
-        of_second = Wanted(any(needs[1 : 3 + half]), *needs[3 + half :])
-        kept = None if y is None else shard.Kept(y, features)
+        of_first = NeedsGrad(needs[1], *needs[3 : 3 + half])
+        of_second = NeedsGrad(any(needs[1 : 3 + half]), *needs[3 + half :])
+        kept = None if y is None else Kept(y, features)
         with ledger.inside(mlp.linear_fc1):
             rising = column.exchange.spread(held) if kept is None and column.exchange.grows else Pending(held)
         with ledger.inside(mlp.linear_fc2):
@@ -235,7 +235,7 @@ class _Direct(torch.autograd.Function):
         tokens = rows.numel()
         if kept is None and row.exchange.ranks > 1 and tokens <= shard.at_a_time(tokens):  # while dz travels, if all at once
             kept = shard.rebuild(_flat(wide, rows), first.second, own_bias, second.first, ctx.activation)
-        grad_z, grad_second = arrived(begun.grad_z), begun.grad_second
+        grad_z, grad_second = wait_for(begun.grad_z), begun.grad_second
         travelling: list[Pending] = []
 
         def send(grad: Tensor) -> None:
@@ -252,7 +252,7 @@ class _Direct(torch.autograd.Function):
                 second.first,
                 ctx.activation,
                 kept,
-                shard.Wanted(of_first.x or of_first.first, of_first.second, needs[2], of_second.first),
+                shard.NeedsGrad(of_first.x or of_first.first, of_first.second, needs[2], of_second.first),
                 send,
             )
         del begun, grad_z, kept  # not beside the gradient of x
@@ -261,8 +261,8 @@ class _Direct(torch.autograd.Function):
             with ledger.inside(mlp.linear_fc1):
                 grad_x, grad_first = column.narrow_backward(grad, x, first.first, of_first)
         of_weights = (
-            *gradients_of(Gradients(grad_x, arrived(grad_first), made.second, None), ctx.shapes[:half], of_first, x),
-            *gradients_of(Gradients(None, made.first, arrived(grad_second), None), ctx.shapes[half:], of_second, x),
+            *gradients_of(Gradients(grad_x, wait_for(grad_first), made.second, None), ctx.shapes[:half], of_first, x),
+            *gradients_of(Gradients(None, made.first, wait_for(grad_second), None), ctx.shapes[half:], of_second, x),
         )
         return None, None, None, grad_x, None if made.bias is None or bias is None else made.bias.to(bias.dtype), *of_weights
 
@@ -293,8 +293,8 @@ def _weights(parameters: Sequence[Tensor], half: int, alphas: Sequence[float | N
     return weights_of(parameters[:half], alphas[0]), weights_of(parameters[half:], alphas[1])
 
 
-def _splits(mlp: StructuredMLP) -> tuple[Column, Row]:
+def _splits(mlp: StructuredMLP) -> tuple[ColumnSplit, RowSplit]:
     column, row = mlp.linear_fc1.split, mlp.linear_fc2.split
-    assert isinstance(column, Column)
-    assert isinstance(row, Row)
+    assert isinstance(column, ColumnSplit)
+    assert isinstance(row, RowSplit)
     return column, row

@@ -1,4 +1,4 @@
-"""Autograd over bottleneck.py: what a structured linear keeps for backward.
+"""Autograd over split_linear.py: what a structured linear keeps for backward.
 
 The weights themselves are saved, never a view of them: a saved view would keep ZeRO-3's gathered copy alive until backward. Backward is
 written by hand with collectives in it, so it has no derivative of its own.
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sffn_dist.parallel.bottleneck import Column, Gradients, Row, Wanted, Weights
+from sffn_dist.parallel.split_linear import ColumnSplit, Gradients, NeedsGrad, RowSplit, Weights
 
 
 class ColumnFunction(torch.autograd.Function):
     """(split, alpha, x, first, second[, guide]) -> y."""
 
     @staticmethod
-    def forward(ctx: Any, split: Column, alpha: float | None, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, split: ColumnSplit, alpha: float | None, x: Tensor, *parameters: Tensor) -> Tensor:
         weights = weights_of(parameters, alpha)
         z = split.exchange.spread(split.narrow(x, weights.first))
         y, wide, _ = split.widen(x, z, weights, alpha)  # of x the rank's own tokens are kept
@@ -33,7 +33,7 @@ class ColumnFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, z, *saved = ctx.saved_tensors
-        wanted = Wanted(*ctx.needs_input_grad[2:])
+        wanted = NeedsGrad(*ctx.needs_input_grad[2:])
         gradients = ctx.split.backward(grads[0], x, z, Weights(*saved), ctx.alpha, wanted)
         return None, None, gradients.x, *gradients_of(gradients, ctx.shapes, wanted, x)
 
@@ -42,7 +42,7 @@ class RowFunction(torch.autograd.Function):
     """(split, alpha, x, first, second[, guide]) -> y."""
 
     @staticmethod
-    def forward(ctx: Any, split: Row, alpha: float | None, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, split: RowSplit, alpha: float | None, x: Tensor, *parameters: Tensor) -> Tensor:
         weights = weights_of(parameters, alpha)
         y, read, z = split.forward(x, weights, alpha)
         ctx.split, ctx.alpha, ctx.shapes = split, alpha, [parameter.shape for parameter in parameters]
@@ -54,7 +54,7 @@ class RowFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, read, z, *saved = ctx.saved_tensors
-        weights, wanted = Weights(*saved), Wanted(*ctx.needs_input_grad[2:])
+        weights, wanted = Weights(*saved), NeedsGrad(*ctx.needs_input_grad[2:])
         begun = ctx.split.begin_backward(grads[0], z, weights, ctx.alpha, wanted)
         gradients = ctx.split.finish_backward(begun, read if x is None else x, read, weights, wanted)
         return None, None, gradients.x, *gradients_of(gradients, ctx.shapes, wanted, z)
@@ -65,7 +65,9 @@ def weights_of(parameters: Sequence[Tensor], alpha: float | None) -> Weights:
     return Weights(*(parameters if alpha is not None else parameters[:2]))
 
 
-def gradients_of(gradients: Gradients, shapes: Sequence[torch.Size], wanted: Wanted, like: Tensor) -> tuple[Tensor | None, ...]:
+def gradients_of(
+    gradients: Gradients, shapes: Sequence[torch.Size], wanted: NeedsGrad, like: Tensor
+) -> tuple[Tensor | None, ...]:
     """Gradients in the order of a linear's parameters. An undrawn guide's is zero, not absent: ZeRO-3 would apply the last step's again."""
     found = (gradients.first, gradients.second)
     if len(shapes) == 2:

@@ -20,7 +20,9 @@ def start(setting: str, topology: Topology) -> None:
     if topology.world == 1 or topology.device.type != "cuda":
         dispatch.agree_by(None)
         return
-    if any(all_gather_object(dispatch.unavailable(topology.device))):  # on one node is on all: a rank that only ran torch would not meet the others' sums
+    if any(
+        all_gather_object(dispatch.unavailable(topology.device))
+    ):  # on one node is on all: a rank that only ran torch would not meet the others' sums
         dispatch.use("torch")
         return
 

@@ -43,12 +43,12 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from sffn_dist.config import FFNKind
 from sffn_dist.parallel.feed_forward import Recompute, StructuredMLP
 from sffn_dist.parallel.layers import NormLayer
+from sffn_dist.parallel.linear_init import check_structure
 from sffn_dist.parallel.linears import StructuredColumnParallelLinear, StructuredRowParallelLinear
-from sffn_dist.parallel.standalone import check_structure
-from sffn_dist.shapes import Structure
+from sffn_dist.spec.config import FFNKind
+from sffn_dist.spec.split_table import Structure
 
 __all__ = ["NormLayer", "structured_layer_spec", "structured_mlp_submodules"]
 

@@ -10,7 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from sffn_dist.parallel import host
+from sffn_dist.parallel import cpu_compat
 
 try:  # apex is built from source for CUDA; what PyPI calls apex is another project
     from apex.normalization import FusedLayerNorm, FusedRMSNorm  # type: ignore[import-not-found]
@@ -46,7 +46,7 @@ class NormLayer:
     """apex's fused norm where apex imports, else torch's. A class, since Megatron's specs call classes and keep functions."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> nn.Module:  # type: ignore[misc]
-        if not HAVE_APEX or not host.has_cuda():
+        if not HAVE_APEX or not cpu_compat.has_cuda():
             return Norm(config, hidden_size, eps, **kwargs)
         fused = FusedRMSNorm if config.normalization == "RMSNorm" else FusedLayerNorm
         norm: nn.Module = fused(hidden_size, eps=eps).to(torch.cuda.current_device(), config.params_dtype)

@@ -163,7 +163,7 @@ def _group(values: dict[str, Any]) -> dist.ProcessGroup:
 
 
 @dataclass(frozen=True)
-class Entry:
+class LedgerEntry:
     """What this rank received in ``calls`` collectives of one kind, group, place and purpose; exact."""
 
     kind: str
@@ -212,16 +212,16 @@ class Ledger(TorchDispatchMode):
         self._thread = 0
 
     @property
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[LedgerEntry]:
         """All rows, in the order in which they first occurred."""
-        return [Entry(*key, *sums) for key, sums in self._sums.items()]
+        return [LedgerEntry(*key, *sums) for key, sums in self._sums.items()]
 
     def select(
         self, *, kind: str | None = None, group: str | None = None, place: str | None = None, purpose: Purpose | None = None
-    ) -> list[Entry]:
+    ) -> list[LedgerEntry]:
         """The rows that match all that is given. A place stands for all below it, but "" only for what has no place."""
 
-        def matches(entry: Entry) -> bool:
+        def matches(entry: LedgerEntry) -> bool:
             own = (entry.kind, entry.group, entry.purpose)
             if any(want is not None and want != have for want, have in zip((kind, group, purpose), own, strict=True)):
                 return False

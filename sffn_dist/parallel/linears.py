@@ -1,7 +1,7 @@
 """Structured parallel linears: Megatron's ColumnParallelLinear and RowParallelLinear with factors in place of the matrix.
 
 They take the constructor arguments of Megatron's linears and return ``(output, bias)``, so ``MLPSubmodules(linear_fc1=...,
-linear_fc2=...)`` takes them. What a rank computes and what travels is in bottleneck.py; here are the parameters, cut by the split table,
+linear_fc2=...)`` takes them. What a rank computes and what travels is in split_linear.py; here are the parameters, cut by the split table,
 and the state of the guide.
 """
 
@@ -17,12 +17,12 @@ from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor, nn
 
 from sffn_dist.parallel import sharded_state
-from sffn_dist.parallel.bottleneck import Column, Half, Row
 from sffn_dist.parallel.collectives import Exchange, Tokens
 from sffn_dist.parallel.functions import ColumnFunction, RowFunction, autocast
+from sffn_dist.parallel.linear_init import check_ranks, check_sizes, check_structure, draw_replicated
 from sffn_dist.parallel.split import shard
-from sffn_dist.parallel.standalone import check_ranks, check_sizes, check_structure, draw_alike
-from sffn_dist.shapes import Layout, Role, Structure, TensorSpec, inner_layout, linear_tensors, wide_factor
+from sffn_dist.parallel.split_linear import ColumnSplit, RowSplit, SplitLinear
+from sffn_dist.spec.split_table import Layout, Role, Structure, TensorSpec, inner_layout, linear_tensors, wide_factor
 
 
 class StructuredLinear(nn.Module, abc.ABC):
@@ -95,7 +95,7 @@ class StructuredLinear(nn.Module, abc.ABC):
         """The paper's initialisation, one full draw cut for every tensor-parallel rank; ``std`` is config.init_method_std, or 0.02."""
         std = getattr(self.config, "init_method_std", 0.02) if std is None else std
         sizes = self.input_size, self.output_size
-        full = draw_alike(self.structure, self.specs, sizes, std, generator, self.group, expert=self.is_expert)
+        full = draw_replicated(self.structure, self.specs, sizes, std, generator, self.group, expert=self.is_expert)
         for name, tensor in full.items():
             getattr(self, name).copy_(shard(tensor, self.specs[name], self.ranks, self.rank))
 
@@ -116,7 +116,7 @@ class StructuredLinear(nn.Module, abc.ABC):
         return found if self.guide is None else [*found, self.guide]
 
     @abc.abstractmethod
-    def _split(self, tokens: Tokens) -> Half:
+    def _split(self, tokens: Tokens) -> SplitLinear:
         """How the linear is computed on its group's ranks."""
 
     @property
@@ -205,8 +205,8 @@ class StructuredColumnParallelLinear(StructuredLinear):
         if config.perform_initialization:
             self.reset_parameters()
 
-    def _split(self, tokens: Tokens) -> Column:
-        return Column(self.structure, Exchange(self.group, tokens, wide_factor(self.specs).block_groups(self.ranks)))
+    def _split(self, tokens: Tokens) -> ColumnSplit:
+        return ColumnSplit(self.structure, Exchange(self.group, tokens, wide_factor(self.specs).block_groups(self.ranks)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (S or S/p, batch, h) -> (S, batch, f/p), and the bias if it is left to the caller."""
@@ -255,10 +255,10 @@ class StructuredRowParallelLinear(StructuredLinear):
         if config.perform_initialization:
             self.reset_parameters()
 
-    def _split(self, tokens: Tokens) -> Row:
+    def _split(self, tokens: Tokens) -> RowSplit:
         wrote = wide_factor(self.specs)
-        turn = wrote.cut is not None and wrote.cut.turned(self.ranks)
-        return Row(self.structure, Exchange(self.group, tokens, wrote.block_groups(self.ranks)), turn)
+        turn = wrote.cut is not None and wrote.cut.exchanges_features(self.ranks)
+        return RowSplit(self.structure, Exchange(self.group, tokens, wrote.block_groups(self.ranks)), turn)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (S, batch, f/p) -> (S or S/p, batch, h), and the bias if it is left to the caller."""

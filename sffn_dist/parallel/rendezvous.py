@@ -1,6 +1,6 @@
 """How ranks find each other: one key-value store, at MASTER_ADDR:MASTER_PORT, and word from every rank that it is there.
 
-Rank 0 serves the store; under torchrun its agent does. The process group is made over it, and the watch (training/watch.py) keeps
+Rank 0 serves the store; under torchrun its agent does. The process group is made over it, and the watch (health/watchdog.py) keeps
 word through it of who is alive, beside the collectives.
 """
 
@@ -15,11 +15,11 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
-from sffn_dist import exit_codes
-from sffn_dist.config import ConfigError
+from sffn_dist.launch import exit_codes
+from sffn_dist.spec.config import ConfigError
 
 # seconds that a rank may come later than the first: nodes boot containers and read an environment from a slow disk
-PATIENCE = 600.0
+RENDEZVOUS_TIMEOUT = 600.0
 
 
 class RendezvousError(ConfigError):
@@ -28,7 +28,7 @@ class RendezvousError(ConfigError):
     exit_code = exit_codes.LOST_RANK
 
 
-def join(rank: int, world: int, patience: float = PATIENCE) -> Any:
+def connect(rank: int, world: int, patience: float = RENDEZVOUS_TIMEOUT) -> Any:
     """The store, once all ``world`` ranks are there.
 
     Raises RendezvousError where the port is taken, the address cannot be reached in ``patience`` seconds, or ranks are missing by then:

@@ -13,24 +13,30 @@ Replicated tensors are stored as they are. ``sharded_offsets`` are the axes that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
-from sffn_dist.shapes import TensorSpec
-
-if TYPE_CHECKING:
-    from sffn_dist.parallel.linears import StructuredLinear
+from sffn_dist.spec.split_table import TensorSpec
 
 Offsets = Sequence[tuple[int, int, int]]  # (axis, index, size) of each prepended axis
 HALVES = "bias_halves"
 
 
+class ShardedLinear(Protocol):
+    """What is asked of a linear: its parameters by the split table, its place in the tensor-parallel group."""
+
+    specs: dict[str, TensorSpec]
+    halves: int
+    ranks: int
+    rank: int
+
+
 def linear_sharded_state_dict(
-    linear: StructuredLinear, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    linear: ShardedLinear, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
 ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
     """Every tensor of ``linear`` as megatron-core's checkpoints take it, under the checkpoint key ``prefix + name``.
 
@@ -91,7 +97,7 @@ def _in_view(
     return ShardedTensorFactory(key, parameter, build, merge, replica_id)
 
 
-def restore_names(linear: StructuredLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def restore_names(linear: ShardedLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before ``load_state_dict``: a gated pair's bias gets its own name back."""
     if prefix + HALVES in state_dict:
         state_dict[prefix + "bias"] = state_dict.pop(prefix + HALVES)

@@ -1,4 +1,4 @@
-"""Cut a full tensor into a rank's part and put parts together again, as the split table of shapes.py says."""
+"""Cut a full tensor into a rank's part and put parts together again, as the split table of spec/split_table.py says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sffn_dist.shapes import TensorSpec
+from sffn_dist.spec.split_table import TensorSpec
 
 
 def part_view(full: Tensor, spec: TensorSpec, p: int, rank: int) -> Tensor:

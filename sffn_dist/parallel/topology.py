@@ -14,11 +14,11 @@ from megatron.core import parallel_state
 from sffn_kernels import dispatch
 from torch._C._distributed_c10d import PrefixStore
 
-from sffn_dist import machine
-from sffn_dist.config import Config, ConfigError
-from sffn_dist.parallel import host, rendezvous
+from sffn_dist.parallel import cpu_compat, rendezvous
 from sffn_dist.parallel.object_collectives import all_gather_object
-from sffn_dist.rules import check_world
+from sffn_dist.spec import machine
+from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.validation import check_world
 
 
 @dataclass(frozen=True)
@@ -66,27 +66,27 @@ class ModelParallelUnit:
         return parallel_state.get_tensor_model_parallel_group()
 
 
-def start(config: Config) -> Topology:
+def init_parallel(config: Config) -> Topology:
     """Join the process group, and make Megatron's groups."""
-    join()
+    init_process_group()
     check_world(config, dist.get_world_size())
     return groups(config.parallel.tensor)
 
 
-def join(timeout: float = 1800.0) -> Any:
+def init_process_group(timeout: float = 1800.0) -> Any:
     """Join the process group that the launcher describes (RANK, WORLD_SIZE, ...), or be alone; returns the ranks' common store.
 
     ``timeout``: seconds that a collective may take. Raises ConfigError where ranks do not find each other.
     """
-    host.prepare()
+    cpu_compat.prepare()
     _threads()
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
     if "RANK" not in os.environ:
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = rendezvous.join(rank, world)
-    backend, limit = "nccl" if host.has_cuda() else "gloo", datetime.timedelta(seconds=timeout)
+    store = rendezvous.connect(rank, world)
+    backend, limit = "nccl" if cpu_compat.has_cuda() else "gloo", datetime.timedelta(seconds=timeout)
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=limit)
     return store
 
@@ -106,13 +106,13 @@ def groups(tensor: int) -> Topology:
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         data=parallel_state.get_data_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
-        device=host.device(),
+        device=cpu_compat.device(),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
     )
 
 
-def agree(facts: dict[str, Any]) -> None:
+def require_equal(facts: dict[str, Any]) -> None:
     """Compare ``facts`` between all ranks; raises ConfigError on every rank where nodes differ.
 
     Each rank finds them by itself, and a folder that is not shared, another Python or another processor would split the run silently.
@@ -127,7 +127,7 @@ def agree(facts: dict[str, Any]) -> None:
         raise ConfigError(problems)
 
 
-def stop() -> None:
+def destroy() -> None:
     """Leave the groups and the process group."""
     _background.clear()
     dispatch.agree_by(None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sffn_dist.shapes import Structure
+from sffn_dist.spec.split_table import Structure
 from sffn_dist.structured.approximation import from_dense
 from sffn_dist.structured.maps import to_dense
 

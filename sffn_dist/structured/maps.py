@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from sffn_kernels.block_diagonal import block_diagonal, shuffled_block_diagonal
 from torch import Tensor
 
-from sffn_dist.shapes import Structure
+from sffn_dist.spec.split_table import Structure
 
 Factors = Mapping[str, Tensor]
 

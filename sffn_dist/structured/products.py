@@ -28,7 +28,7 @@ class Product(Protocol):
         """dL/dweight, summed over tokens; ``weight`` tells the sizes."""
 
 
-class Matrix:
+class MatrixProduct:
     """weight (M, N): y = weight x."""
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Matrix:
         return torch.addmm(x.new_zeros(()), grad.flatten(0, -2).t(), x.flatten(0, -2), beta=0, alpha=scale)
 
 
-class Blocks:
+class BlockDiagonalProduct:
     """weight (K, O, I): x grouped by block (k, i) -> y grouped by block (k, o)."""
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Blocks:
         return block_diagonal.weight_gradient(grad.unflatten(-1, weight.shape[:2]), x.unflatten(-1, (weight.shape[0], -1)))
 
 
-class Interleaved:
+class InterleavedProduct:
     """weight (K, O, R), Monarch's second factor: z (..., K, R), a row for each block -> y (..., O*K), the blocks interleaved (s, l)."""
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -95,11 +95,11 @@ def shaped(result: Tensor, *shape: int) -> Tensor:
     return torch.ops.aten._unsafe_view(result, shape)
 
 
-def deal(z: Tensor, blocks: int) -> Tensor:
+def shuffle(z: Tensor, blocks: int) -> Tensor:
     """Monarch's shuffle: feature r*B + l of z (..., R*B) -> place (l, r) of (..., B, R), a view: row l feeds block l."""
     return z.unflatten(-1, (-1, blocks)).transpose(-1, -2)
 
 
-def undeal(z: Tensor) -> Tensor:
+def unshuffle(z: Tensor) -> Tensor:
     """The inverse of :func:`deal`: (..., B, R) -> (..., R*B)."""
     return z.transpose(-1, -2).flatten(-2)

@@ -17,7 +17,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from sffn_dist.durable import sync
+from sffn_dist.atomic_io import sync
 
 _log = getLogger(__name__)
 

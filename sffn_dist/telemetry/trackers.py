@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from sffn_dist.config import ConfigError, Logging
-from sffn_dist.durable import write_text
+from sffn_dist.atomic_io import write_text
+from sffn_dist.spec.config import ConfigError, Logging
 
 _log = getLogger(__name__)
 

@@ -1,4 +1,7 @@
-"""config -> DeepSpeed engine, its step and its end. The only module that imports deepspeed; what of it is the run's state: state.py."""
+"""config -> DeepSpeed engine, its step and its end. The only module that imports deepspeed.
+
+What of an engine is the run's state: engine_state.py.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor, nn
 
-from sffn_dist.config import Config
-from sffn_dist.counts import reduce_bucket
-from sffn_dist.parallel import host
+from sffn_dist.parallel import cpu_compat
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.topology import ModelParallelUnit, Topology
-from sffn_dist.shapes import is_guide
-from sffn_dist.training import state
-from sffn_dist.training.state import Carried, Engine
+from sffn_dist.spec.config import Config
+from sffn_dist.spec.counts import reduce_bucket
+from sffn_dist.spec.split_table import is_guide
+from sffn_dist.training import engine_state
+from sffn_dist.training.engine_state import Engine, ExportedState
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if host.has_cuda() else "cpu")
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if cpu_compat.has_cuda() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 import deepspeed  # noqa: E402  (the accelerator is chosen at import)
@@ -44,7 +47,7 @@ def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guid
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": host.has_cuda() and stage > 0,
+            "overlap_comm": cpu_compat.has_cuda() and stage > 0,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
         },
@@ -55,7 +58,9 @@ def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guid
     return tree
 
 
-def create(model: nn.Module, config: Config, precision: str, topology: Topology, carried: Carried | None = None) -> Engine:
+def create(
+    model: nn.Module, config: Config, precision: str, topology: Topology, carried: ExportedState | None = None
+) -> Engine:
     """Wrap the model: AdamW on everything (the guide as its own last group), ZeRO, precision, clipping, accumulation.
 
     The learning rate is 0 until :func:`set_learning_rate`; optimizer state exists from the start, all zero, or what is ``carried``
@@ -83,7 +88,7 @@ def create(model: nn.Module, config: Config, precision: str, topology: Topology,
         mpu=ModelParallelUnit(),
         dist_init_required=False,
     )
-    state.fill(engine, carried)
+    engine_state.init_state(engine, carried)
     return engine
 
 
@@ -96,7 +101,7 @@ def _adjust_deepspeed() -> None:
 
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
     unfused_optimizer.FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None
-    if not host.has_cuda():
+    if not cpu_compat.has_cuda():
         ops: Any = deepspeed.ops.__compatible_ops__
         ops["deepspeed_shm_comm"] = False
 
@@ -148,18 +153,18 @@ def train_step(
         total, count = loss.detach() if total is None else total + loss.detach(), count + 1
         if engine.is_gradient_accumulation_boundary():
             mean = float(total) / count
-            norm = _settle(engine, allow(mean), clip)
+            norm = _finish_gradients(engine, allow(mean), clip)
         engine.step()
     assert total is not None, "a step needs a micro-batch"
     assert engine.micro_steps % engine.gradient_accumulation_steps() == 0
     return mean, float(engine.get_global_grad_norm()) if norm is None else norm
 
 
-def _settle(engine: Engine, allowed: bool, clip: float) -> float | None:
+def _finish_gradients(engine: Engine, allowed: bool, clip: float) -> float | None:
     """Before the optimiser's step: in stage 0 norm and clipping; in every stage, what keeps back an update that is not to be made."""
     if engine.zero_optimization_stage() > 0:
         if not allowed:
-            _spoil_partitions(engine)
+            _force_skip(engine)
         return None
     norm = _gradient_norm(engine) if allowed else math.inf
     if math.isfinite(norm):
@@ -191,7 +196,7 @@ def _drop_gradients(engine: Engine) -> None:
         next(p for p in engine.module.parameters() if p.grad is not None).grad.fill_(math.nan)
 
 
-def _spoil_partitions(engine: Engine) -> None:
+def _force_skip(engine: Engine) -> None:
     """Stages 1-3 skip a step whose gradients are not finite, on all ranks: there is no other way in DeepSpeed 0.19 to have it skipped."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_groups_gradients_flat"):  # stage 1 in bf16 sums in fp32, whole

@@ -13,18 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sffn_dist import exit_codes
 from sffn_dist import model as models
-from sffn_dist import schedule as schedules
-from sffn_dist.checkpoint import store
+from sffn_dist.checkpoint import writer
+from sffn_dist.health import replica_check
 from sffn_dist.inference.evaluation import Evaluation, evaluate
+from sffn_dist.launch import exit_codes
 from sffn_dist.parallel.object_collectives import broadcast_object
-from sffn_dist.schedule import Now
-from sffn_dist.shapes import is_guide
+from sffn_dist.spec import schedule as schedules
+from sffn_dist.spec.schedule import StepSchedule
+from sffn_dist.spec.split_table import is_guide
 from sffn_dist.training import engine as engines
-from sffn_dist.training import phases, replicas, reporting, rollback, state
-from sffn_dist.training.agreement import Agreed, agree
+from sffn_dist.training import engine_state, phases, reporting, rollback
 from sffn_dist.training.run import Run
+from sffn_dist.training.step_agreement import StepAgreement, agree_on_step
 
 
 def train(run: Run) -> signal.Signals | None:
@@ -37,18 +38,18 @@ def train(run: Run) -> signal.Signals | None:
     if _evaluation_missed(run):
         evaluate_now(run)
     while run.step < total:
-        stop = pass_over(run) if run.step in run.setbacks.passed else take_step(run, taken=run.step - first)
-        if run.setbacks.too_many:
-            rollback.go_back(run)
+        stop = pass_over(run) if run.step in run.bad_steps.passed else take_step(run, taken=run.step - first)
+        if run.bad_steps.needs_rollback:
+            rollback.roll_back(run)
             continue
         phases.enter(run)
         if schedules.due(run.step, config.evaluation.interval, total) and not stop:
             evaluate_now(run)
-        run.owes_save |= schedules.due(run.step, config.checkpoint.interval, total)
-        saves = stop or (run.owes_save and (run.setbacks.calm or run.step == total))
+        run.save_pending |= schedules.due(run.step, config.checkpoint.interval, total)
+        saves = stop or (run.save_pending and (run.bad_steps.can_save or run.step == total))
         every = config.guards.replicas_interval
         if every and (saves or run.step % every == 0):  # no checkpoint of replicas that differ
-            replicas.check(run.engine, config, run.topology)
+            replica_check.check_replicas(run.model, engine_state.separate_masters(run.engine), config, run.topology)
         if saves:
             save(run)
         _tell_of_saves(run)
@@ -74,23 +75,23 @@ def take_step(run: Run, taken: int) -> signal.Signals | None:
     config, now, started = run.config, run.schedule.at(run.step), time.perf_counter()
     drawn = models.set_guide(run.model, run.schedule, now)
     engines.set_learning_rate(run.engine, config.train.learning_rate * now.learning_rate_factor)
-    agreed: list[Agreed] = []
+    agreed: list[StepAgreement] = []
 
     def allow(loss: float) -> bool:
         with run.recorder.waiting():
-            agreed.append(agree(loss, run.signals, run.topology, report=run.report_requested()))
-        return run.setbacks.losses.objection(agreed[0].loss) is None
+            agreed.append(agree_on_step(loss, run.signals, run.topology, report=run.report_requested()))
+        return run.bad_steps.losses.rejection_reason(agreed[0].loss) is None
 
     run.recorder.begin()
     batches = run.recorder.data(_micro_batches(run, now, announce=taken == 0))
     _, norm = engines.train_step(run.engine, _loss(run), batches, config.train.clip, allow)
     run.recorder.end()
     loss = agreed[0].loss
-    reason = run.setbacks.losses.objection(loss) or (None if math.isfinite(norm) else f"gradient norm {norm}")
+    reason = run.bad_steps.losses.rejection_reason(loss) or (None if math.isfinite(norm) else f"gradient norm {norm}")
     run.step += 1
     last_early = taken + 1 == min(reporting.EARLY_STEPS, run.schedule.total_steps - now.step + taken)
     reporting.report_step(run, now, loss, norm, drawn, time.perf_counter() - started, skipped=reason, announce=last_early)
-    run.setbacks.note(now.step, reason, loss)
+    run.bad_steps.note(now.step, reason, loss)
     _report_if_asked(run, agreed[0].report)
     return agreed[0].stop
 
@@ -142,7 +143,7 @@ def _loss(run: Run) -> Any:
     return loss
 
 
-def _micro_batches(run: Run, now: Now, announce: bool) -> Iterator[Tensor]:
+def _micro_batches(run: Run, now: StepSchedule, announce: bool) -> Iterator[Tensor]:
     """This rank's micro-batches (micro_batch, S+1) of a step; the first ones of a long step give the first estimate."""
     topology, micro = run.topology, run.config.train.micro_batch_size
     batches = run.batches.at(now.data_step, topology.data_rank, topology.data, micro_batch_size=micro)
@@ -167,7 +168,7 @@ def evaluate_now(run: Run) -> Evaluation:
         models.mix_guide(run.model, run.schedule.alpha(run.step))
     result = evaluate(
         run.model,
-        run.watch.ticking(models.token_losses, "evaluation", run.step),
+        run.watch.with_progress(models.token_losses, "evaluation", run.step),
         run.heldout.windows,
         run.heldout.token_bytes,
         run.config.train.micro_batch_size,
@@ -191,17 +192,17 @@ def evaluate_now(run: Run) -> Evaluation:
 def save(run: Run) -> None:
     """Begin a checkpoint of ``run.step``; a failed one (disk full, folder gone) is reported and does not stop training."""
     started = time.perf_counter()
-    steps, guide_steps = state.step_counts(run.engine)
+    steps, guide_steps = engine_state.step_counts(run.engine)
     guided = run.schedule.guided(run.step)
-    held = (fragment for fragment in state.fragments(run.engine) if guided or not is_guide(fragment.name))
-    fragments = store.owned(held, run.config, run.topology)
-    position = store.Position(
-        run.step, steps, guide_steps if guided else None, run.data_fingerprint, tuple(run.setbacks.losses.recent)
+    held = (fragment for fragment in engine_state.fragments(run.engine) if guided or not is_guide(fragment.name))
+    fragments = writer.owned_fragments(held, run.config, run.topology)
+    position = writer.Position(
+        run.step, steps, guide_steps if guided else None, run.data_fingerprint, tuple(run.bad_steps.losses.recent)
     )
     _await_save(run)  # of the one before, which must not seem a hang
     run.saver.save(position, fragments)
-    run.owes_save = False
-    run.setbacks.saved(run.step)
+    run.save_pending = False
+    run.bad_steps.saved(run.step)
     if run.reports:
         run.reports.estimate.observe("checkpoint", time.perf_counter() - started)
 

@@ -17,9 +17,9 @@ import gc
 import torch
 
 from sffn_dist import model as models
-from sffn_dist.shapes import model_tensors
+from sffn_dist.spec.split_table import model_tensors
 from sffn_dist.training import engine as engines
-from sffn_dist.training import state
+from sffn_dist.training import engine_state
 from sffn_dist.training.run import Run
 
 
@@ -31,7 +31,7 @@ def enter(run: Run) -> None:
     guide = run.schedule.guided(run.step)
     if guide == models.has_guide(run.model) or run.step == run.schedule.total_steps:
         return
-    carried = state.carry(run.engine)
+    carried = engine_state.export_state(run.engine)
     engines.destroy(run.engine)
     run.engine = None
     free(run)
@@ -40,7 +40,7 @@ def enter(run: Run) -> None:
     if guide:
         start_guides(run)
     else:
-        state.refresh(run.engine)
+        engine_state.update_model_weights(run.engine)
     if run.reports:
         went = "begins: every guide starts as its factors' product" if guide else "is over: the guide is freed"
         run.reports.progress.note(f"after step {run.step}: the guided phase {went}")
@@ -50,13 +50,13 @@ def enter(run: Run) -> None:
 def start_guides(run: Run) -> None:
     """Each guide's fp32 weights, from the factors' fp32 weights, one linear at a time; then the model's. All ranks must call it."""
     config, topology = run.config, run.topology
-    held = {fragment.name: fragment for fragment in state.fragments(run.engine)}
+    held = {fragment.name: fragment for fragment in engine_state.fragments(run.engine)}
     specs = model_tensors(config, guide=True)
-    for name, part in models.guides(config, topology, lambda name: state.full_weight(held, name, specs[name], topology)):
+    for name, part in models.guides(config, topology, lambda name: engine_state.full_weight(held, name, specs[name], topology)):
         fragment = held.get(name)
         if fragment is not None:
             fragment.tensors["weight"].copy_(part.view(-1)[fragment.start : fragment.start + fragment.numel])
-    state.refresh(run.engine)
+    engine_state.update_model_weights(run.engine)
 
 
 def free(run: Run) -> None:

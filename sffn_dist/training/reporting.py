@@ -7,22 +7,22 @@ from pathlib import Path
 
 import torch
 
-from sffn_dist import counts
 from sffn_dist import model as models
-from sffn_dist import schedule as schedules
-from sffn_dist.checkpoint import store
+from sffn_dist.checkpoint import writer
 from sffn_dist.checkpoint.manifest import checkpoints
-from sffn_dist.config import Config, ConfigError, flatten
+from sffn_dist.health import preflight, stragglers
+from sffn_dist.launch import run_identity
 from sffn_dist.parallel.topology import Topology
-from sffn_dist.schedule import Now
-from sffn_dist.telemetry import ranks
+from sffn_dist.spec import counts
+from sffn_dist.spec import schedule as schedules
+from sffn_dist.spec.config import Config, ConfigError, flatten
+from sffn_dist.spec.plan import checkpoint_bytes
+from sffn_dist.spec.schedule import StepSchedule
 from sffn_dist.telemetry.events import EventLog
 from sffn_dist.telemetry.metrics import MetricsLog
 from sffn_dist.telemetry.peak import measured_flops, peak_flops
-from sffn_dist.telemetry.plan import checkpoint_bytes
 from sffn_dist.telemetry.progress import Estimate, Progress, format_duration
 from sffn_dist.telemetry.trackers import Trackers, open_trackers
-from sffn_dist.training import identity, preflight
 from sffn_dist.training.run import Reports, Run
 
 DISK_RATE, COPY_RATE = (
@@ -32,15 +32,15 @@ DISK_RATE, COPY_RATE = (
 EARLY_STEPS = 3  # after so many steps of a process the estimate of the whole run is printed
 
 
-def begin(run: Run, continued: Path | None, tried: preflight.Report) -> None:
+def begin(run: Run, continued: Path | None, tried: preflight.PreflightReport) -> None:
     """Rank 0 takes run.dir in hand: leftovers out, the run's record and logs in; raises ConfigError where it cannot be written.
 
     ``tried``: what the pre-flight found.
     """
     config = run.config
     try:
-        store.sweep(run.dir)
-        identity.write(config, run.data_fingerprint)
+        writer.remove_leftovers(run.dir)
+        run_identity.write_record(config, run.data_fingerprint)
         told = run.step == run.schedule.total_steps and (run.dir / "summary.json").exists()
         trackers = Trackers() if told else open_trackers(config.logging, run.dir, flatten(config), run.step)
         run.reports = open_reports(config, run.precision, run.topology, trackers, run.step)
@@ -86,7 +86,7 @@ def open_reports(config: Config, precision: str, topology: Topology, trackers: T
     one_sequence = 1 / 3 / config.train.global_batch_size
     sampled = config.sample.tokens**2 / 2 / config.model.sequence
     extra = {"evaluation": config.evaluation_sequences * one_sequence, "sample": sampled * one_sequence}
-    total = schedules.of(config).total_steps
+    total = schedules.build_schedule(config).total_steps
     saved = 12 * counts.parameters_per_rank(config, guide=False) * topology.tensor  # bytes: fp32 weight and two moments
     return Reports(
         metrics=MetricsLog(Path(config.run.dir) / "metrics.jsonl", step),
@@ -115,12 +115,12 @@ def open_reports(config: Config, precision: str, topology: Topology, trackers: T
 
 def _costs(config: Config, more: float) -> list[float]:
     """FLOPs of each step in units of an unguided one; ``more`` is what all guides together add to it."""
-    clock = schedules.of(config)
-    return [1.0 + more * clock.expected_drawn_share(step) for step in range(clock.total_steps)]
+    clock = schedules.build_schedule(config)
+    return [1.0 + more * clock.expected_drawn_fraction(step) for step in range(clock.total_steps)]
 
 
 def report_step(
-    run: Run, now: Now, loss: float, norm: float, drawn: int, seconds: float, *, skipped: str | None, announce: bool
+    run: Run, now: StepSchedule, loss: float, norm: float, drawn: int, seconds: float, *, skipped: str | None, announce: bool
 ) -> None:
     """One line of metrics, the progress bar, the trackers; a step that was ``skipped`` is an event too."""
     if run.reports is None:
@@ -157,10 +157,10 @@ def report_step(
 
 def report_ranks(run: Run) -> None:
     """How fast each rank is, and which are slow: to the reader and into ranks.jsonl. All ranks must call it."""
-    rows = ranks.report(run.recorder, run.topology, run.config.tokens_per_step, run.precision)
+    rows = stragglers.report(run.recorder, run.topology, run.config.tokens_per_step, run.precision)
     if run.reports:
-        run.reports.progress.note(ranks.render(rows))
-        ranks.write(run.dir, run.step, rows)
+        run.reports.progress.note(stragglers.render(rows))
+        stragglers.write(run.dir, run.step, rows)
 
 
 def remaining_seconds(run: Run) -> float | None:

@@ -1,4 +1,4 @@
-"""Back to a good checkpoint: the run's state is what it was there, and what went wrong since is passed over (setbacks.py)."""
+"""Back to a good checkpoint: the run's state is what it was there, and what went wrong since is passed over (bad_steps.py)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from sffn_dist.training import phases, reporting, resume
 from sffn_dist.training.run import Run
 
 
-def go_back(run: Run) -> None:
+def roll_back(run: Run) -> None:
     """Start again from the newest checkpoint before the trouble, or from the start if there is none. All ranks must call it.
 
-    Raises setbacks.DivergedError where that has been done often enough. The metrics of the steps that are undone go; the events stay.
+    Raises bad_steps.DivergedError where that has been done often enough. The metrics of the steps that are undone go; the events stay.
     """
-    setbacks, reached = run.setbacks, run.step
-    first, last = setbacks.streak[0], setbacks.streak[-1]
-    limit = setbacks.turn_back()
+    bad_steps, reached = run.bad_steps, run.step
+    first, last = bad_steps.streak[0], bad_steps.streak[-1]
+    limit = bad_steps.begin_rollback()
     run.watch.tick("going back", run.step)
     run.saver.wait()
     found = resume.newest(run.dir, run.topology, up_to=limit)
@@ -24,10 +24,10 @@ def go_back(run: Run) -> None:
     run.engine = None
     phases.free(run)
     resume.start(run, found)
-    setbacks.returned(run.step)
+    bad_steps.record_rollback(run.step)
     run.evaluated = {step: result for step, result in run.evaluated.items() if step <= run.step}
     if run.topology.main:
-        setbacks.write()
+        bad_steps.write()
     reporting.begin_again(run)
     source = found.folder if found else "the start"
     run.tell(

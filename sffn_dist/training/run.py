@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sffn_dist.checkpoint.store import Saver
-from sffn_dist.config import Config
+from sffn_dist.checkpoint.writer import Saver
 from sffn_dist.data.batches import Batches
+from sffn_dist.health import stragglers
+from sffn_dist.health.stragglers import Recorder
+from sffn_dist.health.watchdog import Watchdog
 from sffn_dist.inference.evaluation import Evaluation
+from sffn_dist.launch.signals import SignalHandler
 from sffn_dist.parallel.topology import Topology
-from sffn_dist.schedule import Schedule
-from sffn_dist.telemetry import ranks
+from sffn_dist.spec.config import Config
+from sffn_dist.spec.schedule import Schedule
 from sffn_dist.telemetry.events import EventLog
 from sffn_dist.telemetry.metrics import MetricsLog
 from sffn_dist.telemetry.progress import Estimate, Progress
-from sffn_dist.telemetry.ranks import Recorder
 from sffn_dist.telemetry.trackers import Trackers
-from sffn_dist.training.setbacks import Setbacks
-from sffn_dist.training.signals import Signals
-from sffn_dist.training.state import Engine
-from sffn_dist.training.watch import Watch
+from sffn_dist.training.bad_steps import BadSteps
+from sffn_dist.training.engine_state import Engine
 
 
 @dataclass
@@ -72,14 +72,14 @@ class Run:
     heldout: Heldout
     data_fingerprint: str
     saver: Saver
-    setbacks: Setbacks
-    signals: Signals = field(default_factory=Signals)
-    watch: Watch = field(default_factory=Watch)
+    bad_steps: BadSteps
+    signals: SignalHandler = field(default_factory=SignalHandler)
+    watch: Watchdog = field(default_factory=Watchdog)
     engine: Engine = None
     step: int = 0
     reports: Reports | None = None
     evaluated: dict[int, Evaluation] = field(default_factory=dict)
-    owes_save: bool = False  # one was due amid bad steps
+    save_pending: bool = False  # one was due amid bad steps
     recorder: Recorder = field(init=False)
     asked: float = -math.inf  # when rank 0 last looked for a request, by the monotonic clock
 
@@ -107,4 +107,4 @@ class Run:
         if not self.topology.main or now - self.asked < 2.0:
             return False
         self.asked = now
-        return ranks.requested(self.dir)
+        return stragglers.requested(self.dir)

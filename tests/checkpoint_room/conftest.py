@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from sffn_dist import reading
 from sffn_dist.checkpoint.weights import Weights
-from sffn_dist.config import ConfigError
-from sffn_dist.shapes import ffn_linears, ffn_structure, model_tensors
+from sffn_dist.spec import loading
+from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.split_table import ffn_linears, ffn_structure, model_tensors
 from sffn_dist.structured import initialisation
 from sffn_dist.structured.maps import to_dense
 
@@ -51,7 +51,7 @@ def config_tree(kind: str = "dense", /, ffn: dict[str, Any] | None = None, **mod
 
 def drawn_weights(tree: dict[str, Any], *, guide: bool = False, alpha: float = 0.0, seed: int = 0, **more: Any) -> Weights:
     """Every matrix as training starts it; biases, norms and guides moved away from there, so that each of them shows."""
-    config = reading.from_tree(tree)
+    config = loading.from_tree(tree)
     generator = torch.Generator().manual_seed(seed)
     specs = model_tensors(config, guide=guide)
     tensors: dict[str, torch.Tensor] = {}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sffn_dist.checkpoint import store
+from sffn_dist.checkpoint import writer
 from sffn_dist.parallel.topology import Topology
 
 _spec = importlib.util.spec_from_file_location("saving_cases", Path(__file__).with_name("saving_cases.py"))
@@ -36,11 +36,11 @@ def fill(file: Path, leave: int) -> None:
 @contextlib.contextmanager
 def obstacle(kind: str, disk: Path, here: Topology, half: int) -> Iterator[None]:
     """What stands in a save's way: a disk that is full before or during it, a limit on the last rank's files, a read-only disk."""
-    limits, check = resource.getrlimit(resource.RLIMIT_FSIZE), store.check_room
+    limits, check = resource.getrlimit(resource.RLIMIT_FSIZE), writer.check_room
     if kind in ("full", "vanishing") and here.main:
         fill(disk / "filler", half)
     if kind == "vanishing":
-        store.check_room = lambda *_: None
+        writer.check_room = lambda *_: None
     if kind == "limit" and here.rank == here.world - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (half // here.world, limits[1]))
     if kind == "read-only" and here.main:
@@ -48,7 +48,7 @@ def obstacle(kind: str, disk: Path, here: Topology, half: int) -> Iterator[None]
     _meet(here)
     yield
     _meet(here)
-    store.check_room = check
+    writer.check_room = check
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     if kind == "read-only" and here.main:
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sffn_dist.checkpoint import store
+from sffn_dist.checkpoint import writer
 from sffn_dist.parallel.topology import Topology
 
 _spec = importlib.util.spec_from_file_location("saving_cases", Path(__file__).with_name("saving_cases.py"))
@@ -111,7 +111,7 @@ def every_call(folder: Path, fault: str) -> list[dict[str, Any]]:
 def after_kill(run: Path) -> dict[str, Any]:
     """What the next start finds and leaves, and whether a new process goes on from there."""
     found = saving.found(run)
-    store.sweep(run)
+    writer.remove_leftovers(run)
     swept = saving.names(run)
     later = saving.saved(run, [found["step"] + 1], keep=2)[0]
     return {**found, "swept": swept, "later": later, "then": saving.found(run)["step"]}
@@ -127,7 +127,7 @@ def stolen_name(run_dir: Path) -> list[str]:
     )
     (checkpoints / ".step_00000002.older.partial").write_text("a file")
     (checkpoints / "step_00000002").mkdir()
-    store.sweep(run_dir)
+    writer.remove_leftovers(run_dir)
     return saving.names(run_dir)
 
 
@@ -175,7 +175,7 @@ def killed_at_random(run_dir: Path, kills: int, seed: int, world: int, width: in
         reported = int(said[-1]) if said and said[-1].isdecimal() else before
         found = saving.found(run_dir) if saving.names(run_dir) else {"step": None, "wrong": []}
         left = saving.names(run_dir)
-        store.sweep(run_dir)
+        writer.remove_leftovers(run_dir)
         rows.append(
             {
                 **found,
@@ -200,7 +200,7 @@ def slow_saves(run_dir: Path) -> list[Any]:
     def both() -> list[Any]:
         events: list[str] = []
 
-        class Slow(store.TensorFile):
+        class Slow(writer.TensorFile):
             def __init__(self, path: Path, entries: Any):
                 time.sleep(0.2)
                 events.append("writing")
@@ -210,7 +210,7 @@ def slow_saves(run_dir: Path) -> list[Any]:
                 events.append("written")
                 return super().close()
 
-        store.TensorFile = Slow  # type: ignore[misc]
+        writer.TensorFile = Slow  # type: ignore[misc]
         settings = saving.config()
         saver, state = saving.saver_in(run_dir, settings), saving.State(settings, saving.place())
         for step in (1, 2):

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from sffn_dist import model as models
-from sffn_dist import reading
-from sffn_dist.parallel import host, topology
+from sffn_dist.parallel import cpu_compat, topology
+from sffn_dist.spec import loading
 
 
 @torch.no_grad()
@@ -19,8 +19,8 @@ def logits(
     tree: dict[str, Any], tensors: dict[str, NDArray[np.float32]], guide: bool, alpha: float, tokens: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """Logits (batch, S, vocab) in fp32, every parameter set by name."""
-    config = reading.from_tree(tree)
-    host.prepare()
+    config = loading.from_tree(tree)
+    cpu_compat.prepare()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     model = models.build(config, "fp32", topology.groups(1), guide=guide)

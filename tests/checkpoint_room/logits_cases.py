@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 
 from sffn_dist import model as models
-from sffn_dist.parallel import host, topology
+from sffn_dist.parallel import cpu_compat, topology
 from sffn_dist.parallel.split import shard
-from sffn_dist.shapes import model_tensors
+from sffn_dist.spec.split_table import model_tensors
 
 
 def logits(importer: str, path: str, tokens: np.ndarray, overrides: tuple[str, ...] = ()) -> Any:
     """(Logits (batch, S, vocab), facts) of what ``sffn_dist.checkpoint.<importer>.read`` reads."""
     weights = importlib.import_module(f"sffn_dist.checkpoint.{importer}").read(Path(path), overrides)
-    host.prepare()
+    cpu_compat.prepare()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     ranks = topology.groups(weights.config.parallel.tensor)

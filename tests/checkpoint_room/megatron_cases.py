@@ -19,7 +19,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from sffn_dist.parallel import host
+from sffn_dist.parallel import cpu_compat
 
 VOCAB, LENGTH, LAYERS = 48, 12, 4
 Save = Callable[[GPTModel, argparse.Namespace, Path], None]
@@ -43,7 +43,7 @@ def arguments(**extra: Any) -> argparse.Namespace:
 
 
 def _groups(tensor: int) -> None:
-    host.prepare()
+    cpu_compat.prepare()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     if not parallel_state.model_parallel_is_initialized():

@@ -23,29 +23,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sffn_dist import reading
 from sffn_dist.checkpoint import manifest as manifests
-from sffn_dist.checkpoint import store
+from sffn_dist.checkpoint import writer
 from sffn_dist.checkpoint.manifest import KINDS, Manifest
 from sffn_dist.checkpoint.reader import Reader
-from sffn_dist.config import Config, ConfigError
 from sffn_dist.parallel.topology import Topology
-from sffn_dist.shapes import model_tensors
+from sffn_dist.spec import loading
+from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.split_table import model_tensors
 from sffn_dist.training import resume
 
 torch.set_num_threads(1)  # no pool of threads that a forked child would lack
 NEWUSER, NEWNS = 0x10000000, 0x00020000  # of unshare(2)
 Outcome = tuple[bool, Any]
-store.revision(), store.versions()  # known to every child
+writer.revision(), writer.versions()  # known to every child
 
 
 def config(width: int = 32, **checkpoint: Any) -> Config:
     """A state of 0.3 MB at width 32, of 3 MB at 128, of 30 MB at 512."""
     model = {"layers": 1, "width": width, "heads": 2, "sequence": 16, "vocab": 256}
     ffn = {"kind": "low_rank", "rank": width // 4, "width": 4 * width}
-    guide = {"mode": "fixed_step", "share": 0.5}
+    guide = {"mode": "fixed_step", "fraction": 0.5}
     train = {"steps": 1000, "global_batch_size": 2, "micro_batch_size": 1, "learning_rate": 1e-3}
-    return reading.from_tree({"model": model, "ffn": ffn, "guide": guide, "train": train, "checkpoint": checkpoint})
+    return loading.from_tree({"model": model, "ffn": ffn, "guide": guide, "train": train, "checkpoint": checkpoint})
 
 
 def place(rank: int = 0, world: int = 1) -> Topology:
@@ -69,7 +69,7 @@ class State:
         for name, spec in model_tensors(settings, guide=guide).items():
             start, stop = (spec.numel * rank // here.world for rank in (here.rank, here.rank + 1))
             tensors = {kind: torch.zeros(stop - start) for kind in KINDS}
-            self.fragments.append(store.Fragment(name, start, stop - start, tensors))
+            self.fragments.append(writer.Fragment(name, start, stop - start, tensors))
         self.numels = {name: spec.numel for name, spec in model_tensors(settings, guide=guide).items()}
 
     def become(self, step: int) -> None:
@@ -80,11 +80,11 @@ class State:
                 tensor.copy_(whole[fragment.start : fragment.start + fragment.numel])
 
 
-def position(step: int, guide: bool = False) -> store.Position:
-    return store.Position(step, step, step if guide else None, "data")
+def position(step: int, guide: bool = False) -> writer.Position:
+    return writer.Position(step, step, step if guide else None, "data")
 
 
-def save(saver: store.Saver, state: State, step: int, guide: bool = False) -> Path | None:
+def save(saver: writer.Saver, state: State, step: int, guide: bool = False) -> Path | None:
     """Save the content of ``step``; the state is another one before the save is waited for."""
     state.become(step)
     saver.save(position(step, guide), state.fragments)
@@ -92,13 +92,13 @@ def save(saver: store.Saver, state: State, step: int, guide: bool = False) -> Pa
     return saver.wait()
 
 
-def saver_in(run_dir: Path, settings: Config, here: Topology | None = None) -> store.Saver:
+def saver_in(run_dir: Path, settings: Config, here: Topology | None = None) -> writer.Saver:
     """A Saver with a small tokenizer file."""
     here = here or place()
     tokenizer = run_dir.parent / "tokenizer.json"
     if here.main and not tokenizer.exists():
         tokenizer.write_text('{"model": "none"}' + " " * 300)
-    return store.Saver(run_dir, settings, here, tokenizer)
+    return writer.Saver(run_dir, settings, here, tokenizer)
 
 
 def wrong_tensors(found: Manifest) -> list[str]:
@@ -255,16 +255,16 @@ def saved_on_a_disk_that_goes(run_dir: Path, how: str) -> dict[str, Any]:
     """A save whose rank loses what it wrote, or whose folder is gone before it writes."""
 
     def attempt() -> dict[str, Any]:
-        saver, write = saver_in(run_dir, config(asynchronous=False)), store.Saver._write
+        saver, write = saver_in(run_dir, config(asynchronous=False)), writer.Saver._write
 
-        def lossy(self: store.Saver, folder: Path, job: Any) -> Any:
+        def lossy(self: writer.Saver, folder: Path, job: Any) -> Any:
             if how == "folder":
                 folder.rmdir()
             report = write(self, folder, job)
             (folder / report[0]).unlink()
             return report
 
-        store.Saver._write = lossy  # type: ignore[method-assign]
+        writer.Saver._write = lossy  # type: ignore[method-assign]
         path = save(saver, State(saver.config, saver.topology), 1)
         return {"saved": path, "news": saver.news()}
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sffn_dist import counts
-from sffn_dist.checkpoint.hf import source
-from sffn_dist.checkpoint.hf.export import export
 from sffn_dist.checkpoint.weights import Weights, merged
+from sffn_dist.conversion.hf import source
+from sffn_dist.conversion.hf.export import export
+from sffn_dist.spec import counts
 
 transformers = pytest.importorskip("transformers")
 
@@ -112,7 +112,7 @@ def test_structured_holds_factors_and_nothing_dense(kind: str, tree_of: Any, dra
 def test_structured_saved_by_transformers_loads_again(
     variant: str, remote: bool, tree_of: Any, drawn: Any, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    from sffn_dist.checkpoint.hf.modeling_sffn import SffnForCausalLM
+    from sffn_dist.conversion.hf.modeling_sffn import SffnForCausalLM
 
     weights = drawn(tree_of("block_dense", **EVERY[variant]), guide=True, alpha=0.4)
     folder = export(weights, tmp_path / "m", ffn="structured", dtype="fp32")

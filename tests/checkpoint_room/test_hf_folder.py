@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sffn_dist import counts
-from sffn_dist.checkpoint.hf import source
-from sffn_dist.checkpoint.hf.describe import SEPARATORS
-from sffn_dist.checkpoint.hf.export import export
 from sffn_dist.checkpoint.weights import merged
-from sffn_dist.config import ConfigError
+from sffn_dist.conversion.hf import source
+from sffn_dist.conversion.hf.describe import SEPARATORS
+from sffn_dist.conversion.hf.export import export
+from sffn_dist.spec import counts
+from sffn_dist.spec.config import ConfigError
 
 transformers = pytest.importorskip("transformers")
 
@@ -167,7 +167,7 @@ def test_export_and_source_need_no_transformers() -> None:
 
     script = (
         "import sys; sys.modules['transformers'] = None\n"
-        "import sffn_dist.checkpoint.hf.export, sffn_dist.checkpoint.hf.source\nprint('megatron' in sys.modules)"
+        "import sffn_dist.conversion.hf.export, sffn_dist.conversion.hf.source\nprint('megatron' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sffn_dist.checkpoint.hf.export import export
+from sffn_dist.conversion.hf.export import export
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")

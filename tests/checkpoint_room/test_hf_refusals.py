@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sffn_dist.checkpoint.hf import config_json, source
-from sffn_dist.checkpoint.hf.export import export
-from sffn_dist.config import ConfigError
+from sffn_dist.conversion.hf import config_json, source
+from sffn_dist.conversion.hf.export import export
+from sffn_dist.spec.config import ConfigError
 
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "kv_heads": 2, "bias": False}
 Edit = dict[str, Any]

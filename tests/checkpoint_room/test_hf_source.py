@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sffn_dist.checkpoint.hf import source
-from sffn_dist.checkpoint.hf.export import export
 from sffn_dist.checkpoint.weights import Weights, approximated, merged
-from sffn_dist.shapes import Structure, ffn_structure
+from sffn_dist.conversion.hf import source
+from sffn_dist.conversion.hf.export import export
+from sffn_dist.spec.split_table import Structure, ffn_structure
 from sffn_dist.structured.maps import to_dense
 
 transformers = pytest.importorskip("transformers")

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from sffn_dist import counts, reading
-from sffn_dist.checkpoint import inspection, reshard
+from sffn_dist.checkpoint import reshard
 from sffn_dist.checkpoint.manifest import KINDS, Manifest
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.checkpoint.weights import merged
-from sffn_dist.shapes import model_tensors
+from sffn_dist.conversion import inspection
+from sffn_dist.spec import counts, loading
+from sffn_dist.spec.split_table import model_tensors
 
 FFN: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense"},
@@ -28,7 +29,7 @@ FFN: dict[str, dict[str, Any]] = {
 def checkpoint(folder: Path, kind: str, *, step: int = 4, guide: bool = False, tensor: int = 2) -> Manifest:
     model = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 4, "sequence": 8, "vocab": 32}
     clock = {"guide": {"mode": "window", "begin": 2, "end": 6}, "train": {"steps": 10, "global_batch_size": 8}}
-    config = reading.from_tree({"model": model, "ffn": {"width": 32, **FFN[kind]}, "parallel": {"tensor": tensor}, **clock})
+    config = loading.from_tree({"model": model, "ffn": {"width": 32, **FFN[kind]}, "parallel": {"tensor": tensor}, **clock})
     specs = model_tensors(config, guide=guide)
 
     def full(name: str, what: str) -> torch.Tensor:
@@ -82,7 +83,7 @@ def test_the_spectrum_of_what_is_not_finite_is_nan() -> None:
 def test_parameters_and_splits_are_the_tables(tmp_path: Path) -> None:
     manifest = checkpoint(tmp_path / "a", "block_shuffle", guide=True)
     found = inspection.describe(manifest, spectra=False)
-    config = reading.from_tree(manifest.config)
+    config = loading.from_tree(manifest.config)
     parts = counts.parameters_by_part(config)
     assert found["parameters"] == {**parts, "total": sum(parts.values()), "guide": counts.guide_parameters(config)}
     assert sum(math.prod(shape) for shape in manifest.shapes.values()) == sum(parts.values()) + found["parameters"]["guide"]

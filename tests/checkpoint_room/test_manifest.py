@@ -13,16 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sffn_dist.checkpoint.manifest import (
-    FORMAT,
-    NAME,
-    VERSION,
-    BrokenCheckpoint,
-    Manifest,
-    Piece,
-    missing_tensors,
-    seal,
-)
+from sffn_dist.checkpoint.manifest import FORMAT, NAME, VERSION, BrokenCheckpoint, Manifest, Piece, missing_tensors, seal
 
 TREE: dict[str, Any] = {
     "format": FORMAT,

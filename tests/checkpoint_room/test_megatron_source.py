@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from megatron.core.enums import ModelType
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from sffn_dist.checkpoint import megatron, pickles
-from sffn_dist.config import ConfigError
-from sffn_dist.shapes import model_tensors
+from sffn_dist.conversion import megatron, pickles
+from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.split_table import model_tensors
 
 CASES, LOGITS = Path(__file__).with_name("megatron_cases.py"), Path(__file__).with_name("logits_cases.py")
 TOKENS = np.random.default_rng(1).integers(0, 48, (2, 12))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sffn_dist.checkpoint.manifest import NAME, File, Manifest, checkpoints, find, folder_of, newest
-from sffn_dist.config import ConfigError
+from sffn_dist.checkpoint.manifest import NAME, File, Manifest, checkpoints, find_checkpoint, folder_of, latest_checkpoint
+from sffn_dist.spec.config import ConfigError
 
 
 def write(folder: Path, step: int = 0) -> Path:
@@ -46,33 +46,33 @@ def test_newest_skips_a_broken_checkpoint_and_says_so(tmp_path: Path, damage: st
     run = run_with(tmp_path, 60, 120, 180)
     DAMAGES[damage](folder_of(run, 180))
     with caplog.at_level(logging.WARNING, logger="sffn_dist"):
-        found = newest(run)
+        found = latest_checkpoint(run)
     assert found is not None
     assert found.step == 120
     assert "step_00000180" in caplog.text
     DAMAGES[damage](folder_of(run, 120))
     DAMAGES[damage](folder_of(run, 60))
     with pytest.raises(ConfigError) as caught:
-        newest(run)  # None would start the run anew, over what is left of it
+        latest_checkpoint(run)  # None would start the run anew, over what is left of it
     assert len(caught.value.problems) == 3
     assert all(text.startswith(f"run.dir = {str(run)!r}: ") for text in caught.value.problems)
 
 
 def test_newest_is_by_number_and_looks_at_finished_folders_only(tmp_path: Path) -> None:
-    assert newest(tmp_path) is None
+    assert latest_checkpoint(tmp_path) is None
     run = run_with(tmp_path, 9, 80, 100)
     for name in ("step_00000500.partial", ".step_00000600", "step_", "step_x", "backup"):
         write(run / "checkpoints" / name)
     assert [path.name for path in checkpoints(run)] == ["step_00000009", "step_00000080", "step_00000100"]
-    found = newest(run)
+    found = latest_checkpoint(run)
     assert found is not None
     assert found.folder == folder_of(run, 100)
 
 
 def test_find_takes_a_checkpoint_or_a_run(tmp_path: Path) -> None:
     run = run_with(tmp_path, 60, 120)
-    assert find("init_from", str(run)).step == 120
-    assert find("init_from", str(folder_of(run, 60))).step == 60
+    assert find_checkpoint("init_from", str(run)).step == 120
+    assert find_checkpoint("init_from", str(folder_of(run, 60))).step == 60
 
 
 @pytest.mark.parametrize("what", ["missing", "file", "empty", "broken checkpoint", "broken run"])
@@ -83,7 +83,7 @@ def test_find_names_the_key_and_the_path(tmp_path: Path, what: str) -> None:
     (tmp_path / "empty").mkdir()
     path = {"broken checkpoint": folder_of(run, 60), "broken run": run}.get(what, tmp_path / what)
     with pytest.raises(ConfigError) as caught:
-        find("init_from", str(path))
+        find_checkpoint("init_from", str(path))
     problem, *_ = caught.value.problems
     assert problem.startswith(f"init_from = {str(path)!r}: ")
     assert ("no such folder" in problem) == (what in ("missing", "file"))

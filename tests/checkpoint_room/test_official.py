@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sffn_dist.checkpoint import official
-from sffn_dist.config import ConfigError
-from sffn_dist.shapes import model_tensors
+from sffn_dist.conversion import official
+from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.split_table import model_tensors
 
 CASES = Path(__file__).with_name("logits_cases.py")
 
@@ -159,7 +159,7 @@ def test_the_config_is_theirs(save: Any, method: str) -> None:
     assert (train.learning_rate, train.beta2, train.warmup_share, train.clip) == (6e-4, 0.95, 0.1, 1.0)
     assert (weights.step, weights.origin, weights.guide) == (13, str(path), method != "linear")
     if method != "linear":
-        assert (guide.mode, guide.begin, guide.end, guide.alpha, guide.stochastic) == ("window", 0, 40, "linear", True)
+        assert (guide.mode, guide.begin, guide.end, guide.schedule, guide.stochastic) == ("window", 0, 40, "linear", True)
         assert weights.alpha == pytest.approx(0.7)
 
 

@@ -21,8 +21,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sffn_dist.checkpoint import pickles
-from sffn_dist.config import ConfigError
+from sffn_dist.conversion import pickles
+from sffn_dist.spec.config import ConfigError
 
 Refused = Callable[[Callable[[], Any]], str]
 TENSORS = {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}

@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from sffn_dist import reading
 from sffn_dist.checkpoint import reshard
 from sffn_dist.checkpoint.manifest import KINDS, BrokenCheckpoint, Manifest
 from sffn_dist.checkpoint.reader import Reader
-from sffn_dist.checkpoint.verification import differences
-from sffn_dist.config import Config, ConfigError
+from sffn_dist.conversion.verification import differences
 from sffn_dist.parallel.split import shard
-from sffn_dist.shapes import model_tensors
+from sffn_dist.spec import loading
+from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.split_table import model_tensors
 
 FFN: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense"},
@@ -36,9 +36,9 @@ FFN: dict[str, dict[str, Any]] = {
 
 def config(kind: str, **model: Any) -> Config:
     sizes = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 4, "sequence": 8, "vocab": 32, **model}
-    guide = {"mode": "fixed_step", "share": 0.5}
+    guide = {"mode": "fixed_step", "fraction": 0.5}
     tree = {"model": sizes, "ffn": {"width": 32, **FFN[kind]}, "guide": guide, "train": {"steps": 10, "global_batch_size": 8}}
-    return reading.from_tree(tree)
+    return loading.from_tree(tree)
 
 
 def tensor(name: str, kind: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sffn_dist import reading
-from sffn_dist.checkpoint import universal
 from sffn_dist.checkpoint.weights import Weights
-from sffn_dist.config import ConfigError
-from sffn_dist.shapes import model_tensors
+from sffn_dist.conversion import deepspeed
+from sffn_dist.spec import loading
+from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.split_table import model_tensors
 
 CASES = Path(__file__).with_name("universal_cases.py")
 
@@ -63,10 +63,10 @@ def test_what_deepspeed_s_converter_wrote_reads_back(ranks: Any, tmp_path: Path,
 
 def made(folder: Path, kind: str = "block_dense", guide: bool = True, **model: Any) -> tuple[Weights, Any, dict[str, int]]:
     """Weights and moments of random numbers, and counts."""
-    config = reading.from_tree(tree(folder, kind=kind, **model))
+    config = loading.from_tree(tree(folder, kind=kind, **model))
     specs = model_tensors(config, guide=guide)
     generator = torch.Generator().manual_seed(1)
-    held = {(n, k): torch.randn(s.shape, generator=generator) for n, s in specs.items() for k in universal.FILES}
+    held = {(n, k): torch.randn(s.shape, generator=generator) for n, s in specs.items() for k in deepspeed.FILES}
     weights = Weights(config, lambda name: held[name, "weight"], "test", guide=guide, alpha=1.0, step=7)
     steps = {name: 3 if name.endswith(".guide") else 6 for name in specs}
     return weights, lambda name, kind: held[name, kind], steps
@@ -76,14 +76,14 @@ def made(folder: Path, kind: str = "block_dense", guide: bool = True, **model: A
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_what_was_written_reads_back(tmp_path: Path, kind: str, activation: str) -> None:
     weights, moments, steps = made(tmp_path, kind, guide=kind != "dense", activation=activation)
-    place = universal.write(weights, moments, steps, tmp_path / "u")
+    place = deepspeed.write(weights, moments, steps, tmp_path / "u")
     for folder in (tmp_path / "u", place):
-        found = universal.read(folder)
+        found = deepspeed.read(folder)
         assert found.weights.config == weights.config
         assert (found.weights.step, found.weights.guide, dict(found.steps)) == (7, weights.guide, steps)
         for name in weights.names():
             assert torch.equal(found.weights.full(name), weights.full(name))
-            assert all(torch.equal(found.full(name, key), moments(name, key)) for key in universal.FILES)
+            assert all(torch.equal(found.full(name, key), moments(name, key)) for key in deepspeed.FILES)
 
 
 @pytest.mark.parametrize(
@@ -102,19 +102,19 @@ def test_tensor_parallel_ranks_get_their_parts_or_it_is_not_written(
     tmp_path: Path, kind: str, activation: str, tensor: int, fits: bool
 ) -> None:
     weights, moments, steps = made(tmp_path, kind, guide=kind != "dense", activation=activation, heads=4)
-    wrong = universal.uncut(weights.config, tensor, guide=weights.guide)
+    wrong = deepspeed.uncut(weights.config, tensor, guide=weights.guide)
     assert (not wrong) == fits
     if fits:
-        universal.write(weights, moments, steps, tmp_path / "u", tensor=tensor)
+        deepspeed.write(weights, moments, steps, tmp_path / "u", tensor=tensor)
         return
     with pytest.raises(ConfigError, match="cannot tell"):
-        universal.write(weights, moments, steps, tmp_path / "u", tensor=tensor)
+        deepspeed.write(weights, moments, steps, tmp_path / "u", tensor=tensor)
     assert not (tmp_path / "u").exists()
 
 
 def test_what_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
     weights, moments, steps = made(tmp_path)
-    place = universal.write(weights, moments, steps, tmp_path / "u")
+    place = deepspeed.write(weights, moments, steps, tmp_path / "u")
     norm = place / "zero" / "decoder.final_layernorm.bias"
     for damage, message in (
         (lambda: torch.save({"param": torch.ones(3)}, norm / "fp32.pt"), "final_layernorm.bias is"),
@@ -122,22 +122,22 @@ def test_what_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
         (lambda: (norm / "fp32.pt").write_bytes(b"PK"), "fp32.pt"),
         (lambda: (norm / "fp32.pt").unlink(), "nothing for decoder.final_layernorm.bias"),
         (lambda: (place / "zero" / "optimizer_state.pt").unlink(), "has nothing"),
-        (lambda: (tmp_path / "u" / universal.LATEST).write_text("../x"), "no tag"),
+        (lambda: (tmp_path / "u" / deepspeed.LATEST).write_text("../x"), "no tag"),
     ):
         damage()
         with pytest.raises(ConfigError) as caught:
-            universal.read(tmp_path / "u")
+            deepspeed.read(tmp_path / "u")
         assert message in str(caught.value)
     with pytest.raises(ConfigError, match="not a universal checkpoint"):
-        universal.read(tmp_path)
+        deepspeed.read(tmp_path)
 
 
 def test_moments_of_another_shape_are_refused(tmp_path: Path) -> None:
     weights, moments, steps = made(tmp_path)
-    place = universal.write(weights, moments, steps, tmp_path / "u")
+    place = deepspeed.write(weights, moments, steps, tmp_path / "u")
     name = "decoder.final_layernorm.bias"
     torch.save({"param": torch.ones(3)}, place / "zero" / name / "exp_avg.pt")
-    found = universal.read(place)
+    found = deepspeed.read(place)
     assert isinstance(found.full(name, "weight"), Tensor)
     with pytest.raises(ConfigError, match="exp_avg"):
         found.full(name, "exp_avg")
@@ -146,20 +146,20 @@ def test_moments_of_another_shape_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["fp32.pt", "step.pt", "optimizer_state.pt", "mp_rank_00_model_states.pt"])
 def test_nothing_is_executed(payload: Any, place: str, tmp_path: Path, refused: Any) -> None:
     weights, moments, steps = made(tmp_path)
-    folder = universal.write(weights, moments, steps, tmp_path / "u")
+    folder = deepspeed.write(weights, moments, steps, tmp_path / "u")
     for path in folder.rglob(place):
         torch.save({"param": payload}, path)
-    refused(lambda: universal.read(folder))
+    refused(lambda: deepspeed.read(folder))
 
 
 def test_a_config_of_no_use_is_refused(tmp_path: Path) -> None:
     weights, moments, steps = made(tmp_path)
-    folder = universal.write(weights, moments, steps, tmp_path / "u")
-    for name in universal.MODEL_STATES:
+    folder = deepspeed.write(weights, moments, steps, tmp_path / "u")
+    for name in deepspeed.MODEL_STATES:
         (folder / name).unlink()
     with pytest.raises(ConfigError, match="config must be given"):
-        universal.read(folder)
-    assert universal.read(folder, weights.config).weights.step == 0
-    other = reading.from_tree(tree(tmp_path, kind="low_rank"))
+        deepspeed.read(folder)
+    assert deepspeed.read(folder, weights.config).weights.step == 0
+    other = loading.from_tree(tree(tmp_path, kind="low_rank"))
     with pytest.raises(ConfigError, match="has nothing for"):
-        universal.read(folder, other)
+        deepspeed.read(folder, other)

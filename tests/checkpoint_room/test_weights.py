@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from sffn_dist import reading
-from sffn_dist.checkpoint import inspection, reshard
+from sffn_dist.checkpoint import reshard
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.checkpoint.weights import Weights, approximated, merged
-from sffn_dist.config import ConfigError
-from sffn_dist.shapes import ffn_structure, model_tensors
+from sffn_dist.conversion import inspection
+from sffn_dist.spec import loading
+from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.split_table import ffn_structure, model_tensors
 from sffn_dist.structured.maps import to_dense
 
 FFN: dict[str, dict[str, Any]] = {
@@ -28,7 +29,7 @@ FFN: dict[str, dict[str, Any]] = {
 
 def random(ffn: dict[str, Any], *, guide: bool = False, alpha: float = 0.0, activation: str = "gelu") -> Weights:
     model = {"layers": 2, "width": 16, "heads": 4, "sequence": 8, "vocab": 32, "activation": activation}
-    config = reading.from_tree({"model": model, "ffn": {"width": 32, **ffn}, "train": {"steps": 1, "global_batch_size": 8}})
+    config = loading.from_tree({"model": model, "ffn": {"width": 32, **ffn}, "train": {"steps": 1, "global_batch_size": 8}})
     specs = model_tensors(config, guide=guide)
 
     def full(name: str) -> torch.Tensor:

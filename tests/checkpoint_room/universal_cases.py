@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sffn_dist.checkpoint import formats, universal
-from sffn_dist.checkpoint.manifest import KINDS, Manifest, newest
+from sffn_dist.checkpoint.manifest import KINDS, Manifest, latest_checkpoint
 from sffn_dist.checkpoint.reader import Reader
-from sffn_dist.checkpoint.verification import differences
-from sffn_dist.shapes import is_guide, model_tensors
+from sffn_dist.conversion import deepspeed, formats
+from sffn_dist.conversion.verification import differences
+from sffn_dist.spec.split_table import is_guide, model_tensors
 from sffn_dist.training import engine as engines
-from sffn_dist.training import phases, state
+from sffn_dist.training import engine_state, phases
 
 
 def _training() -> Any:
@@ -37,7 +37,7 @@ def _trained(tree: dict[str, Any], steps: int) -> tuple[Any, Manifest, Reader, d
         _training().take(run)
         phases.enter(run)
     _training().save(run)
-    manifest = newest(Path(run.config.run.dir))
+    manifest = latest_checkpoint(Path(run.config.run.dir))
     assert manifest is not None
     reader, guided = Reader(manifest), run.schedule.guided(run.step)
     plain, guides = manifest.optimizer_steps, manifest.guide_optimizer_steps
@@ -63,7 +63,7 @@ def there(tree: dict[str, Any], folder: str, steps: int, more: int) -> dict[str,
     loaded, _ = other.engine.load_checkpoint(folder)
     assert loaded is not None
     assert other.engine.global_steps == steps
-    got = {"state": cases.state_digests(other.engine), "steps": state.step_counts(other.engine), "counts": counts}
+    got = {"state": cases.state_digests(other.engine), "steps": engine_state.step_counts(other.engine), "counts": counts}
     got["losses"] = [cases.take(other)[0] for _ in range(more)]
     engines.destroy(other.engine)
     return {"expected": expected, "got": got, "before": before}
@@ -87,7 +87,7 @@ def back(tree: dict[str, Any], folder: str, steps: int) -> dict[str, float]:
         )
     )  # fmt: skip
     engines.destroy(run.engine)
-    found = universal.read(target, run.config)
+    found = deepspeed.read(target, run.config)
     names = list(reader.specs)
     assert found.weights.names() == names
     made = formats.from_universal(target, Path(folder) / "back", run.config)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from sffn_dist.config import Config
-from sffn_dist.reading import from_tree
+from sffn_dist.spec.config import Config
+from sffn_dist.spec.loading import from_tree
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sffn_dist.config import Config, ConfigError, Data
-from sffn_dist.data import corpus, store
+from sffn_dist.data import corpus, metadata
 from sffn_dist.data.prepare import prepare
+from sffn_dist.spec.config import Config, ConfigError, Data
 
 
 def _read(source: object, **settings: Any) -> list[str]:
@@ -114,19 +114,19 @@ def test_bad_sources_are_refused_cheaply(tmp_path: Path) -> None:
     }
     for source, rule in cases.items():
         with pytest.raises(ConfigError) as caught:
-            store.check_source(Data(source=source))
+            metadata.check_source(Data(source=source))
         assert caught.match(rule)
         assert str(caught.value).startswith(f"data.source = {json.dumps(source)}: must be")
     with pytest.raises(
         ConfigError, match=r'data\.tokenizer = "none\.json": must be the path of a tokenizer\.json; there is no'
     ):
-        store.check_source(Data(tokenizer="none.json"))
+        metadata.check_source(Data(tokenizer="none.json"))
     with pytest.raises(ConfigError, match=r"model\.vocab = 256: must be at least 257"):
-        store.check_source(Data(), 256)
+        metadata.check_source(Data(), 256)
     with pytest.raises(ConfigError) as caught:
-        store.check_source(Data(source="nowhere", tokenizer="none.json"), 10)
+        metadata.check_source(Data(source="nowhere", tokenizer="none.json"), 10)
     assert len(caught.value.problems) == 2
-    store.check_source(Data())
+    metadata.check_source(Data())
 
 
 def test_no_text_and_no_place_are_refused(tmp_path: Path, texts: Path, configure: Callable[..., Config]) -> None:
@@ -141,7 +141,7 @@ def test_no_text_and_no_place_are_refused(tmp_path: Path, texts: Path, configure
 
 def test_locating_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from sffn_dist.config import Data; from sffn_dist.data import store, prepare; store.check_source(Data());"
+        "import sys; from sffn_dist.spec.config import Data; from sffn_dist.data import store, prepare; store.check_source(Data());"
         "print([m for m in ('numpy', 'torch', 'datasets', 'tokenizers', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -153,7 +153,7 @@ def test_the_standard_library_is_a_corpus(
 ) -> None:
     from sffn_dist.data.shards import open_corpus, verify
 
-    files = store.source_files(Data())
+    files = metadata.source_files(Data())
     assert len(files) > 500
     assert not [file for file in files if "site-packages" in file.relative or "__pycache__" in file.relative]
     some = files[:60]

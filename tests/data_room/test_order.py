@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sffn_dist.config import ConfigError
 from sffn_dist.data.batches import Batches, heldout_batches, permute
+from sffn_dist.spec.config import ConfigError
 
 
 @given(size=st.integers(1, 5000), seed=st.integers(0, 2**63), epoch=st.integers(0, 2**40))

@@ -15,15 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from sffn_dist.config import Config
-from sffn_dist.data import build, store
+from sffn_dist.data import build, metadata
 from sffn_dist.data.prepare import prepare
 from sffn_dist.data.shards import open_corpus, verify
+from sffn_dist.spec.config import Config
 
 PREPARER = """
 import json, logging, os, sys, time
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-from sffn_dist.reading import from_tree
+from sffn_dist.spec.loading import from_tree
 from sffn_dist.data import build
 from sffn_dist.data.prepare import prepare
 go_on, describe = sys.argv[2], build._describe
@@ -51,9 +51,9 @@ def _wait_until_inside(process: subprocess.Popen[str]) -> None:
 def test_a_corpus_is_what_its_meta_says(texts: Path, configure: Callable[..., Config]) -> None:
     config = configure(texts, heldout_share=0.3)
     folder = prepare(config)
-    assert folder == store.locate(config)
+    assert folder == metadata.locate(config)
     verify(folder)
-    corpus, meta = open_corpus(folder), store.read_meta(folder)
+    corpus, meta = open_corpus(folder), metadata.read_meta(folder)
     assert len(corpus.train) == meta.train.tokens
     assert len(corpus.heldout) == meta.heldout.tokens
     assert (meta.dtype, meta.byte_exact, meta.end_of_text, meta.vocab) == ("uint16", True, 0, 300)
@@ -79,19 +79,19 @@ def test_prepared_once_and_the_same_elsewhere(texts: Path, tmp_path: Path, confi
     assert times == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     other = prepare(configure(texts, dir=str(tmp_path / "elsewhere")))
     assert other.name == folder.name
-    assert store.read_meta(other).fingerprint == store.read_meta(folder).fingerprint
+    assert metadata.read_meta(other).fingerprint == metadata.read_meta(folder).fingerprint
 
 
 def test_what_decides_the_content_decides_the_folder(texts: Path, configure: Callable[..., Config]) -> None:
-    base = store.locate(configure(texts))
-    assert store.locate(configure(texts, sequence=99)) == base
-    assert store.locate(configure(texts, text_field="body")) == base  # .txt has no columns
-    others = [store.locate(configure(texts, vocab=301)), store.locate(configure(texts, heldout_share=0.5))]
+    base = metadata.locate(configure(texts))
+    assert metadata.locate(configure(texts, sequence=99)) == base
+    assert metadata.locate(configure(texts, text_field="body")) == base  # .txt has no columns
+    others = [metadata.locate(configure(texts, vocab=301)), metadata.locate(configure(texts, heldout_share=0.5))]
     path = texts / "00.txt"
     os.utime(path, ns=(1, 1))
-    others.append(store.locate(configure(texts)))
+    others.append(metadata.locate(configure(texts)))
     (texts / "rows.jsonl").write_text("{}")
-    others += [store.locate(configure(texts)), store.locate(configure(texts, text_field="body"))]
+    others += [metadata.locate(configure(texts)), metadata.locate(configure(texts, text_field="body"))]
     assert len({base, *others}) == 6
 
 
@@ -146,7 +146,7 @@ def test_the_second_waits_for_the_first(texts: Path, tmp_path: Path, configure: 
     out, rest = second.communicate(timeout=120)
     first_out, first_told = first.communicate(timeout=120)
     assert first.returncode == second.returncode == 0
-    assert out == first_out == f"{store.locate(config)}\n"  # the second never came "inside"
+    assert out == first_out == f"{metadata.locate(config)}\n"  # the second never came "inside"
     assert rest == ""
     assert "preparing data.source" in first_told
 
@@ -155,7 +155,7 @@ def test_killed_in_the_middle(
     texts: Path, tmp_path: Path, configure: Callable[..., Config], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = configure(texts)
-    folder = store.locate(config)
+    folder = metadata.locate(config)
     process = _start(config, tmp_path / "never")
     _wait_until_inside(process)
     process.send_signal(signal.SIGKILL)
@@ -178,7 +178,7 @@ def test_an_error_leaves_nothing(texts: Path, configure: Callable[..., Config], 
     with pytest.raises(ZeroDivisionError):
         prepare(config)
     monkeypatch.undo()
-    assert [path.suffix for path in store.locate(config).parent.iterdir()] == [".lock"]
+    assert [path.suffix for path in metadata.locate(config).parent.iterdir()] == [".lock"]
     verify(prepare(config))
 
 
@@ -198,11 +198,11 @@ def test_damaged_meta_is_never_believed(meta_text: tuple[Path, str], data: st.Da
             raw = raw[: max(1, place)]
     (folder / "meta.json").write_bytes(raw)
     try:
-        read = store.read_meta(folder)
-    except store.CorpusError:
+        read = metadata.read_meta(folder)
+    except metadata.CorpusError:
         return
     (folder / "meta.json").write_text(text)
-    assert read == store.read_meta(folder)  # white space
+    assert read == metadata.read_meta(folder)  # white space
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_a_damaged_folder_is_refused_and_prepared_again(
 ) -> None:
     config = configure(texts)
     folder = prepare(config)
-    before = store.read_meta(folder).fingerprint
+    before = metadata.read_meta(folder).fingerprint
     shard = folder / "train-00000.bin"
     if damage == "meta":
         (folder / "meta.json").write_text('{"meta": {}, "checksum": ""}')
@@ -233,17 +233,17 @@ def test_a_damaged_folder_is_refused_and_prepared_again(
             "no bytes": "token_bytes.npy",
         }
         (folder / names[damage]).unlink()
-    with pytest.raises(store.CorpusError, match=str(folder)):
+    with pytest.raises(metadata.CorpusError, match=str(folder)):
         open_corpus(folder)
     assert prepare(config) == folder
     assert "cannot be used" in caplog.text
     verify(folder)
-    assert store.read_meta(folder).fingerprint == before
+    assert metadata.read_meta(folder).fingerprint == before
 
 
 def test_verify_reads_what_sizes_do_not_show(texts: Path, configure: Callable[..., Config]) -> None:
     folder = prepare(configure(texts))
     with open(folder / "train-00000.bin", "r+b") as file:
         file.write(b"\x07")
-    with pytest.raises(store.CorpusError, match=r"train-00000\.bin is damaged"):
+    with pytest.raises(metadata.CorpusError, match=r"train-00000\.bin is damaged"):
         verify(folder)

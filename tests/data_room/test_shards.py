@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sffn_dist.data.metadata import Split
 from sffn_dist.data.shards import ShardWriter, TokenStream, token_dtype, unigram_entropy
-from sffn_dist.data.store import Split
 
 
 def _stream(writer: ShardWriter) -> TokenStream:

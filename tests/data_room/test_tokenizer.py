@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from sffn_dist.config import ConfigError
 from sffn_dist.data.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer, pieces, token_bytes, train_tokenizer
+from sffn_dist.spec.config import ConfigError
 
 TRAINED = train_tokenizer(["def f(x):\n    return x  # naïve 東京 🙂\n" * 30, string.printable], 320)
 

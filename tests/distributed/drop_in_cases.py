@@ -24,18 +24,18 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from sffn_dist.parallel import host
+from sffn_dist.parallel import cpu_compat
 from sffn_dist.parallel.layer_spec import NormLayer, structured_layer_spec, structured_mlp_submodules
 from sffn_dist.parallel.linears import StructuredLinear
 from sffn_dist.parallel.split import part_view, shard
-from sffn_dist.shapes import TensorSpec
+from sffn_dist.spec.split_table import TensorSpec
 
 VOCAB, LENGTH = 32, 8
 Named = dict[str, tuple[nn.Parameter, Tensor, TensorSpec, StructuredLinear]]  # parameter, its value, its spec, its linear
 
 
 def _groups(tensor: int) -> None:
-    host.prepare()
+    cpu_compat.prepare()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     if not parallel_state.model_parallel_is_initialized():

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from sffn_kernels import dispatch
 
-from sffn_dist.parallel import host, kernel_choice, topology
+from sffn_dist.parallel import cpu_compat, kernel_choice, topology
 
 
 class Card:
@@ -20,7 +20,7 @@ class Card:
 
 def choices(reasons: list[str | None], tables: list[dict[str, str]], times: list[list[float]]) -> dict[str, Any]:
     """What this rank chooses for two operations, and how often it measured; arguments hold an entry a rank."""
-    host.prepare()
+    cpu_compat.prepare()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     here = topology.groups(1)

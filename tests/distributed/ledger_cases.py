@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sffn_dist import model as models
-from sffn_dist import reading
-from sffn_dist import schedule as schedules
-from sffn_dist.parallel import host, topology
-from sffn_dist.parallel.ledger import Entry, Ledger, purpose
+from sffn_dist.parallel import cpu_compat, topology
+from sffn_dist.parallel.ledger import Ledger, LedgerEntry, purpose
+from sffn_dist.spec import loading
+from sffn_dist.spec import schedule as schedules
 from sffn_dist.training import engine as engines
 
 
 def _join(tensor: int) -> topology.Topology:
-    host.prepare()
+    cpu_compat.prepare()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     return topology.groups(tensor)
@@ -48,7 +48,7 @@ class _FeedForward(nn.Module):
         return self.linear_fc2(self.linear_fc1(x)[0])[0]
 
 
-def megatron_linears(h: int, f: int, rows: int, batch: int, sequence: bool) -> list[Entry]:
+def megatron_linears(h: int, f: int, rows: int, batch: int, sequence: bool) -> list[LedgerEntry]:
     """A forward and a backward over ``rows`` x ``batch`` tokens."""
     ranks = _join(2)
     model = _FeedForward(h, f, sequence)
@@ -58,11 +58,11 @@ def megatron_linears(h: int, f: int, rows: int, batch: int, sequence: bool) -> l
     return ledger.entries
 
 
-def model_step(tree: dict[str, Any]) -> tuple[list[Entry], list[str]]:
+def model_step(tree: dict[str, Any]) -> tuple[list[LedgerEntry], list[str]]:
     """A GPTModel's forward and backward: the rows, and the names of what the ledger changed in loss and gradients."""
-    config = reading.from_tree(tree)
+    config = loading.from_tree(tree)
     ranks = _join(config.parallel.tensor)
-    model = models.build(config, "fp32", ranks, guide=schedules.of(config).guided(0))
+    model = models.build(config, "fp32", ranks, guide=schedules.build_schedule(config).guided(0))
     models.initialise(model, config, ranks)
     tokens = torch.randint(0, config.model.vocab, (2, config.model.sequence + 1), generator=torch.Generator().manual_seed(2))
     ledger = _open(model, ranks)
@@ -78,15 +78,15 @@ def model_step(tree: dict[str, Any]) -> tuple[list[Entry], list[str]]:
     return ledger.entries, changed + hooked
 
 
-def engine_step(tree: dict[str, Any]) -> tuple[list[Entry], dict[str, int]]:
+def engine_step(tree: dict[str, Any]) -> tuple[list[LedgerEntry], dict[str, int]]:
     """An optimiser step of the engine; the rows, and the elements of every parameter of the rank."""
-    config = reading.from_tree(tree)
+    config = loading.from_tree(tree)
     ranks = _join(config.parallel.tensor)
-    model = models.build(config, "fp32", ranks, guide=schedules.of(config).guided(0))
+    model = models.build(config, "fp32", ranks, guide=schedules.build_schedule(config).guided(0))
     models.initialise(model, config, ranks)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     engine = engines.create(model, config, "fp32", ranks)
-    clock = schedules.of(config)
+    clock = schedules.build_schedule(config)
     models.set_guide(model, clock, clock.at(0))
     tokens = torch.from_numpy(np.arange(2 * (config.model.sequence + 1)).reshape(2, -1) % config.model.vocab)
 
@@ -142,7 +142,7 @@ def _coalesced(collective: Callable[..., Any], *calls: list[Tensor]) -> None:
             collective(*tensors)
 
 
-def each_collective() -> dict[str, list[Entry]]:
+def each_collective() -> dict[str, list[LedgerEntry]]:
     """The rows of every collective by itself, outside of any module."""
     ranks = _join(2)
     rows = {}
@@ -153,7 +153,7 @@ def each_collective() -> dict[str, list[Entry]]:
     return rows
 
 
-def labels() -> tuple[list[Entry], str]:
+def labels() -> tuple[list[LedgerEntry], str]:
     """Two groups of the same ranks under two labels; a group that two labels name."""
     ranks = _join(2)
     with Ledger(nn.Identity(), {"tensor": ranks.tensor_group, "all": dist.group.WORLD}) as ledger:
@@ -221,7 +221,7 @@ class _Nest(nn.Module):
         return _SumBackward.apply(y)
 
 
-def nested(recompute: bool | None) -> list[Entry]:
+def nested(recompute: bool | None) -> list[LedgerEntry]:
     """Places and purposes in a module within a module; recompute: None, or whether the checkpoint is reentrant."""
     _join(2)
     model = nn.ModuleDict({"outer": _Nest(recompute)})
@@ -238,7 +238,7 @@ class _Refuses(nn.Module):
         raise ValueError("refused")
 
 
-def exception() -> tuple[int, list[Entry]]:
+def exception() -> tuple[int, list[LedgerEntry]]:
     """An exception in a module's forward: the hooks left behind, and what a collective after it, still in the ledger, is called."""
     _join(2)
     model = nn.Sequential(nn.Identity(), _Refuses())

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sffn_dist.parallel import host, topology
+from sffn_dist.parallel import cpu_compat, topology
 from sffn_dist.parallel.collectives import sum_partial_gradients
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.layer_spec import structured_mlp_submodules
 from sffn_dist.parallel.ledger import Ledger
 from sffn_dist.parallel.split import shard, unshard
-from sffn_dist.shapes import Structure, linear_tensors
+from sffn_dist.spec.split_table import Structure, linear_tensors
 from sffn_dist.structured import maps
 
 
@@ -265,7 +265,7 @@ def other_uses(kind: str, rank: int | None, blocks: int | None, sequence: bool, 
 
 def join() -> topology.Topology:
     """This rank's place, all ranks of the pool being one tensor-parallel group."""
-    host.prepare()
+    cpu_compat.prepare()
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     return topology.groups(torch.distributed.get_world_size())

@@ -10,28 +10,28 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sffn_dist import config as configs
 from sffn_dist import model as models
-from sffn_dist import reading
-from sffn_dist import schedule as schedules
-from sffn_dist.checkpoint.manifest import newest
+from sffn_dist.checkpoint.manifest import latest_checkpoint
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.inference.evaluation import evaluate
 from sffn_dist.inference.generation import sample
-from sffn_dist.parallel import host, topology
+from sffn_dist.parallel import cpu_compat, topology
 from sffn_dist.parallel.ledger import Ledger
-from sffn_dist.shapes import model_tensors
+from sffn_dist.spec import config as configs
+from sffn_dist.spec import loading
+from sffn_dist.spec import schedule as schedules
+from sffn_dist.spec.split_table import model_tensors
 
 
 def _model(tree: dict[str, Any], *, weights: bool = True) -> tuple[Any, configs.Config, Any]:
-    config = reading.from_tree(tree)
-    host.prepare()
+    config = loading.from_tree(tree)
+    cpu_compat.prepare()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     ranks = topology.groups(config.parallel.tensor)
-    model = models.build(config, "fp32", ranks, guide=schedules.of(config).guided(0))
+    model = models.build(config, "fp32", ranks, guide=schedules.build_schedule(config).guided(0))
     if weights:
-        found = newest(Path(config.run.dir)) if config.run.dir else None
+        found = latest_checkpoint(Path(config.run.dir)) if config.run.dir else None
         if found:
             Reader(found).load(model, ranks)
         else:
@@ -75,7 +75,7 @@ def traffic(tree: dict[str, Any], guided: bool) -> dict[tuple[str, str, str], tu
 def guided_difference(tree: dict[str, Any]) -> tuple[float, float, int]:
     """Largest difference of token losses, guided at step 0 against unguided; the losses' spread; guides drawn."""
     model, config, _ = _model(tree)
-    tokens, clock = _tokens(config, 2), schedules.of(config)
+    tokens, clock = _tokens(config, 2), schedules.build_schedule(config)
     models.unset_guide(model)
     plain = models.token_losses(model, tokens[:, :-1], tokens[:, 1:])
     drawn = models.set_guide(model, clock, clock.at(0))

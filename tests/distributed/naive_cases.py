@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
+from sffn_bench.guided import ThreePassesMLP, ours
+from sffn_bench.naive_split import NaiveLinear
+from sffn_bench.one_layer import transformer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
-
-from bench.guided import ThreePassesMLP, ours
-from bench.naive_split import NaiveLinear
-from bench.one_layer import transformer
-
-from sffn_dist.parallel import host, topology
-from sffn_dist.shapes import Structure
+from sffn_dist.parallel import cpu_compat, topology
+from sffn_dist.spec.split_table import Structure
 from sffn_dist.structured import maps
 
 
 def _ranks() -> topology.Topology:
-    host.prepare()
+    cpu_compat.prepare()
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     return topology.groups(torch.distributed.get_world_size())

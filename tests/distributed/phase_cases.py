@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from sffn_dist import model as models
-from sffn_dist import schedule as schedules
-from sffn_dist.checkpoint.manifest import MOMENTS, newest
+from sffn_dist.checkpoint.manifest import MOMENTS, latest_checkpoint
 from sffn_dist.parallel.split import shard
-from sffn_dist.shapes import ffn_structure, is_guide, model_tensors
+from sffn_dist.spec import schedule as schedules
+from sffn_dist.spec.split_table import ffn_structure, is_guide, model_tensors
 from sffn_dist.structured.maps import apply, to_dense
 from sffn_dist.training import engine as engines
-from sffn_dist.training import loop, phases, state
+from sffn_dist.training import engine_state, loop, phases
 
 _spec = importlib.util.spec_from_file_location("training_cases", Path(__file__).with_name("training_cases.py"))
 assert _spec
@@ -75,10 +75,10 @@ def boundary(tree: dict[str, Any], at: int, precision: str = "fp32") -> dict[str
         old += [weakref.ref(parameter) for name, parameter in run.model.named_parameters() if is_guide(name)]
         with record_function("before"):
             training.take(run)
-        before, counts = training.state_digests(run.engine), state.step_counts(run.engine)
+        before, counts = training.state_digests(run.engine), engine_state.step_counts(run.engine)
         with record_function("crossing"):
             phases.enter(run)
-        after, counts_after = training.state_digests(run.engine), state.step_counts(run.engine)
+        after, counts_after = training.state_digests(run.engine), engine_state.step_counts(run.engine)
         weights, stale = full_weights(run), stale_weights(run)
         fresh = _moments_of_guides(run)
         with record_function("after"):
@@ -100,14 +100,14 @@ def boundary(tree: dict[str, Any], at: int, precision: str = "fp32") -> dict[str
 def full_weights(run: Any) -> dict[str, Tensor]:
     """Every parameter's full fp32 weight."""
     specs = model_tensors(run.config, guide=models.has_guide(run.model))
-    held = {fragment.name: fragment for fragment in state.fragments(run.engine)}
-    return {name: state.full_weight(held, name, spec, run.topology).clone() for name, spec in specs.items()}
+    held = {fragment.name: fragment for fragment in engine_state.fragments(run.engine)}
+    return {name: engine_state.full_weight(held, name, spec, run.topology).clone() for name, spec in specs.items()}
 
 
 def stale_weights(run: Any) -> list[str]:
     """Parameters whose value on this rank is not the fp32 weight rounded to the model's precision."""
     full, specs, found = full_weights(run), model_tensors(run.config, guide=True), []
-    held = {fragment.name: fragment for fragment in state.fragments(run.engine)}
+    held = {fragment.name: fragment for fragment in engine_state.fragments(run.engine)}
     for name, parameter in run.model.named_parameters():
         mine = shard(full[name], specs[name], run.topology.tensor, run.topology.tensor_rank).view(-1).to(parameter.dtype)
         if hasattr(parameter, "ds_tensor"):  # ZeRO 3: this rank's part
@@ -123,7 +123,7 @@ def stale_weights(run: Any) -> list[str]:
 
 def _moments_of_guides(run: Any) -> float:
     """The largest moment of any guide on this rank."""
-    held = [fragment for fragment in state.fragments(run.engine) if is_guide(fragment.name)]
+    held = [fragment for fragment in engine_state.fragments(run.engine) if is_guide(fragment.name)]
     return max((float(fragment.tensors[kind].abs().max()) for fragment in held for kind in MOMENTS), default=0.0)
 
 
@@ -132,7 +132,7 @@ def finish(tree: dict[str, Any]) -> tuple[list[str], bool, bool]:
     run = training.begin(tree)
     loop.train(run)
     last = full_weights(run)
-    manifest = newest(Path(run.config.run.dir))
+    manifest = latest_checkpoint(Path(run.config.run.dir))
     assert manifest
     engines.destroy(run.engine)
     again = training.begin(tree)
@@ -194,7 +194,7 @@ class Reference:
 
     def __init__(self, tree: dict[str, Any]):
         self.config = training.reading.from_tree(tree)
-        self.clock = schedules.of(self.config)
+        self.clock = schedules.build_schedule(self.config)
         ranks = training.join(self.config)
         self.model = models.build(self.config, "fp32", ranks, guide=self.clock.guided(0))
         models.initialise(self.model, self.config, ranks)

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sffn_dist import reading
-from sffn_dist.config import ConfigError, flatten
-from sffn_dist.parallel import exercise, host, topology
-from sffn_dist.training import alike, preflight
+from sffn_dist.health import collective_check, consistency, preflight
+from sffn_dist.parallel import cpu_compat, topology
+from sffn_dist.spec import loading
+from sffn_dist.spec.config import ConfigError, flatten
 
 
 def join(tensor: int) -> topology.Topology:
-    host.prepare()
+    cpu_compat.prepare()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     return topology.groups(tensor)
@@ -26,10 +26,10 @@ def agreed(tree: dict[str, Any], odd: dict[int, dict[str, Any]]) -> list[str]:
     """What the check says where ranks of ``odd`` hold other facts, or under "overrides" other settings."""
     join(1)
     mine = odd.get(dist.get_rank(), {})
-    config = reading.from_tree({**tree, **mine.get("overrides", {})})
-    facts = {**alike.facts(config, "fp32"), "host": f"n{dist.get_rank() // 2}", **mine.get("facts", {})}
+    config = loading.from_tree({**tree, **mine.get("overrides", {})})
+    facts = {**consistency.facts(config, "fp32"), "host": f"n{dist.get_rank() // 2}", **mine.get("facts", {})}
     try:
-        hosts, warnings = alike.agree(facts, flatten(config))
+        hosts, warnings = consistency.check_consistency(facts, flatten(config))
     except ConfigError as error:
         return list(error.problems)
     return [*hosts, *warnings]
@@ -42,19 +42,19 @@ def folder(folders: list[str], hosts: list[str], late: float = 0.0, upper: str |
     """
     join(1)
     mine, rank = Path(folders[dist.get_rank()]), dist.get_rank()
-    write = alike._write
+    write = consistency._write
 
     def elsewhere(path: Path, token: str) -> str | None:
         time.sleep(late)
         return write(Path(upper) / path.name if upper and rank == 1 else path, token)
 
-    alike._write = elsewhere
+    consistency._write = elsewhere
     try:
-        alike.share_folder(mine, hosts, patience=0.5)
+        consistency.check_shared_folder(mine, hosts, patience=0.5)
     except ConfigError as error:
         return list(error.problems)
     finally:
-        alike._write = write
+        consistency._write = write
     return [f"rank {rank} sees it"]
 
 
@@ -68,16 +68,16 @@ def measured(
     """The report. ``clock_off``: seconds by rank; ``slow``: a rank at half speed; ``corrupt``: a collective, one bit wrong on rank 1."""
     here = join(tensor)
     off = (clock_off or {}).get(here.rank, 0.0)
-    usual = exercise.KINDS.copy()
+    usual = collective_check.KINDS.copy()
 
     def rate(device: torch.device, precision: str, seconds: float) -> float:
         return 1e9 if here.rank == slow else 2e9
 
     if corrupt and here.rank == 1:
-        exercise.KINDS[corrupt] = lambda at: spoilt(*usual[corrupt](at))
+        collective_check.KINDS[corrupt] = lambda at: spoilt(*usual[corrupt](at))
     try:
         found = preflight.measure(
-            preflight.Agreed(tuple(hosts), "cpu"),
+            preflight.RankFacts(tuple(hosts), "cpu"),
             here,
             "fp32",
             now=lambda: time.time() + off,
@@ -86,11 +86,13 @@ def measured(
     except ConfigError as error:
         return {"refused": list(error.problems)}
     finally:
-        exercise.KINDS.update(usual)
+        collective_check.KINDS.update(usual)
     return {"row": found.row(), "text": found.text(), "errors": [error for _, error in found.clocks]}
 
 
-def spoilt(run: exercise.Run, right: exercise.Right) -> tuple[exercise.Run, exercise.Right]:
+def spoilt(
+    run: collective_check.RunCollective, right: collective_check.CheckResult
+) -> tuple[collective_check.RunCollective, collective_check.CheckResult]:
     """The collective, after which one bit of whatever it gave this rank is another one."""
     held = [cell.cell_contents for cell in run.__closure__ or ()]
     tensors = [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
@@ -105,12 +107,12 @@ def spoilt(run: exercise.Run, right: exercise.Right) -> tuple[exercise.Run, exer
 
 def flight(tree: dict[str, Any]) -> dict[str, Any]:
     """All of it as a run does it; how long each part took."""
-    config = reading.from_tree(tree)
+    config = loading.from_tree(tree)
     here = join(config.parallel.tensor)
-    alike.code()
+    consistency.code()
     dist.barrier()
     began = time.perf_counter()
-    found = preflight.agree(config, "fp32")
+    found = preflight.check_ranks(config, "fp32")
     agreed_in = time.perf_counter() - began
     report = preflight.measure(found, here, "fp32")
     return {

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sffn_dist import model as models
-from sffn_dist.telemetry import ranks
+from sffn_dist.health import stragglers
 from sffn_dist.training import engine as engines
 
 _spec = importlib.util.spec_from_file_location("training_cases", Path(__file__).with_name("training_cases.py"))
@@ -28,7 +28,7 @@ def recorded(tree: dict[str, Any], steps: int, slow: dict[int, tuple[float, floa
     run = training.begin(tree)
     here = run.topology
     late_data, late_forward = slow.get(here.rank, (0.0, 0.0))
-    recorder = ranks.Recorder(here.device)
+    recorder = stragglers.Recorder(here.device)
 
     def slowly(batches: Any) -> Iterator[torch.Tensor]:
         for batch in batches:
@@ -48,8 +48,8 @@ def recorded(tree: dict[str, Any], steps: int, slow: dict[int, tuple[float, floa
         with recorder.waiting():
             dist.all_reduce(torch.zeros(1))
         recorder.end()
-    rows = ranks.report(recorder, here, run.config.tokens_per_step, "fp32")
+    rows = stragglers.report(recorder, here, run.config.tokens_per_step, "fp32")
     if here.main:
-        ranks.write(Path(run_dir), steps, rows)
+        stragglers.write(Path(run_dir), steps, rows)
     engines.destroy(run.engine)
-    return {"rows": [asdict(row) for row in rows], "text": ranks.render(rows)}
+    return {"rows": [asdict(row) for row in rows], "text": stragglers.render(rows)}

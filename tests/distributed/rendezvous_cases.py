@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch._C._distributed_c10d import TCPStore
 
-from sffn_dist.config import ConfigError
 from sffn_dist.parallel import rendezvous
+from sffn_dist.spec.config import ConfigError
 
 Join = Callable[[float], str]
 
@@ -44,7 +44,7 @@ def _join(rank: int, world: int, address: tuple[str, int], patience: float, star
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(start is not None)
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(start)
     try:
-        store = rendezvous.join(rank, world, patience)
+        store = rendezvous.connect(rank, world, patience)
     except ConfigError as error:
         return "; ".join(error.problems)
     before = store.compare_set(f"word/{rank}", "", f"{rank} at start {start}").decode()

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from sffn_dist.health import replica_check
 from sffn_dist.training import engine as engines
-from sffn_dist.training import replicas, state
+from sffn_dist.training import engine_state
 
 _spec = importlib.util.spec_from_file_location("training_cases", Path(__file__).with_name("training_cases.py"))
 assert _spec
@@ -44,8 +45,8 @@ def flips(
 
 def outcome(run: Any) -> Any:
     try:
-        replicas.check(run.engine, run.config, run.topology)
-    except replicas.ReplicasDifferError as error:
+        replica_check.check_replicas(run.model, engine_state.separate_masters(run.engine), run.config, run.topology)
+    except replica_check.ReplicasDifferError as error:
         return str(error), list(error.parameters), list(error.ranks)
     return None
 
@@ -57,7 +58,7 @@ def tensor_of(engine: Any, name: str, what: str) -> torch.Tensor:
         return parameter.data
     if what == "part":
         return parameter.ds_tensor.data
-    return next(fragment.tensors["weight"] for fragment in state.fragments(engine) if fragment.name == name)
+    return next(fragment.tensors["weight"] for fragment in engine_state.fragments(engine) if fragment.name == name)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from sffn_dist.training import engine as engines
-from sffn_dist.training import loop, state
-from sffn_dist.training.setbacks import NAME, DivergedError
+from sffn_dist.training import engine_state, loop
+from sffn_dist.training.bad_steps import NAME, DivergedError
 
 _spec = importlib.util.spec_from_file_location("training_cases", Path(__file__).with_name("training_cases.py"))
 assert _spec
@@ -58,14 +58,14 @@ def trained(
         taken.append(at)
         if at == stop_at and last:
             it.signals.received = signal.SIGTERM
-        before = training.state_digests(it.engine), state.step_counts(it.engine)[0]
+        before = training.state_digests(it.engine), engine_state.step_counts(it.engine)[0]
         hook = None
         if bad.get(at) == "nan" and last:
             hook = next(it.model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
         result = usual_step(it, **more)
         if hook:
             hook.remove()
-        unchanged[at] = before == (training.state_digests(it.engine), state.step_counts(it.engine)[0])
+        unchanged[at] = before == (training.state_digests(it.engine), engine_state.step_counts(it.engine)[0])
         return result
 
     loop.take_step, loop._loss = step, loss_of
@@ -84,8 +84,8 @@ def trained(
         "error": error,
         "stopped": stopped,
         "state": training.state_digests(run.engine),
-        "losses": list(run.setbacks.losses.recent),
-        "passed": sorted(run.setbacks.passed),
+        "losses": list(run.bad_steps.losses.recent),
+        "passed": sorted(run.bad_steps.passed),
     }
     engines.destroy(run.engine)
     return result
@@ -94,6 +94,6 @@ def trained(
 def begun(tree: dict[str, Any]) -> dict[str, Any]:
     """What a start finds."""
     run = training.begin(tree)
-    found = {"step": run.step, "losses": list(run.setbacks.losses.recent), "passed": sorted(run.setbacks.passed)}
+    found = {"step": run.step, "losses": list(run.bad_steps.losses.recent), "passed": sorted(run.bad_steps.passed)}
     engines.destroy(run.engine)
     return found

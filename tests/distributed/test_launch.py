@@ -173,7 +173,7 @@ def test_another_run_in_run_dir_is_refused(root: Path, folder: Path, whole: tupl
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
 
-    for override in ("train.seed=5", "train.global_batch_size=8", "model.layers=3", "train.steps=13", "guide.alpha=linear"):
+    for override in ("train.seed=5", "train.global_batch_size=8", "model.layers=3", "train.steps=13", "guide.schedule=linear"):
         began = time.monotonic()
         result = alone("parallel.tensor=1", override)
         assert result.returncode == 2, result.stderr

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sffn_dist.parallel.ledger import Entry, Ledger
+from sffn_dist.parallel.ledger import Ledger, LedgerEntry
 
 CASES = Path(__file__).with_name("ledger_cases.py")
 TOKENS, H = 12, 6
@@ -76,10 +76,10 @@ def test_every_collective(ranks: Callable[..., Any]) -> None:
     for name, (kind, *received, size) in COLLECTIVES.items():
         for elements, rows in zip(received, by_rank, strict=True):
             assert rows.pop(name) == [
-                Entry(kind, "ranks 0,1", "", "other", 1, Fraction(elements), Fraction(elements * size))
+                LedgerEntry(kind, "ranks 0,1", "", "other", 1, Fraction(elements), Fraction(elements * size))
             ], name
-    assert by_rank[0] == {"send": [Entry("send", "ranks 0,1", "", "other", 1, Fraction(0), Fraction(0))]}
-    assert by_rank[1] == {"send": [Entry("recv", "ranks 0,1", "", "other", 1, Fraction(5), Fraction(20))]}
+    assert by_rank[0] == {"send": [LedgerEntry("send", "ranks 0,1", "", "other", 1, Fraction(0), Fraction(0))]}
+    assert by_rank[1] == {"send": [LedgerEntry("recv", "ranks 0,1", "", "other", 1, Fraction(5), Fraction(20))]}
 
 
 def test_groups_are_told_by_themselves_and_not_by_their_ranks(ranks: Callable[..., Any]) -> None:
@@ -193,9 +193,9 @@ def test_counts_are_exact_and_sums_select() -> None:
             model["ab"](torch.zeros(1))
             dist.reduce_scatter_tensor(torch.zeros(7, dtype=torch.float64), torch.zeros(21, dtype=torch.float64))
     assert ledger.entries == [
-        Entry("all_reduce", "all", "a", "forward", 2, Fraction(40, 3), Fraction(160, 3)),
-        Entry("all_to_all", "all", "ab", "forward", 2, Fraction(6), Fraction(24)),
-        Entry("reduce_scatter", "all", "", "other", 2, Fraction(28), Fraction(224)),
+        LedgerEntry("all_reduce", "all", "a", "forward", 2, Fraction(40, 3), Fraction(160, 3)),
+        LedgerEntry("all_to_all", "all", "ab", "forward", 2, Fraction(6), Fraction(24)),
+        LedgerEntry("reduce_scatter", "all", "", "other", 2, Fraction(28), Fraction(224)),
     ]
     assert ledger.elements() == Fraction(40, 3) + 34
     assert ledger.elements(place="a") == Fraction(40, 3)

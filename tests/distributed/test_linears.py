@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from sffn_kernels.bottleneck import at_a_time
 
-from sffn_dist import reading
-from sffn_dist.telemetry.memory import feed_forward_elements, rebuilt_at_once
+from sffn_dist.spec import loading
+from sffn_dist.spec.memory import feed_forward_elements, rebuilt_at_once
 
 CASES = Path(__file__).with_name("linear_cases.py")
 NAIVE = Path(__file__).with_name("naive_cases.py")
@@ -81,7 +81,7 @@ def test_the_bottlenecks_alone_are_kept(
     for gated in (False, True):
         sizes["gated"] = gated
         activation = "swiglu" if gated else "gelu"
-        config = reading.from_tree(
+        config = loading.from_tree(
             {
                 "model": {"layers": 1, "width": 64, "heads": 4, "sequence": 16, "vocab": 64, "activation": activation},
                 "ffn": ffn,

@@ -139,7 +139,7 @@ def test_afterwards_memory_is_that_of_a_run_without_a_guide(ranks: Callable[...,
 # ----------------------------------------------------------------------------------------------------------------- resume
 
 
-FLOP = {"mode": "fixed_flop", "stochastic": True, "alpha": "linear"}
+FLOP = {"mode": "fixed_flop", "stochastic": True, "schedule": "linear"}
 
 
 def test_stopped_in_every_phase_and_on_other_layouts(ranks: Callable[..., Any], tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sffn_dist.parallel import exercise
-from sffn_dist.training import alike, preflight
+from sffn_dist.health import collective_check, consistency, preflight
 
 CASES = Path(__file__).with_name("preflight_cases.py")
 TREE: dict[str, Any] = {
@@ -73,7 +72,7 @@ def test_an_unshared_folder_is_refused(ranks: Callable[..., Any], tmp_path: Path
 @given(st.lists(st.sampled_from("abc"), min_size=2, max_size=12))
 def test_differences_name_every_rank_once(values: list[str]) -> None:
     hosts = [f"n{rank // 2}" for rank in range(len(values))]
-    found = alike.differences([{"key": value, "same": 1} for value in values], hosts)
+    found = consistency.differences([{"key": value, "same": 1} for value in values], hosts)
     if len(set(values)) == 1:
         assert found == {}
         return
@@ -81,7 +80,7 @@ def test_differences_name_every_rank_once(values: list[str]) -> None:
     parts = found["key"].split("; ")
     for part in parts:
         value = part[1]
-        assert alike.who([rank for rank, held in enumerate(values) if held == value], hosts) in part
+        assert consistency.name_ranks([rank for rank, held in enumerate(values) if held == value], hosts) in part
     counts = sorted((values.count(value) for value in set(values)), reverse=True)
     assert len(parts) == len(counts)
     assert found["key"].count("the odd one") == (len(parts) - 1 if counts[0] > counts[1] else 0)
@@ -89,8 +88,8 @@ def test_differences_name_every_rank_once(values: list[str]) -> None:
 
 def test_many_ranks_are_told_briefly() -> None:
     hosts = [f"n{rank // 8}" for rank in range(800)]
-    assert alike.who(range(800), hosts) == "n0, n1, n2, n3 and 96 more (ranks 0-799)"
-    assert alike.who([1, 3, 4, 5], hosts) == "n0 (ranks 1, 3-5)"
+    assert consistency.name_ranks(range(800), hosts) == "n0, n1, n2, n3 and 96 more (ranks 0-799)"
+    assert consistency.name_ranks([1, 3, 4, 5], hosts) == "n0 (ranks 1, 3-5)"
 
 
 # ----------------------------------------------------------------------------------------------------------------- measures
@@ -112,8 +111,8 @@ def test_every_collective_on_every_group(ranks: Callable[..., Any]) -> None:
     ]
     row = result["row"]
     tried = [(trial["collective"], trial["group"]) for trial in row["collectives"]]
-    assert tried == [(kind, "world") for kind in exercise.KINDS] + [
-        (kind, group) for group in ("tensor", "data") for kind in exercise.INNER
+    assert tried == [(kind, "world") for kind in collective_check.KINDS] + [
+        (kind, group) for group in ("tensor", "data") for kind in collective_check.INNER
     ]
     assert all(trial["bus_gb_per_s"] > 0 for trial in row["collectives"])
     for offset, error, wanted in zip(row["clock_seconds"], result["errors"], [0.0, 0.0, 60.0, 60.0], strict=True):
@@ -126,7 +125,7 @@ def test_every_collective_on_every_group(ranks: Callable[..., Any]) -> None:
     assert result["text"].count("\nwarning: ") == 2
 
 
-@pytest.mark.parametrize("kind", exercise.KINDS)
+@pytest.mark.parametrize("kind", collective_check.KINDS)
 def test_one_wrong_bit_is_refused(ranks: Callable[..., Any], kind: str) -> None:
     """On every rank, with the collective and the rank that has it."""
     for result in ranks(2, 1).run(CASES, "measured", tensor=1, hosts=["n0", "n1"], slow=9, corrupt=kind):
@@ -184,16 +183,18 @@ def test_a_node_with_two_slow_links_is_named(nodes: int, data: Any) -> None:
     rates = [100.0] * len(hosts)
     for node in range(nodes):
         rates[node * size] = data.draw(st.floats(0.8, 1.2))
-    assert exercise.slow_links(rates, hosts) == []
+    assert collective_check.slow_links(rates, hosts) == []
     for node in (bad, (bad + 1) % nodes):
         rates[node * size] = 0.1
-    ((named, best, others),) = exercise.slow_links(rates, hosts)
+    ((named, best, others),) = collective_check.slow_links(rates, hosts)
     assert [hosts[rank] for rank in named] == [f"n{bad}"] * size
     assert best == 0.1
     assert math.isclose(others, 1.0, abs_tol=0.6)
 
 
 def test_one_slow_link_is_nobody_s_fault() -> None:
-    assert exercise.slow_links([1.0, 0.1, 1.0, 1.0], ["a", "b", "c", "d"]) == []
-    assert exercise.slow_links([0.1, 1.0], ["a", "b"]) == []
-    assert exercise.slow_links([1.0, 0.1, 0.1, 1.0], ["a"] * 4) == [([1], 0.1, 1.0)], "ranks of one node stand for themselves"
+    assert collective_check.slow_links([1.0, 0.1, 1.0, 1.0], ["a", "b", "c", "d"]) == []
+    assert collective_check.slow_links([0.1, 1.0], ["a", "b"]) == []
+    assert collective_check.slow_links([1.0, 0.1, 0.1, 1.0], ["a"] * 4) == [([1], 0.1, 1.0)], (
+        "ranks of one node stand for themselves"
+    )

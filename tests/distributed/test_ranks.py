@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sffn_dist.telemetry import ranks as reports
-from sffn_dist.telemetry.ranks import Recorder, Row, requested, stragglers
+from sffn_dist.health import stragglers as reports
+from sffn_dist.health.stragglers import Recorder, Row, requested, stragglers
 
 CASES = Path(__file__).with_name("ranks_cases.py")
 TREE: dict[str, Any] = {

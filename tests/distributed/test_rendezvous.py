@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from sffn_dist.config import ConfigError
 from sffn_dist.parallel import rendezvous
+from sffn_dist.spec.config import ConfigError
 
 CASES = Path(__file__).with_name("rendezvous_cases.py")
 Nursery = Callable[..., Any]
@@ -53,12 +53,12 @@ def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.listen()
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         with pytest.raises(ConfigError, match=f"MASTER_PORT = .* is in use on {platform.node()}"):
-            rendezvous.join(0, 2, 5.0)
+            rendezvous.connect(0, 2, 5.0)
 
 
 @pytest.mark.parametrize("port", ["", "x", "-1", "0", "65536", "29500 "])
 def test_a_port_that_is_none(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", port)
     with pytest.raises(ConfigError, match=r"MASTER_PORT = '.*': must be a port number"):
-        rendezvous.join(0, 2)
-    assert rendezvous.join(0, 1) is not None, "one rank needs none"
+        rendezvous.connect(0, 2)
+    assert rendezvous.connect(0, 1) is not None, "one rank needs none"

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sffn_dist.training.replicas import LANES, PIECE, checksum, describe
+from sffn_dist.health.replica_check import LANES, PIECE, checksum, describe
 
 CASES = Path(__file__).with_name("replicas_cases.py")
 UNCUT, CUT = "decoder.layers.1.mlp.linear_fc1.down", "decoder.layers.1.mlp.linear_fc1.guide"
@@ -22,7 +22,7 @@ def tree(tensor: int, stage: int) -> dict[str, Any]:
     return {
         "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "sequence": 16, "vocab": 63 * tensor},
         "ffn": {"kind": "low_rank", "rank": 11, "width": 64},
-        "guide": {"mode": "fixed_step", "share": 0.5},
+        "guide": {"mode": "fixed_step", "fraction": 0.5},
         "train": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-2},
         "parallel": {"tensor": tensor, "sequence": tensor > 1},
         "zero": {"stage": stage},

@@ -13,8 +13,8 @@ import pytest
 from sffn_dist.checkpoint import reshard
 from sffn_dist.checkpoint.manifest import Manifest, folder_of
 from sffn_dist.checkpoint.reader import Reader
-from sffn_dist.checkpoint.verification import differences
 from sffn_dist.checkpoint.weights import approximated
+from sffn_dist.conversion.verification import differences
 
 CASES = Path(__file__).with_name("training_cases.py")
 FFN: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ def tree(kind: str, run: Path, *, tensor: int = 1, stage: int = 1, **extra: Any)
     return {
         "model": {"layers": 2, "width": 32, "heads": 4, "sequence": 16, "vocab": 64, "activation": "swiglu"},
         "ffn": {"width": 64, **FFN[kind]},
-        "guide": {"mode": "fixed_step", "share": 0.5, "stochastic": True},
+        "guide": {"mode": "fixed_step", "fraction": 0.5, "stochastic": True},
         "train": {"steps": 12, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2},
         "parallel": {"tensor": tensor},
         "zero": {"stage": stage},

@@ -18,7 +18,7 @@ def tree(run_dir: Path, asynchronous: bool = True) -> dict[str, Any]:
         "run": {"dir": str(run_dir)},
         "model": {"layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "attention_dim": 16, "sequence": 16, "vocab": 64},
         "ffn": {"width": 64, "kind": "low_rank", "rank": 12},
-        "guide": {"mode": "fixed_step", "share": 0.5, "stochastic": True},
+        "guide": {"mode": "fixed_step", "fraction": 0.5, "stochastic": True},
         "train": {"steps": 8, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-2},
         "checkpoint": {"interval": 2, "keep": 9, "asynchronous": asynchronous},
     }

@@ -18,7 +18,7 @@ def tree(run_dir: Path, stage: int = 1, **guards: Any) -> dict[str, Any]:
         "run": {"dir": str(run_dir)},
         "model": {"layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "attention_dim": 16, "sequence": 16, "vocab": 64},
         "ffn": {"width": 64, "kind": "low_rank", "rank": 12, "dense_layers": []},
-        "guide": {"mode": "fixed_step", "share": 0.5, "stochastic": True},
+        "guide": {"mode": "fixed_step", "fraction": 0.5, "stochastic": True},
         "train": {"steps": 20, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 3e-3, "epsilon": 1e-5},
         "checkpoint": {"interval": 4, "keep": 3},
         "zero": {"stage": stage},
@@ -72,7 +72,7 @@ def test_without_a_checkpoint_it_starts_anew(ranks: Callable[..., Any], tmp_path
 
 def test_where_that_does_not_help_it_ends(ranks: Callable[..., Any], tmp_path: Path) -> None:
     """The second time one checkpoint further back; no checkpoint is saved amid bad steps."""
-    config = tree(tmp_path, rollbacks=2)
+    config = tree(tmp_path, max_rollbacks=2)
     for rank in ranks(2, 1).run(CASES, "trained", tree=config, bad=dict.fromkeys(range(9, 20), "nan")):
         assert rank["taken"] == [*range(12), 8, 12, 13, 14, 4, 5, 6, 7, 8, 15, 16, 17]
         assert rank["error"].startswith("steps 15 to 17 could not be taken, after 2 returns")

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from sffn_dist import reading
-from sffn_dist.shapes import Structure, linear_tensors
-from sffn_dist.traffic import Group, Moved, dense_linear, feed_forward, layer_traffic, model_traffic, total
+from sffn_dist.spec import loading
+from sffn_dist.spec.split_table import Structure, linear_tensors
+from sffn_dist.spec.traffic import TrafficGroup, Transfer, dense_linear, feed_forward, layer_traffic, model_traffic, total
 
 LINEARS = Path(__file__).with_name("linear_cases.py")
 TRAINING = Path(__file__).with_name("training_cases.py")
@@ -101,7 +101,7 @@ def case(shape: tuple[Any, ...], **more: Any) -> dict[str, Any]:
     }
 
 
-def by_kind(moved: Iterable[Moved]) -> dict[tuple[str, str], Fraction]:
+def by_kind(moved: Iterable[Transfer]) -> dict[tuple[str, str], Fraction]:
     sums: dict[tuple[str, str], Fraction] = defaultdict(Fraction)
     for one in moved:
         sums[one.purpose, one.kind] += one.elements
@@ -117,7 +117,7 @@ def test_layers_send_what_is_predicted(ranks: Callable[..., Any], p: int, shape:
         if kind == "dense" and (alpha or recompute != "none"):
             continue
         arguments = case(shape, sequence=sequence, gated=gated, alpha=alpha, recompute=recompute)
-        group = Group(p, 24, sequence)
+        group = TrafficGroup(p, 24, sequence)
         expected = feed_forward(group, Structure(kind, rank, blocks), h, f, gated=gated, narrow=recompute == "bottleneck")
         if alpha:
             expected += [*dense_linear(group, "column", h, h), *dense_linear(group, "row", h, h)]
@@ -133,7 +133,7 @@ def tree(kind: str, sequence: bool, **extra: Any) -> dict[str, Any]:
     return {
         "model": {**model, **extra.pop("model", {})},
         "ffn": {"kind": kind, "width": 64, "rank": 8, "blocks": 4, "dense_layers": [0]},
-        "guide": {"mode": "fixed_step", "share": 0.5},
+        "guide": {"mode": "fixed_step", "fraction": 0.5},
         "train": {"steps": 4, "global_batch_size": 2, "micro_batch_size": 2},
         "parallel": {"tensor": 2, "sequence": sequence},
         "recompute": "none",
@@ -155,12 +155,12 @@ def tree(kind: str, sequence: bool, **extra: Any) -> dict[str, Any]:
 def test_models_send_what_is_predicted(ranks: Callable[..., Any], kind: str, sequence: bool, extra: dict[str, Any]) -> None:
     """Every collective of a micro-batch over the tensor-parallel group, by place, purpose and kind, in elements and bytes."""
     for guided in (False, True):
-        config = reading.from_tree(tree(kind, sequence, **extra))
+        config = loading.from_tree(tree(kind, sequence, **extra))
         expected: dict[tuple[str, str, str], list[Fraction]] = defaultdict(lambda: [Fraction(), Fraction()])
         moved = model_traffic(config)
         if guided:
             moved += [
-                Moved(one.purpose, one.kind, one.elements, f"decoder.layers.{layer}.{one.place}")
+                Transfer(one.purpose, one.kind, one.elements, f"decoder.layers.{layer}.{one.place}")
                 for layer in range(config.model.layers)
                 for one in layer_traffic(config, layer, guide=True)
             ]
@@ -184,7 +184,7 @@ def test_a_step_receives_what_the_plan_says(ranks: Callable[..., Any], stage: in
 
 
 def test_one_rank_sends_nothing() -> None:
-    config = reading.from_tree({**tree("low_rank", True), "parallel": {"tensor": 1, "sequence": True}})
+    config = loading.from_tree({**tree("low_rank", True), "parallel": {"tensor": 1, "sequence": True}})
     assert model_traffic(config) == []
     specs = linear_tensors(Structure("low_rank", 8), "column", 16, 64)
     assert all(spec.block_groups(1) == (0,) for spec in specs.values())

@@ -26,7 +26,7 @@ def tree(kind: str, *, tensor: int = 1, sequence: bool = False, stage: int = 1, 
     base: dict[str, Any] = {
         "model": {**model, **extra.pop("model", {})},
         "ffn": {"width": 64, **FFN[kind]},
-        "guide": {"mode": "fixed_step", "share": 0.8, "stochastic": True},
+        "guide": {"mode": "fixed_step", "fraction": 0.8, "stochastic": True},
         "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": micro, "learning_rate": 1e-2},
         "parallel": {"tensor": tensor, "sequence": sequence},
         "zero": {"stage": stage},
@@ -91,7 +91,7 @@ def test_zero_stages_agree(train: Callable[..., dict[str, Any]], kind: str) -> N
 )
 def test_kernels_train_as_plain_torch_does(ranks: Callable[..., Any], kind: str, recompute: str, kernels: list[str]) -> None:
     """Guided steps and others through Triton's kernels, against the same through none."""
-    config = tree(kind, recompute=recompute, guide={"mode": "fixed_step", "share": 0.1})
+    config = tree(kind, recompute=recompute, guide={"mode": "fixed_step", "fraction": 0.1})
     plain, ours = (ranks(1, 1).run(CASES, "train_by", kernels=way, tree=config, steps=4)[0] for way in ("torch", "triton"))
     assert plain["launched"] == []
     assert ours["launched"] == kernels

@@ -14,23 +14,23 @@ import torch
 import torch.distributed as dist
 from sffn_kernels import dispatch, launching
 
-from sffn_dist import config as configs
 from sffn_dist import model as models
-from sffn_dist import reading
-from sffn_dist import schedule as schedules
-from sffn_dist.checkpoint import store
+from sffn_dist.checkpoint import writer
 from sffn_dist.checkpoint.manifest import KINDS, Manifest
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.data.batches import Batches
-from sffn_dist.parallel import host, topology
+from sffn_dist.parallel import cpu_compat, topology
 from sffn_dist.parallel.feed_forward import StructuredMLP, _unhooked
 from sffn_dist.parallel.ledger import Ledger
-from sffn_dist.shapes import model_tensors
-from sffn_dist.telemetry.plan import communication
+from sffn_dist.spec import config as configs
+from sffn_dist.spec import loading
+from sffn_dist.spec import schedule as schedules
+from sffn_dist.spec.plan import communication
+from sffn_dist.spec.split_table import model_tensors
 from sffn_dist.training import engine as engines
-from sffn_dist.training import loop, phases, resume, state
+from sffn_dist.training import engine_state, loop, phases, resume
+from sffn_dist.training.bad_steps import BadSteps
 from sffn_dist.training.run import Heldout, Run
-from sffn_dist.training.setbacks import Setbacks
 
 
 def tokens(vocab: int) -> np.ndarray:
@@ -41,7 +41,7 @@ def tokens(vocab: int) -> np.ndarray:
 
 def join(config: configs.Config) -> topology.Topology:
     """This rank's place in the pool."""
-    host.prepare()
+    cpu_compat.prepare()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     return topology.groups(config.parallel.tensor)
@@ -78,7 +78,7 @@ def train(
         "start": start,
         "optimizer": type(run.engine.optimizer).__name__,
     }
-    result["adam_steps"] = state.step_counts(run.engine)[0]
+    result["adam_steps"] = engine_state.step_counts(run.engine)[0]
     result["replicas"] = differing_replicas(run.engine, config, run.topology)
     result["state"] = state_digests(run.engine)
     if "run" in tree:
@@ -89,7 +89,7 @@ def train(
 
 def begin(tree: dict[str, Any], precision: str = "fp32") -> Run:
     """A run as pretrain.py makes it, on the toy tokens, without reports."""
-    config = reading.from_tree(tree)
+    config = loading.from_tree(tree)
     ranks = join(config)
     torch.manual_seed(1)
     batches = Batches(tokens(config.model.vocab), config.model.sequence, config.train.global_batch_size, config.train.seed)
@@ -97,8 +97,8 @@ def begin(tree: dict[str, Any], precision: str = "fp32") -> Run:
     windows = tokens(config.model.vocab)[: 2 * length].astype(np.int64).reshape(2, length)
     heldout = Heldout(windows, np.ones(config.model.vocab))
     run_dir = Path(config.run.dir)
-    saver, setbacks = store.Saver(run_dir, config, ranks), Setbacks(config.guards, run_dir)
-    run = Run(config, precision, schedules.of(config), ranks, batches, heldout, "test", saver, setbacks)
+    saver, bad_steps = writer.Saver(run_dir, config, ranks), BadSteps(config.guards, run_dir)
+    run = Run(config, precision, schedules.build_schedule(config), ranks, batches, heldout, "test", saver, bad_steps)
     resume.start(run, resume.newest(run_dir, ranks) if config.run.dir else None)
     return run
 
@@ -140,7 +140,7 @@ def parted() -> Iterator[None]:
 
 def received(tree: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
     """Elements by purpose that this rank receives from its tensor-parallel group in one step of the engine; what the plan says."""
-    config = reading.from_tree(tree)
+    config = loading.from_tree(tree)
     ranks = join(config)
     model = models.build(config, "fp32", ranks, guide=False)
     models.initialise(model, config, ranks)
@@ -168,7 +168,7 @@ def state_digests(engine: Any) -> dict[str, str]:
     """Hash of every fragment's weight and moments."""
     return {
         f"{fragment.name}/{fragment.start}/{kind}": hashlib.sha256(tensor.detach().float().numpy().tobytes()).hexdigest()
-        for fragment in state.fragments(engine)
+        for fragment in engine_state.fragments(engine)
         for kind, tensor in fragment.tensors.items()
     }
 
@@ -184,7 +184,7 @@ def differing_replicas(engine: Any, config: configs.Config, ranks: Any) -> list[
 
 def full_weights(tree: dict[str, Any], step: int) -> dict[str, np.ndarray]:
     """Full fp32 weights and moments of a saved step."""
-    config = reading.from_tree(tree)
+    config = loading.from_tree(tree)
     manifest = Manifest.read(Path(config.run.dir) / "checkpoints" / f"step_{step:08d}")
     reader = Reader(manifest)
     return {f"{name}/{kind}": reader.full(name, kind).numpy() for name in manifest.shapes for kind in KINDS}
@@ -192,12 +192,12 @@ def full_weights(tree: dict[str, Any], step: int) -> dict[str, np.ndarray]:
 
 def failed_save(tree: dict[str, Any], step: int) -> tuple[str, list[str]]:
     """A save in which the last rank's disk is full: what every rank hears, and what is left in run.dir."""
-    config = reading.from_tree(tree)
+    config = loading.from_tree(tree)
     ranks = join(config)
     model = models.build(config, "fp32", ranks, guide=False)
     models.initialise(model, config, ranks)
     engine = engines.create(model, config, "fp32", ranks)
-    held = state.fragments(engine)
+    held = engine_state.fragments(engine)
 
     def full_disk() -> Any:
         for fragment in held:
@@ -205,8 +205,8 @@ def failed_save(tree: dict[str, Any], step: int) -> tuple[str, list[str]]:
                 raise OSError(28, "No space left on device")
             yield fragment
 
-    saver = store.Saver(Path(config.run.dir), config, ranks)
-    saver.save(store.Position(step, step, None, None), full_disk())
+    saver = writer.Saver(Path(config.run.dir), config, ranks)
+    saver.save(writer.Position(step, step, None, None), full_disk())
     message = "saved" if saver.wait() else "; ".join(saver.news())
     engines.destroy(engine)
     return message, sorted(path.name for path in (Path(config.run.dir) / "checkpoints").iterdir())

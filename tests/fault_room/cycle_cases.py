@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sffn_dist import pretrain
-from sffn_dist.checkpoint import store
-from sffn_dist.checkpoint.manifest import newest
-from sffn_dist.training import finish, loop, rollback  # noqa: F401  (what a child would import first)
+from sffn_dist.checkpoint import writer
+from sffn_dist.checkpoint.manifest import latest_checkpoint
 
 
 def start(argv: list[str], world: int, log: Path) -> list[int]:
@@ -99,21 +98,21 @@ def signalled(argv: list[str], run: str, world: int, number: int, rank: int, *, 
 @contextlib.contextmanager
 def _slow_writes() -> Iterator[None]:
     """Ranks forked inside take a second to write a checkpoint."""
-    usual = store.Saver._write
+    usual = writer.Saver._write
 
     def write(saver: Any, folder: Path, job: Any) -> Any:
         result = usual(saver, folder, job)
         time.sleep(1.0)
         return result
 
-    store.Saver._write = write  # type: ignore[method-assign]
+    writer.Saver._write = write  # type: ignore[method-assign]
     yield
-    store.Saver._write = usual  # type: ignore[method-assign]
+    writer.Saver._write = usual  # type: ignore[method-assign]
 
 
 def outcome(run: str) -> dict[str, Any]:
     """The last checkpoint's step and the hashes of its files; the curve."""
-    manifest = newest(Path(run))
+    manifest = latest_checkpoint(Path(run))
     assert manifest
     lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
     curve = [tuple(json.loads(line)[key] for key in ("step", "loss", "grad_norm", "lr")) for line in lines]

@@ -27,7 +27,7 @@ def write_config(folder: Path, **over: Any) -> Path:
     tree = {
         "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "sequence": 32, "vocab": 512},
         "ffn": {"kind": "block_dense", "width": 128, "rank": 16, "blocks": 4, "dense_layers": []},
-        "guide": {"mode": "fixed_step", "share": 0.2, "stochastic": True},
+        "guide": {"mode": "fixed_step", "fraction": 0.2, "stochastic": True},
         "data": {"dir": str(folder / "data"), "source": str(folder / "text"), "heldout_share": 0.2},
         "train": {"steps": 60, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 3e-3},
         "precision": "fp32",

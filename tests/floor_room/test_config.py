@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from sffn_dist.config import Config, ConfigError, flatten, key_fields
-from sffn_dist.reading import from_tree, load
+from sffn_dist.spec.config import Config, ConfigError, flatten, key_fields
+from sffn_dist.spec.loading import from_tree, load
 
 SMALL: dict[str, Any] = {
     "model": {"layers": 4, "width": 64, "heads": 4, "kv_heads": 2, "sequence": 32, "vocab": 512},

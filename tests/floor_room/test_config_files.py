@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sffn_dist.config import Config, ConfigError, key_fields
-from sffn_dist.reading import from_tree, load
+from sffn_dist.spec.config import Config, ConfigError, defaults, flatten, key_fields
+from sffn_dist.spec.loading import from_tree, load
+from sffn_dist.spec.renamed_keys import RENAMED, translate, translate_flat
 
 SMALL: dict[str, Any] = {
     "model": {"layers": 4, "width": 64, "heads": 4, "kv_heads": 2, "sequence": 32, "vocab": 512},
@@ -193,3 +194,40 @@ def test_random_overrides_give_a_config_or_a_config_error(
         path.write_text(json.dumps(SMALL), encoding="utf-8")
     with contextlib.suppress(ConfigError):
         load(path, overrides)
+
+
+def test_all_problems_are_named_at_once(write: Write) -> None:
+    """Unknown keys, refused values, and rules between keys that have nothing to do with these."""
+    path = write({**SMALL, "parallel": {"tensor": 3}})
+    got = problems(lambda: load(path, ["ffn.knid=3", "train.steps=-2", "train.seed=-1", "model.heads=5"]))
+    text = "\n".join(got)
+    for part in ("ffn.knid: unknown key", "train.seed = -1", "train.steps = -2"):
+        assert text.count(part) == 1, text
+    got = problems(lambda: load(path, ["train.seed=-1", "model.heads=5"]))
+    assert [problem.split(" ")[0] for problem in got][:2] == ["train.seed", "model.heads"]
+    assert sum("parallel.tensor = 3" in problem for problem in got) > 1
+    got = problems(lambda: load(path, ["parallel.tensor=0"]))
+    assert len(got) == 1, "a rule that reads a refused key is left for the next try"
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_key_is_refused_in_files_and_overrides(old: str, new: str, write: Write) -> None:
+    """The message names the key to use; a start.json, which earlier versions wrote, is translated."""
+    section, leaf = old.split(".")
+    value = defaults()[new]
+    for call in (
+        lambda: load(write(SMALL), [f"{old}={value}"]),
+        lambda: load(write({**SMALL, section: {leaf: value}})),
+    ):
+        assert problems(call) == (f"{old}: was renamed to {new}; use that name",)
+    other = {"cosine": "linear"}.get(value, 1)
+    tree = {**SMALL, section: {leaf: other}}
+    config = load(write({"base": write(tree, "start.json").name, "train": {"seed": 7}}, "mine.json"))
+    assert flatten(config)[new] == other
+    assert translate({section: {leaf: other, "kept": 1}, "precision": "fp32"}) == {
+        section: {new.split(".")[1]: other, "kept": 1},
+        "precision": "fp32",
+    }
+    assert translate_flat({old: 1, "train.seed": 2}) == {new: 1, "train.seed": 2}
+    assert new in key_fields()
+    assert old not in key_fields()

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sffn_dist.config import Config, ConfigError, flatten
-from sffn_dist.reading import from_tree
-from sffn_dist.rules import check_world, identity, unused
-from sffn_dist.shapes import model_tensors
+from sffn_dist.spec.config import Config, ConfigError, flatten
+from sffn_dist.spec.loading import from_tree
+from sffn_dist.spec.split_table import model_tensors
+from sffn_dist.spec.validation import check_world, identity, unused_settings
 
 SMALL: dict[str, Any] = {
     "model": {"layers": 4, "width": 64, "heads": 8, "kv_heads": 4, "sequence": 32, "vocab": 512},
@@ -169,7 +169,7 @@ def test_the_guides_steps_fit_the_run(over: dict[str, Any], problem: str) -> Non
 
 def test_unused_settings_are_told_and_are_no_errors() -> None:
     def keys(over: dict[str, Any]) -> set[str]:
-        return set(unused(config(over)))
+        return set(unused_settings(config(over)))
 
     assert keys({}) == set()
     assert keys({"ffn.kind": "dense", "guide.mode": "fixed_step", "guide.stochastic": True}) == {
@@ -178,8 +178,8 @@ def test_unused_settings_are_told_and_are_no_errors() -> None:
     assert keys({"ffn.kind": "low_rank"}) == {"ffn.blocks"}
     assert keys({"ffn.kind": "block_shuffle"}) == {"ffn.rank"}
     assert keys({"guide.stochastic": True}) == {"guide.stochastic"}
-    assert keys({"guide.mode": "fixed_step", "guide.share": 0.01}) == {"guide.mode", "guide.share"}
-    assert keys({"guide.mode": "window", "guide.share": 0.2, "guide.begin": 1}) == {"guide.share"}
+    assert keys({"guide.mode": "fixed_step", "guide.fraction": 0.01}) == {"guide.mode", "guide.fraction"}
+    assert keys({"guide.mode": "window", "guide.fraction": 0.2, "guide.begin": 1}) == {"guide.fraction"}
     assert keys({"guide.mode": "fixed_flop", "guide.begin": 1, "guide.end": 4}) == {"guide.begin", "guide.end"}
     assert keys({"guide.stochastic": True, "guide.mode": "fixed_step"}) == set()
     assert keys({"parallel.sequence": True}) == {"parallel.sequence"}
@@ -213,15 +213,15 @@ def test_identity_leaves_out_layout(over: dict[str, Any]) -> None:
         ({"ffn.kind": "low_rank", "ffn.blocks": None}, {"ffn.blocks": 4}),
         ({"ffn.kind": "dense", "ffn.rank": None}, {"ffn.rank": 4}),
         ({"ffn.kind": "dense"}, {"guide.mode": "fixed_step"}),
-        ({}, {"guide.stochastic": True, "guide.alpha": "linear"}),
+        ({}, {"guide.stochastic": True, "guide.schedule": "linear"}),
         ({"guide.mode": "fixed_step"}, {"guide.begin": 3, "guide.end": 5}),
-        ({"guide.mode": "fixed_flop"}, {"guide.share": 0.3, "guide.begin": 3}),
-        ({"guide.mode": "window"}, {"guide.share": 0.3, "guide.end": 10}),
-        ({}, {"guide.mode": "fixed_step", "guide.share": 0.0}),
+        ({"guide.mode": "fixed_flop"}, {"guide.fraction": 0.3, "guide.begin": 3}),
+        ({"guide.mode": "window"}, {"guide.fraction": 0.3, "guide.end": 10}),
+        ({}, {"guide.mode": "fixed_step", "guide.fraction": 0.0}),
     ],
 )
 def test_identity_leaves_out_what_is_unused(over: dict[str, Any], unlooked_at: dict[str, Any]) -> None:
-    """A key that is not in it and a key that is None say the same (training/identity.py compares so)."""
+    """A key that is not in it and a key that is None say the same (launch/run_identity.py compares so)."""
     before, after = identity(config(over)), identity(config({**over, **unlooked_at}))
     assert {key for key in before | after if before.get(key) != after.get(key)} == set()
 
@@ -234,7 +234,7 @@ def test_identity_leaves_out_what_is_unused(over: dict[str, Any], unlooked_at: d
         {"ffn.rank": 16},
         {"ffn.dense_layers": []},
         {"guide.mode": "fixed_step"},
-        {"guide.mode": "fixed_flop", "guide.alpha": "linear", "guide.stochastic": True},
+        {"guide.mode": "fixed_flop", "guide.schedule": "linear", "guide.stochastic": True},
         {"guide.mode": "window", "guide.begin": 2, "guide.end": 5},
         {"data.source": "other.txt"},
         {"data.heldout_share": 0.5},

@@ -14,44 +14,36 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, KERNELS, TOOLS = ROOT / "sffn_dist", ROOT / "kernels" / "sffn_kernels", ROOT / "tools"
+BENCH = ROOT / "benchmarks" / "sffn_bench"
+# A name with a dot is one file, which stands elsewhere than its room.
 FLOORS = (
-    ("config", "durable", "exit_codes"),
-    ("shapes", "machine", "launcher"),
-    ("counts", "traffic"),
-    ("schedule",),
-    ("rules",),
-    ("reading",),
+    ("atomic_io",),
+    ("spec",),
+    ("launch",),
     ("sffn_kernels",),
     ("structured",),
     ("parallel",),
     ("model",),
-    ("data", "checkpoint", "telemetry", "inference"),
+    ("data", "checkpoint", "telemetry"),
+    ("inference", "conversion", "comparison", "launch.run_identity"),
+    ("health",),
     ("training",),
     ("cluster",),
-    ("pretrain", "tools"),
+    ("pretrain",),
+    ("sffn_bench",),
+    ("tools",),
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "numpy", "megatron", "deepspeed", "datasets", "tokenizers", "triton", "transformers", "wandb", "matplotlib"}
 BY_NAME = {"importlib.import_module", "import_module", "__import__"}
-LOWEST = (
-    "config",
-    "durable",
-    "rules",
-    "reading",
-    "shapes",
-    "counts",
-    "traffic",
-    "schedule",
-    "machine",
-    "exit_codes",
-    "launcher",
-)
+LOWEST = ("atomic_io", *(f"spec.{path.stem}" for path in sorted((PACKAGE / "spec").glob("[!_]*.py"))))
 LIGHT = (
     *LOWEST,
-    *("checkpoint.manifest", "data.store", "training.identity", "training.guards", "pretrain"),
-    *("telemetry.plan", "telemetry.trackers", "telemetry.metrics", "telemetry.progress"),
-    *("cluster.runs", "cluster.job", "cluster.sweep", "cluster.ending"),
-    *("telemetry.variants", "telemetry.comparison", "telemetry.curves"),
+    *(f"launch.{path.stem}" for path in sorted((PACKAGE / "launch").glob("[!_]*.py"))),
+    *("checkpoint.manifest", "data.metadata", "pretrain"),
+    *("telemetry.trackers", "telemetry.metrics", "telemetry.progress"),
+    *("cluster.runs", "cluster.job", "cluster.sweep", "cluster.requeue"),
+    *("comparison.variants", "comparison.summary", "comparison.curves"),
 )
 
 # ------------------------------------------------------------------------------------------------------------- the reading
@@ -59,16 +51,20 @@ LIGHT = (
 
 def module_name(path: Path) -> str:
     """The dotted name that a source file is imported by."""
-    relative = path.relative_to(KERNELS.parent if path.is_relative_to(KERNELS) else ROOT).with_suffix("")
+    top = next((top.parent for top in (KERNELS, BENCH) if path.is_relative_to(top)), ROOT)
+    relative = path.relative_to(top).with_suffix("")
     return ".".join(relative.parts[:-1] if relative.name == "__init__" else relative.parts)
 
 
 def room_of(module: str) -> str | None:
     """The room that a dotted name lies in; None for what is not ours, or for the bare top package."""
     parts = module.split(".")
-    if parts[0] in ("sffn_kernels", "tools"):
+    if parts[0] in ("sffn_kernels", "sffn_bench", "tools"):
         return parts[0]
-    return parts[1] if parts[0] == "sffn_dist" and len(parts) > 1 else None
+    if parts[0] != "sffn_dist" or len(parts) == 1:
+        return None
+    file = ".".join(parts[1:3])
+    return file if file in FLOOR else parts[1]
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]:
@@ -102,7 +98,7 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
 
 
 def sources() -> list[Path]:
-    found = [path for top in (PACKAGE, KERNELS, TOOLS) for path in sorted(top.rglob("*.py"))]
+    found = [path for top in (PACKAGE, KERNELS, BENCH, TOOLS) for path in sorted(top.rglob("*.py"))]
     assert len(found) > 30, "the package's sources were not found"
     return found
 
@@ -127,13 +123,14 @@ def test_every_module_stands_on_a_floor(path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("sffn_dist.shapes", "from sffn_dist import schedule"),
+        ("sffn_dist.spec.split_table", "from sffn_dist import model"),
         ("sffn_dist.structured.maps", "import sffn_dist.parallel.split"),
-        ("sffn_dist.data.store", "def f():\n    from sffn_dist.checkpoint import manifest"),
-        ("sffn_dist.telemetry.plan", "from ..inference.generation import sample"),
-        ("sffn_dist.telemetry.plan", "if TYPE_CHECKING:\n    from sffn_dist.training.loop import Run"),
+        ("sffn_dist.data.metadata", "def f():\n    from sffn_dist.checkpoint import manifest"),
+        ("sffn_dist.spec.plan", "from ..inference.generation import sample"),
+        ("sffn_dist.spec.plan", "if TYPE_CHECKING:\n    from sffn_dist.training.loop import Run"),
         ("sffn_kernels.block_diagonal", "from sffn_dist.structured import maps"),
         ("sffn_dist.model", "import importlib\nimportlib.import_module('sffn_dist.training.engine')"),
+        ("sffn_dist.launch.signals", "from sffn_dist.launch import run_identity"),
         ("sffn_dist.training.loop", "from sffn_dist import pretrain"),
         ("sffn_dist.pretrain", "import tools.report"),
         ("sffn_dist.model", "from sffn_dist.extras import x"),
@@ -144,15 +141,15 @@ def test_the_reading_sees_a_wrong_import_in_every_form(module: str, source: str)
 
 
 def test_the_reading_lets_right_imports_pass() -> None:
-    source = "from sffn_dist import shapes\nfrom . import identity\nfrom ..config import Config\nimport torch, json"
+    source = "from sffn_dist import spec\nfrom . import identity\nfrom ..spec.config import Config\nimport torch, json"
     assert not violations(source, "sffn_dist.training.loop")
     assert not violations("from . import identity", "sffn_dist.training", is_package=True)
 
 
-@pytest.mark.parametrize("room", ["shapes", "machine", "counts", "traffic", "schedule", "rules"])
+@pytest.mark.parametrize("room", ["split_table", "machine", "counts", "traffic", "schedule", "validation", "memory", "plan"])
 def test_lowest_floors_are_standard_library_and_our_own(room: str) -> None:
-    source = (PACKAGE / f"{room}.py").read_text(encoding="utf-8")
-    for name in imports(source, f"sffn_dist.{room}"):
+    source = (PACKAGE / "spec" / f"{room}.py").read_text(encoding="utf-8")
+    for name in imports(source, f"sffn_dist.spec.{room}"):
         assert name.split(".")[0] in sys.stdlib_module_names or name.startswith("sffn_dist."), name
 
 
@@ -161,13 +158,41 @@ def test_modules_that_say_standard_library_only_mean_it(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     if "Standard library only" in (ast.get_docstring(ast.parse(source)) or ""):
         foreign = {name.split(".")[0] for name in imports(source, module_name(path))} - sys.stdlib_module_names
-        assert foreign <= {"sffn_dist"}
+        assert foreign <= {"sffn_dist", "sffn_bench"}
 
 
 @by_module
 def test_deepspeed_is_imported_by_the_engine_alone(path: Path) -> None:
     names = {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"), module_name(path))}
     assert ("deepspeed" in names) == (module_name(path) == "sffn_dist.training.engine")
+
+
+def imported_files(path: Path) -> set[str]:
+    """Modules of ours that a file imports, wherever in it."""
+    ours = {module_name(path) for path in SOURCES}
+    names = imports(path.read_text(encoding="utf-8"), module_name(path), path.name == "__init__.py")
+    return {found for name in names for found in (name, name.rpartition(".")[0]) if found in ours} - {module_name(path)}
+
+
+def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
+    """Groups of modules that import each other, directly or through others."""
+
+    def reached(start: str) -> set[str]:
+        seen, pending = set(), [start]
+        while pending:
+            new = graph.get(pending.pop(), set()) - seen
+            seen |= new
+            pending += new
+        return seen
+
+    closure = {name: reached(name) for name in graph}
+    return sorted({tuple(sorted(b for b in closure[a] if a in closure.get(b, set()))) for a in graph if a in closure[a]})
+
+
+def test_no_modules_import_each_other() -> None:
+    """Inside a room too."""
+    assert circles({module_name(path): imported_files(path) for path in SOURCES}) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [("a", "b", "c")]
 
 
 @by_module
@@ -201,7 +226,7 @@ def test_plan_help_and_refusals_import_nothing_heavy(arguments: list[str], tmp_p
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == (2 if "parallel.tensor=3" in arguments else 0), done.stderr
     imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "sffn_dist.config" in imported, "the report of imports was not understood"
+    assert "sffn_dist.spec.config" in imported, "the report of imports was not understood"
     assert not HEAVY & {name.split(".")[0] for name in imported}
     assert not list(tmp_path.iterdir()), "nothing is written"
 

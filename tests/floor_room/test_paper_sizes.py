@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from sffn_dist import counts, shapes
-from sffn_dist.config import Config
-from sffn_dist.reading import load
-from sffn_dist.schedule import equal_flops_share, flops, of
-from sffn_dist.telemetry.memory import memory_per_rank
+from sffn_dist.spec import counts, split_table
+from sffn_dist.spec.config import Config
+from sffn_dist.spec.loading import load
+from sffn_dist.spec.memory import memory_per_rank
+from sffn_dist.spec.schedule import build_schedule, equal_flops_fraction, flops
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PAPER = sorted(path.stem for path in (CONFIGS / "paper").glob("*.json"))
@@ -90,7 +90,7 @@ def test_a_file_holds_what_its_name_says(name: str) -> None:
 
 def matrices(config: Config, part: str = "") -> float:
     """Millions of parameters in matrices: no biases, no norms, no guide."""
-    specs = shapes.model_tensors(config, guide=False).items()
+    specs = split_table.model_tensors(config, guide=False).items()
     counts = [spec.numel for name, spec in specs if len(spec.shape) > 1 and part in name]
     return sum(counts) / 1e6
 
@@ -118,7 +118,7 @@ def test_the_wide_and_structured_models(name: str, millions: int) -> None:
     assert config.kv_heads * config.head_dim == 256
     size = "l" if name.endswith("_l") else "m"
     assert (config.train.steps, config.train.learning_rate) == MODELS[size][5:]
-    assert of(config).guided_steps == round(config.train.steps / 2)
+    assert build_schedule(config).guided_steps == round(config.train.steps / 2)
 
 
 def test_wide_models_take_the_dense_models_training_flops_when_guided_less_often() -> None:
@@ -137,14 +137,14 @@ def test_fixed_flop_guides_and_repeats_the_published_share_at_the_dense_models_f
         file = CONFIGS / "paper" / f"{size}_{kind}_32.json"
         for coin in (True, False):
             config = load(file, ["guide.mode=fixed_flop", f"guide.stochastic={json.dumps(coin)}"])
-            clock, steps = of(config), config.train.steps
+            clock, steps = build_schedule(config), config.train.steps
             assert flops(config) == pytest.approx(training_flops(paper(f"{size}_dense")), rel=0.005)
             assert clock.total_steps == steps + clock.guided_steps
             if coin:
-                assert equal_flops_share(config) == pytest.approx(share, abs=0.006)
-            assert clock.guided_steps == round(equal_flops_share(config) * steps)
+                assert equal_flops_fraction(config) == pytest.approx(share, abs=0.006)
+            assert clock.guided_steps == round(equal_flops_fraction(config) * steps)
             own, guide = counts.flops_per_token(config), counts.guide_flops_per_token(config)
-            by_step = sum(own + guide * clock.expected_drawn_share(step) for step in range(clock.total_steps))
+            by_step = sum(own + guide * clock.expected_drawn_fraction(step) for step in range(clock.total_steps))
             assert by_step * config.tokens_per_step == pytest.approx(flops(config), rel=1e-9)
 
 
@@ -153,7 +153,7 @@ def test_counts_agree_with_one_another(path: Path) -> None:
     config = load(path)
     parts, guide = counts.parameters_by_part(config), counts.guide_parameters(config)
     for guided in (False, True):
-        tensors = shapes.model_tensors(config, guide=guided)
+        tensors = split_table.model_tensors(config, guide=guided)
         assert sum(parts.values()) + guided * guide == sum(math.prod(spec.shape) for spec in tensors.values())
     assert counts.parameters(config) == sum(parts.values())
     assert parts["embedding"] == config.model.vocab * config.model.width
@@ -184,7 +184,7 @@ def test_an_untied_embedding_is_counted_but_looked_up_for_nothing() -> None:
 def test_tensor_parallel_ranks_share_all_but_the_replicated(kind: str, overrides: list[str], guide: bool) -> None:
     for p in (2, 4):
         config = load(CONFIGS / "paper" / f"s_{kind}_32.json", [f"parallel.tensor={p}", *overrides])
-        specs = shapes.model_tensors(config, guide=guide).values()
+        specs = split_table.model_tensors(config, guide=guide).values()
         cut = sum(spec.numel for spec in specs if spec.cut)
         whole = sum(spec.numel for spec in specs if not spec.cut)
         assert cut % p == 0

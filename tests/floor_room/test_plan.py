@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from sffn_dist import counts, schedule
-from sffn_dist.config import Config
-from sffn_dist.reading import from_tree, load
-from sffn_dist.telemetry.plan import plan, render, si
+from sffn_dist.spec import counts, schedule
+from sffn_dist.spec.config import Config
+from sffn_dist.spec.loading import from_tree, load
+from sffn_dist.spec.plan import plan, render, si
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.json"))
 SMALL: dict[str, Any] = {
     "model": {"layers": 3, "width": 32, "heads": 4, "sequence": 16, "vocab": 512},
     "ffn": {"kind": "low_rank", "width": 64, "rank": 8},
-    "guide": {"mode": "fixed_step", "share": 0.25},
+    "guide": {"mode": "fixed_step", "fraction": 0.25},
     "train": {"steps": 8, "global_batch_size": 8, "micro_batch_size": 2},
 }
 
@@ -98,8 +98,8 @@ def test_every_config_has_a_plan_in_plain_json(path: Path) -> None:
 
 def test_phases_follow_the_clock() -> None:
     for share in (0.0, 0.25, 0.5, 1.0):
-        config = small(guide={"share": share})
-        clock = schedule.of(config)
+        config = small(guide={"fraction": share})
+        clock = schedule.build_schedule(config)
         phases = plan(config, 1)["phases"]
         named = [item["phase"] for item in phases for _ in range(item["first_step"], item["last_step"] + 1)]
         assert named == [clock.at(step).phase for step in range(8)]
@@ -122,7 +122,7 @@ def test_the_coin_halves_the_guides_flops_in_the_total() -> None:
 def test_unused_settings_are_shown() -> None:
     config = small(ffn={"kind": "dense", "rank": 8})
     got = plan(config, 1)
-    assert set(got["unused"]) == {"ffn.rank", "guide.mode", "guide.share"}
+    assert set(got["unused"]) == {"ffn.rank", "guide.mode", "guide.fraction"}
     page = render(got)
     assert "unused" in page
     assert all(key in page for key in got["unused"])

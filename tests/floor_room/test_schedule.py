@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sffn_dist.reading import from_tree
-from sffn_dist.schedule import Phase, Schedule, equal_flops_share, of, uniform
+from sffn_dist.spec.loading import from_tree
+from sffn_dist.spec.schedule import Phase, Schedule, build_schedule, equal_flops_fraction, uniform
 
 TREE: dict[str, Any] = {
     "model": {"layers": 2, "width": 8, "heads": 2, "sequence": 4, "vocab": 64},
@@ -33,7 +33,7 @@ def clock(**over: Any) -> Schedule:
         guide_end=10,
         warmup_steps=2,
         min_learning_rate_ratio=0.1,
-        alpha_form="cosine",
+        guide_schedule="cosine",
         stochastic=False,
         seed=0,
     )
@@ -41,7 +41,7 @@ def clock(**over: Any) -> Schedule:
 
 
 def from_config(guide: dict[str, Any], **train: Any) -> Schedule:
-    return of(from_tree({**TREE, "guide": guide, "train": {**TREE["train"], **train}}))
+    return build_schedule(from_tree({**TREE, "guide": guide, "train": {**TREE["train"], **train}}))
 
 
 # --------------------------------------------------------------------------------------------------------------- formulas
@@ -63,14 +63,14 @@ def test_alpha_golden(step: int, guided: int, alpha: float) -> None:
 
 
 def test_linear_alpha() -> None:
-    falling = clock(alpha_form="linear", guide_begin=4, guide_end=8)
+    falling = clock(guide_schedule="linear", guide_begin=4, guide_end=8)
     assert [falling.alpha(step) for step in range(3, 10)] == [0.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("form", ["cosine", "linear"])
 @given(guided=st.integers(1, 5000), data=st.data())
 def test_alpha_falls_from_one_to_zero_half_of_it_on_either_side(form: str, guided: int, data: st.DataObject) -> None:
-    now, step = clock(guide_end=guided, alpha_form=form, total_steps=10**5), data.draw(st.integers(0, 2 * guided))
+    now, step = clock(guide_end=guided, guide_schedule=form, total_steps=10**5), data.draw(st.integers(0, 2 * guided))
     assert now.alpha(0) == 1.0
     assert now.alpha(guided) == 0.0
     assert now.alpha(step) >= now.alpha(step + 1)
@@ -101,15 +101,15 @@ def test_learning_rate_stays_between_its_ends(warmup: int, low: float) -> None:
 
 
 def test_of_reads_the_config() -> None:
-    coin = {"mode": "fixed_step", "share": 0.25, "stochastic": True, "alpha": "linear"}
+    coin = {"mode": "fixed_step", "fraction": 0.25, "stochastic": True, "schedule": "linear"}
     assert from_config(coin) == Schedule(1000, 1000, 0, 250, 100, 0.1, "linear", True, 5)
     assert from_config({}).guided_steps == 0
-    assert of(from_tree({**TREE, "guide": coin, "ffn": {}})).guided_steps == 0, "a dense FFN has nothing to guide"
-    whole = from_config({"mode": "fixed_step", "share": 1.0})
+    assert build_schedule(from_tree({**TREE, "guide": coin, "ffn": {}})).guided_steps == 0, "a dense FFN has nothing to guide"
+    whole = from_config({"mode": "fixed_step", "fraction": 1.0})
     assert whole.guided_steps == whole.total_steps
     assert whole.at(999).phase == "guided"
     assert from_config({"mode": "window", "begin": 7}) == Schedule(1000, 1000, 7, 1000, 100, 0.1, "cosine", False, 5)
-    assert from_config({"mode": "window", "begin": 7, "end": 9, "share": 0.1}).phases() == [
+    assert from_config({"mode": "window", "begin": 7, "end": 9, "fraction": 0.1}).phases() == [
         Phase("plain", 0, 7),
         Phase("guided", 7, 9),
         Phase("plain", 9, 1000),
@@ -121,7 +121,7 @@ def test_fixed_flop_repeats_what_it_guided_and_stretches_the_learning_rate() -> 
     # by hand, MAC a token: embedding 64 x 8, attention 2 x 4 x 64, 12 x 2 x 8 x 4 / 6 of scores, dense layer 512, structured 2 x 2 x 40
     dense, own, guide = 512 + 512 + 128 + 1024, 512 + 512 + 128 + 512 + 160, 512
     share = (dense - own) / (own + guide)
-    assert equal_flops_share(from_tree({**TREE, "guide": {"mode": "fixed_flop"}})) == pytest.approx(share)
+    assert equal_flops_fraction(from_tree({**TREE, "guide": {"mode": "fixed_flop"}})) == pytest.approx(share)
     n = round(share * 1000)
     assert run.phases() == [Phase("guided", 0, n), Phase("plain", n, 1000), Phase("repeat", 1000, 1000 + n)]
     assert [run.at(step).data_step for step in (0, 999, 1000, 1000 + n - 1)] == [0, 999, 0, n - 1]
@@ -161,7 +161,7 @@ MODES: dict[str, dict[str, Any]] = {
     "fixed_step": {},
     "fixed_flop": {"total_steps": 20, "first_pass": 14, "guide_end": 6},
     "window": {"guide_begin": 5, "guide_end": 15},
-    "linear": {"alpha_form": "linear"},
+    "linear": {"guide_schedule": "linear"},
 }
 # (step, alpha, phase, data step, which of PAIRS compute their guide) of 20 steps with the coin, seed 7
 GOLDEN: dict[str, list[tuple[int, float, str, int, str]]] = {
@@ -337,7 +337,7 @@ def test_the_coin_depends_on_nothing_else() -> None:
     longer = replace(run, total_steps=99, warmup_steps=50, min_learning_rate_ratio=0.9)
     for step, layer, linear in asked:
         assert run.guide_weight(run.at(step), layer, linear) == longer.guide_weight(longer.at(step), layer, linear)
-    script = "from sffn_dist.schedule import uniform; print(repr(uniform(9, 3, 2, 1)))"
+    script = "from sffn_dist.spec.schedule import uniform; print(repr(uniform(9, 3, 2, 1)))"
     environment = {**os.environ, "PYTHONHASHSEED": "123", "RANK": "3", "WORLD_SIZE": "4"}
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, env=environment, check=True)
     assert float(done.stdout) == first[3, 2, 1], "another process, another hash seed, another rank"

@@ -12,10 +12,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sffn_dist.config import FFNKind
 from sffn_dist.parallel.split import shard, unshard
-from sffn_dist.shapes import Cut, Role, Structure, TensorSpec, inner_layout, linear_tensors
-from sffn_dist.traffic import Group, structured_linear, total
+from sffn_dist.spec.config import FFNKind
+from sffn_dist.spec.split_table import Cut, Role, Structure, TensorSpec, inner_layout, linear_tensors
+from sffn_dist.spec.traffic import TrafficGroup, structured_linear, total
 
 KINDS: tuple[FFNKind, ...] = ("dense", "low_rank", "block_shuffle", "block_dense")
 
@@ -165,7 +165,7 @@ def test_ranks_share_the_groups_of_blocks_evenly(pair: Pair, p: int) -> None:
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(1, 12), st.integers(1, 16))
 def test_block_shuffle_takes_the_cheaper_of_its_two_routes(blocks: int, width: int, inner: int, p: int) -> None:
     """What its second linear receives in forward, as it is cut and as it would be the other way."""
-    h, f, group = blocks * width, blocks * blocks * inner, Group(p, p, sequence=True)
+    h, f, group = blocks * width, blocks * blocks * inner, TrafficGroup(p, p, sequence=True)
     structure = Structure("block_shuffle", blocks=blocks)
     assume(Pair(structure, h, f, False).fits(p))
     specs = linear_tensors(structure, "row", f, h)

@@ -13,10 +13,10 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from sffn_dist.parallel import host, topology
+from sffn_dist.parallel import cpu_compat, topology
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.layer_spec import structured_mlp_submodules
-from sffn_dist.shapes import Structure
+from sffn_dist.spec.split_table import Structure
 
 WIDTH, INNER, TOKENS = 1024, 4096, 4096
 
@@ -32,7 +32,7 @@ def layer(structure: Structure, dtype: torch.dtype, recompute: Any) -> MLP:
         add_bias_linear=False,
         bias_activation_fusion=False,
         params_dtype=dtype,
-        use_cpu_initialization=not host.has_cuda(),
+        use_cpu_initialization=not cpu_compat.has_cuda(),
         perform_initialization=False,
     )
     if structure.kind == "dense":
@@ -44,15 +44,15 @@ def layer(structure: Structure, dtype: torch.dtype, recompute: Any) -> MLP:
     for parameter in made.parameters():
         drawn = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
         parameter.data.copy_(drawn.bfloat16())  # the same in both precisions
-    return made.to(host.device())
+    return made.to(cpu_compat.device())
 
 
 def run(made: MLP, dtype: torch.dtype) -> tuple[list[torch.Tensor], int]:
     """[output, gradients of x and of the weights], and the bytes kept for backward beside x."""
     generator = torch.Generator().manual_seed(2)
-    x, sent = (torch.randn(TOKENS, 1, WIDTH, generator=generator).bfloat16().to(host.device(), dtype) for _ in range(2))
+    x, sent = (torch.randn(TOKENS, 1, WIDTH, generator=generator).bfloat16().to(cpu_compat.device(), dtype) for _ in range(2))
     x.requires_grad_()
-    cuda = host.has_cuda()
+    cuda = cpu_compat.has_cuda()
     before = torch.cuda.memory_allocated() if cuda else 0
     y = made(x)[0]
     kept = (torch.cuda.memory_allocated() if cuda else 0) - before - y.nbytes
@@ -63,8 +63,8 @@ def run(made: MLP, dtype: torch.dtype) -> tuple[list[torch.Tensor], int]:
 def main() -> None:
     """A line of JSON for the structure that the arguments name."""
     structure = Structure(**json.loads(sys.argv[1]))
-    host.prepare()
-    backend = "nccl" if host.has_cuda() else "gloo"
+    cpu_compat.prepare()
+    backend = "nccl" if cpu_compat.has_cuda() else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     topology.groups(1)
     run(layer(structure, torch.bfloat16, "none"), torch.bfloat16)  # libraries' workspaces
@@ -76,7 +76,7 @@ def main() -> None:
     x = TOKENS * WIDTH * 2  # kept in any case, and made outside
     found = {"dense": dense + x, "none": usual + x, "bottleneck": narrow + x, "error": max(errors)}
     print(json.dumps({**found, "equal": all(torch.equal(a, b) for a, b in zip(low, rebuilt, strict=True))}))
-    topology.stop()
+    topology.destroy()
 
 
 if __name__ == "__main__":

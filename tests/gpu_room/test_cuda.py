@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from sffn_dist.shapes import Structure
+from sffn_dist.spec.split_table import Structure
 from sffn_dist.structured import initialisation, maps
 
 pytestmark = pytest.mark.gpu

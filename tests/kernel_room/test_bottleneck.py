@@ -157,7 +157,11 @@ def test_sums_over_parts_are_held_in_fp32(monkeypatch: pytest.MonkeyPatch, keep:
 
 def test_what_is_frozen_is_not_computed() -> None:
     z, second, bias, first, grad = shard(CASES["block_shuffle"], "gelu", torch.float32, 5)
-    for wanted in (bottleneck.Wanted(first=False), bottleneck.Wanted(z=False), bottleneck.Wanted(second=False, bias=False)):
+    for wanted in (
+        bottleneck.NeedsGrad(first=False),
+        bottleneck.NeedsGrad(z=False),
+        bottleneck.NeedsGrad(second=False, bias=False),
+    ):
         found = bottleneck.backward(grad, z, second, bias, first, "gelu", None, wanted)  # type: ignore[arg-type]
         assert [gradient is not None for gradient in found] == list(wanted)
 

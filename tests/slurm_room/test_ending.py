@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from sffn_dist import exit_codes
 from sffn_dist.checkpoint import manifest
 from sffn_dist.cluster import __main__ as questions
-from sffn_dist.cluster import ending
+from sffn_dist.cluster import requeue
+from sffn_dist.launch import exit_codes
 
 NEW = ["step_00000010"]
 
@@ -43,7 +43,7 @@ def record(code: int) -> dict[str, Any]:
     ],
 )
 def test_which_ends_start_again(code: int, asked: str, cause: int | None, again: bool) -> None:
-    verdict = ending.judge(code, asked, record(cause) if cause is not None else None, NEW)
+    verdict = requeue.decide(code, asked, record(cause) if cause is not None else None, NEW)
     assert verdict.go_on == again, verdict.sentence
     if cause in (1, 2, 3, 4, 5, 6) and not asked:
         assert "the reason" in verdict.sentence
@@ -52,11 +52,11 @@ def test_which_ends_start_again(code: int, asked: str, cause: int | None, again:
 
 def test_given_up_after_three_starts_without_a_new_checkpoint() -> None:
     for asked in ("", "USR1", "PREEMPTED"):  # a limit too short to reach a step is no better than a crash
-        assert ending.judge(1, asked, record(1), ["", ""]).go_on
-        assert not ending.judge(1, asked, record(1), ["", "", ""]).go_on
-        assert ending.judge(1, asked, record(1), ["", "", "a", "a"]).go_on
-        assert ending.judge(1, asked, record(1), ["a", "a", "b"]).go_on
-        told = ending.judge(1, asked, record(1), ["a", "b", "b", "b"])
+        assert requeue.decide(1, asked, record(1), ["", ""]).go_on
+        assert not requeue.decide(1, asked, record(1), ["", "", ""]).go_on
+        assert requeue.decide(1, asked, record(1), ["", "", "a", "a"]).go_on
+        assert requeue.decide(1, asked, record(1), ["a", "a", "b"]).go_on
+        told = requeue.decide(1, asked, record(1), ["a", "b", "b", "b"])
         assert not told.go_on
         assert "given up: 3 starts in a row brought no new checkpoint" in told.sentence
 
@@ -95,6 +95,6 @@ def test_the_record_is_what_a_rank_leaves(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "end.json"
     monkeypatch.setenv(exit_codes.VARIABLE, str(path))
     exit_codes.record(exit_codes.HUNG, "rank 3 hung")
-    assert ending.read_record(path) == {"code": exit_codes.HUNG, "restart": True, "reason": "rank 3 hung"}
-    assert ending.read_record(tmp_path / "none") is None
-    assert (exit_codes.of_signal(10), exit_codes.of_signal(15)) == (ending.WARNING, ending.CANCELLED)
+    assert requeue.read_record(path) == {"code": exit_codes.HUNG, "restart": True, "reason": "rank 3 hung"}
+    assert requeue.read_record(tmp_path / "none") is None
+    assert (exit_codes.for_signal(10), exit_codes.for_signal(15)) == (requeue.WARNING, requeue.CANCELLED)

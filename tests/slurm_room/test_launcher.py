@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sffn_dist import launcher
-from sffn_dist.config import ConfigError
+from sffn_dist.launch import environment
+from sffn_dist.spec.config import ConfigError
 
 STEP = {  # of the third of five tasks on nodes of two
     "SLURM_JOB_ID": "41",
@@ -33,24 +33,24 @@ TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
 def test_a_task_of_srun_is_described_as_torchrun_would() -> None:
     environ = dict(STEP)
-    assert launcher.adopt(environ)
+    assert environment.set_rank_variables(environ)
     assert [environ[name] for name in TORCH] == ["2", "5", "0", "2", "localhost"]
-    assert environ["MASTER_PORT"] == str(launcher.port(41, 2))
-    assert not launcher.adopt(environ), "once is enough"
+    assert environ["MASTER_PORT"] == str(environment.rendezvous_port(41, 2))
+    assert not environment.set_rank_variables(environ), "once is enough"
     last = STEP | {"SLURM_PROCID": "4", "SLURM_NODEID": "2"}
-    launcher.adopt(last)
+    environment.set_rank_variables(last)
     assert last["LOCAL_WORLD_SIZE"] == "1"
 
 
 def test_what_is_set_stays() -> None:
     environ = STEP | {"MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "1234", "GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib"}
-    assert launcher.adopt(environ)
+    assert environment.set_rank_variables(environ)
     assert [environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")] == [
         *("10.0.0.9", "1234", "ib0", "ib")
     ]
     by_torchrun = STEP | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     before = dict(by_torchrun)
-    assert not launcher.adopt(by_torchrun)
+    assert not environment.set_rank_variables(by_torchrun)
     assert by_torchrun == before
 
 
@@ -66,7 +66,7 @@ def test_what_is_set_stays() -> None:
 def test_outside_of_a_step_nothing_is_translated(other: dict[str, str | None]) -> None:
     environ = {key: value for key, value in (STEP | other).items() if value is not None}
     before = dict(environ)
-    assert not launcher.adopt(environ)
+    assert not environment.set_rank_variables(environ)
     assert environ == before
 
 
@@ -87,7 +87,7 @@ def test_outside_of_a_step_nothing_is_translated(other: dict[str, str | None]) -
 def test_bad_variables_are_refused_by_name(name: str, value: str | None, words: str) -> None:
     environ = {key: text for key, text in (STEP | {name: value}).items() if text is not None}
     with pytest.raises(ConfigError) as error:
-        launcher.adopt(environ)
+        environment.set_rank_variables(environ)
     assert name in str(error.value)
     assert words in str(error.value)
     assert "RANK" not in environ, "all or nothing"
@@ -106,22 +106,22 @@ def test_bad_variables_end_a_run_with_code_2_said_once(root: Path, tmp_path: Pat
 
 
 def test_the_interface_is_that_of_the_route_and_never_loopback() -> None:
-    assert launcher.interface_to(["localhost", "127.0.1.1", "no.such.host.invalid"]) is None
+    assert environment.interface_to(["localhost", "127.0.1.1", "no.such.host.invalid"]) is None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))
         except OSError:
             pytest.skip("this machine has no route to anywhere")
-    name = launcher.interface_to(["localhost", "192.0.2.1"])
+    name = environment.interface_to(["localhost", "192.0.2.1"])
     assert name in {label for _, label in socket.if_nameindex()} - {"lo"}
 
 
 @pytest.mark.parametrize(("ranks", "expected"), [("2", None), ("4", "eth7")])
 def test_interfaces_are_set_with_several_nodes_only(ranks: str, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where another launcher started the ranks: gloo would listen on the address of the host's name all the same."""
-    monkeypatch.setattr(launcher, "interface_to", lambda names: "eth7" if names[:2] == ["n9", "n1"] else None)
+    monkeypatch.setattr(environment, "interface_to", lambda names: "eth7" if names[:2] == ["n9", "n1"] else None)
     environ = {"RANK": "0", "WORLD_SIZE": ranks, "LOCAL_SIZE": "2", "MASTER_ADDR": "n9", "SLURM_JOB_NODELIST": "n[1-2]"}
-    launcher.adopt(environ)
+    environment.set_rank_variables(environ)
     assert environ.get("GLOO_SOCKET_IFNAME") == expected
     assert environ.get("NCCL_SOCKET_IFNAME") == (expected and f"={expected}")
 
@@ -139,13 +139,13 @@ def test_interfaces_are_set_with_several_nodes_only(ranks: str, expected: str | 
     ],
 )
 def test_hosts(text: str, names: list[str]) -> None:
-    assert launcher.hosts(text) == names
+    assert environment.hosts(text) == names
 
 
 @pytest.mark.parametrize("text", ["", "a,,b", "n[1-", "n1]", "n[[1]]", "n[a]", "n[3-1]", "n[]", "n[1-99999999]", "a b"])
 def test_what_is_no_list_of_hosts_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
-        launcher.hosts(text)
+        environment.hosts(text)
 
 
 name_parts = st.from_regex(r"[a-z]{1,4}", fullmatch=True)
@@ -176,7 +176,7 @@ def host_lists(draw: st.DrawFn, tails: tuple[str, ...] = ("", "-ib", ".x")) -> t
 @given(host_lists())
 def test_any_list_of_hosts(case: tuple[str, list[str]]) -> None:
     text, names = case
-    assert launcher.hosts(text) == names
+    assert environment.hosts(text) == names
 
 
 @pytest.mark.skipif(shutil.which("scontrol") is None, reason="needs slurm-client")
@@ -192,7 +192,7 @@ def test_hosts_as_slurm_reads_them(tmp_path: Path) -> None:
         text, _ = case
         done = subprocess.run(["scontrol", "show", "hostnames", text], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert launcher.hosts(text) == done.stdout.split()
+        assert environment.hosts(text) == done.stdout.split()
 
     agree()
 
@@ -201,11 +201,20 @@ def test_hosts_as_slurm_reads_them(tmp_path: Path) -> None:
 @given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 5)), min_size=1, max_size=5))
 def test_tasks_per_node(groups: list[tuple[int, int]]) -> None:
     text = ",".join(f"{tasks}(x{nodes})" if nodes > 1 else str(tasks) for tasks, nodes in groups)
-    assert launcher.tasks_per_node(text) == [tasks for tasks, nodes in groups for _ in range(nodes)]
+    assert environment.tasks_per_node(text) == [tasks for tasks, nodes in groups for _ in range(nodes)]
 
 
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 50))
 def test_ports(job: int, step: int) -> None:
-    assert 20000 <= launcher.port(job, step) < 32000
-    assert len({launcher.port(job, step), launcher.port(job, step + 1), launcher.port(job + 1, step)}) == 3
+    assert 20000 <= environment.rendezvous_port(job, step) < 32000
+    assert (
+        len(
+            {
+                environment.rendezvous_port(job, step),
+                environment.rendezvous_port(job, step + 1),
+                environment.rendezvous_port(job + 1, step),
+            }
+        )
+        == 3
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sffn_dist.cluster import sweep
-from sffn_dist.config import ConfigError
+from sffn_dist.spec.config import ConfigError
 
 
 def write(folder: Path, tree: Any) -> Path:

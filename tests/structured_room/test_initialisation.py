@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sffn_dist.shapes import Structure
+from sffn_dist.spec.split_table import Structure
 from sffn_dist.structured.initialisation import draw, nearest_orthonormal
 from sffn_dist.structured.maps import to_dense
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sffn_dist.shapes import Structure
+from sffn_dist.spec.split_table import Structure
 from sffn_dist.structured import maps
 from sffn_dist.structured.approximation import from_dense, truncated_svd
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sffn_dist.telemetry import comparison, curves, variants
-from sffn_dist.telemetry.variants import Entry
+from sffn_dist.comparison import curves, summary, variants
+from sffn_dist.comparison.variants import PlannedVariant
 
 TREE = {
     "model": {"layers": 3, "width": 48, "heads": 4, "sequence": 32, "vocab": 512},
@@ -26,11 +26,11 @@ def path(tmp_path: Path) -> str:
     return str(file)
 
 
-def made(path: str, text: str, *overrides: str) -> dict[str, Entry]:
-    return {entry.label: entry for entry in variants.entries(path, overrides, variants.parse(text), "flops")}
+def made(path: str, text: str, *overrides: str) -> dict[str, PlannedVariant]:
+    return {entry.label: entry for entry in variants.planned_variants(path, overrides, variants.parse(text), "flops")}
 
 
-def write_run(folder: Path, entry: Entry, losses: list[float], steps: int = 4) -> None:
+def write_run(folder: Path, entry: PlannedVariant, losses: list[float], steps: int = 4) -> None:
     """The files of a run: ``losses`` at its evaluations, the last one at its end."""
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "flops": 10.0}) + "\n" for i in range(steps)))
@@ -44,7 +44,7 @@ def write_run(folder: Path, entry: Entry, losses: list[float], steps: int = 4) -
 
 
 @pytest.fixture
-def results(path: str, tmp_path: Path) -> list[comparison.Result]:
+def results(path: str, tmp_path: Path) -> list[summary.Result]:
     found = made(path, "dense,low_rank+guide")
     losses = {"dense": [[5.0, 4.0], [5.2, 4.1]], "low_rank+guide": [[6.0, 4.1], [5.8, 4.4]]}
     read = []
@@ -52,28 +52,28 @@ def results(path: str, tmp_path: Path) -> list[comparison.Result]:
         for seed in (0, 1):
             folder = tmp_path / entry.variant.folder / str(seed)
             write_run(folder, entry, losses[label][seed])
-            read.append(comparison.read(entry, seed, folder))
+            read.append(summary.read(entry, seed, folder))
     return read
 
 
-def test_table_has_mean_spread_and_paired_difference(results: list[comparison.Result]) -> None:
-    dense, guided = comparison.table_rows(results)
+def test_table_has_mean_spread_and_paired_difference(results: list[summary.Result]) -> None:
+    dense, guided = summary.table_rows(results)
     assert dense["held-out loss"] == f"4.0500 ± {0.1 / math.sqrt(2):.4f}"
     assert dense["minus dense"] == "-"
     assert guided["minus dense"] == f"+0.2000 ± {0.2 / math.sqrt(2):.4f}"
     assert guided["by seed"] == "4.1000, 4.4000"
     assert dense["perplexity"] == f"{math.exp(4.05):.2f}"
     assert dense["FLOPs"] == "40"
-    text = comparison.markdown([dense, guided])
+    text = summary.markdown([dense, guided])
     assert len({line.count("|") for line in text.splitlines()}) == 1
     assert len({len(line) for line in text.splitlines()}) == 1
-    assert "minus dense" not in comparison.table_rows(results[2:])[0]
-    assert comparison.with_spread([4.0]) == "4.0000"
-    assert comparison.with_spread([math.nan, 4.0]) == "nan"
+    assert "minus dense" not in summary.table_rows(results[2:])[0]
+    assert summary.with_spread([4.0]) == "4.0000"
+    assert summary.with_spread([math.nan, 4.0]) == "nan"
 
 
-def test_rows_say_what_was_run_and_measured(results: list[comparison.Result]) -> None:
-    rows = list(csv.DictReader(comparison.csv_text([comparison.run_row(result) for result in results]).splitlines()))
+def test_rows_say_what_was_run_and_measured(results: list[summary.Result]) -> None:
+    rows = list(csv.DictReader(summary.csv_text([summary.run_row(result) for result in results]).splitlines()))
     assert [(row["variant"], row["seed"]) for row in rows] == [
         ("dense", "0"),
         ("dense", "1"),
@@ -84,14 +84,14 @@ def test_rows_say_what_was_run_and_measured(results: list[comparison.Result]) ->
     assert (rows[3]["heldout_loss"], rows[3]["flops"]) == ("4.4", "40")
 
 
-def test_curves_average_over_seeds_by_flops_spent(results: list[comparison.Result]) -> None:
-    found = comparison.curves(results)
-    assert found["dense"] == [comparison.Point(20.0, 5.1, 5.0, 5.2), comparison.Point(40.0, 4.05, 4.0, 4.1)]
+def test_curves_average_over_seeds_by_flops_spent(results: list[summary.Result]) -> None:
+    found = summary.curves(results)
+    assert found["dense"] == [summary.Point(20.0, 5.1, 5.0, 5.2), summary.Point(40.0, 4.05, 4.0, 4.1)]
     assert [point.flops for point in found["low_rank+guide"]] == [20.0, 40.0]
     low, high = curves.loss_limits(found.values()) or (0, 0)
     assert low < 4.0 < 6.0 < high
     assert curves.loss_limits([]) is None
-    assert len(comparison.curve_rows(results)) == 8
+    assert len(summary.curve_rows(results)) == 8
 
 
 def test_a_run_is_finished_once_it_has_all_its_steps_and_the_evaluation_asked_for(path: str, tmp_path: Path) -> None:
@@ -99,17 +99,17 @@ def test_a_run_is_finished_once_it_has_all_its_steps_and_the_evaluation_asked_fo
     entry = made(path, "dense")["dense"]
     write_run(tmp_path / "whole", entry, [4.0], steps=200)
     write_run(tmp_path / "part", entry, [4.0], steps=150)
-    assert comparison.finished(tmp_path / "whole", config)
-    assert not comparison.finished(tmp_path / "part", config)
-    assert not comparison.finished(tmp_path / "nowhere", config)
+    assert summary.finished(tmp_path / "whole", config)
+    assert not summary.finished(tmp_path / "part", config)
+    assert not summary.finished(tmp_path / "nowhere", config)
     other = made(path, "dense", "evaluation.sequences=64")["dense"].config
-    assert not comparison.finished(tmp_path / "whole", other)
+    assert not summary.finished(tmp_path / "whole", other)
     (tmp_path / "whole" / "summary.json").write_text("[]")
-    assert not comparison.finished(tmp_path / "whole", config)
+    assert not summary.finished(tmp_path / "whole", config)
 
 
 def test_time_left() -> None:
-    assert comparison.seconds_left([(100, 10.0)], [100, 200], [(100, 4.0)], jobs=2) == pytest.approx(20.0)
-    assert comparison.seconds_left([(100, 10.0)], [200], [], jobs=1) == 20.0
-    assert comparison.seconds_left([(100, 10.0)], [], [(100, 30.0)], jobs=2) == 0.0
-    assert math.isinf(comparison.seconds_left([], [1], [], jobs=1))
+    assert summary.seconds_left([(100, 10.0)], [100, 200], [(100, 4.0)], jobs=2) == pytest.approx(20.0)
+    assert summary.seconds_left([(100, 10.0)], [200], [], jobs=1) == 20.0
+    assert summary.seconds_left([(100, 10.0)], [], [(100, 30.0)], jobs=2) == 0.0
+    assert math.isinf(summary.seconds_left([], [1], [], jobs=1))

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from sffn_dist.config import ConfigError, Logging
+from sffn_dist.spec.config import ConfigError, Logging
 from sffn_dist.telemetry import trackers
 from sffn_dist.telemetry.trackers import Trackers, check_trackers, open_trackers
 
 WANDB = """
 import os, signal, sys
 from pathlib import Path
-from sffn_dist.config import Logging
+from sffn_dist.spec.config import Logging
 from sffn_dist.telemetry.trackers import open_trackers
 run_dir, start, stop = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 tracked = open_trackers(Logging(wandb=True), run_dir, {"train.micro_batch_size": start}, start)
@@ -114,7 +114,7 @@ def test_tensorboard_shows_what_a_run_went_back_over_once(tmp_path):
 
 def test_nothing_asked_for_imports_nothing(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from sffn_dist.config import Logging; from sffn_dist.telemetry import trackers\n"
+        "import sys; from pathlib import Path; from sffn_dist.spec.config import Logging; from sffn_dist.telemetry import trackers\n"
         "trackers.check_trackers(Logging(wandb=True, tensorboard=True))\n"
         "trackers.open_trackers(Logging(), Path('.'), {}, 0).log({}, 0)\n"
         "assert not {'wandb', 'torch', 'tensorboard'} & set(sys.modules)"

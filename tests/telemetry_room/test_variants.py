@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sffn_dist import schedule
-from sffn_dist.config import Config, ConfigError
-from sffn_dist.reading import from_tree
-from sffn_dist.rules import broken
-from sffn_dist.telemetry import variants
-from sffn_dist.telemetry.variants import Entry, Variant, ffn_parameters, parse, with_ffn
+from sffn_dist.comparison import variants
+from sffn_dist.comparison.variants import PlannedVariant, Variant, ffn_parameters, parse, with_ffn
+from sffn_dist.spec import schedule
+from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.loading import from_tree
+from sffn_dist.spec.validation import problems
 
 TREE: dict[str, Any] = {
     "model": {"layers": 3, "width": 48, "heads": 4, "sequence": 32, "vocab": 512},
@@ -32,13 +32,13 @@ def path(tmp_path: Path) -> str:
     return str(file)
 
 
-def made(path: str, text: str, *overrides: str, equal: variants.Equal = "flops") -> dict[str, Entry]:
-    return {entry.label: entry for entry in variants.entries(path, overrides, parse(text), equal)}
+def made(path: str, text: str, *overrides: str, equal: variants.Equal = "flops") -> dict[str, PlannedVariant]:
+    return {entry.label: entry for entry in variants.planned_variants(path, overrides, parse(text), equal)}
 
 
 def refused(path: str, text: str, *overrides: str, equal: variants.Equal = "flops") -> str:
     with pytest.raises(ConfigError) as caught:
-        variants.entries(path, overrides, parse(text), equal)
+        variants.planned_variants(path, overrides, parse(text), equal)
     return "\n".join(caught.value.problems)
 
 
@@ -130,7 +130,7 @@ def test_sizes_are_the_nearest_by_trying_all(
     allowed = {
         blocks: miss(shuffled, target, blocks=blocks)
         for blocks in range(1, width + 1)
-        if not list(broken(with_ffn(shuffled, blocks=blocks)))
+        if not list(problems(with_ffn(shuffled, blocks=blocks)))
     }
     assert allowed[variants.sizes_of(Variant("block_shuffle"), config)["blocks"]] == min(allowed.values())
 
@@ -182,15 +182,15 @@ def test_equal_flops_to_half_a_percent(
     assert found["dense"].steps == steps
     assert all(abs(flops / spent["dense"] - 1) < 0.005 for flops in spent.values()), spent
     for label, entry in found.items():
-        assert (schedule.of(entry.config).guided_steps > 0) == label.endswith("+guide")
-        assert entry.steps == schedule.of(entry.config).total_steps
+        assert (schedule.build_schedule(entry.config).guided_steps > 0) == label.endswith("+guide")
+        assert entry.steps == schedule.build_schedule(entry.config).total_steps
         assert entry.config.guide.stochastic == stochastic
 
 
 def test_equal_steps(path: str) -> None:
-    found = made(path, ALL, "guide.share=0.3", equal="steps")
+    found = made(path, ALL, "guide.fraction=0.3", equal="steps")
     assert {entry.steps for entry in found.values()} == {200}
-    assert schedule.of(found["low_rank+guide"].config).guided_steps == 60
+    assert schedule.build_schedule(found["low_rank+guide"].config).guided_steps == 60
     assert found["low_rank"].flops < found["low_rank+guide"].flops < found["dense"].flops * 1.2
 
 

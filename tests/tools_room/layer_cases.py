@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
+from sffn_bench import decode, feed_forward, layers, sizes
+from sffn_kernels import dispatch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
-
-from bench import decode, feed_forward, layers, sizes
-from sffn_kernels import dispatch
-
-from sffn_dist.parallel import host, topology
-from sffn_dist.shapes import Structure
+from sffn_dist.parallel import cpu_compat, topology
+from sffn_dist.spec.split_table import Structure
 from sffn_dist.structured import maps
 
 CPU = torch.device("cpu")
 
 
 def _alone() -> None:
-    host.prepare()
+    cpu_compat.prepare()
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     topology.groups(1)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sffn_dist import machine
+from sffn_dist.spec import machine
 
 
 def bench(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -30,7 +30,7 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "sequence": 32, "vocab": 512, "activation": "swiglu",
                   "norm": "rmsnorm", "bias": False, "tie_embeddings": False},
         "ffn": {"kind": "block_dense", "width": 64, "rank": 16, "blocks": 2},
-        "guide": {"mode": "fixed_step", "share": 0.75},
+        "guide": {"mode": "fixed_step", "fraction": 0.75},
         "data": {"dir": str(folder / "data"), "source": str(folder / "text"), "heldout_share": 0.34},
         "train": {"steps": STEPS, "global_batch_size": 2, "micro_batch_size": 2},
         "precision": "fp32",

@@ -1,4 +1,4 @@
-"""kernels/bench/plots.py as a user starts it."""
+"""benchmarks/sffn_bench/plots.py as a user starts it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 
 def plots(root: Path, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(root / "kernels" / "bench" / "plots.py"), *map(str, arguments)]
+    command = [sys.executable, str(root / "benchmarks" / "sffn_bench" / "plots.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -61,7 +61,7 @@ def test_every_axis_that_was_measured_is_drawn(root: Path, tmp_path: Path) -> No
 
 def test_a_figure_holds_what_its_title_says(root: Path) -> None:
     """Of one op and mode, the other size fixed; its lines in the order of the axis."""
-    here = runpy.run_path(str(root / "kernels" / "bench" / "plots.py"))
+    here = runpy.run_path(str(root / "benchmarks" / "sffn_bench" / "plots.py"))
     rows = [row for width in (128, 64) for tokens in (8, 1) for row in measured("decode", "forward", width, tokens)]
     rows += [row for mode in ("forward", "forward_backward") for row in measured("ffn", mode, 64, 8)]
     found = here["figures"](rows)

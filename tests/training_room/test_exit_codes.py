@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sffn_dist import exit_codes, pretrain
+from sffn_dist import pretrain
+from sffn_dist.launch import exit_codes
 
 
 def test_the_first_record_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

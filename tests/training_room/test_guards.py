@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from sffn_dist.config import ConfigError
-from sffn_dist.training.guards import RunLock
+from sffn_dist.launch.run_lock import RunLock
+from sffn_dist.spec.config import ConfigError
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from sffn_dist.training.guards import RunLock
+from sffn_dist.launch.run_lock import RunLock
 RunLock(Path(sys.argv[1])).acquire()
 if len(sys.argv) > 2:
     child = os.fork() or time.sleep(60)  # a data worker that outlives its rank
@@ -38,7 +38,7 @@ RANK = """
 import os, sys, time
 from pathlib import Path
 assert "torch" not in sys.modules
-from sffn_dist.training.launcher_watch import watch_launcher
+from sffn_dist.launch.launcher_watch import watch_launcher
 assert (watch_launcher(exit_code=7, interval=0.05) is None) == ("LOCAL_RANK" not in os.environ)
 assert "torch" not in sys.modules
 Path(sys.argv[1]).write_text(str(os.getpid()))

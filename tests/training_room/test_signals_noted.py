@@ -9,44 +9,44 @@ from collections.abc import Iterator
 
 import pytest
 
-from sffn_dist.training.signals import ASKING, STOPPING, Signals
+from sffn_dist.launch.signals import REPORT_SIGNAL, STOP_SIGNALS, SignalHandler
 
 
 @pytest.fixture
-def signals() -> Iterator[Signals]:
-    made = Signals()
+def signals() -> Iterator[SignalHandler]:
+    made = SignalHandler()
     yield made
     made.release()
 
 
-@pytest.mark.parametrize("first", STOPPING)
-def test_the_first_stays(signals: Signals, first: signal.Signals) -> None:
+@pytest.mark.parametrize("first", STOP_SIGNALS)
+def test_the_first_stays(signals: SignalHandler, first: signal.Signals) -> None:
     signals.catch()
     assert signals.received is None
     os.kill(os.getpid(), first)
-    for number in STOPPING:
+    for number in STOP_SIGNALS:
         os.kill(os.getpid(), number)
     assert signals.received is first
     assert not signals.report_wanted
 
 
-def test_a_report_is_no_stop(signals: Signals) -> None:
+def test_a_report_is_no_stop(signals: SignalHandler) -> None:
     signals.catch()
-    os.kill(os.getpid(), ASKING)
+    os.kill(os.getpid(), REPORT_SIGNAL)
     assert signals.report_wanted
     assert signals.received is None
 
 
-def test_handlers_are_put_back(signals: Signals) -> None:
-    before = [signal.getsignal(number) for number in (*STOPPING, ASKING)]
+def test_handlers_are_put_back(signals: SignalHandler) -> None:
+    before = [signal.getsignal(number) for number in (*STOP_SIGNALS, REPORT_SIGNAL)]
     signals.catch()
-    assert all(signal.getsignal(number) == signals._note for number in (*STOPPING, ASKING))
+    assert all(signal.getsignal(number) == signals._note for number in (*STOP_SIGNALS, REPORT_SIGNAL))
     signals.release()
     signals.release()
-    assert [signal.getsignal(number) for number in (*STOPPING, ASKING)] == before
+    assert [signal.getsignal(number) for number in (*STOP_SIGNALS, REPORT_SIGNAL)] == before
 
 
-def test_other_threads_handle_nothing(signals: Signals) -> None:
+def test_other_threads_handle_nothing(signals: SignalHandler) -> None:
     thread = threading.Thread(target=signals.catch)
     thread.start()
     thread.join()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sffn_dist.training.watch import is_consequence
+from sffn_dist.health.watchdog import is_consequence
 
 CASES = Path(__file__).with_name("watch_cases.py")
 Scenes = Callable[[str], Any]

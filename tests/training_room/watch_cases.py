@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 from torch._C._distributed_c10d import TCPStore
 
-from sffn_dist.config import ConfigError, Guards
+from sffn_dist.health import heartbeat, watchdog
+from sffn_dist.health.watchdog import Watchdog
 from sffn_dist.parallel import rendezvous
-from sffn_dist.training import roll_call, watch
-from sffn_dist.training.watch import Watch
+from sffn_dist.spec.config import ConfigError, Guards
 
 LOST, HANG = {"lost_seconds": 3.0}, {"hang_seconds": 2.0, "lost_seconds": 6.0}
 GLOO = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"
@@ -35,7 +35,7 @@ GLOO = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1
 class Scene(NamedTuple):
     """One play."""
 
-    part: Callable[[Watch, int], object]  # what a rank does while it is watched
+    part: Callable[[Watchdog, int], object]  # what a rank does while it is watched
     guards: dict[str, float] = {}
     act: Callable[[Stage], Iterator[float]] | None = None  # from outside, once all watch; yields seconds to wait
     world: int = 3
@@ -134,9 +134,9 @@ def _play_rank(scene: Scene, rank: int, folder: Path, port: int) -> None:
     os.environ["SFFN_EXIT_FILE"] = str(folder / "end.json")
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(scene.agent)
     scene.before(rank)
-    own = Watch()
+    own = Watchdog()
     try:
-        store = rendezvous.join(rank, scene.world, 60.0)
+        store = rendezvous.connect(rank, scene.world, 60.0)
         own.start(store, rank, scene.world, Guards(**scene.guards), Path(scene.run or folder))
         (folder / f"ready_{rank}").touch()
         while len(list(folder.glob("ready_*"))) < scene.world:
@@ -159,7 +159,7 @@ def wait() -> None:
     time.sleep(120.0)
 
 
-def get_on(own: Watch, seconds: float) -> None:
+def get_on(own: Watchdog, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         own.tick("training", 7)
@@ -172,7 +172,7 @@ def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
         time.sleep(0.01)
 
 
-def one_fails(own: Watch, rank: int) -> None:
+def one_fails(own: Watchdog, rank: int) -> None:
     own.tick("training", 7)
     print(f"rank {rank} printed this")  # and nobody flushes it
     if rank == 2:
@@ -180,17 +180,17 @@ def one_fails(own: Watch, rank: int) -> None:
     wait()
 
 
-def fails_alone(own: Watch, rank: int) -> None:
+def fails_alone(own: Watchdog, rank: int) -> None:
     raise ValueError("it is broken")
 
 
-def two_fail(own: Watch, rank: int) -> None:
+def two_fail(own: Watchdog, rank: int) -> None:
     if rank:
         raise KeyError("both")
     wait()
 
 
-def refuses(own: Watch, rank: int) -> None:
+def refuses(own: Watchdog, rank: int) -> None:
     if rank == 1:
         raise ConfigError(["data.path: is not there", "model.width: is odd"])
     wait()
@@ -205,24 +205,24 @@ class Library(RuntimeError):
     exit_code = 3
 
 
-def diverges(own: Watch, rank: int) -> None:
+def diverges(own: Watchdog, rank: int) -> None:
     raise Diverged("the loss has left")
 
 
-def library_fails(own: Watch, rank: int) -> None:
+def library_fails(own: Watchdog, rank: int) -> None:
     raise Library("of another make")
 
 
-def consequence(own: Watch, rank: int) -> None:
+def consequence(own: Watchdog, rank: int) -> None:
     """Rank 1 is killed; the others' collective tells so at once."""
     if rank == 1:
         wait()
-    place = own._line._places[1]
-    until(lambda: roll_call._state(place[1], place[2]) == "gone")
+    place = own._heartbeat._places[1]
+    until(lambda: heartbeat._state(place[1], place[2]) == "gone")
     raise RuntimeError(GLOO)
 
 
-def no_consequence(own: Watch, rank: int) -> None:
+def no_consequence(own: Watchdog, rank: int) -> None:
     if rank == 1:
         raise RuntimeError(GLOO)
     wait()
@@ -240,7 +240,7 @@ def never_again() -> None:
     time.sleep(120.0)
 
 
-def hangs(own: Watch, rank: int) -> None:
+def hangs(own: Watchdog, rank: int) -> None:
     for step in (5, 6, 7):
         own.tick("training", step)
     if rank == 1:
@@ -249,13 +249,13 @@ def hangs(own: Watch, rank: int) -> None:
     wait()
 
 
-def slows_down(own: Watch, rank: int) -> None:
+def slows_down(own: Watchdog, rank: int) -> None:
     for seconds in (0.4, 0.4, 2.8, 0.0):
         own.tick("training", 7)
         time.sleep(seconds)
 
 
-def ends_late(own: Watch, rank: int) -> None:
+def ends_late(own: Watchdog, rank: int) -> None:
     get_on(own, (0.5, 0.1, 5.0)[rank])
 
 
@@ -281,7 +281,7 @@ def mutex() -> Any:
     return made
 
 
-def is_asked(own: Watch, rank: int) -> None:
+def is_asked(own: Watchdog, rank: int) -> None:
     """The main thread is in C, where no handler of Python's runs, until the stacks are there."""
     held = mutex()
     stacks = lambda: list(own._run_dir.glob("stacks/*/rank_00001.txt"))  # noqa: E731
@@ -304,23 +304,23 @@ def many_files(rank: int) -> None:
         os.dup(0)
 
 
-def keep_interpreter(own: Watch, rank: int) -> None:
+def keep_interpreter(own: Watchdog, rank: int) -> None:
     own.tick("training", 7)
     until(lambda: own._armed > 0)
     ctypes.PyDLL(None).pthread_mutex_lock(mutex())
 
 
 def short_fuse(rank: int) -> None:
-    watch.REARM, watch.BEYOND = 0.2, 1.0
+    watchdog.REARM, watchdog.BEYOND = 0.2, 1.0
 
 
 def short_wait(rank: int) -> None:
-    watch.UNEXPLAINED = 0.5
+    watchdog.EXPLANATION_SECONDS = 0.5
 
 
 def stumble(rank: int) -> None:
     """The first looks fail."""
-    usual, calls = roll_call._state, []
+    usual, calls = heartbeat._state, []
 
     def state(pid: int, started: str) -> str | None:
         if len(calls) < 4 and threading.current_thread().name == "watch":
@@ -328,17 +328,17 @@ def stumble(rank: int) -> None:
             raise KeyError("no such thing")
         return usual(pid, started)
 
-    roll_call._state = state
+    heartbeat._state = state
 
 
 def stumble_over_stacks(rank: int) -> None:
-    def dump(self: Watch, folder: Path) -> None:
+    def dump(self: Watchdog, folder: Path) -> None:
         raise ValueError("no such thing")
 
-    Watch.dump_stacks = dump
+    Watchdog.dump_stacks = dump
 
 
-def full_pipe(own: Watch, rank: int) -> None:
+def full_pipe(own: Watchdog, rank: int) -> None:
     """Rank 1 prints to a pipe that nobody reads: the main thread holds the stream's lock for ever."""
     own.tick("training", 7)
     own.tick("training", 7)
@@ -349,7 +349,7 @@ def full_pipe(own: Watch, rank: int) -> None:
     wait()
 
 
-def closed_pipe(own: Watch, rank: int) -> None:
+def closed_pipe(own: Watchdog, rank: int) -> None:
     if rank == 1:
         reading, writing = os.pipe()
         os.close(reading)
@@ -364,7 +364,7 @@ def end_agent(stage: Stage) -> Iterator[float]:
     yield 1e9
 
 
-def first_is_left(own: Watch, rank: int) -> None:
+def first_is_left(own: Watchdog, rank: int) -> None:
     if rank == 0:
         wait()
 
@@ -380,7 +380,7 @@ def own_nodes(rank: int) -> None:
     platform.node = lambda: f"node{rank}"
 
 
-def remote_hang(own: Watch, rank: int) -> None:
+def remote_hang(own: Watchdog, rank: int) -> None:
     """Rank 2 is behind; rank 1, which needs to hear of nobody but rank 0, is the first to have waited too long."""
     for step in (5, 6, 7):
         own.tick("training", step)
@@ -394,14 +394,14 @@ def remote_hang(own: Watch, rank: int) -> None:
     wait()
 
 
-def last_fails(own: Watch, rank: int) -> None:
+def last_fails(own: Watchdog, rank: int) -> None:
     """Rank 0 and 1 are done, and rank 0 waits for the others; rank 2 fails."""
     if rank == 2:
-        until(lambda: own._line._done(0))
+        until(lambda: own._heartbeat._done(0))
         raise ValueError("at the very end")
 
 
-def last_waits(own: Watch, rank: int) -> None:
+def last_waits(own: Watchdog, rank: int) -> None:
     if rank == 2:
         wait()
 
@@ -413,11 +413,11 @@ def kill_last(stage: Stage) -> Iterator[float]:
     stage.kill(2)
 
 
-def outlives_store(own: Watch, rank: int) -> None:
+def outlives_store(own: Watchdog, rank: int) -> None:
     """Rank 0 has waited for the others for its minute, and goes; rank 2 is not done."""
     if rank == 0:
-        usual = own._line.stop
-        own._line.stop = lambda: usual(1.0)
+        usual = own._heartbeat.stop
+        own._heartbeat.stop = lambda: usual(1.0)
     if rank == 2:
         get_on(own, 4.0)
 
@@ -458,15 +458,15 @@ SCENES = {
 
 def places(own: int) -> list[str]:
     """Which of some places a rank on this machine takes for a process that it can see: here, elsewhere, gone, another's number."""
-    line = roll_call.Line.__new__(roll_call.Line)
+    line = heartbeat.Heartbeat.__new__(heartbeat.Heartbeat)
     line.host = "here"
-    began = roll_call._started(own)
+    began = heartbeat._start_time(own)
     child = _fork(lambda: None)
     until(lambda: ") Z " in Path(f"/proc/{child}/stat").read_text())
     asked = [
         ("here", own, began),
         ("there", own, began),
-        ("here", child, roll_call._started(child)),
+        ("here", child, heartbeat._start_time(child)),
         ("here", own, "1"),
         ("here", own, ""),
     ]
@@ -474,8 +474,8 @@ def places(own: int) -> list[str]:
     os.waitpid(child, 0)
     return [
         *seen,
-        roll_call._state(child, "1"),
-        roll_call._state(own, "1"),
-        roll_call._state(own, ""),
-        roll_call._state(own, began),
+        heartbeat._state(child, "1"),
+        heartbeat._state(own, "1"),
+        heartbeat._state(own, ""),
+        heartbeat._state(own, began),
     ]

@@ -1,0 +1,344 @@
+"""Save: each rank writes the fragments it owns, in the background if wanted; a checkpoint is complete or not there.
+
+    main thread    copy of the rank's fragments to host memory                             (all that training waits for)
+    thread         room? -> file of this rank, hashed on the way -> everyone's reports -> rank 0: manifest, rename, prune
+
+The thread's agreement between ranks goes over a gloo group of its own, so it meets no collective of the training's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sffn_dist.atomic_io import hash_file, sync
+from sffn_dist.checkpoint.manifest import (
+    KINDS,
+    TOKENIZER,
+    BrokenCheckpoint,
+    File,
+    Manifest,
+    Piece,
+    UnreadableCheckpoint,
+    folder_of,
+    prune,
+    remove,
+)
+from sffn_dist.checkpoint.tensor_file import TensorEntry, TensorFile
+from sffn_dist.parallel.object_collectives import all_gather_object, broadcast_object
+from sffn_dist.spec.config import Config
+from sffn_dist.spec.split_table import model_tensors
+
+if TYPE_CHECKING:  # megatron-core takes seconds to import, and a conversion has no ranks
+    from sffn_dist.parallel.topology import Topology
+
+PARTIAL, OLDER = ".partial", ".older.partial"
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements start .. start+numel of a rank's flattened parameter, as writable views of the optimiser's own memory."""
+
+    name: str
+    start: int
+    numel: int
+    tensors: Mapping[str, Tensor]  # "weight" (fp32), "exp_avg", "exp_avg_sq": each (numel,)
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; nothing of it is left."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is: steps taken, Adam's own counts of them, and the fingerprint of the data."""
+
+    step: int
+    optimizer_steps: int
+    guide_optimizer_steps: int | None
+    data_fingerprint: str | None
+    recent_losses: tuple[float, ...] = ()
+
+
+@dataclass
+class _Job:
+    """One rank's part of a save."""
+
+    position: Position
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # by the key in the file, each (numel,)
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    problem: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+class Saver:
+    """Writes a run's checkpoints; every rank has one and calls it alike.
+
+    ``tokenizer`` is a file that goes into each checkpoint, so that it can be exported without the data. Failures do not raise: they
+    are told by :meth:`news`, and :meth:`wait` gives None.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, topology: Topology, tokenizer: Path | None = None):
+        self.run_dir, self.config, self.topology, self.tokenizer = run_dir, config, topology, tokenizer
+        self._group = topology.background_group() if topology.world > 1 else None
+        self._staging, self._thread = _Staging(), threading.Thread()
+        self._saved: Path | None = None
+        self._news: list[str] = []
+
+    def save(self, position: Position, fragments: Iterable[Fragment]) -> None:
+        """Start to write ``run_dir/checkpoints/step_...``; returns when the state may change again. Waits for the save before first.
+
+        ``fragments`` are those of this rank that no other rank also holds: see :func:`owned`.
+        """
+        self.wait()
+        self._saved = None
+        job = _Job(position)
+        try:
+            self._take(job, list(fragments))
+        except Exception as error:  # whatever it is, every rank must hear of it
+            job.problem = f"{type(error).__name__}: {error}"
+        if self.config.checkpoint.asynchronous:
+            self._thread = threading.Thread(target=self._finish, args=(job,), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._finish(job)
+
+    def wait(self, seconds: float | None = None) -> Path | None:
+        """The last save's folder once it is there; None if it failed, on every rank, or is still being written after ``seconds``."""
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+        return self._saved
+
+    @property
+    def writing(self) -> bool:
+        """True while a save is being written in the background."""
+        return self._thread.is_alive()
+
+    def news(self) -> list[str]:
+        """What went wrong since this was last asked, a sentence each."""
+        return [self._news.pop(0) for _ in range(len(self._news))]  # the thread may add to it meanwhile
+
+    def _take(self, job: _Job, fragments: list[Fragment]) -> None:
+        file = f"rank_{self.topology.rank:05d}.safetensors"
+        views: dict[str, Tensor] = {}
+        for fragment in fragments:
+            piece = Piece(self.topology.tensor_rank, fragment.start, fragment.numel, file)
+            job.pieces.setdefault(fragment.name, []).append(piece)
+            views |= {piece.key(kind, fragment.name): view.detach() for kind, view in fragment.tensors.items()}
+        job.tensors = self._staging.copy(views) if self.config.checkpoint.asynchronous else views
+
+    def _finish(self, job: _Job) -> None:
+        try:
+            self._saved = self._commit(job)
+        except SaveError as error:
+            self._news.append(str(error))
+        except Exception as error:  # a rank is gone, say: training will hear of it by itself
+            self._news.append(f"checkpoint of step {job.position.step} not written: {type(error).__name__}: {error}")
+
+    def _commit(self, job: _Job) -> Path:
+        target = folder_of(self.run_dir, job.position.step)
+        temporary = target.with_name(f".{target.name}{PARTIAL}")
+
+        def give_up() -> None:  # before the others hear of it: who is told finds nothing left, on any rank
+            shutil.rmtree(temporary, ignore_errors=True)
+
+        self._agree(job, (job.bytes, job.problem), lambda reports: self._make_room(temporary, reports), give_up)
+        report, problem = None, None
+        try:
+            report = self._write(temporary, job)  # in rank 0's folder: a rank that does not see it must not make its own
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        job.tensors = {}
+        self._agree(job, (report, problem), lambda reports: self._publish(temporary, target, job.position, reports), give_up)
+        return target
+
+    def _agree(
+        self, job: _Job, report: tuple[Any, str | None], act: Callable[[list[Any]], None], give_up: Callable[[], None]
+    ) -> None:
+        """Gather (result, problem) of all ranks; rank 0 then acts on the results. Raises SaveError on every rank if anything failed."""
+        reports = [report] if self._group is None else all_gather_object(report, self._group)
+        problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(reports) if problem]
+        if self.topology.main and not problems:
+            try:
+                act([result for result, _ in reports])
+            except Exception as error:
+                problems = [f"rank 0: {type(error).__name__}: {error}"]
+        if self.topology.main and problems:
+            give_up()
+        if self._group is not None:
+            problems = broadcast_object(problems, self._group)
+        if problems:
+            raise SaveError(f"checkpoint of step {job.position.step} not written: {problems[0]}")
+
+    def _make_room(self, temporary: Path, sizes: list[int]) -> None:
+        """An empty folder on a disk with room for what comes; raises OSError."""
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        check_room(temporary, sum(sizes))
+
+    def _write(self, folder: Path, job: _Job) -> tuple[str, File, dict[str, list[Piece]]]:
+        name = f"rank_{self.topology.rank:05d}.safetensors"
+        entries = {key: TensorEntry(tensor.dtype, tuple(tensor.shape)) for key, tensor in job.tensors.items()}
+        with TensorFile(folder / name, entries) as file:
+            for key, tensor in job.tensors.items():
+                file.add(key, tensor)
+            size, digest = file.close()
+        return name, File(size, digest), job.pieces
+
+    def _publish(self, temporary: Path, target: Path, position: Position, reports: list[Any]) -> None:
+        """Manifest, sync, rename; then what is no longer wanted goes."""
+        specs = model_tensors(self.config, guide=position.guide_optimizer_steps is not None)
+        pieces = {name: tuple(piece for report in reports for piece in report[2].get(name, ())) for name in specs}
+        files = {name: file for name, file, _ in reports}
+        if self.tokenizer is not None:
+            files[TOKENIZER] = copy_in(self.tokenizer, temporary / TOKENIZER)
+        manifest = Manifest(
+            folder=temporary,
+            step=position.step,
+            optimizer_steps=position.optimizer_steps,
+            guide_optimizer_steps=position.guide_optimizer_steps,
+            data_fingerprint=position.data_fingerprint,
+            recent_losses=position.recent_losses,
+            tensor_parallel=self.topology.tensor,
+            kinds=KINDS,
+            config=self.config.model_dump(mode="json"),
+            shapes={name: spec.shape for name, spec in specs.items()},
+            pieces=pieces,
+            files=files,
+            versions=versions(),
+            revision=revision(),
+        )
+        manifest.check_sizes()  # every rank's file is where this one looks
+        manifest.write()
+        sync(temporary)
+        _replace(temporary, target)
+        with contextlib.suppress(OSError):  # the save is there; tidying up has its next chance with the next one
+            prune(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every, target)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Give ``source`` the name ``target``. What bore it, the same step saved before and broken since, goes once that is done.
+
+    What another version of this code wrote, or the disk does not read, stays, as ``step_....other``.
+    """
+    older, other = target.with_name(f".{target.name}{OLDER}"), target.with_name(f"{target.name}.other")
+    if target.exists():
+        remove(older)  # left by a save whose tidying up failed
+        target.rename(older)
+    try:
+        source.rename(target)
+    except OSError:
+        if older.exists():
+            older.rename(target)
+        raise
+    with contextlib.suppress(OSError):  # the save is there
+        sync(target.parent)
+        if older.exists() and _usable_by_other_version(older) and not other.exists():
+            older.rename(other)
+    remove(older)
+
+
+def _usable_by_other_version(folder: Path) -> bool:
+    try:
+        Manifest.read(folder)
+    except UnreadableCheckpoint:
+        return True
+    except BrokenCheckpoint:
+        return False
+    return False
+
+
+class _Staging:
+    """Host memory that a save is copied into: one flat buffer, pinned for CUDA, kept for the next save."""
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+
+    def copy(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies (numel,) of fp32 views, valid until the next call."""
+        sizes = [view.numel() for view in views.values()]
+        cuda = any(view.is_cuda for view in views.values())
+        if self._flat.numel() != sum(sizes):
+            self._flat = torch.empty(0)  # gone before the new one comes
+            self._flat = torch.empty(sum(sizes), pin_memory=cuda)
+        copies = dict(zip(views, self._flat.split(sizes), strict=True))
+        for key, view in views.items():
+            assert view.dtype == self._flat.dtype
+            copies[key].copy_(view.view(-1), non_blocking=True)
+        if cuda:
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+
+def owned_fragments(fragments: Iterable[Fragment], config: Config, topology: Topology) -> Iterable[Fragment]:
+    """Those that this rank writes: of equal copies (ZeRO 0, tensors replicated over the tensor-parallel group) the first rank's."""
+    specs = model_tensors(config, guide=True)
+    for fragment in fragments:
+        if config.zero.stage == 0 and topology.data_rank > 0:
+            continue
+        if specs[fragment.name].cut is None and topology.tensor_rank > 0:
+            continue
+        yield fragment
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises OSError where the disk of ``folder`` has no room for ``needed`` bytes, and some for the manifest."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + (1 << 20):
+        raise OSError(f"{needed / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free on the disk of {folder.parent}")
+
+
+def copy_in(source: Path, target: Path) -> File:
+    """Copy a small file beside the tensors."""
+    shutil.copyfile(source, target)
+    sync(target)
+    return File(target.stat().st_size, hash_file(target))
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what interrupted saves left; only the holder of the run's lock may."""
+    for folder in (run_dir / "checkpoints").glob(f".step_*{OLDER}"):  # killed between two renames: the name is its own again
+        target = folder.with_name(folder.name[1:].removesuffix(OLDER))
+        if not target.exists():
+            folder.rename(target)
+    for folder in (run_dir / "checkpoints").glob(f".step_*{PARTIAL}"):
+        remove(folder)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of what computed the weights."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("sffn_dist", "torch", "megatron-core", "deepspeed", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+@functools.cache  # of the code that runs, not of what lies there when a later checkpoint is saved
+def revision() -> str | None:
+    """The git revision of the code, "+" after it if it was changed since."""
+    here = Path(__file__).parent
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        state = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10)
+        if head.returncode == 0:
+            return head.stdout.strip() + ("+" if state.stdout.strip() else "")
+    return None

@@ -1,0 +1,1 @@
+"""Variants of one config trained to the same FLOPs: planning, results, curves."""

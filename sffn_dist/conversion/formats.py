@@ -1,0 +1,97 @@
+"""Which format a folder or file is of, and its weights, whichever it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from sffn_dist.checkpoint import manifest, reshard
+from sffn_dist.checkpoint.manifest import KINDS, Manifest
+from sffn_dist.checkpoint.reader import Reader
+from sffn_dist.checkpoint.weights import Weights
+from sffn_dist.checkpoint.writer import check_room
+from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.split_table import is_guide
+
+Format = Literal["checkpoint", "hf", "megatron", "deepspeed", "official"]
+
+
+def format_of(path: Path) -> Format:
+    """By the names of the files in it; raises ConfigError if it is of none."""
+    if path.is_file():
+        return "official"
+    if not path.is_dir():
+        raise ConfigError([f"{path}: no such file or folder"])
+    if (path / manifest.NAME).exists() or (path / "checkpoints").is_dir():
+        return "checkpoint"
+    if (path / "zero").is_dir() or (path / "latest_universal").exists():
+        return "deepspeed"
+    megatron = (".metadata", "common.pt", "latest_checkpointed_iteration.txt")
+    if any((path / name).exists() for name in megatron) or next(path.glob("mp_rank_*"), None):
+        return "megatron"
+    if (path / "config.json").exists():
+        return "hf"
+    raise ConfigError(
+        [f"{path}: neither a checkpoint nor a run of sffn_dist, nor a Hugging Face, Megatron or universal DeepSpeed folder"]
+    )
+
+
+def weights_of(path: Path, overrides: Sequence[str] = ()) -> Weights:
+    """The model in ``path``, of any format; ``overrides`` say what the file itself does not. Raises ConfigError."""
+    kind = format_of(path)
+    if kind == "checkpoint":
+        return Reader(manifest.find_checkpoint("source", str(path))).weights()
+    if kind == "hf":
+        from sffn_dist.conversion.hf import source
+
+        return source.read(path)
+    if kind == "megatron":
+        from sffn_dist.conversion import megatron
+
+        return megatron.read(path, overrides)
+    if kind == "deepspeed":
+        from sffn_dist.conversion import deepspeed
+
+        return deepspeed.read(path).weights
+    from sffn_dist.conversion import official
+
+    return official.read(path, overrides)
+
+
+def to_universal(source: Manifest, target: Path, *, tensor: int = 1) -> Path:
+    """A checkpoint in DeepSpeed's universal format, moments and step counts with it, for ``tensor`` tensor-parallel ranks.
+
+    Raises ConfigError where the checkpoint has no moments, or the ranks cut a tensor in a way that the format cannot tell.
+    """
+    from sffn_dist.conversion import deepspeed
+
+    if source.kinds != KINDS:
+        raise ConfigError(
+            [f"{source.folder}: holds {', '.join(source.kinds)} alone, a universal checkpoint needs {', '.join(KINDS)}"]
+        )
+    reader, guides = Reader(source), source.guide_optimizer_steps or 0
+    steps = {name: guides if is_guide(name) else source.optimizer_steps for name in reader.specs}
+    with reshard.fresh(target) as folder:
+        check_room(folder, source.bytes)
+        place = deepspeed.write(reader.weights(), reader.full, steps, folder, tensor=tensor)
+    return target / place.name
+
+
+def from_universal(source: Path, target: Path, config: Config | None = None) -> Manifest:
+    """A checkpoint of a universal one, to resume from; ``config`` where it was not written here. Raises ConfigError."""
+    from sffn_dist.conversion import deepspeed
+
+    found = deepspeed.read(source, config)
+    survivors = {count for name, count in found.steps.items() if not is_guide(name)}
+    guides = {count for name, count in found.steps.items() if is_guide(name)}
+    if len(survivors) != 1 or len(guides) > 1:
+        raise ConfigError([f"{source}: its parameters have taken different numbers of steps: {sorted(survivors | guides)}"])
+    header = dataclasses.replace(
+        reshard.header(found.weights, target),
+        kinds=KINDS,
+        optimizer_steps=survivors.pop(),
+        guide_optimizer_steps=guides.pop() if guides else None,
+    )
+    return reshard.write(header, found.full, target)

@@ -1,0 +1,112 @@
+"""``read``: a Hugging Face folder -> weights in this project's terms. Runs no code of the folder, needs no transformers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sffn_dist.checkpoint.weights import Weights
+from sffn_dist.conversion.hf import config_json, names
+from sffn_dist.conversion.hf.config_json import Description, shown
+from sffn_dist.conversion.hf.tensors import Tensors
+from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.split_table import TensorSpec, model_tensors
+
+SHOWN = 20  # problems told of a folder
+
+
+def read(folder: Path) -> Weights:
+    """The model in ``folder``: of type llama, mistral, qwen2, starcoder2, gpt_neox, or an export of ours (sffn).
+
+    Settings, names and shapes are checked here, from headers; tensors are read when asked for, and cast to fp32. A bias that the model has
+    nowhere but in some linears is zero in the others.
+
+    Raises:
+        ConfigError: with every setting that this project's model cannot represent, or every tensor that is missing, has another shape, or
+            would be lost; or naming the file that is broken.
+    """
+    description = config_json.read(folder)
+    tensors = Tensors(folder)
+    source = _Source(description, tensors)
+    problems = list(source.problems())
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more of this kind"] if len(problems) > SHOWN else []
+        raise ConfigError([f"{folder}: {source.hint(problem)}" for problem in problems[:SHOWN]] + more)
+    tree = config_json.read_object(folder / config_json.NAME)
+    kept = ("architectures", "dtype", "torch_dtype", "transformers_version", "bos_token_id", "eos_token_id")
+    facts = {key: tree[key] for key in kept if tree.get(key) is not None}
+    return Weights(
+        config=description.config,
+        full=source.full,
+        origin=f"{folder} ({description.model_type})",
+        guide=description.guide_alpha is not None,
+        alpha=description.guide_alpha or 0.0,
+        step=description.step,
+        tokenizer=_tokenizer(folder),
+        facts={"model_type": description.model_type, **facts},
+    )
+
+
+class _Source:
+    """Tensors of a folder by our names."""
+
+    def __init__(self, description: Description, tensors: Tensors):
+        self.description, self.tensors, self.config = description, tensors, description.config
+        self.specs = model_tensors(self.config, guide=description.guide_alpha is not None)
+
+    def full(self, name: str) -> Tensor:
+        """A tensor of ours, fp32."""
+        if self._absent(name):
+            return torch.zeros(self.specs[name].shape)
+        found = names.theirs(self.description.family, name)
+        return names.join([self.tensors.get(self._alias(other)) for other in found], self.config)
+
+    def _absent(self, name: str) -> bool:
+        """A bias that the linear has not there."""
+        module, _, leaf = name.rpartition(".")
+        return leaf == "bias" and ".layers." in module and module.split(".", 3)[3] in self.description.without_bias
+
+    def _alias(self, name: str) -> str:
+        """transformers calls GPT-NeoX's output layer lm_head in some versions and embed_out in files."""
+        return "lm_head.weight" if name == "embed_out.weight" and name not in self.tensors.shapes else name
+
+    def problems(self) -> Iterator[str]:
+        """A sentence for each tensor that is missing, of another shape, or of no meaning here."""
+        used = set()
+        for name, spec in self.specs.items():
+            if self._absent(name):
+                continue
+            for other, shape in self._expected(name, spec).items():
+                found = self.tensors.shapes.get(other)
+                used.add(other)
+                if found is None:
+                    yield f"tensor {other} is missing"
+                elif other in self.tensors.other_types:
+                    yield f"tensor {other} is of {self.tensors.other_types[other]}, must be floating-point numbers"
+                elif found != shape:
+                    yield f"tensor {other} is {list(found)}, {config_json.NAME} means {list(shape)}"
+        tied = {"lm_head.weight", "embed_out.weight"} if self.config.model.tie_embeddings else set()
+        for other in self.tensors.shapes:
+            if other not in used and other not in tied and not other.endswith(self.description.family.unread or ("\0",)):
+                yield f"tensor {shown(other)} has no place in the model that {config_json.NAME} describes"
+
+    def hint(self, problem: str) -> str:
+        """The problem, and of a missing tensor the name there that is most like it; slow, so for problems that are shown."""
+        near = difflib.get_close_matches(problem.split()[1], self.tensors.shapes, n=1) if problem.endswith("is missing") else []
+        return problem + (f"; the nearest there is {near[0]}" if near else "")
+
+    def _expected(self, name: str, spec: TensorSpec) -> dict[str, tuple[int, ...]]:
+        found = names.shapes(self.description.family, name, spec.shape, self.config)
+        return {self._alias(other): shape for other, shape in found.items()}
+
+
+def _tokenizer(folder: Path) -> str | None:
+    path = folder / "tokenizer.json"
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else None
+    except (OSError, UnicodeError) as error:
+        raise ConfigError([f"{path}: cannot be read: {error}"]) from None

@@ -1,0 +1,134 @@
+"""What a model's tensors say of its config: every size but the number of heads, and which layers are structured in which way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sffn_dist.spec import loading
+from sffn_dist.spec.config import Config, ConfigError
+
+Shapes = Mapping[str, tuple[int, ...]]  # by our names, of full tensors
+
+TABLE, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+LAYERS = "decoder.layers."
+BATCHES = ("global_batch_size", "micro_batch_size")
+POSITIVE = ("learning_rate", "epsilon", "steps", *BATCHES)
+FLOATS = ("learning_rate", "epsilon", "weight_decay", "clip", "warmup_share", "min_learning_rate_ratio", "beta1", "beta2")
+
+
+def config_of(
+    origin: str,
+    shapes: Shapes,
+    told: Mapping[str, Any],
+    overrides: Sequence[str],
+    *,
+    train: Mapping[str, Any],
+    guide: Mapping[str, Any],
+) -> Config:
+    """The config of a model with tensors of these shapes. ``told``: settings of the model section, which win over what shapes say, and
+    ``overrides`` win over all. Raises ConfigError where the shapes are of no model, or nothing tells ``model.heads``.
+    """
+    given: dict[str, Any] = {}
+    loading.override(given, overrides)
+    heads = given.get("model", {}).get("heads") or told.get("heads")
+    if not isinstance(heads, int) or heads < 1:
+        raise ConfigError([f"{origin}: does not say how many heads attention has; give it as model.heads=..."])
+    try:
+        model, ffn = _model(shapes, heads), _ffn(shapes)
+    except (KeyError, IndexError, StopIteration, ValueError, ZeroDivisionError) as error:
+        raise ConfigError([f"{origin}: not all of a GPT is in it: {type(error).__name__}: {error}"]) from None
+    tree: dict[str, Any] = {"model": {**model, **told}, "ffn": ffn, "train": dict(train), "guide": dict(guide)}
+    loading.override(tree, overrides)
+    return loading.from_tree(tree)
+
+
+def _model(shapes: Shapes, heads: int) -> dict[str, Any]:
+    """The model section; raises KeyError for a tensor that is not there."""
+    first = f"{LAYERS}0."
+    vocab, width = shapes[TABLE]
+    attention = shapes[f"{first}self_attention.linear_proj.weight"][1]
+    rows = shapes[f"{first}self_attention.linear_qkv.weight"][0]
+    wide, inner = features(shapes, f"{first}mlp.linear_fc1")[0], features(shapes, f"{first}mlp.linear_fc2")[1]
+    return {
+        "layers": 1 + max(layer_of(name) for name in shapes if name.startswith(LAYERS)),
+        "width": width,
+        "heads": heads,
+        "kv_heads": (rows - attention) // 2 * heads // attention,
+        "attention_dim": attention,
+        "vocab": vocab,
+        "norm": "layernorm" if "decoder.final_layernorm.bias" in shapes else "rmsnorm",
+        "activation": "swiglu" if wide == 2 * inner else "gelu",
+        "bias": any(name.endswith(".bias") and "layernorm" not in name for name in shapes),
+        "tie_embeddings": OUTPUT not in shapes,
+    }
+
+
+def layer_of(name: str) -> int:
+    return int(name.split(".")[2])
+
+
+def features(shapes: Shapes, linear: str) -> tuple[int, int]:
+    """(Outputs, inputs) of a feed-forward linear of any kind; raises KeyError for a factor that is not there."""
+    own = {name.removeprefix(f"{linear}."): shape for name, shape in shapes.items() if name.startswith(f"{linear}.")}
+    first = own.get("weight") or own.get("down") or own["block_in"]
+    last = own.get("weight") or own.get("up") or own["block_out"]
+    return (last[0] if len(last) == 2 else last[0] * last[1]), (first[1] if len(first) == 2 else first[0] * first[2])
+
+
+def _kind(shapes: Shapes, layer: int) -> str:
+    linear = f"{LAYERS}{layer}.mlp.linear_fc1."
+    if f"{linear}weight" in shapes:
+        return "dense"
+    if f"{linear}down" in shapes:
+        return "low_rank"
+    return "block_dense" if f"{linear}up" in shapes else "block_shuffle"
+
+
+def _ffn(shapes: Shapes) -> dict[str, Any]:
+    """The ffn section: kind, rank and blocks of the layers that are not dense; raises ValueError if they differ in kind."""
+    layers = sorted({layer_of(name) for name in shapes if name.startswith(LAYERS)})
+    kinds = {layer: _kind(shapes, layer) for layer in layers}
+    structured = sorted(set(kinds.values()) - {"dense"})
+    if len(structured) > 1:
+        raise ValueError(f"layers of kinds {structured} in one model")
+    ffn: dict[str, Any] = {"width": features(shapes, f"{LAYERS}0.mlp.linear_fc2")[1]}
+    if not structured:
+        return {**ffn, "kind": "dense"}
+    ffn |= {"kind": structured[0], "dense_layers": [layer for layer, kind in kinds.items() if kind == "dense"]}
+    linear = f"{LAYERS}{next(layer for layer, kind in kinds.items() if kind != 'dense')}.mlp.linear_fc1."
+    if structured[0] == "low_rank":
+        return {**ffn, "rank": shapes[f"{linear}down"][0]}
+    blocks, rows, _ = shapes[f"{linear}block_in"]
+    return {**ffn, "blocks": blocks, "rank": blocks * rows} if structured[0] == "block_dense" else {**ffn, "blocks": blocks}
+
+
+def recipe(settings: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of the train section, by ``table`` (theirs -> ours), where they are numbers that ours can take.
+
+    A recipe is worth keeping; but no model hangs on it, and so what does not fit is left at its default.
+    """
+    found: dict[str, Any] = {}
+    for theirs, ours in table.items():
+        value = settings.get(theirs)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole or (isinstance(value, float) and ours in FLOATS)) or value is None or not 0 <= value < 2**53:
+            continue
+        share = ours in ("warmup_share", "min_learning_rate_ratio") and value > 1
+        open_share = ours in ("beta1", "beta2") and not 0 < value < 1
+        if not (share or open_share or (ours in POSITIVE and value == 0)):
+            found[ours] = float(value) if ours in FLOATS else value
+    if not all(key in found for key in BATCHES) or found["global_batch_size"] % found["micro_batch_size"]:
+        found = {key: value for key, value in found.items() if key not in BATCHES}
+    return found
+
+
+def mismatches(shapes: Shapes, expected: Shapes, *, spare: frozenset[str] = frozenset()) -> list[str]:
+    """A sentence for each tensor that is missing, of another shape, or one more than the model has (but for ``spare``)."""
+    problems = [f"has nothing for {name}" for name in expected if name not in shapes]
+    for name, shape in shapes.items():
+        if name not in expected:
+            problems += [] if name in spare else [f"{name} is in it, not in the model of the config"]
+        elif shape != expected[name]:
+            problems.append(f"{name} is {list(shape)} there, {list(expected[name])} by the config")
+    return problems[:20]

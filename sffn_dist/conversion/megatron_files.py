@@ -1,0 +1,301 @@
+"""The two formats that Megatron writes checkpoints in, as tensors by megatron-core's names with the layers numbered over the whole model.
+
+``torch_dist`` (torch.distributed.checkpoint):
+
+    iter_0000100/.metadata        a pickle: of each tensor the full size and its chunks; of each chunk the file, offset and length
+                 __0_0.distcp     chunks, each as torch.save writes a tensor
+                 common.pt        torch.save of what is no sharded tensor: args, iteration, ...
+
+    A layer's tensors lie under a key of their own, or all layers' as one tensor with a leading axis (decoder.layers.mlp.linear_fc2.weight).
+    Chunks are read without torch.distributed.checkpoint, whose planner unpickles what the metadata calls bytes, whatever it holds.
+
+legacy (``torch``):
+
+    iter_0000100/mp_rank_XX[_PPP]/model_optim_rng.pt    torch.save of {"model": state_dict, "args": Namespace, "iteration", ...}
+
+    XX is the tensor-parallel and PPP the pipeline-parallel rank; with interleaved stages "model0", "model1", ... in place of "model". Each
+    stage counts its layers from 0. Gated linear_fc1 parts are [gate; up] on each rank.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sffn_dist.conversion import pickles
+from sffn_dist.spec.config import ConfigError
+
+LATEST = "latest_checkpointed_iteration.txt"
+STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
+NUMBERED = re.compile(r"decoder\.layers\.(\d{1,4})\.(.+)")
+RANK = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,4}))?")
+# beside the model: the optimiser, random states, the scheduler; and Transformer Engine's records of fp8 scales
+BESIDE = re.compile(
+    r"(optimizer|chained_\d+|rng_state|opt_param_scheduler|rerun_state_machine\w*|param_groups)(\..*|/.*)?|.*_extra_state.*"
+)
+WRAPPERS = ("", "model.", "module.", "model.module.")
+METADATA = "torch.distributed.checkpoint.metadata."
+# tensors cut over tensor-parallel ranks, and along which axis; every rank has all of the others
+CUT = {
+    "word_embeddings.weight": 0,
+    "output_layer.weight": 0,
+    "linear_qkv.weight": 0,
+    "linear_qkv.bias": 0,
+    "linear_proj.weight": 1,
+    "linear_fc1.weight": 0,
+    "linear_fc1.bias": 0,
+    "linear_fc2.weight": 1,
+}
+
+
+@dataclass(frozen=True)
+class MegatronTensor:
+    """A tensor in a file: its full shape, and how to read it in fp32."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is in a Megatron checkpoint."""
+
+    folder: Path
+    entries: Mapping[str, MegatronTensor]
+    arguments: Mapping[str, Any]  # Megatron-LM's command line; empty if it was not kept
+    iteration: int
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, or the latest one below it; raises ConfigError if there is none, or it is damaged."""
+    folder = _iteration_folder(path)
+    if (folder / ".metadata").is_file():
+        return _torch_dist(folder)
+    ranks = {match: child for child in sorted(folder.iterdir()) if (match := RANK.fullmatch(child.name))}
+    if ranks:
+        places = {(int(match[1]), int(match[2] or 0)): child / "model_optim_rng.pt" for match, child in ranks.items()}
+        return _legacy(folder, places)
+    if (folder / "metadata.json").is_file():
+        raise ConfigError([f"{folder}: a distributed checkpoint, but not of the kind torch_dist, which alone is read"])
+    raise ConfigError(
+        [f"{folder}: holds neither .metadata (torch_dist) nor mp_rank_* folders (torch); not a Megatron checkpoint"]
+    )
+
+
+def _iteration_folder(path: Path) -> Path:
+    if not (path / LATEST).is_file():
+        if not path.is_dir():
+            raise ConfigError([f"{path}: no such folder"])
+        return path
+    try:
+        text = (path / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError([f"{path / LATEST}: cannot be read: {error}"]) from None
+    folder = path / (text if text == "release" else f"iter_{text:0>7}")
+    if not re.fullmatch(r"release|[0-9]{1,12}", text) or not folder.is_dir():
+        raise ConfigError([f"{path / LATEST}: names {text[:40]!r}, of which there is no folder"])
+    return folder
+
+
+def _iteration(tree: Mapping[str, Any]) -> int:
+    return value if isinstance(value := tree.get("iteration"), int) and 0 <= value < 2**53 else 0
+
+
+# --------------------------------------------------------------------------------------------------------------------- torch_dist
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A box of a tensor, and where in the folder it lies."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+def _torch_dist(folder: Path) -> Checkpoint:
+    common: Any = pickles.load(folder / "common.pt") if (folder / "common.pt").is_file() else {}
+    common = common if isinstance(common, dict) else {}
+    try:
+        tensors = _parse(pickles.unpickle(folder / ".metadata"))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError([f"{folder / '.metadata'}: not what torch.distributed.checkpoint writes: {error}"]) from None
+    wrapper = next((start for start in WRAPPERS if f"{start}embedding.word_embeddings.weight" in tensors), "")
+    entries: dict[str, MegatronTensor] = {}
+    for key, (shape, chunks) in tensors.items():
+        if BESIDE.fullmatch(key):
+            continue
+        name = key.removeprefix(wrapper)
+        stacked = STACKED.fullmatch(name)
+        if not stacked:
+            entries[name] = MegatronTensor(shape, partial(_box, folder, key, (0,) * len(shape), shape, chunks))
+            continue
+        for layer in range(min(shape[0] if shape else 0, 10_000)):
+            at, box = (layer, *(0,) * (len(shape) - 1)), (1, *shape[1:])
+            entries[f"decoder.layers.{layer}.{stacked[1]}"] = MegatronTensor(
+                shape[1:], partial(_box, folder, key, at, box, chunks, layer=True)
+            )
+    return Checkpoint(folder, entries, pickles.attributes(common.get("args")), _iteration(common))
+
+
+def _parse(metadata: object) -> dict[str, tuple[tuple[int, ...], list[_Chunk]]]:
+    """Key -> (full shape, chunks), of tensors. Raises KeyError, TypeError or ValueError for what is no such metadata."""
+    if pickles.named(metadata) != f"{METADATA}Metadata":
+        raise ValueError(f"holds {pickles.named(metadata) or type(metadata).__name__}")
+    tree = pickles.attributes(metadata)
+    places: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+    for index, info in dict.items(tree["storage_data"]):
+        where = pickles.attributes(index)
+        if where.get("offset") is not None:
+            places[where["fqn"], _size(where["offset"])] = pickles.attributes(info)
+    found = {}
+    for key, value in dict.items(tree["state_dict_metadata"]):
+        if pickles.named(value) != f"{METADATA}TensorStorageMetadata":
+            continue  # bytes, of no use here
+        held = pickles.attributes(value)
+        boxes = [pickles.attributes(chunk) for chunk in list(held["chunks"])]
+        chunks = [_chunk(places[key, _size(box["offsets"])], _size(box["offsets"]), _size(box["sizes"])) for box in boxes]
+        shape = _size(held["size"])
+        if any(len(chunk.sizes) != len(shape) for chunk in chunks):
+            raise ValueError(f"chunks of {key} that are none")
+        found[str(key)] = shape, chunks
+    return found
+
+
+def _size(value: object) -> tuple[int, ...]:
+    """A pickled torch.Size."""
+    items = (
+        value.args[0] if isinstance(value, pickles.StandIn) and pickles.named(value) == "torch.Size" and value.args else value
+    )
+    if not isinstance(items, tuple | list) or not all(isinstance(size, int) and 0 <= size < 2**53 for size in items):
+        raise ValueError("a size that is none")
+    return tuple(items)
+
+
+def _chunk(info: Mapping[str, Any], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> _Chunk:
+    if info.get("transform_descriptors"):
+        raise ValueError(f"chunks stored by {info['transform_descriptors']}")
+    file, start, length = info["relative_path"], info["offset"], info["length"]
+    if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.distcp", file) or len(offsets) != len(sizes):
+        raise ValueError(f"a chunk in {file!r}")
+    return _Chunk(offsets, sizes, file, *_size((start, length)))
+
+
+def _box(
+    folder: Path, key: str, at: tuple[int, ...], box: tuple[int, ...], chunks: list[_Chunk], layer: bool = False
+) -> Tensor:
+    """Elements ``at`` .. ``at + box`` of a tensor, chunk by chunk; raises ConfigError if chunks are missing or not what they should be."""
+    parts = []
+    for chunk in chunks:
+        low = [max(a, o) for a, o in zip(at, chunk.offsets, strict=True)]
+        high = [min(a + b, o + s) for a, b, o, s in zip(at, box, chunk.offsets, chunk.sizes, strict=True)]
+        if all(a < b for a, b in zip(low, high, strict=True)):
+            parts.append((chunk, low, [b - a for a, b in zip(low, high, strict=True)]))
+    covered = sum(math.prod(lengths) for _, _, lengths in parts)
+    there = all(
+        math.prod(chunk.sizes) <= chunk.length for chunk, _, _ in parts
+    )  # a byte an element at least, or the file is wrong
+    if covered != math.prod(box) or not there:
+        raise ConfigError([f"{folder}: has {covered} of {math.prod(box)} elements of {key}, or chunks too short"])
+    full = torch.zeros(box)
+    for chunk, low, lengths in parts:
+        held = pickles.load_part(folder / chunk.file, chunk.start, chunk.length)
+        if pickles.shape_of(held) != chunk.sizes:
+            raise ConfigError([f"{folder / chunk.file}: holds no tensor of shape {list(chunk.sizes)} for {key}"])
+        target = tuple(slice(a - b, a - b + n) for a, b, n in zip(low, at, lengths, strict=True))
+        source = tuple(slice(a - o, a - o + n) for a, o, n in zip(low, chunk.offsets, lengths, strict=True))
+        full[target] = held.detach()[source]
+    return full[0] if layer else full
+
+
+# ------------------------------------------------------------------------------------------------------------------------- legacy
+
+
+def _legacy(folder: Path, places: Mapping[tuple[int, int], Path]) -> Checkpoint:
+    tensor, pipeline = (1 + max(place[axis] for place in places) for axis in (0, 1))
+    lost = [f"mp_rank_{t:02d}_{s:03d}" for t in range(tensor) for s in range(pipeline) if (t, s) not in places]
+    if lost:
+        raise ConfigError(
+            [f"{folder}: {', '.join(lost[:4])} of {tensor} x {pipeline} tensor- and pipeline-parallel ranks is missing"]
+        )
+    files = {place: pickles.load(path) for place, path in places.items()}
+    for place, file in files.items():
+        if not isinstance(file, dict) or not any(isinstance(file.get(key), dict) for key in ("model", "model0")):
+            raise ConfigError([f"{places[place]}: holds no model"])
+        if "language_model" in file.get("model", {}):
+            raise ConfigError(
+                [f"{places[place]}: a model from before megatron-core (language_model); convert it with Megatron-LM first"]
+            )
+    first = files[0, 0]
+    version = first.get("checkpoint_version", 3.0)
+    if not isinstance(version, int | float) or version < 2:  # before, rows of linear_qkv lay otherwise
+        raise ConfigError([f"{folder}: checkpoint_version = {version!r}, must be at least 2"])
+    stages = max(sum(f"model{i}" in file for i in range(100)) for file in files.values()) or 1
+    entries, layers = dict[str, MegatronTensor](), 0
+    for chunk in range(stages):  # interleaved: the first part of each stage, then the second, ...
+        for stage in range(pipeline):
+            key = f"model{chunk}" if "model0" in files[0, stage] else "model"
+            parts = [_state(places[rank, stage], files[rank, stage].get(key)) for rank in range(tensor)]
+            layers += _add(folder, entries, parts, layers)
+    return Checkpoint(folder, entries, pickles.attributes(first.get("args")), _iteration(first))
+
+
+def _state(path: Path, state: object) -> dict[str, Tensor]:
+    """Tensors of a state_dict; raises ConfigError naming what is none."""
+    if not isinstance(state, dict):
+        raise ConfigError([f"{path}: holds no state of the model"])
+    found = {}
+    for key, value in dict.items(state):
+        if not isinstance(key, str) or BESIDE.fullmatch(key):
+            continue
+        if pickles.shape_of(value) is None:
+            raise ConfigError([f"{path}: {key} is not a tensor of floating-point numbers"])
+        found[key] = value
+    return found
+
+
+def _add(folder: Path, entries: dict[str, MegatronTensor], parts: list[dict[str, Tensor]], before: int) -> int:
+    """Enter one stage's tensors, put together from tensor-parallel ``parts``; returns how many layers the stage has."""
+    layers = 0
+    for key, tensor in parts[0].items():
+        pieces = [part.get(key) for part in parts]
+        if any(piece is None or piece.shape != tensor.shape for piece in pieces):
+            raise ConfigError([f"{folder}: tensor-parallel ranks do not agree on {key}"])
+        numbered, name = NUMBERED.fullmatch(key), key
+        if numbered:
+            layers = max(layers, int(numbered[1]) + 1)
+            name = f"decoder.layers.{before + int(numbered[1])}.{numbered[2]}"
+        if name not in entries:  # the last stage has a copy of the tied embedding
+            entries[name] = _joined(key, [piece for piece in pieces if piece is not None], parts[0])
+    return layers
+
+
+def _joined(key: str, pieces: list[Tensor], part: Mapping[str, Tensor]) -> MegatronTensor:
+    dim = next((axis for end, axis in CUT.items() if key.endswith(end) and len(pieces) > 1), None)
+    if dim is None or pieces[0].dim() <= dim:
+        return MegatronTensor(tuple(pieces[0].shape), lambda: pickles.full_precision(pieces[0]))
+    shape = tuple(size * (len(pieces) if axis == dim else 1) for axis, size in enumerate(pieces[0].shape))
+    gated = False
+    if ".linear_fc1." in key:
+        second = part.get(key.rpartition(".linear_fc1.")[0] + ".linear_fc2.weight")
+        gated = second is not None and second.dim() == 2 and pieces[0].shape[0] == 2 * second.shape[1]
+
+    def read() -> Tensor:
+        full = torch.empty(shape)
+        sections = full.chunk(2, dim) if gated else (full,)
+        for rank, piece in enumerate(pieces):
+            for section, half in zip(sections, piece.detach().chunk(len(sections), dim), strict=True):
+                section.narrow(dim, rank * half.shape[dim], half.shape[dim]).copy_(half)
+        return full
+
+    return MegatronTensor(shape, read)

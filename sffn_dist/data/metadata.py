@@ -1,0 +1,304 @@
+"""Where a prepared corpus lies and what it is, without opening it.
+
+A prepared corpus is one folder in ``data.dir``::
+
+    <readable key>-<hash>/    tokenizer.json   token_bytes.npy   train-00000.bin ...   heldout-00000.bin ...   meta.json
+
+The hash covers all that decides the content, so a changed source, tokenizer or setting means another folder and an existing
+folder never changes. This module answers "which folder?" and "is it whole?"; it imports neither numpy nor datasets nor
+tokenizers, because a run is identified and bad input refused before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sffn_dist.atomic_io import hash_file
+from sffn_dist.spec.config import Config, ConfigError, Data
+
+FORMAT: Final = 1  # of the prepared folder: raise it whenever the same source and settings would give other files
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+SMALLEST_VOCAB = 257  # 256 bytes and the end-of-text token
+_RULE = 'must be "stdlib", "hf:<dataset>", or a file or folder of ' + "/".join(SUFFIXES)
+
+
+class CorpusError(RuntimeError):
+    """A prepared folder cannot be used; the message says which and why."""
+
+
+class SourceFile(NamedTuple):
+    """A file of the source; ``relative`` is its path from the source's folder, with ``/``."""
+
+    path: Path
+    relative: str
+    size: int
+    mtime_ns: int
+
+
+# ---------------------------------------------------------------------------------------------------------------- checking
+
+
+def check_source(data: Data, vocab: int | None = None) -> None:
+    """The cheap check of ``data.source`` and ``data.tokenizer`` (and that ``model.vocab`` has room for all bytes).
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems = [text for text in (_source_problem(data), _tokenizer_problem(data)) if text]
+    if vocab is not None and data.tokenizer is None and vocab < SMALLEST_VOCAB:
+        problems.append(
+            f"model.vocab = {vocab}: must be at least {SMALLEST_VOCAB} (256 bytes and the end-of-text token), or name a data.tokenizer"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _source_problem(data: Data) -> str | None:
+    source, says = data.source, f"data.source = {json.dumps(data.source)}"
+    if source == "stdlib":
+        found = next(_walk(stdlib_folder(), (".py",)), None)
+        return (
+            None
+            if found
+            else f"{says}: this Python has no standard library sources at {stdlib_folder()}; name a file or folder"
+        )
+    if source.startswith("hf:"):
+        return None if hf_name(source)[0] else f"{says}: {_RULE}; the dataset's name is missing"
+    path = Path(source).expanduser()
+    if not source or not path.exists():
+        return f"{says}: {_RULE}; there is no such file or folder"
+    if path.is_file() and path.suffix.lower() not in SUFFIXES:
+        return f"{says}: {_RULE}; this file's name ends in {path.suffix or 'no suffix'!r}"
+    if not os.access(path, os.R_OK):
+        return f"{says}: {_RULE}; it cannot be read (permissions)"
+    if next(_walk(path, SUFFIXES), None) is None:
+        return f"{says}: {_RULE}; this folder holds no such file"
+    return None
+
+
+def _tokenizer_problem(data: Data) -> str | None:
+    if data.tokenizer is None:
+        return None
+    path, says = Path(data.tokenizer).expanduser(), f"data.tokenizer = {json.dumps(data.tokenizer)}"
+    if not path.is_file():
+        return f"{says}: must be the path of a tokenizer.json; there is no such file"
+    if not os.access(path, os.R_OK):
+        return f"{says}: must be the path of a tokenizer.json; it cannot be read (permissions)"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------- locating
+
+
+def stdlib_folder() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def hf_name(source: str) -> tuple[str, str | None]:
+    """``hf:<dataset>`` or ``hf:<dataset>:<configuration>`` -> name, configuration."""
+    name, _, configuration = source.removeprefix("hf:").partition(":")
+    return name.strip(), configuration.strip() or None
+
+
+def source_files(data: Data) -> list[SourceFile]:
+    """Files of a stdlib or local source, in the order in which they are read.
+
+    The order is by a hash of the relative path: the same everywhere, and the first megabytes are a fair sample of the whole
+    (a tokenizer is trained on them), which alphabetical order is not.
+    """
+    folder, suffixes = (stdlib_folder(), (".py",)) if data.source == "stdlib" else (Path(data.source).expanduser(), SUFFIXES)
+    found = _walk(folder, suffixes)
+    return sorted(found, key=lambda file: (hashlib.blake2b(os.fsencode(file.relative)).digest(), file.relative))
+
+
+def _walk(top: Path, suffixes: tuple[str, ...]) -> Iterator[SourceFile]:
+    """Every file below ``top`` (or ``top`` itself) with one of the suffixes; hidden names and installed packages are left out."""
+    if top.is_file():
+        yield _source_file(top, top.parent)
+        return
+    for folder, inner, names in os.walk(top):
+        inner[:] = sorted(name for name in inner if not _left_out(name, stdlib=suffixes == (".py",)))
+        for name in sorted(names):
+            path = Path(folder, name)
+            if path.suffix.lower() in suffixes and not name.startswith(".") and path.is_file():
+                yield _source_file(path, top)
+
+
+def _left_out(name: str, stdlib: bool) -> bool:
+    return name.startswith(".") or (stdlib and name in ("site-packages", "dist-packages", "__pycache__"))
+
+
+def _source_file(path: Path, top: Path) -> SourceFile:
+    status = path.stat()
+    return SourceFile(path, path.relative_to(top).as_posix(), status.st_size, status.st_mtime_ns)
+
+
+def locate(config: Config) -> Path:
+    """The folder in which the corpus of ``config`` is, or will be, prepared.
+
+    Costs a listing of the source's files and a hash of the tokenizer file; reads no text. A dataset of the hub is known by its
+    name only: what it holds is settled when it is first prepared.
+
+    Raises:
+        ConfigError: bad ``data.source``, ``data.tokenizer`` or ``model.vocab``.
+    """
+    check_source(config.data, config.model.vocab)
+    identity = {
+        "format": FORMAT,
+        "source": _source_identity(config.data),
+        "tokenizer": hash_file(Path(config.data.tokenizer).expanduser()) if config.data.tokenizer else None,
+        "vocab": config.model.vocab,
+        "heldout_share": config.data.heldout_share,
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(config.data.dir).expanduser() / f"{_readable(config.data)}-v{config.model.vocab}-{digest}"
+
+
+def _source_identity(data: Data) -> dict[str, Any]:
+    if data.source.startswith("hf:"):
+        return {"hf": hf_name(data.source), "text_field": data.text_field}
+    files = source_files(data)
+    if data.source == "stdlib":
+        # builds of one version differ (some leave the tests out), so the listing is part of it; times of installation are not
+        return {"stdlib": platform.python_version(), "files": _digest([(file.relative, file.size) for file in files])}
+    has_columns = any(not file.relative.lower().endswith(".txt") for file in files)
+    return {
+        "files": _digest([(file.relative, file.size, file.mtime_ns) for file in files]),
+        "text_field": data.text_field if has_columns else None,
+    }
+
+
+def _digest(rows: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _readable(data: Data) -> str:
+    name = hf_name(data.source)[0] if data.source.startswith("hf:") else Path(data.source).expanduser().absolute().stem
+    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:40] or "corpus"
+
+
+# --------------------------------------------------------------------------------------------------------------- meta.json
+
+Count = Annotated[int, Field(ge=0)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Shard(_Record):
+    """One file of tokens of a split."""
+
+    file: Annotated[str, Field(pattern=r"^(train|heldout)-\d{5}\.bin$")]
+    tokens: Annotated[int, Field(gt=0)]
+    sha256: Digest
+
+
+class Split(_Record):
+    """One side of the corpus; ``bytes`` are UTF-8 bytes of text, the separators count none."""
+
+    documents: Count
+    tokens: Annotated[int, Field(gt=0)]
+    bytes: Count
+    shards: tuple[Shard, ...]
+
+
+class Meta(_Record):
+    """What meta.json says. ``unigram_entropy`` is in nats a token: the held-out tokens under their own frequencies."""
+
+    format: Literal[1]
+    name: str
+    fingerprint: Digest
+    source: str
+    tokenizer: str
+    tokenizer_sha256: Digest
+    vocab: Annotated[int, Field(gt=0, le=2**32, description="highest token id + 1")]
+    end_of_text: Count
+    dtype: Literal["uint16", "uint32"]
+    heldout_share: float
+    byte_exact: Annotated[bool, Field(description="token_bytes.npy gives bytes of text exactly, not as an estimate")]
+    unigram_entropy: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    train: Split
+    heldout: Split
+    versions: dict[str, str]
+
+    @property
+    def token_size(self) -> int:
+        """Bytes of one stored token."""
+        return 2 if self.dtype == "uint16" else 4
+
+
+def fingerprint(tokenizer_sha256: str, train: tuple[Shard, ...], heldout: tuple[Shard, ...]) -> str:
+    """sha256 over the tokenizer's and the shards' sha256: equal if and only if tokens and tokenizer are."""
+    rows = [tokenizer_sha256, [shard.sha256 for shard in train], [shard.sha256 for shard in heldout]]
+    return _digest(rows)
+
+
+def dump_meta(meta: Meta) -> str:
+    """The text of meta.json: the record and a checksum of it, so that no changed digit passes for the truth."""
+    record = meta.model_dump(mode="json")
+    return json.dumps({"meta": record, "checksum": _checksum(record)}, indent=1) + "\n"
+
+
+def _checksum(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def read_meta(folder: str | os.PathLike[str]) -> Meta:
+    """Read and check ``folder/meta.json``, and that every file it names is there at its full size.
+
+    Raises:
+        CorpusError: nothing prepared there, or not whole.
+    """
+    folder = Path(folder)
+    try:
+        tree = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if not isinstance(tree, dict) or set(tree) != {"meta", "checksum"} or tree["checksum"] != _checksum(tree["meta"]):
+            raise CorpusError(f"{folder}: meta.json is damaged (its checksum does not fit)")
+        meta = Meta.model_validate_json(json.dumps(tree["meta"]))
+    except FileNotFoundError:
+        raise CorpusError(f"{folder}: holds no prepared corpus (no meta.json)") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CorpusError(f"{folder}: meta.json is not of this format: {first['loc']}: {first['msg']}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorpusError(f"{folder}: meta.json is damaged: {error}") from None
+    _check_files(folder, meta)
+    return meta
+
+
+def _check_files(folder: Path, meta: Meta) -> None:
+    for split in (meta.train, meta.heldout):
+        if split.tokens != sum(shard.tokens for shard in split.shards):
+            raise CorpusError(f"{folder}: meta.json is damaged: its token counts do not add up")
+    if not math.isfinite(meta.heldout_share) or meta.end_of_text >= meta.vocab:
+        raise CorpusError(f"{folder}: meta.json is damaged: its values contradict each other")
+    sizes = {shard.file: shard.tokens * meta.token_size for split in (meta.train, meta.heldout) for shard in split.shards}
+    for name, size in {**sizes, "tokenizer.json": None, "token_bytes.npy": None}.items():
+        try:
+            there = (folder / name).stat().st_size
+        except OSError as error:
+            raise CorpusError(f"{folder}: {name} is missing: {error.strerror}") from None
+        if there != size and size is not None:
+            raise CorpusError(f"{folder}: {name} holds {there} bytes, must hold {size}")
+
+
+def is_usable(folder: str | os.PathLike[str]) -> bool:
+    """True if :func:`read_meta` accepts the folder."""
+    try:
+        read_meta(folder)
+    except CorpusError:
+        return False
+    return True

@@ -1,0 +1,297 @@
+"""The watch beside a run: who is alive, who makes progress, and one reason for all when it ends before its time.
+
+    main thread   tick("training", 12) whenever it gets on             fail(error) when it cannot
+    line          every beat: own progress to the ranks' store, the others' and the verdict from it (heartbeat.py)
+    watch         every half second, from memory alone: a rank lost? no progress? a verdict? -> stacks, one message, exit
+
+The first verdict in the store stands for all ranks: whoever wrote it says it, the others leave with the same code. So an exception on one
+rank is told once, not with the broken connections that it leaves behind on the others. Exit codes: launch/exit_codes.py.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sffn_dist.health.heartbeat import Heartbeat, Verdict
+from sffn_dist.launch import exit_codes
+from sffn_dist.launch.signals import REPORT_SIGNAL
+from sffn_dist.spec.config import ConfigError, Guards
+from sffn_dist.telemetry.events import EventLog
+
+POLL_SECONDS = 0.5  # seconds between looks
+LINGER_SECONDS = 5.0  # seconds that who serves the store, or wrote the verdict, waits for the others to have read it
+STARTUP_FACTOR = 3  # times guards.hang_seconds until the first progress: weights are read, kernels compiled
+SLOW_FACTOR = 10  # times the longest wait for progress lately is no hang yet, however long a step takes
+LONGEST_DECAY = (
+    0.98  # what is left of it after one progress more: a kernel that compiled for minutes counts for some steps only
+)
+EXPLANATION_SECONDS = 10.0  # seconds beyond guards.lost_seconds that a broken connection waits for who knows why
+REARM, BEYOND = 30.0, 120.0  # the last resort is set so often, to so many seconds beyond a hang
+EXIT_SECONDS = 30.0  # seconds that an end may take: a pipe or a file system may block for ever
+STARVED_SECONDS = 3.0  # seconds for a wait of GLANCE beyond which this process itself was stopped (Ctrl-Z) or kept from running
+
+
+class Watchdog:
+    """One a rank; inert until :meth:`start`."""
+
+    def __init__(self) -> None:
+        self._heartbeat: Heartbeat | None = None
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._ticks, self._ticked, self._longest, self._doing = 0, time.monotonic(), 0.0, "start"
+        self._guards, self._run_dir, self._rank, self._step = Guards(), Path(), 0, 0
+        self._wakeup: tuple[int, int] | None = None
+        self._armed = -math.inf
+
+    def start(self, store: Any, rank: int, world: int, guards: Guards, run_dir: Path) -> None:
+        """Begin to watch; every rank must call it at the same place. Waits until all have."""
+        self._guards, self._run_dir, self._rank = guards, run_dir, rank
+        self._heartbeat = Heartbeat(store, rank, world, guards.lost_seconds, self._progress)
+        self._heartbeat.start()
+        self._catch_wakeups()
+        self._ticked = time.monotonic()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread.start()
+
+    def tick(self, doing: str, step: int) -> None:
+        """The main thread got on, and is ``doing`` something at a step; costs a microsecond."""
+        now = time.monotonic()
+        if self._ticks:
+            self._longest = max(LONGEST_DECAY * self._longest, now - self._ticked)
+        self._ticks, self._ticked, self._doing = self._ticks + 1, now, f"step {step}, {doing}"
+        self._step = step
+
+    def with_progress(self, function: Callable[..., Any], doing: str, step: int) -> Callable[..., Any]:
+        """``function``, each call of which is progress."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            self.tick(doing, step)
+            return function(*args, **kwargs)
+
+        return called
+
+    def fail(self, error: BaseException) -> int:
+        """The main thread ends with ``error``: the exit code, once the reason is told by whoever has it.
+
+        A broken connection is what another rank's end looks like from here: such an error waits for the verdict of who knows more.
+        """
+        code = _own_code(error) or (exit_codes.REFUSED if isinstance(error, ConfigError) else exit_codes.FAILED)
+        if self._heartbeat and self._thread and not self._ended.is_set():
+            if is_consequence(error):
+                self._heartbeat.check_now()  # no beat from a rank that has gone: see who, now
+                self._ended.wait(self._guards.lost_seconds + EXPLANATION_SECONDS)
+            self._heartbeat.propose(Verdict(code, self._rank, f"{self._where()}{_short(error)}", self._text(error)))
+            self._thread.join(EXIT_SECONDS + LINGER_SECONDS)  # it ends this process, unless it waits for the store
+        _write_stderr(self._text(error))
+        exit_codes.record(code, _short(error))
+        return code
+
+    def stop(self) -> None:
+        """The rank's part is done: nobody need miss it. Rank 0, which may serve the store, waits for the others' word."""
+        if self._thread is None or self._ended.is_set():
+            return
+        assert self._heartbeat
+        self._ended.set()
+        self._thread.join()
+        self._heartbeat.stop()
+        faulthandler.cancel_dump_traceback_later()
+        if self._wakeup:
+            signal.set_wakeup_fd(-1)
+            for descriptor in self._wakeup:
+                os.close(descriptor)
+            self._wakeup = None
+
+    # ------------------------------------------------------------------------------------------------------ the watch thread
+
+    def _look(self) -> None:
+        assert self._heartbeat
+        told = False
+        while not self._ended.is_set():
+            fault = self._heartbeat.fault
+            try:
+                self._glance()
+            except Exception:  # a fault of the watch ends no healthy run, nor does it leave one alone
+                fault = traceback.format_exc()
+                self._ended.wait(POLL_SECONDS)
+            if fault and not told:
+                told = True
+                _write_stderr(f"rank {self._rank}: warning: the watch stumbled, and goes on:\n{fault}")
+
+    def _glance(self) -> None:
+        assert self._heartbeat
+        before = time.monotonic()
+        self._wait_for_wakeup()
+        now = time.monotonic()
+        if now - before > STARVED_SECONDS:
+            self._heartbeat.awake = now  # nobody is late for that
+        if self._guards.hang_seconds and now - self._armed > REARM:
+            # where this thread cannot run either, because somebody keeps the interpreter's lock: C code, which needs none
+            self._armed = now
+            faulthandler.dump_traceback_later(self._limit() + BEYOND, exit=True)
+        verdict = self._heartbeat.verdict or self._lost() or self._hung()
+        if verdict:
+            self._end(verdict)
+
+    def _progress(self) -> dict[str, Any]:
+        return {"ticks": self._ticks, "doing": self._doing, "idle": round(time.monotonic() - self._ticked, 1)}
+
+    def _limit(self) -> float:
+        first = STARTUP_FACTOR if self._ticks < 2 else 1
+        return max(first * self._guards.hang_seconds, SLOW_FACTOR * self._longest)
+
+    def _lost(self) -> Verdict | None:
+        assert self._heartbeat
+        found = self._heartbeat.lost()
+        if found is None:
+            return None
+        return self._heartbeat.propose(Verdict(exit_codes.LOST_RANK, self._rank, found, ""))
+
+    def _hung(self) -> Verdict | None:
+        """No progress here for too long: everybody waits for the rank that is furthest behind."""
+        assert self._heartbeat
+        limit = self._limit()
+        if not self._guards.hang_seconds or time.monotonic() - max(self._ticked, self._heartbeat.awake) < limit:
+            return None
+        self._heartbeat.refresh_all()
+        reason = (
+            f"no progress for {limit:.0f} seconds (guards.hang_seconds = {self._guards.hang_seconds:g}): "
+            f"{self._heartbeat.progress_by_rank()}"
+        )
+        return self._heartbeat.propose(Verdict(exit_codes.HUNG, self._rank, reason, ""))
+
+    def _end(self, verdict: Verdict) -> None:
+        """The reason if it is this rank's to say, stacks, and out: the main thread may be in a collective for ever."""
+        assert self._heartbeat
+        faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
+        folder = self._run_dir / "stacks" / self._heartbeat.run_id
+        try:
+            is_spokesman = verdict.rank == self._rank and self._heartbeat.is_spokesman(folder)
+            stuck = verdict.code in (exit_codes.HUNG, exit_codes.LOST_RANK)
+            if is_spokesman:  # first of all: folders and files may be what hangs
+                where = f"stacks of the ranks that still run: {folder}/\n" if stuck else ""
+                _write_stderr((verdict.text or f"pretrain.py: error: {verdict.reason}\n") + where)
+            with suppress(Exception):
+                if stuck:
+                    self.dump_stacks(folder)
+            if is_spokesman:
+                self._record(verdict)
+            self._heartbeat.wait_for_others(verdict, LINGER_SECONDS)
+            _flush()
+        finally:
+            os._exit(verdict.code)
+
+    def _record(self, verdict: Verdict) -> None:
+        exit_codes.record(verdict.code, verdict.reason)
+        log = EventLog(self._run_dir / "events.jsonl", warns=False)
+        log.write("ended", self._step, code=verdict.code, message=verdict.reason, doing=self._doing)
+
+    def dump_stacks(self, folder: Path) -> Path | None:
+        """Every thread's Python stack into ``folder``, or to standard error where that cannot be written."""
+        header = f"rank {self._rank}, pid {os.getpid()}: {self._doing}, for {time.monotonic() - self._ticked:.1f} seconds\n\n"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"rank_{self._rank:05d}.txt"
+            with path.open("a", encoding="utf-8") as file:
+                file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + header)
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+                file.write("\n")
+            return path
+        except OSError:
+            _write_stderr(header)
+            faulthandler.dump_traceback(all_threads=True)
+            return None
+
+    # --------------------------------------------------------------------------------------------------------------- signals
+
+    def _catch_wakeups(self) -> None:
+        """Python's handlers run in the main thread only, which may wait in a collective: the numbers of signals come through a pipe too.
+
+        A run is asked for stacks from now on, also before it handles the signal: unhandled, it would end this process.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._wakeup = os.pipe()
+        for descriptor in self._wakeup:
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
+        if signal.getsignal(REPORT_SIGNAL) == signal.SIG_DFL:
+            signal.signal(REPORT_SIGNAL, lambda number, frame: None)
+
+    def _wait_for_wakeup(self) -> None:
+        if self._wakeup is None:
+            self._ended.wait(POLL_SECONDS)
+            return
+        waiting = select.poll()  # unlike select(), for any descriptor: a store's server has thousands
+        waiting.register(self._wakeup[0], select.POLLIN)
+        if waiting.poll(1000 * POLL_SECONDS) and REPORT_SIGNAL in os.read(self._wakeup[0], 4096):
+            assert self._heartbeat
+            path = self.dump_stacks(self._run_dir / "stacks" / self._heartbeat.run_id)
+            if path:
+                _write_stderr(f"rank {self._rank}: stacks written to {path}\n")
+
+    def _where(self) -> str:
+        assert self._heartbeat
+        return f"rank {self._rank} on {self._heartbeat.host}: "
+
+    def _text(self, error: BaseException) -> str:
+        """What is printed: problems of the input as they are, anything else with its traceback."""
+        where = self._where() if self._heartbeat and self._heartbeat.world > 1 else ""
+        if isinstance(error, ConfigError):
+            return "".join(f"pretrain.py: error: {where if self._rank else ''}{problem}\n" for problem in error.problems)
+        if _own_code(error):
+            return f"pretrain.py: error: {error}\n"
+        trace = "".join(traceback.format_exception(error))
+        return f"{trace}pretrain.py: error: {where}{_short(error)}\n"
+
+
+def is_consequence(error: BaseException) -> bool:
+    """True for what a collective or the store raises: most often because another rank has gone."""
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "ProcessGroup")
+    kinds = {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError"}
+    return type(error).__name__ in kinds or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+
+
+def _own_code(error: BaseException) -> int | None:
+    """The exit code that an error of this package brings along; others' exceptions have an attribute of that name too."""
+    code = getattr(error, "exit_code", None)
+    return code if isinstance(code, int) and type(error).__module__.startswith(__name__.partition(".")[0] + ".") else None
+
+
+def _short(error: BaseException) -> str:
+    first = str(error).strip().split("\n", 1)[0]
+    return first if isinstance(error, ConfigError) or _own_code(error) else f"{type(error).__name__}: {first}"
+
+
+def _write_stderr(text: str) -> None:
+    """Straight to the descriptor: the main thread may hold the stream's lock, and a full pipe that nobody reads would block."""
+    _flush()
+    with suppress(OSError, ValueError):
+        data = text.encode(errors="replace")
+        while data and select.select([], [2], [], 1.0)[1]:
+            data = data[os.write(2, data[:4096]) :]
+
+
+def _flush() -> None:
+    """Write out what is buffered for standard output, if that takes no longer than a second: it may be a full pipe."""
+
+    def flush() -> None:
+        with suppress(Exception):
+            sys.stdout.flush()
+
+    with suppress(RuntimeError):  # no thread can be started
+        thread = threading.Thread(target=flush, name="flush", daemon=True)
+        thread.start()
+        thread.join(1.0)

@@ -1,0 +1,1 @@
+"""What a config means, without torch: keys, validation, tensors and their split, counts, schedule, memory, plan."""

@@ -1,0 +1,294 @@
+"""The one config tree: typed, frozen, validated.
+
+Sections and keys are declared here, each with its type, its default and the rule that it keeps by itself; rules between keys stand in
+spec/validation.py, and spec/loading.py makes the tree from a file and overrides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]  # what a JSON number and a float hold exactly
+NaturalInt = Annotated[int, Field(ge=0, lt=2**53)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+
+FFNKind = Literal["dense", "low_rank", "block_shuffle", "block_dense"]
+
+
+class ConfigError(ValueError):
+    """Every problem found in a configuration; ``problems`` holds one message each."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class Section(BaseModel):
+    """A named group of settings."""
+
+    # strict: "4" is not an int and 1 is not a bool; an int where a float is expected is fine
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class RunSettings(Section):
+    """Where a run lives."""
+
+    dir: str = Field("", description="everything the run writes; default runs/<name of the config file>")
+
+
+class Model(Section):
+    """The transformer around the feed-forward layers (paper, appendix: models)."""
+
+    layers: Annotated[int, Field(gt=0, le=10_000)]
+    width: PositiveInt = Field(description="of the residual stream, h")
+    heads: PositiveInt = Field(description="query heads")
+    kv_heads: PositiveInt | None = Field(None, description="key/value heads (GQA); default: heads")
+    attention_dim: PositiveInt | None = Field(None, description="heads x head size; default: width")
+    sequence: PositiveInt = Field(1024, description="tokens of context")
+    vocab: PositiveInt = Field(32_000, description="rows of the embedding, whatever the tokenizer uses of them")
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_epsilon: PositiveFloat = 1e-5
+    activation: Literal["gelu", "gelu_erf", "swiglu"] = Field(
+        "gelu", description="gelu: its tanh form, as the paper's; gelu_erf: exact"
+    )
+    bias: bool = True
+    tie_embeddings: bool = True
+    rope_base: PositiveInt = 10_000
+    init_std: PositiveFloat = 0.02
+
+
+class FFN(Section):
+    """The feed-forward kind; ``rank`` and ``blocks`` as in the paper's section 2."""
+
+    kind: FFNKind = "dense"
+    width: PositiveInt | None = Field(None, description="inner width f; default: 4 x model.width")
+    rank: PositiveInt | None = Field(None, description="R of low_rank and block_dense")
+    blocks: PositiveInt | None = Field(None, description="B of block_shuffle and block_dense")
+    dense_layers: tuple[NaturalInt, ...] = Field((0,), description="layers whose FFN stays dense")
+
+
+class Guide(Section):
+    """Self-guided training (paper, section 4): o = alpha W x + (1 - alpha) U(V x)."""
+
+    mode: Literal["off", "fixed_step", "fixed_flop", "window"] = Field(
+        "off", description="fixed_flop: guided steps, repeated at the end, such that the run costs what the dense model's costs"
+    )
+    fraction: Fraction = Field(0.5, description="of train.steps that are guided, from the first on (fixed_step)")
+    begin: NaturalInt = Field(0, description="first guided step (window)")
+    end: PositiveInt | None = Field(None, description="the step after the last guided one (window); default: train.steps")
+    schedule: Literal["cosine", "linear"] = Field("cosine", description="how the guide's weight falls from 1 to 0")
+    stochastic: bool = Field(False, description="compute the guide only with probability alpha")
+
+
+class Data(Section):
+    """Text, tokenizer, token shards."""
+
+    dir: str = Field("data", description="prepared token shards, shared by runs")
+    source: str = Field("stdlib", description='"stdlib", a file or folder of .txt/.jsonl/.parquet, or "hf:<dataset>"')
+    text_field: str = Field("text", description="column that holds the text, of jsonl, parquet and hf sources")
+    tokenizer: str | None = Field(None, description="a tokenizer.json; default: a byte-level BPE trained on the source")
+    heldout_share: OpenFraction = Field(0.02, description="of the documents")
+
+
+class Train(Section):
+    """Recipe (paper, appendix): AdamW, linear warm-up, cosine to a tenth."""
+
+    steps: Annotated[int, Field(gt=0, le=10_000_000, description="over new data; guide.mode = fixed_flop repeats some of them")]
+    global_batch_size: PositiveInt = Field(512, description="sequences a step, over all ranks")
+    micro_batch_size: PositiveInt = Field(8, description="sequences a forward pass, a rank")
+    seed: Seed = 0
+    learning_rate: PositiveFloat = 6e-4
+    min_learning_rate_ratio: Fraction = 0.1
+    warmup_share: Fraction = 0.1
+    weight_decay: NonNegativeFloat = 0.1
+    beta1: OpenFraction = 0.9
+    beta2: OpenFraction = 0.999
+    epsilon: PositiveFloat = 1e-8
+    clip: NonNegativeFloat = Field(1.0, description="global gradient norm; 0: no clipping")
+
+
+class Parallel(Section):
+    """How the model is split over ranks; what is left of them is data parallel."""
+
+    tensor: PositiveInt = 1
+    sequence: bool = Field(False, description="split the residual stream by tokens over the tensor-parallel group")
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+
+
+class Checkpoint(Section):
+    """When the run's state is saved, and how much of it is kept."""
+
+    interval: NaturalInt = Field(500, description="steps between saves; 0: only at the end")
+    keep: PositiveInt = Field(2, description="newest checkpoints kept")
+    keep_every: NaturalInt = Field(0, description="checkpoints of steps that are its multiples are kept for good; 0: none")
+    asynchronous: bool = Field(
+        True, description="write while training goes on, from a copy in host memory: 12 bytes a parameter"
+    )
+
+
+class Evaluation(Section):
+    """When the held-out loss is measured, and on how much."""
+
+    interval: NaturalInt = Field(0, description="steps between evaluations; 0: only at the end")
+    sequences: PositiveInt = Field(128, description="held-out sequences, at most, and at most as many as are trained on")
+
+
+class Guards(Section):
+    """What is watched while a run trains, and what happens to what goes wrong."""
+
+    preflight: bool = Field(
+        True, description="before the first step: do all ranks agree, does every collective work, who is slow"
+    )
+    hang_seconds: NonNegativeFloat = Field(
+        600.0, description="no progress for so long ends the run with every rank's stack; 0: never"
+    )
+    lost_seconds: NonNegativeFloat = Field(30.0, description="a rank unheard of for so long ends the run; 0: never")
+    replicas_interval: NaturalInt = Field(100, description="steps between comparisons of the replicas' weights; 0: none")
+    spike_deviations: NonNegativeFloat = Field(
+        10.0, description="a loss so many robust standard deviations above the median of the last ones is a spike; 0: none is"
+    )
+    spike_margin: NonNegativeFloat = Field(0.5, description="nats above that median that a spike has at least")
+    spike_window: Annotated[int, Field(ge=8, le=10_000)] = Field(128, description="losses that the median is taken over")
+    rollback_after: NaturalInt = Field(
+        3, description="skipped steps in a row that send the run back to a checkpoint; 0: none do"
+    )
+    max_rollbacks: NaturalInt = Field(
+        3, description="returns, without a checkpoint beyond the trouble, after which the run stops"
+    )
+
+
+class Sample(Section):
+    """The text generated at the end of a run."""
+
+    tokens: NaturalInt = 48
+    prompt: str = "def "
+    temperature: NonNegativeFloat = 0.8
+
+
+class Logging(Section):
+    """What is shown and which trackers are told."""
+
+    progress: bool = True
+    wandb: bool = False
+    wandb_project: str = "sffn_dist"
+    tensorboard: bool = False
+
+
+class Config(Section):
+    """A run. Sections and keys are what overrides name: ``train.steps=100``."""
+
+    run: RunSettings = RunSettings()
+    model: Model
+    ffn: FFN = FFN()
+    guide: Guide = Guide()
+    data: Data = Data()
+    train: Train
+    parallel: Parallel = Parallel()
+    zero: Zero = Zero()
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    recompute: Literal["none", "bottleneck", "full"] = "none"
+    kernels: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="auto: whichever was measured to be faster, on CUDA devices"
+    )
+    init_from: str | None = Field(None, min_length=1, description="checkpoint, or run, whose weights this run starts from")
+    checkpoint: Checkpoint = Checkpoint()
+    evaluation: Evaluation = Evaluation()
+    guards: Guards = Guards()
+    sample: Sample = Sample()
+    logging: Logging = Logging()
+
+    @property
+    def kv_heads(self) -> int:
+        return self.model.kv_heads or self.model.heads
+
+    @property
+    def attention_dim(self) -> int:
+        return self.model.attention_dim or self.model.width
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention_dim // self.model.heads
+
+    @property
+    def ffn_width(self) -> int:
+        return self.ffn.width or 4 * self.model.width
+
+    @property
+    def gated(self) -> bool:
+        return self.model.activation == "swiglu"
+
+    @property
+    def structured(self) -> bool:
+        """True if some layer's feed-forward is structured."""
+        return any(self.kind_of_layer(layer) != "dense" for layer in range(self.model.layers))
+
+    @property
+    def evaluation_sequences(self) -> int:
+        """Held-out sequences of an evaluation: no more than the whole run trains on, so that a trial run stays short."""
+        return min(self.evaluation.sequences, self.train.steps * self.train.global_batch_size)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimiser step, over all ranks."""
+        return self.train.global_batch_size * self.model.sequence
+
+    def accumulation_steps(self, data_parallel: int) -> int:
+        """Micro-steps of a step on each of ``data_parallel`` ranks."""
+        return max(1, self.train.global_batch_size // (self.train.micro_batch_size * data_parallel))
+
+    def kind_of_layer(self, layer: int) -> FFNKind:
+        return "dense" if layer in self.ffn.dense_layers else self.ffn.kind
+
+
+def key_fields() -> dict[str, Any]:
+    """Every dotted key -> its type annotation."""
+    found: dict[str, Any] = {}
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            found.update({f"{name}.{leaf}": item.annotation for leaf, item in section.model_fields.items()})
+        else:
+            found[name] = field.annotation
+    return found
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key -> value."""
+    flat: dict[str, Any] = {}
+    for name, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{leaf}": item for leaf, item in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def defaults() -> dict[str, Any]:
+    """Dotted key -> default, of the keys that have one."""
+    found: dict[str, Any] = {}
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            fields = {f"{name}.{leaf}": item for leaf, item in section.model_fields.items()}
+        else:
+            fields = {name: field}
+        found.update(
+            {
+                key: list(v) if isinstance(v := item.default, tuple) else v
+                for key, item in fields.items()
+                if not item.is_required()
+            }
+        )
+    return found

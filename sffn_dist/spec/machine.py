@@ -1,0 +1,101 @@
+"""What this machine is: accelerators and bf16 units, asked without importing torch. Standard library only."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+# Compute capability from which CUDA devices have bf16 units (Ampere).
+_BF16_CAPABILITY = (8, 0)
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+
+
+@cache
+def cuda() -> tuple[int, int, int] | None:
+    """(visible devices, compute capability of the first: major, minor) by the driver, None without CUDA or with a CPU build of torch."""
+    try:
+        if "+cpu" in importlib.metadata.version("torch"):
+            return None
+        driver = ctypes.CDLL("libcuda.so.1")
+    except (importlib.metadata.PackageNotFoundError, OSError):
+        return None
+    count, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return None
+    if driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, 0):
+        return None
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, 0)
+    return count.value, major.value, minor.value
+
+
+def ranks_here(otherwise: int = 1) -> int:
+    """Ranks that the launcher started on this node; ``otherwise`` without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or otherwise)
+
+
+def devices_suffice(devices: int, ranks: int) -> bool:
+    """True if every one of a node's ranks has a CUDA device: its own among them, or the one that Slurm shows to each task.
+
+    Ranks that would share devices run on the CPU, and the plan says so: the demo's two ranks run anywhere.
+    """
+    return devices >= ranks or (devices == 1 and "SLURM_LOCALID" in os.environ)
+
+
+def cuda_capability(ranks: int | None = None) -> tuple[int, int] | None:
+    """Compute capability of the devices that this node's ranks run on, None if they run on the CPU."""
+    found = cuda()
+    return found[1:] if found and devices_suffice(found[0], ranks or ranks_here()) else None
+
+
+@cache
+def cpu_has_bf16() -> bool:
+    """True if the processor multiplies bf16 matrices by itself; without, bf16 is 10-50x slower than fp32."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return False
+    wanted = {"bf16", "svebf16"} if platform.machine() == "aarch64" else {"avx512_bf16", "amx_bf16"}
+    return not words.isdisjoint(wanted)
+
+
+def precision(setting: Literal["auto", "bf16", "fp32"], ranks: int | None = None) -> Literal["bf16", "fp32"]:
+    """What "auto" means here: bf16 on CUDA devices and CPUs with bf16 units, else fp32."""
+    if setting != "auto":
+        return setting
+    capability = cuda_capability(ranks)
+    able = capability >= _BF16_CAPABILITY if capability else cpu_has_bf16()
+    return "bf16" if able else "fp32"
+
+
+def triton_unavailable(ranks: int | None = None) -> str | None:
+    """Why this node's ranks cannot run Triton's kernels; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    capability = cuda_capability(ranks)
+    if capability is None:
+        return f"needs a CUDA device for each rank, and this is {device_name(ranks)}"
+    if capability < _BF16_CAPABILITY:
+        return "needs compute capability {}.{}, and this device has {}.{}".format(*_BF16_CAPABILITY, *capability)
+    return None
+
+
+def device_name(ranks: int | None = None) -> str:
+    """What this node's ranks run on, for the plan."""
+    found, capability = cuda(), cuda_capability(ranks)
+    if capability:
+        return f"cuda, compute capability {capability[0]}.{capability[1]}"
+    cpu = f"cpu, {cores()} cores{', bf16 units' if cpu_has_bf16() else ''}"
+    return cpu if not found else f"{cpu}: NOT on CUDA, {found[0]} device(s) do not go round {ranks or ranks_here()} ranks"
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

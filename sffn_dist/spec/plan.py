@@ -1,0 +1,198 @@
+"""What a run will be, before it starts: parameters, FLOPs, memory, tokens, phases, unused settings. Standard library only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sffn_dist.spec import counts, machine, schedule, traffic
+from sffn_dist.spec.config import Config
+from sffn_dist.spec.memory import memory_per_rank
+from sffn_dist.spec.validation import unused_settings
+
+
+def plan(config: Config, world: int) -> dict[str, Any]:
+    """One JSON-ready object. Parameters and FLOPs without the guide stand under ``parameters`` and ``flops_per_step``.
+
+    FLOPs are those of forward and backward (counts.flops_per_token), not of recomputation; ``memory_per_rank`` is an estimate in bytes.
+    """
+    parts = counts.parameters_by_part(config)
+    ffn = parts["ffn_dense"] + parts["ffn_structured"]
+    clock = schedule.build_schedule(config)
+    step_tokens = config.tokens_per_step
+    guided = clock.guided_steps > 0
+    here = machine.ranks_here(otherwise=world)
+    data_parallel = max(1, world // config.parallel.tensor)
+    precision = machine.precision(config.precision, here)
+    return {
+        "run.dir": config.run.dir,
+        "ffn": config.ffn.model_dump(mode="json", exclude_none=True),
+        "ffn.kind": config.ffn.kind,
+        "parameters": sum(parts.values()),
+        "parameters_by_part": parts,
+        "guide_parameters": counts.guide_parameters(config) if guided else 0,
+        "structured_share_of_ffn": parts["ffn_structured"] / ffn,
+        "ffn_parameters_of_dense": ffn / _dense_ffn(config),
+        "flops_per_step": counts.flops_per_token(config) * step_tokens,
+        "guide_flops_per_guided_step": counts.guide_flops_per_token(config) * step_tokens if guided else 0,
+        "flops_total": schedule.flops(config),
+        "flops_of_dense": schedule.flops(config) / schedule.flops(counts.all_dense(config)),
+        "steps": clock.total_steps,
+        "tokens_per_step": step_tokens,
+        "tokens": step_tokens * clock.total_steps,
+        "guided_steps_share": clock.guided_steps / clock.first_pass,
+        "phases": _phases(config, precision, data_parallel),
+        "precision": precision,
+        "device": machine.device_name(here),
+        "ranks": {"world": world, "tensor": config.parallel.tensor, "data": data_parallel},
+        "accumulation_steps": config.accumulation_steps(data_parallel),
+        "memory_per_rank": memory_per_rank(config, precision, data_parallel, guide=guided),
+        "communication": communication(config, precision, data_parallel),
+        "checkpoint_bytes": checkpoint_bytes(config, guide=guided),
+        "checkpoint": config.checkpoint.model_dump(mode="json"),
+        "unused": unused_settings(config),
+    }
+
+
+def checkpoint_bytes(config: Config, *, guide: bool) -> int:
+    """Of one checkpoint, and while it is written in the background of host memory over all ranks: fp32 weight and two moments."""
+    return 12 * (counts.parameters(config) + (counts.guide_parameters(config) if guide else 0))
+
+
+def communication(config: Config, precision: str, data_parallel: int) -> dict[str, Any]:
+    """What a rank receives from its tensor-parallel group (spec/traffic.py):
+    elements and bytes of a micro-batch by layer, of a step in all.
+
+    ``guide`` is what the guides add where they are drawn, ``all_dense`` what the same model with dense feed-forward layers receives.
+    ZeRO's own traffic, over the data-parallel group, is not in it.
+    """
+    size, steps = 2 if precision == "bf16" else 4, config.accumulation_steps(data_parallel)
+    layers = range(config.model.layers)
+    guided = [*layers] if schedule.build_schedule(config).guided_steps else []
+    guides = [moved for layer in guided for moved in traffic.layer_traffic(config, layer, guide=True)]
+    return {
+        "layers": [
+            {
+                "layer": layer,
+                "ffn": config.kind_of_layer(layer),
+                **{place: _received(some, size) for place, some in _by_linear(traffic.layer_traffic(config, layer)).items()},
+            }
+            for layer in layers
+        ],
+        "step": _received(traffic.model_traffic(config), size, steps),
+        "guide": _received(guides, size, steps),
+        "all_dense": _received(traffic.model_traffic(counts.all_dense(config)), size, steps),
+    }
+
+
+def _by_linear(moved: list[traffic.Transfer]) -> dict[str, list[traffic.Transfer]]:
+    """Attention's, both feed-forward linears', and the rest, which is the norms' gradients."""
+    places: dict[str, list[traffic.Transfer]] = {"attention": [], "linear_fc1": [], "linear_fc2": [], "norms": []}
+    for one in moved:
+        part = "attention" if one.place.startswith("self_attention") else one.place.removeprefix("mlp.").split(".")[0]
+        places[part if part in places else "norms"].append(one)
+    return places
+
+
+def _received(moved: list[traffic.Transfer], size: int, times: int = 1) -> dict[str, float]:
+    """Elements by purpose, and bytes."""
+    elements = {purpose: float(times * traffic.total(moved, purpose)) for purpose in ("forward", "backward", "gradient")}
+    return {**elements, "bytes": float(times * sum(one.elements * (one.size or size) for one in moved))}
+
+
+def _dense_ffn(config: Config) -> int:
+    """Parameters of the same feed-forward layers were they all dense."""
+    return counts.parameters_by_part(counts.all_dense(config))["ffn_dense"]
+
+
+def _phases(config: Config, precision: str, data_parallel: int) -> list[dict[str, Any]]:
+    """The phases in order: steps, tokens, expected FLOPs over all ranks, and a rank's memory, the guide's included while it lasts."""
+    return [
+        {
+            "phase": phase.name,
+            "first_step": phase.first,
+            "last_step": phase.end - 1,
+            "steps": phase.end - phase.first,
+            "tokens": (phase.end - phase.first) * config.tokens_per_step,
+            "flops": schedule.flops(config, phase),
+            "memory": memory_per_rank(config, precision, data_parallel, guide=phase.name == "guided")["total"],
+        }
+        for phase in schedule.build_schedule(config).phases()
+    ]
+
+
+def _phase_line(phase: dict[str, Any], plan: dict[str, Any]) -> str:
+    share = f" ({plan['guided_steps_share']:.3f} of train.steps)" if phase["phase"] == "guided" else ""
+    steps = f"steps {phase['first_step']}..{phase['last_step']}{share}, {si(phase['tokens'])} tokens"
+    return f"{steps}, {si(phase['flops'])} FLOPs, {si(phase['memory'], 'B')} a rank"
+
+
+def _received_line(plan: dict[str, Any]) -> str:
+    received = {key: plan["communication"][key]["bytes"] for key in ("step", "guide", "all_dense")}
+    guide = f", + {si(received['guide'], 'B')} where guides are drawn" if received["guide"] else ""
+    dense = f" (all dense: {si(received['all_dense'], 'B')})" if plan["ffn"]["kind"] != "dense" else ""
+    return f"{si(received['step'], 'B')} a rank and step by tensor parallelism{dense}{guide}; {_layer_line(plan)}"
+
+
+def _checkpoint_line(plan: dict[str, Any]) -> str:
+    size, settings = plan["checkpoint_bytes"], plan["checkpoint"]
+    when = f"every {settings['interval']} steps" if settings["interval"] else "at the end"
+    forever = f", and every {settings['keep_every']} steps for good" if settings["keep_every"] else ""
+    disk = f"{settings['keep']} kept{forever}, {si((settings['keep'] + 1) * size, 'B')} of disk while one is written"
+    return f"{si(size, 'B')} {when}; {disk}" + (", as much host memory as one" if settings["asynchronous"] else "")
+
+
+def _layer_line(plan: dict[str, Any]) -> str:
+    """What the feed-forward linears of one layer of each kind receive in a micro-batch."""
+    kinds = {layer["ffn"]: layer for layer in plan["communication"]["layers"]}
+    sums = {kind: layer["linear_fc1"]["bytes"] + layer["linear_fc2"]["bytes"] for kind, layer in kinds.items()}
+    return "a micro-batch's FFN: " + ", ".join(f"{kind} {si(amount, 'B')}" for kind, amount in sums.items())
+
+
+def si(number: float, unit: str = "") -> str:
+    """211_000_000 -> '211 M'."""
+    for limit, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g} {prefix}{unit}"
+    return f"{number:.3g} {unit}".rstrip()
+
+
+def render(plan: dict[str, Any]) -> str:
+    """The plan as a page for a terminal."""
+    ffn, memory, ranks = plan["ffn"], plan["memory_per_rank"], plan["ranks"]
+    sizes = ", ".join(f"{key} {ffn[key]}" for key in ("rank", "blocks") if key in ffn and f"ffn.{key}" not in plan["unused"])
+    parts = ", ".join(f"{part} {si(count)}" for part, count in plan["parameters_by_part"].items() if count)
+    guide = f" (+ guide {si(plan['guide_parameters'])} while it lasts)" if plan["guide_parameters"] else ""
+    lines = [
+        (
+            "feed-forward",
+            f"{ffn['kind']}{', ' + sizes if sizes else ''}: {plan['ffn_parameters_of_dense']:.0%} of the dense parameters",
+        ),
+        ("parameters", f"{si(plan['parameters'])}{guide}: {parts}"),
+        ("structured", f"{plan['structured_share_of_ffn']:.0%} of the feed-forward parameters"),
+        (
+            "FLOPs a step",
+            f"{si(plan['flops_per_step'])}, + {si(plan['guide_flops_per_guided_step'])} when guided; "
+            f"all {si(plan['flops_total'])}, {plan['flops_of_dense']:.1%} of the dense model's",
+        ),
+        ("steps", f"{plan['steps']} of {si(plan['tokens_per_step'])} tokens = {si(plan['tokens'])} tokens"),
+        *(
+            (item["phase"], _phase_line(item, plan))
+            for item in plan["phases"]
+            if len(plan["phases"]) > 1 or plan["guided_steps_share"]
+        ),
+        (
+            "ranks",
+            f"{ranks['world']} = tensor {ranks['tensor']} x data {ranks['data']}, {plan['accumulation_steps']} micro-steps a step",
+        ),
+        ("precision", f"{plan['precision']} on {plan['device']}"),
+        (
+            "memory a rank",
+            f"about {si(memory['total'], 'B')}: " + ", ".join(f"{k} {si(v, 'B')}" for k, v in memory.items() if k != "total"),
+        ),
+    ]
+    if ranks["tensor"] > 1:
+        lines.append(("received", _received_line(plan)))
+    lines.append(("checkpoints", _checkpoint_line(plan)))
+    lines += [("unused", f"{key}: {reason}") for key, reason in plan["unused"].items()]
+    lines.append(("writes to", plan["run.dir"]))
+    return "\n".join(f"  {name:<14} {text}" for name, text in lines)

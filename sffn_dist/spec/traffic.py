@@ -1,0 +1,209 @@
+"""What a step sends over the tensor-parallel group, from the split table alone. Standard library only.
+
+Counted are elements *received* by one rank, exactly, p ranks, a tensor of n elements:
+
+    all_gather (n gathered), reduce_scatter (n given), all_to_all (n given)   n (p-1)/p
+    all_reduce                                                               2n (p-1)/p
+
+A bottleneck z of r features in ``count`` chunks (TensorSpec.block_groups) is spread or collected as parallel/collectives.py says. With
+sequence parallelism, T tokens: spread and collect are T r / count; without: spread is nothing, collect an all-gather of T r if there are as
+many chunks as ranks, an all-reduce of it if there is one, else an all-to-all of T r / count and then an all-gather of T r.
+parallel/ledger.py counts what is really sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from sffn_dist.spec.config import Config
+from sffn_dist.spec.split_table import (
+    Role,
+    Structure,
+    TensorSpec,
+    ffn_linears,
+    ffn_structure,
+    layer_tensors,
+    linear_tensors,
+    model_tensors,
+    wide_factor,
+)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Elements that a rank receives in one micro-batch. ``purpose``: forward, backward, or gradient (of what every rank holds)."""
+
+    purpose: str
+    kind: str
+    elements: Fraction
+    place: str = ""
+    size: int | None = None  # bytes of an element, where it is not the activations'
+
+
+@dataclass(frozen=True)
+class TrafficGroup:
+    """A tensor-parallel group of ``ranks`` and what it shares: ``tokens`` of a micro-batch, split among it with ``sequence``."""
+
+    ranks: int
+    tokens: int
+    sequence: bool
+
+    def moved(self, purpose: str, kind: str, elements: int) -> Iterator[Transfer]:
+        """Nothing, in a group of one."""
+        if self.ranks > 1:
+            yield Transfer(
+                purpose, kind, Fraction((2 if kind == "all_reduce" else 1) * elements * (self.ranks - 1), self.ranks)
+            )
+
+    def spread(self, purpose: str, width: int, count: int = 1) -> Iterator[Transfer]:
+        """``width`` features of the rank's tokens -> its chunk of all tokens."""
+        if self.sequence:
+            kind = "all_gather" if count == 1 else "all_to_all"
+            yield from self.moved(purpose, kind, self.tokens * width // count)
+
+    def collect(self, purpose: str, width: int, count: int = 1) -> Iterator[Transfer]:
+        """The rank's chunk of all tokens -> all features of the rank's tokens."""
+        if self.sequence:
+            kind = "reduce_scatter" if count == 1 else "all_to_all"
+            yield from self.moved(purpose, kind, self.tokens * width // count)
+        else:
+            elements = self.tokens * width
+            if 1 < count < self.ranks and elements // count % self.ranks == 0:
+                yield from self.moved(purpose, "all_to_all", elements // count)
+                yield from self.moved(purpose, "all_gather", elements)
+            else:
+                yield from self.moved(purpose, "all_gather" if 1 < count == self.ranks else "all_reduce", elements)
+
+    def sum_gradient(self, spec: TensorSpec) -> Iterator[Transfer]:
+        """The gradient of a tensor that every rank holds and computes from its own tokens."""
+        if self.sequence and spec.cut is None:
+            yield from self.moved("gradient", "all_reduce", spec.numel)
+
+
+def dense_linear(group: TrafficGroup, role: Role, inputs: int, outputs: int) -> Iterator[Transfer]:
+    """Megatron's column-parallel (inputs -> outputs) or row-parallel linear, without its bias."""
+    if role == "column":
+        yield from group.spread("forward", inputs)
+        yield from group.spread("backward", inputs)  # again, for the weight's gradient
+        yield from group.collect("backward", inputs)
+    else:
+        yield from group.collect("forward", outputs)
+        yield from group.spread("backward", outputs)
+
+
+def structured_linear(
+    group: TrafficGroup,
+    structure: Structure,
+    role: Role,
+    inputs: int,
+    outputs: int,
+    specs: dict[str, TensorSpec],
+    narrow: bool = False,
+) -> Iterator[Transfer]:
+    """One linear without its guide and bias; ``narrow``: with ``recompute: bottleneck``, which moves some of it once more."""
+    wide = wide_factor(specs)
+    count = max(wide.block_groups(group.ranks)) + 1
+    width = structure.bottleneck(inputs, outputs)
+    if role == "column":
+        yield from group.spread("forward", width, count)
+        yield from group.collect("backward", width, count)
+        if narrow and count < group.ranks:
+            yield from group.spread("backward", width, count)
+    else:
+        turns = 1 if wide.cut is not None and wide.cut.exchanges_features(group.ranks) else 0
+        yield from _times(turns, group.moved("forward", "all_to_all", group.tokens * inputs // group.ranks))
+        yield from group.collect("forward", width, count)
+        yield from group.spread("backward", width, count)
+        yield from _times(turns * (1 + narrow), group.moved("backward", "all_to_all", group.tokens * inputs // group.ranks))
+    for name, spec in specs.items():
+        if name not in ("guide", "bias"):  # of the factors, the one that every rank holds
+            yield from group.sum_gradient(spec)
+
+
+def _times(times: int, moved: Iterable[Transfer]) -> Iterator[Transfer]:
+    return (replace(one, elements=one.elements * times) for one in moved if times)
+
+
+def feed_forward(
+    group: TrafficGroup, structure: Structure, h: int, f: int, *, gated: bool = False, narrow: bool = False
+) -> list[Transfer]:
+    """Both linears of a feed-forward layer h -> f -> h without biases; ``structure`` may be dense."""
+    if structure.kind == "dense":
+        return [*dense_linear(group, "column", h, f), *dense_linear(group, "row", f, h)]
+    wide = 2 * f if gated else f
+    first = linear_tensors(structure, "column", h, wide, gated=gated)
+    second = linear_tensors(structure, "row", f, h)
+    return [
+        *structured_linear(group, structure, "column", h, wide, first, narrow),
+        *structured_linear(group, structure, "row", f, h, second, narrow),
+    ]
+
+
+def total(moved: Iterable[Transfer], purpose: str | None = None) -> Fraction:
+    """Elements, of one purpose or of all."""
+    return sum((one.elements for one in moved if purpose in (None, one.purpose)), Fraction(0))
+
+
+# ---------------------------------------------------------------------------------------------------------- the whole model
+
+
+def group_of(config: Config) -> TrafficGroup:
+    """The run's tensor-parallel group and one micro-batch."""
+    tokens = config.train.micro_batch_size * config.model.sequence
+    return TrafficGroup(config.parallel.tensor, tokens, config.parallel.sequence and config.parallel.tensor > 1)
+
+
+def layer_traffic(config: Config, layer: int, *, guide: bool = False) -> list[Transfer]:
+    """A transformer layer's, by place in it; with ``guide`` what its guides add where they are drawn."""
+    group, h = group_of(config), config.model.width
+    structure, specs = ffn_structure(config, layer), layer_tensors(config, layer, guide=guide)
+    moved: list[Transfer] = []
+
+    def at(place: str, some: Iterable[Transfer]) -> None:
+        moved.extend(replace(one, place=place) for one in some)
+
+    for linear, role, inputs, outputs in ffn_linears(config):
+        name = f"mlp.{linear}"
+        if guide:  # split as a dense linear is
+            at(name, dense_linear(group, role, inputs, outputs) if f"{name}.guide" in specs else ())
+        elif structure.kind == "dense":
+            at(name, dense_linear(group, role, inputs, outputs))
+        else:
+            own = {key.rpartition(".")[2]: spec for key, spec in specs.items() if key.startswith(f"{name}.")}
+            at(name, structured_linear(group, structure, role, inputs, outputs, own, config.recompute == "bottleneck"))
+    if not guide:
+        at("self_attention.linear_qkv", dense_linear(group, "column", h, h))
+        at("self_attention.linear_proj", dense_linear(group, "row", h, h))
+    if config.recompute == "full":  # forward again, up to the last tensor that backward reads: a dense layer's last sum is not
+        moved += [
+            replace(one, purpose="backward")
+            for one in moved
+            if one.purpose == "forward" and not (structure.kind == "dense" and one.place == "mlp.linear_fc2")
+        ]
+    for name, spec in specs.items():
+        if len(spec.shape) == 1 and not guide:  # norms, and biases of row-parallel linears
+            at(name, group.sum_gradient(spec))
+    return moved
+
+
+def model_traffic(config: Config) -> list[Transfer]:
+    """One micro-batch's of the whole model without guides: embedding, layers, output layer, loss."""
+    group, h = group_of(config), config.model.width
+    moved: list[Transfer] = []
+
+    def at(place: str, some: Iterable[Transfer]) -> None:
+        moved.extend(replace(one, place=f"{place}.{one.place}" if one.place else place) for one in some)
+
+    at("embedding.word_embeddings", dense_linear(group, "row", h, h))  # rows of the vocabulary are cut: partial sums
+    for layer in range(config.model.layers):
+        at(f"decoder.layers.{layer}", layer_traffic(config, layer))
+    for name, spec in model_tensors(config, guide=False).items():
+        if name.startswith("decoder.final_layernorm."):
+            at(name, group.sum_gradient(spec))
+    at("output_layer", dense_linear(group, "column", h, h))
+    # the vocabulary-parallel loss: each token's largest logit, its label's, and the sum of exponentials, in fp32
+    for _ in range(3):
+        moved.extend(replace(one, size=4) for one in group.moved("forward", "all_reduce", group.tokens))
+    return moved

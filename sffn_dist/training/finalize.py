@@ -1,0 +1,110 @@
+"""The end of a run: evaluation of the finished model, a sample of its text, the table, ``summary.json``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import sys
+from typing import Any
+
+from sffn_dist import model as models
+from sffn_dist.atomic_io import write_text
+from sffn_dist.data.shards import Corpus
+from sffn_dist.inference.evaluation import Evaluation
+from sffn_dist.inference.generation import sample
+from sffn_dist.launch import exit_codes
+from sffn_dist.spec import counts
+from sffn_dist.telemetry import metrics
+from sffn_dist.telemetry.progress import format_duration
+from sffn_dist.training import loop
+from sffn_dist.training.run import Run
+
+log = logging.getLogger(__name__)
+
+
+def finalize(run: Run, corpus: Corpus) -> None:
+    """Evaluate, sample, report; every rank must call it."""
+    result = loop.evaluate_now(run)
+    text = sample_text(run, corpus)
+    if run.reports is None:
+        return
+    run.reports.close()
+    numbers = {**summary(run, result, corpus.meta.unigram_entropy), "sample": text}
+    print(table(numbers, run), flush=True)
+    try:
+        write_text(run.dir / "summary.json", json.dumps(numbers, indent=1) + "\n")
+    except OSError as error:  # the run is over and printed: a full disk takes only this file
+        log.warning("summary.json not written: %s", error)
+    run.watch.stop()  # a tracker may take minutes to send the rest, and nobody waits for it
+    run.reports.trackers.finish(numbers)
+    sys.stdout.flush()
+
+
+def finalize_stopped(run: Run, stop: signal.Signals) -> None:
+    """A signal stopped the run, its state is saved: the record of the end says so to a job script, the trackers close."""
+    reason = f"stopped by {stop.name} after step {run.step} of {run.schedule.total_steps}"
+    if run.reports is None:
+        return
+    exit_codes.record(exit_codes.for_signal(stop), reason)
+    run.reports.close()
+    run.reports.trackers.finish({"stopped": reason})
+
+
+def sample_text(run: Run, corpus: Corpus) -> str:
+    """``sample.prompt`` and what the structure alone makes of it."""
+    config = run.config
+    models.unset_guide(run.model)
+    prompt = corpus.tokenizer.encode(config.sample.prompt, add_special_tokens=False).ids or [corpus.meta.end_of_text]
+    ids = sample(
+        run.model,
+        run.watch.with_progress(models.token_logits, "sample", run.step),
+        prompt,
+        config.sample.tokens,
+        context=config.model.sequence,
+        vocab=corpus.meta.vocab,
+        temperature=config.sample.temperature,
+        seed=config.train.seed,
+        topology=run.topology,
+        stop=corpus.meta.end_of_text,
+    )
+    return str(corpus.tokenizer.decode(ids))
+
+
+def summary(run: Run, evaluation: Evaluation, unigram_entropy: float) -> dict[str, Any]:
+    """What the run came to; seconds and tokens/s over the steps of all its starts, by metrics.jsonl."""
+    try:
+        rows = metrics.read(run.dir / "metrics.jsonl")
+    except OSError:
+        rows = []
+    seconds = sum(row["seconds"] for row in rows)
+    tokens = run.config.tokens_per_step
+    return {
+        "heldout_loss": evaluation.loss,
+        "unigram_entropy": unigram_entropy,
+        "perplexity": evaluation.perplexity,
+        "bits_per_byte": evaluation.bits_per_byte,
+        "tokens_per_s": tokens * len(rows) / seconds if seconds else math.nan,
+        "seconds": seconds,
+        "steps": run.step,
+        "tokens": run.step * tokens,
+        "parameters": counts.parameters(run.config),
+        "precision": run.precision,
+        "ranks": {"world": run.topology.world, "tensor": run.topology.tensor, "data": run.topology.data},
+    }
+
+
+def table(numbers: dict[str, Any], run: Run) -> str:
+    """The summary as a page for a terminal."""
+    rows = [
+        ("held-out loss", f"{numbers['heldout_loss']:.4f} nats a token"),
+        ("unigram entropy", f"{numbers['unigram_entropy']:.4f} nats a token, of the held-out tokens"),
+        ("perplexity", f"{numbers['perplexity']:.2f}"),
+        ("bits per byte", f"{numbers['bits_per_byte']:.4f}"),
+        ("steps", f"{numbers['steps']}, {numbers['tokens']:,} tokens"),
+        ("speed", f"{numbers['tokens_per_s']:,.0f} tokens/s, {format_duration(numbers['seconds'])} of training steps"),
+        ("written to", f"{run.dir}/ (metrics.jsonl, evaluations.jsonl, summary.json, checkpoints/)"),
+    ]
+    lines = "\n".join(f"  {name:<16} {text}" for name, text in rows)
+    return f"\n{lines}\n\nsample:\n{numbers['sample']}"

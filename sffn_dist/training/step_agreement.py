@@ -1,0 +1,41 @@
+"""What all ranks know alike before a step's update is made: its mean loss, and whether one of them was told to stop or to report.
+
+One all-reduce of a few numbers a step, where the loss is read anyway. Everything that a run decides in mid-course (skip this step, stop,
+go back) is a function of these, so that all ranks decide alike, and of the losses before, which are in the checkpoints.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from sffn_dist.launch.signals import STOP_SIGNALS, SignalHandler
+from sffn_dist.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class StepAgreement:
+    """The same on every rank."""
+
+    loss: float  # nats, mean over the step's tokens
+    stop: signal.Signals | None = None
+    report: bool = False
+    waited: float = 0.0  # seconds that this rank waited for the others; its own
+
+
+def agree_on_step(loss: float, told: SignalHandler, topology: Topology, *, report: bool = False) -> StepAgreement:
+    """Join what every rank knows: ``loss`` is the mean over the rank's own sequences. All ranks must call it."""
+    wanted = report or told.report_wanted
+    told.report_wanted = False
+    started = time.perf_counter()
+    facts = [loss / topology.world, float(wanted), *(float(told.received == number) for number in STOP_SIGNALS)]
+    if topology.world > 1:
+        shared = torch.tensor(facts, dtype=torch.float64, device=topology.device)
+        dist.all_reduce(shared)
+        facts = shared.tolist()
+    stop = next((number for number, count in zip(STOP_SIGNALS, facts[2:], strict=True) if count), None)
+    return StepAgreement(facts[0], stop, bool(facts[1]), time.perf_counter() - started)
