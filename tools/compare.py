@@ -24,14 +24,11 @@ from pathlib import Path
 
 import sffn_dist
 from sffn_dist import atomic_io
-from sffn_dist.checkpoint import manifest
 from sffn_dist.comparison import curves, summary, variants
-from sffn_dist.data import metadata
-from sffn_dist.launch import run_identity
+from sffn_dist.launch import checks
 from sffn_dist.spec import loading, machine, validation
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.telemetry.progress import format_duration
-from sffn_dist.telemetry.trackers import check_trackers
 
 PRETRAIN = Path(sffn_dist.__file__).absolute().parent / "pretrain.py"
 FAILED, REFUSED = 1, 2  # exit codes
@@ -98,18 +95,13 @@ def planned(args: argparse.Namespace) -> tuple[list[variants.PlannedVariant], li
     return entries, runs
 
 
-def check(config: Config, world: int) -> None:
+def check(config: Config, ranks: int) -> None:
     """What pretrain.py refuses on this machine before it imports torch; raises ConfigError."""
     try:
-        validation.check_world(config, world)
+        validation.check_world(config, ranks)
     except ConfigError as error:
         raise ConfigError([f"{problem}; --gpus sets the ranks of a run" for problem in error.problems]) from None
-    metadata.check_source(config.data, config.model.vocab)
-    check_trackers(config.logging)
-    prepared = metadata.locate(config)
-    run_identity.check_identity(config, metadata.read_meta(prepared).fingerprint if metadata.is_usable(prepared) else None)
-    if config.init_from and manifest.latest_checkpoint(Path(config.run.dir)) is None:
-        run_identity.check_source_of_weights(config)
+    checks.check_run(config, ranks)
 
 
 def origin(world: int) -> dict[str, str]:

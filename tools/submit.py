@@ -20,6 +20,7 @@ from pathlib import Path
 
 import sffn_dist
 from sffn_dist.cluster import job, runs, sweep
+from sffn_dist.launch import checks
 from sffn_dist.spec.config import ConfigError
 
 REPOSITORY = Path(sffn_dist.__file__).resolve().parents[1]
@@ -91,7 +92,7 @@ def runs_of(args: argparse.Namespace, options: job.Options) -> tuple[str, list[r
     if not args.config:
         raise ConfigError(["--config: missing; name the run's config, or a sweep with --sweep"])
     run = runs.read(Path(args.config).stem, args.config, args.overrides)
-    runs.check(run.config, options.world)
+    checks.check_run(run.config, options.world)
     return run.name, [run], Path(run.run_dir, "logs").absolute()
 
 

@@ -23,21 +23,21 @@ from sffn_dist.health.stragglers import Recorder
 from sffn_dist.health.watchdog import Watchdog
 from sffn_dist.launch import environment
 from sffn_dist.telemetry import metrics
-from sffn_dist.training import loop, reporting
+from sffn_dist.training import reporting, step
 from sffn_dist.training.bad_steps import BadSteps
 from sffn_dist.training.loss_spikes import LossHistory
-from sffn_dist.training.run import Run
+from sffn_dist.training.run import TrainingRun
 
 # guard -> where its functions are, and whether they exchange something between ranks
 GUARDS: dict[str, tuple[tuple[tuple[Any, str], ...], bool]] = {
-    "agreement": (((loop, "agree"),), True),
-    "replicas": (((replica_check, "check"),), True),
-    "spikes": (((LossHistory, "objection"), (BadSteps, "note")), False),
+    "agreement": (((step, "agree_on_step"),), True),
+    "replicas": (((replica_check, "check_replicas"),), True),
+    "spikes": (((LossHistory, "rejection_reason"), (BadSteps, "record")), False),
     "watch": (((Watchdog, "tick"),), False),
-    "recorder": (((Recorder, "begin"), (Recorder, "forwarded"), (Recorder, "end"), (Run, "report_requested")), False),
+    "recorder": (((Recorder, "begin"), (Recorder, "forwarded"), (Recorder, "end"), (TrainingRun, "report_requested")), False),
     "telemetry": (((reporting, "report_step"),), False),
 }
-THREADS = ("watch", "roll-call")
+THREADS = ("watchdog", "heartbeat")
 
 
 def instrument(spent: dict[str, list[float]]) -> None:
@@ -83,7 +83,7 @@ def measured(settings: dict[str, Any]) -> list[dict[str, Any]]:
     if pretrain.main(["--config", settings["config"], *settings["overrides"]]):
         sys.exit("the run failed")
     found = metrics.read(Path(settings["folder"]) / "metrics.jsonl")
-    step = statistics.median(row["seconds"] for row in found)
+    step_seconds = statistics.median(row["seconds"] for row in found)
     per_step = {}
     for name, seconds in spent.items():
         # of checks every n steps the n-th part; the first call, which warms up, counts like the others
@@ -93,14 +93,16 @@ def measured(settings: dict[str, Any]) -> list[dict[str, Any]]:
         "config": Path(settings["config"]).stem,
         "ranks": settings["ranks"],
         "steps": len(found),
-        "step_ms": rows.figures(1e3 * step),
+        "step_ms": rows.figures(1e3 * step_seconds),
     }
     table = [
-        rows.row("guards", name, "step", shape, [value, value], calls=len(spent[name]), share=rows.figures(value / step))
+        rows.row(
+            "guards", name, "step", shape, [value, value], calls=len(spent[name]), share=rows.figures(value / step_seconds)
+        )
         for name, value in per_step.items()
     ]
     total = sum(per_step.values())
-    table.append(rows.row("guards", "all", "step", shape, [total, total], calls=0, share=rows.figures(total / step)))
+    table.append(rows.row("guards", "all", "step", shape, [total, total], calls=0, share=rows.figures(total / step_seconds)))
     for row in table:
         for name in ("p20_ms", "p80_ms", "repeats"):  # one mean a run
             del row[name]

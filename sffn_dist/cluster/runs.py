@@ -6,12 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sffn_dist.checkpoint import manifest
-from sffn_dist.data import metadata
-from sffn_dist.launch import run_identity
-from sffn_dist.spec import loading, validation
+from sffn_dist.spec import loading
 from sffn_dist.spec.config import Config
-from sffn_dist.telemetry.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -45,17 +41,3 @@ class JobRun:
 def read(name: str, file: str, overrides: Sequence[str]) -> JobRun:
     """Load a run's config; raises ConfigError."""
     return JobRun(name, file, tuple(overrides), loading.load(file, overrides))
-
-
-def check(config: Config, world: int) -> None:
-    """What pretrain.py refuses before it imports torch, as far as it is the same on every machine; raises ConfigError.
-
-    A job may wait for days: what can be seen now is said now.
-    """
-    validation.check_world(config, world)
-    metadata.check_source(config.data, config.model.vocab)
-    check_trackers(config.logging)
-    prepared = metadata.locate(config)
-    run_identity.check_identity(config, metadata.read_meta(prepared).fingerprint if metadata.is_usable(prepared) else None)
-    if config.init_from and manifest.latest_checkpoint(Path(config.run.dir)) is None:
-        run_identity.check_source_of_weights(config)

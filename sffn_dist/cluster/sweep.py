@@ -29,6 +29,7 @@ from typing import Any
 
 from sffn_dist.cluster import runs
 from sffn_dist.cluster.runs import JobRun
+from sffn_dist.launch import checks
 from sffn_dist.spec.config import ConfigError
 
 KEYS = ("name", "configs", "overrides", "grid", "exclude")
@@ -170,7 +171,7 @@ def expand(sweep: Sweep, overrides: Sequence[str], world: int, folder: str = "ru
         settings = [f"{key}={_text(value)}" for choice in choices for key, value in choice.settings]
         try:
             found[label] = runs.read(label, file, [*fixed, *settings, f"run.dir={folder}/{sweep.name}/{label}"])
-            runs.check(found[label].config, world)
+            checks.check_run(found[label].config, world)
         except ConfigError as error:
             for problem in error.problems:
                 problems.setdefault(problem, []).append(label)

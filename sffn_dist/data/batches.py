@@ -123,6 +123,11 @@ def heldout_batches(tokens: TokenArray, sequence: int, count: int, batch: int) -
     return (_read(tokens, chosen[start : start + batch], sequence) for start in range(0, taken, batch))
 
 
+def read_heldout(tokens: TokenArray, sequence: int, count: int) -> NDArray[np.int64]:
+    """All of :func:`heldout_batches` at once: (windows, S+1)."""
+    return np.concatenate(list(heldout_batches(tokens, sequence, count, 64)))
+
+
 def _windows(tokens: TokenArray, sequence: int, side: str) -> int:
     windows = (len(tokens) - 1) // sequence
     if windows < 1:

@@ -1,4 +1,4 @@
-"""The ranks' roll call: each one's beat in the common store, and the first verdict on the run, which stands for all.
+"""Heartbeats of all ranks in the rendezvous store, and the first verdict on the run, which stands for all.
 
     beat/<rank>     {"n": number of the beat, "ticks", "doing", "idle": progress, "done"}
     place/<rank>    host, pid and start time of the process
@@ -57,7 +57,7 @@ class Heartbeat:
         self._heard = 0
         self._stopping = threading.Event()
         self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._talk, name="roll-call", daemon=True)
+        self._thread = threading.Thread(target=self._talk, name="heartbeat", daemon=True)
         self._number, self._asked, self.fault = 0, 0.0, ""
         self._all = rank == 0  # hear of every rank, not only of those of this machine
         self.awake = 0.0  # when this process last came back from having been stopped: no silence counts from before
@@ -125,18 +125,18 @@ class Heartbeat:
         gone = self._near_and_gone()
         if gone is not None:
             host, pid, _ = self._places[gone]
-            return f"rank {gone} (pid {pid}) on {host} ended without a word: killed from outside, out of memory, or crashed"
+            return f"rank {gone} (pid {pid}) on {host} exited without an error message: killed from outside, out of memory, or crashed"
         if not self._patience:
             return None
         if self._broken or self._out_of_contact():
             if self.rank == 0:
-                return "the ranks' common store does not answer: who serves it is gone"
-            return None if self._done(0) else self._describe(0, "cannot be reached: its store does not answer")
+                return "the rendezvous store does not answer: the process that serves it is gone"
+            return None if self._done(0) else self._describe(0, "cannot be reached: the rendezvous store does not answer")
         now = time.monotonic()
         for rank in range(self.world) if self.rank == 0 else (0,):
             silence = now - max(self._beats[rank][0], self.awake)
             if rank != self.rank and silence > self._patience and not self._done(rank):
-                how = f"unheard of for {silence:.0f} seconds (guards.lost_seconds = {self._patience:g})"
+                how = f"no heartbeat for {silence:.0f} s (guards.lost_seconds = {self._patience:g})"
                 return self._describe(rank, how)
         return None
 

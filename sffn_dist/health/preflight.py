@@ -145,6 +145,11 @@ def check_ranks(config: Config, precision: str) -> RankFacts:
     return RankFacts(tuple(hosts), mine[consistency.DEVICE], tuple(warnings))
 
 
+def run(facts: RankFacts, topology: Topology, precision: str, *, measures: bool) -> PreflightReport:
+    """The pre-flight of a run: collectives, clocks and speed where ``measures`` and there are several ranks. All ranks must call it."""
+    return measure(facts, topology, precision) if measures and topology.world > 1 else facts.report()
+
+
 def measure(
     agreed: RankFacts,
     here: Topology,

@@ -62,7 +62,7 @@ class Watchdog:
         self._heartbeat.start()
         self._catch_wakeups()
         self._ticked = time.monotonic()
-        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
         self._thread.start()
 
     def tick(self, doing: str, step: int) -> None:
@@ -127,7 +127,7 @@ class Watchdog:
                 self._ended.wait(POLL_SECONDS)
             if fault and not told:
                 told = True
-                _write_stderr(f"rank {self._rank}: warning: the watch stumbled, and goes on:\n{fault}")
+                _write_stderr(f"rank {self._rank}: warning: the watchdog raised an error and continues:\n{fault}")
 
     def _glance(self) -> None:
         assert self._heartbeat

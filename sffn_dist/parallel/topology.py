@@ -74,7 +74,7 @@ def init_parallel(config: Config) -> Topology:
 
 
 def init_process_group(timeout: float = 1800.0) -> Any:
-    """Join the process group that the launcher describes (RANK, WORLD_SIZE, ...), or be alone; returns the ranks' common store.
+    """Join the process group that the launcher describes (RANK, WORLD_SIZE, ...), or be alone; returns the rendezvous store.
 
     ``timeout``: seconds that a collective may take. Raises ConfigError where ranks do not find each other.
     """

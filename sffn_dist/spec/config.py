@@ -154,7 +154,7 @@ class Guards(Section):
     hang_seconds: NonNegativeFloat = Field(
         600.0, description="no progress for so long ends the run with every rank's stack; 0: never"
     )
-    lost_seconds: NonNegativeFloat = Field(30.0, description="a rank unheard of for so long ends the run; 0: never")
+    lost_seconds: NonNegativeFloat = Field(30.0, description="no heartbeat of a rank for so long ends the run; 0: never")
     replicas_interval: NaturalInt = Field(100, description="steps between comparisons of the replicas' weights; 0: none")
     spike_deviations: NonNegativeFloat = Field(
         10.0, description="a loss so many robust standard deviations above the median of the last ones is a spike; 0: none is"

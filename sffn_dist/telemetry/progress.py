@@ -146,7 +146,7 @@ class Progress:
         now = self._clock()
         seconds = row["seconds"] if "seconds" in row else now - self._before
         self._before = now
-        before, self.done = self.done, row.get("step", self.done) + 1  # some steps may have been passed over
+        before, self.done = self.done, row.get("step", self.done) + 1  # the batches of some steps may have been skipped
         self._estimate.observe("step", seconds)
         if row.get("heldout_loss") is not None:
             self._heldout = row["heldout_loss"]

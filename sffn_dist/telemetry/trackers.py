@@ -56,7 +56,7 @@ class Trackers:
             self._guard(tracker, tracker.event, row)
 
     def rewind(self, step: int) -> None:
-        """The run went back: the rows of ``step`` and later will come again."""
+        """The run was rolled back: the rows of ``step`` and later will come again."""
         for tracker in self._trackers:
             self._guard(tracker, tracker.rewind, step)
 
@@ -153,7 +153,7 @@ class _Wandb:
             self._run = start("offline")
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        # steps that a resumed run, or one that went back, repeats are on the server already; it would warn about each
+        # steps that a resumed run, or one that was rolled back, repeats are on the server already; it would warn about each
         if step >= max(self._run.starting_step, self._logged):
             self._logged = step
             self._run.log(dict(row), step=step)

@@ -5,13 +5,15 @@ What of an engine is the run's state: engine_state.py.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -124,6 +126,13 @@ def destroy(engine: Engine) -> None:
         inspect.getclosurevars(kept).nonlocals["func"].cache_clear()  # wrapped for NVTX ranges
 
 
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more: engines and their models hold each other in circles."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the next engine's tensors are of other sizes
+
+
 def set_learning_rate(engine: Engine, value: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = value
@@ -132,20 +141,48 @@ def set_learning_rate(engine: Engine, value: float) -> None:
 # ----------------------------------------------------------------------------------------------------------------- a step
 
 
+class Decision(Protocol):
+    """Whether a step's update is made; the same on every rank."""
+
+    @property
+    def rejection(self) -> str | None:
+        """Why it is not made; None if it is."""
+
+
+D = TypeVar("D", bound=Decision)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The decision where nobody asks: the update is made."""
+
+    rejection: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineStep(Generic[D]):
+    """What came of one optimizer step on this rank."""
+
+    loss: float  # nats, mean over the rank's micro-batches
+    grad_norm: float  # global, before clipping; not finite where no update was made
+    decision: D
+
+
 def train_step(
     engine: Engine,
     losses: Callable[[Any], Tensor],
     micro_batches: Iterator[Any],
     clip: float,
-    allow: Callable[[float], bool] = lambda loss: True,
-) -> tuple[float, float]:
-    """One optimiser step over the rank's micro-batches; returns (mean loss in nats, global gradient norm before clipping).
+    decide: Callable[[float], D] = lambda loss: Accepted(),  # type: ignore[assignment,return-value]
+) -> EngineStep[D]:
+    """One optimizer step over the rank's micro-batches.
 
-    ``allow``, called with the mean loss on every rank, says whether the update is made: the same on all of them. Where it is not, and
-    where a gradient is not finite, nothing changes: no weight, no moment, no count; the norm returned is then not finite.
+    ``decide``, called with the mean loss on every rank, says whether the update is made. Where it is not, and where a gradient is not
+    finite, nothing changes: no weight, no moment, no count.
     """
     total: Tensor | None = None
     norm: float | None = None
+    decision: D | None = None
     mean, count = math.nan, 0
     for micro_batch in micro_batches:
         loss = losses(micro_batch)
@@ -153,11 +190,12 @@ def train_step(
         total, count = loss.detach() if total is None else total + loss.detach(), count + 1
         if engine.is_gradient_accumulation_boundary():
             mean = float(total) / count
-            norm = _finish_gradients(engine, allow(mean), clip)
+            decision = decide(mean)
+            norm = _finish_gradients(engine, decision.rejection is None, clip)
         engine.step()
-    assert total is not None, "a step needs a micro-batch"
+    assert decision is not None, "a step needs a micro-batch"
     assert engine.micro_steps % engine.gradient_accumulation_steps() == 0
-    return mean, float(engine.get_global_grad_norm()) if norm is None else norm
+    return EngineStep(mean, float(engine.get_global_grad_norm()) if norm is None else norm, decision)
 
 
 def _finish_gradients(engine: Engine, allowed: bool, clip: float) -> float | None:

@@ -18,15 +18,15 @@ from sffn_dist.launch import exit_codes
 from sffn_dist.spec import counts
 from sffn_dist.telemetry import metrics
 from sffn_dist.telemetry.progress import format_duration
-from sffn_dist.training import loop
-from sffn_dist.training.run import Run
+from sffn_dist.training.hooks.evaluate import evaluate_run
+from sffn_dist.training.run import TrainingRun
 
 log = logging.getLogger(__name__)
 
 
-def finalize(run: Run, corpus: Corpus) -> None:
+def finalize(run: TrainingRun, corpus: Corpus) -> None:
     """Evaluate, sample, report; every rank must call it."""
-    result = loop.evaluate_now(run)
+    result = evaluate_run(run)
     text = sample_text(run, corpus)
     if run.reports is None:
         return
@@ -37,12 +37,12 @@ def finalize(run: Run, corpus: Corpus) -> None:
         write_text(run.dir / "summary.json", json.dumps(numbers, indent=1) + "\n")
     except OSError as error:  # the run is over and printed: a full disk takes only this file
         log.warning("summary.json not written: %s", error)
-    run.watch.stop()  # a tracker may take minutes to send the rest, and nobody waits for it
+    run.watchdog.stop()  # a tracker may take minutes to send the rest, and nobody waits for it
     run.reports.trackers.finish(numbers)
     sys.stdout.flush()
 
 
-def finalize_stopped(run: Run, stop: signal.Signals) -> None:
+def finalize_stopped(run: TrainingRun, stop: signal.Signals) -> None:
     """A signal stopped the run, its state is saved: the record of the end says so to a job script, the trackers close."""
     reason = f"stopped by {stop.name} after step {run.step} of {run.schedule.total_steps}"
     if run.reports is None:
@@ -52,14 +52,14 @@ def finalize_stopped(run: Run, stop: signal.Signals) -> None:
     run.reports.trackers.finish({"stopped": reason})
 
 
-def sample_text(run: Run, corpus: Corpus) -> str:
+def sample_text(run: TrainingRun, corpus: Corpus) -> str:
     """``sample.prompt`` and what the structure alone makes of it."""
     config = run.config
     models.unset_guide(run.model)
     prompt = corpus.tokenizer.encode(config.sample.prompt, add_special_tokens=False).ids or [corpus.meta.end_of_text]
     ids = sample(
         run.model,
-        run.watch.with_progress(models.token_logits, "sample", run.step),
+        run.watchdog.with_progress(models.token_logits, "sample", run.step),
         prompt,
         config.sample.tokens,
         context=config.model.sequence,
@@ -72,7 +72,7 @@ def sample_text(run: Run, corpus: Corpus) -> str:
     return str(corpus.tokenizer.decode(ids))
 
 
-def summary(run: Run, evaluation: Evaluation, unigram_entropy: float) -> dict[str, Any]:
+def summary(run: TrainingRun, evaluation: Evaluation, unigram_entropy: float) -> dict[str, Any]:
     """What the run came to; seconds and tokens/s over the steps of all its starts, by metrics.jsonl."""
     try:
         rows = metrics.read(run.dir / "metrics.jsonl")
@@ -95,7 +95,7 @@ def summary(run: Run, evaluation: Evaluation, unigram_entropy: float) -> dict[st
     }
 
 
-def table(numbers: dict[str, Any], run: Run) -> str:
+def table(numbers: dict[str, Any], run: TrainingRun) -> str:
     """The summary as a page for a terminal."""
     rows = [
         ("held-out loss", f"{numbers['heldout_loss']:.4f} nats a token"),

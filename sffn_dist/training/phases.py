@@ -12,55 +12,55 @@ precision) and less than a guided step does.
 
 from __future__ import annotations
 
-import gc
-
 import torch
 
 from sffn_dist import model as models
+from sffn_dist.parallel.topology import Topology
+from sffn_dist.spec.config import Config
 from sffn_dist.spec.split_table import model_tensors
 from sffn_dist.training import engine as engines
 from sffn_dist.training import engine_state
-from sffn_dist.training.run import Run
+from sffn_dist.training.engine_state import Engine
+from sffn_dist.training.run import TrainingRun
 
 
-def enter(run: Run) -> None:
-    """Bring the run into the phase of ``run.step``, the next step; nothing to do where the parameters stay. All ranks must call it.
+def changes(run: TrainingRun) -> bool:
+    """Whether the next step needs other parameters than the engine has.
 
-    Nor at the end of the run, where nothing is trained any more: what is saved there leaves a guide out (loop.save).
+    Not at the end of the run, where nothing is trained any more: what is saved there leaves a guide out (hooks/checkpoint.py).
     """
-    guide = run.schedule.guided(run.step)
-    if guide == models.has_guide(run.model) or run.step == run.schedule.total_steps:
+    if run.step == run.schedule.total_steps:
+        return False
+    return run.schedule.guided(run.step) != models.has_guide(run.model)
+
+
+def enter(run: TrainingRun) -> None:
+    """Bring the run into the phase of ``run.step``, the next step, if it is not in it. All ranks must call it."""
+    if not changes(run):
         return
-    carried = engine_state.export_state(run.engine)
-    engines.destroy(run.engine)
-    run.engine = None
-    free(run)
-    model = models.build(run.config, run.precision, run.topology, guide=guide)
-    run.engine = engines.create(model, run.config, run.precision, run.topology, carried)
+    guide, state = run.schedule.guided(run.step), engine_state.export_state(run.engine)
+
+    def build() -> Engine:
+        model = models.build(run.config, run.precision, run.topology, guide=guide)
+        return engines.create(model, run.config, run.precision, run.topology, state)
+
+    run.replace_engine(build)
     if guide:
-        start_guides(run)
+        start_guides(run.engine, run.config, run.topology)
     else:
         engine_state.update_model_weights(run.engine)
     if run.reports:
-        went = "begins: every guide starts as its factors' product" if guide else "is over: the guide is freed"
-        run.reports.progress.note(f"after step {run.step}: the guided phase {went}")
+        change = "begins: every guide starts as its factors' product" if guide else "is over: the guide is freed"
+        run.reports.progress.note(f"after step {run.step}: the guided phase {change}")
 
 
 @torch.no_grad()
-def start_guides(run: Run) -> None:
+def start_guides(engine: Engine, config: Config, topology: Topology) -> None:
     """Each guide's fp32 weights, from the factors' fp32 weights, one linear at a time; then the model's. All ranks must call it."""
-    config, topology = run.config, run.topology
-    held = {fragment.name: fragment for fragment in engine_state.fragments(run.engine)}
+    held = {fragment.name: fragment for fragment in engine_state.fragments(engine)}
     specs = model_tensors(config, guide=True)
     for name, part in models.guides(config, topology, lambda name: engine_state.full_weight(held, name, specs[name], topology)):
         fragment = held.get(name)
         if fragment is not None:
             fragment.tensors["weight"].copy_(part.view(-1)[fragment.start : fragment.start + fragment.numel])
-    engine_state.update_model_weights(run.engine)
-
-
-def free(run: Run) -> None:
-    """Give back what nothing refers to any more: engines and their models hold each other in circles."""
-    gc.collect()
-    if run.topology.device.type == "cuda":
-        torch.cuda.empty_cache()  # the new engine's tensors are of other sizes
+    engine_state.update_model_weights(engine)

@@ -1,161 +1,116 @@
-"""What rank 0 tells of a run while it trains: metrics, progress, trackers, and how long it still takes."""
+"""What rank 0 tells of a run while it trains: each step, each rank's speed, and how long the run still takes."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-import torch
-
 from sffn_dist import model as models
 from sffn_dist.checkpoint import writer
 from sffn_dist.checkpoint.manifest import checkpoints
-from sffn_dist.health import preflight, stragglers
+from sffn_dist.health import stragglers
+from sffn_dist.health.preflight import PreflightReport
 from sffn_dist.launch import run_identity
 from sffn_dist.parallel.topology import Topology
-from sffn_dist.spec import counts
-from sffn_dist.spec import schedule as schedules
 from sffn_dist.spec.config import Config, ConfigError, flatten
 from sffn_dist.spec.plan import checkpoint_bytes
-from sffn_dist.spec.schedule import StepSchedule
-from sffn_dist.telemetry.events import EventLog
-from sffn_dist.telemetry.metrics import MetricsLog
-from sffn_dist.telemetry.peak import measured_flops, peak_flops
-from sffn_dist.telemetry.progress import Estimate, Progress, format_duration
+from sffn_dist.spec.schedule import StepSchedule, build_schedule
+from sffn_dist.telemetry.peak import measured_flops
+from sffn_dist.telemetry.progress import format_duration
 from sffn_dist.telemetry.trackers import Trackers, open_trackers
-from sffn_dist.training.run import Reports, Run
+from sffn_dist.training.reports import Reports
+from sffn_dist.training.run import TrainingRun
+from sffn_dist.training.step_result import StepResult
 
-DISK_RATE, COPY_RATE = (
-    500e6,
-    5e9,
-)  # bytes a second that a save takes of training, written at once or copied; until one was timed
 EARLY_STEPS = 3  # after so many steps of a process the estimate of the whole run is printed
 
 
-def begin(run: Run, continued: Path | None, tried: preflight.PreflightReport) -> None:
-    """Rank 0 takes run.dir in hand: leftovers out, the run's record and logs in; raises ConfigError where it cannot be written.
+def open_reports(config: Config, precision: str, topology: Topology, step: int, data_fingerprint: str) -> Reports | None:
+    """Rank 0 takes run.dir over: leftovers out, the run's record and logs in. None on other ranks.
 
-    ``tried``: what the pre-flight found.
+    Raises ConfigError where run.dir cannot be written.
     """
-    config = run.config
+    if not topology.main:
+        return None
+    run_dir = Path(config.run.dir)
     try:
-        writer.remove_leftovers(run.dir)
-        run_identity.write_record(config, run.data_fingerprint)
-        told = run.step == run.schedule.total_steps and (run.dir / "summary.json").exists()
-        trackers = Trackers() if told else open_trackers(config.logging, run.dir, flatten(config), run.step)
-        run.reports = open_reports(config, run.precision, run.topology, trackers, run.step)
+        writer.remove_leftovers(run_dir)
+        run_identity.write_record(config, data_fingerprint)
+        finished = step == build_schedule(config).total_steps and (run_dir / "summary.json").exists()
+        trackers = Trackers() if finished else open_trackers(config.logging, run_dir, flatten(config), step)
+        return Reports(config, precision, topology, trackers, step)
     except OSError as error:
         raise ConfigError([f"run.dir = {config.run.dir!r}: cannot be written: {error}"]) from None
-    _warn_of_room(run)
-    if tried.trials or tried.warnings:
-        head, *_ = tried.text().split("\n", 1)
-        run.tell("pre-flight", "\n".join([head, *(f"warning: {warning}" for warning in tried.warnings)]), **tried.row())
-    if continued:
-        run.tell("continued", f"continuing at step {run.step} of {run.schedule.total_steps} from {continued}")
 
 
-def begin_again(run: Run) -> None:
-    """After a return to an earlier step: its metrics go on from there, whatever they held beyond."""
+def report_start(run: TrainingRun, checkpoint: Path | None, preflight: PreflightReport) -> None:
+    """What the pre-flight found, and the checkpoint that the run continues from."""
     if run.reports is None:
         return
-    trackers = run.reports.trackers
-    run.reports.close()
-    trackers.rewind(run.step)
-    run.reports = open_reports(run.config, run.precision, run.topology, trackers, run.step)
+    _warn_of_room(run, run.reports)
+    if preflight.trials or preflight.warnings:
+        head, *_ = preflight.text().split("\n", 1)
+        text = "\n".join([head, *(f"warning: {warning}" for warning in preflight.warnings)])
+        run.tell("pre-flight", text, **preflight.row())
+    if checkpoint:
+        run.tell("continued", f"continuing at step {run.step} of {run.schedule.total_steps} from {checkpoint}")
 
 
-def _warn_of_room(run: Run) -> None:
+def _warn_of_room(run: TrainingRun, reports: Reports) -> None:
     """Before the first step: a save that finds no room would be lost, hours later."""
-    assert run.reports
     kept = run.config.checkpoint.keep + 1 - len(checkpoints(run.dir))  # the one being written comes on top
     size = checkpoint_bytes(run.config, guide=run.schedule.guided_steps > 0)
     free = shutil.disk_usage(run.dir).free
     if free < kept * size:
-        run.reports.progress.note(
-            f"warning: run.dir = {run.config.run.dir!r}: {free / 1e9:.3g} GB free, checkpoints will need {kept * size / 1e9:.3g} GB more "
-            f"(checkpoint.keep = {run.config.checkpoint.keep}, {size / 1e9:.3g} GB each)"
+        reports.progress.note(
+            f"warning: run.dir = {run.config.run.dir!r}: {free / 1e9:.3g} GB free, checkpoints will need "
+            f"{kept * size / 1e9:.3g} GB more (checkpoint.keep = {run.config.checkpoint.keep}, {size / 1e9:.3g} GB each)"
         )
 
 
-def open_reports(config: Config, precision: str, topology: Topology, trackers: Trackers, step: int) -> Reports:
-    """Metrics, progress and estimate of rank 0."""
-    flops = counts.flops_per_token(config) * config.tokens_per_step
-    guide_flops = counts.guide_flops_per_token(config) * config.tokens_per_step
-    peak = peak_flops(torch.cuda.get_device_name(), precision) if topology.device.type == "cuda" else None
-    # a forward pass is a third of a step; a sampled token reads up to prompt + tokens positions of one sequence
-    one_sequence = 1 / 3 / config.train.global_batch_size
-    sampled = config.sample.tokens**2 / 2 / config.model.sequence
-    extra = {"evaluation": config.evaluation_sequences * one_sequence, "sample": sampled * one_sequence}
-    total = schedules.build_schedule(config).total_steps
-    saved = 12 * counts.parameters_per_rank(config, guide=False) * topology.tensor  # bytes: fp32 weight and two moments
-    return Reports(
-        metrics=MetricsLog(Path(config.run.dir) / "metrics.jsonl", step),
-        # a row's step counts the steps taken: the one of a resumed step stands, the last one is written anew
-        evaluations=MetricsLog(Path(config.run.dir) / "evaluations.jsonl", step + (step < total)),
-        trackers=trackers,
-        events=EventLog(Path(config.run.dir) / "events.jsonl"),
-        progress=Progress(
-            total,
-            step,
-            flops_per_step=flops,
-            peak_flops=peak * topology.world if peak else None,
-            enabled=config.logging.progress,
-        ),
-        estimate=Estimate(
-            total,
-            step,
-            extra,
-            costs=_costs(config, guide_flops / flops),
-            assumed={"checkpoint": saved / (COPY_RATE if config.checkpoint.asynchronous else DISK_RATE)},
-        ),
-        flops_per_step=flops,
-        guide_flops_per_step=guide_flops,
-    )
-
-
-def _costs(config: Config, more: float) -> list[float]:
-    """FLOPs of each step in units of an unguided one; ``more`` is what all guides together add to it."""
-    clock = schedules.build_schedule(config)
-    return [1.0 + more * clock.expected_drawn_fraction(step) for step in range(clock.total_steps)]
-
-
-def report_step(
-    run: Run, now: StepSchedule, loss: float, norm: float, drawn: int, seconds: float, *, skipped: str | None, announce: bool
-) -> None:
-    """One line of metrics, the progress bar, the trackers; a step that was ``skipped`` is an event too."""
+def report_step(run: TrainingRun, now: StepSchedule, result: StepResult) -> None:
+    """One line of metrics, the progress bar, the trackers; a skipped step is an event too."""
     if run.reports is None:
         return
     config, reports = run.config, run.reports
     tokens = config.tokens_per_step
     linears = sum(1 for _ in models.structured_linears(run.model))
-    share = drawn / linears if linears else 0.0
-    flops = reports.flops_per_step + share * reports.guide_flops_per_step
+    guided_fraction = result.guides_computed / linears if linears else 0.0
     row = {
         "step": now.step,
         "tokens": (now.step + 1) * tokens,
-        "loss": loss,
+        "loss": result.loss,
         "alpha": now.alpha,
         "lr": config.train.learning_rate * now.learning_rate_factor,
-        "grad_norm": norm,
-        "tokens_per_s": tokens / seconds,
-        "seconds": seconds,
+        "grad_norm": result.grad_norm,
+        "tokens_per_s": tokens / result.seconds,
+        "seconds": result.seconds,
         "phase": now.phase,
-        "guided_share": share,
+        "guided_share": guided_fraction,
         "data_step": now.data_step,
-        "flops": flops,
-        "skipped": int(skipped is not None),
+        "flops": reports.flops_per_step + guided_fraction * reports.guide_flops_per_step,
+        "skipped": int(result.skipped is not None),
     }
-    reports.estimate.observe("step", seconds, step=now.step)
+    reports.estimate.observe("step", result.seconds, step=now.step)
     reports.metrics.write(row)
     reports.trackers.log(row, now.step)
     reports.progress.step(row, remaining_seconds(run))
-    if skipped:
-        run.tell("skipped", f"warning: step {now.step}: {skipped}: the optimiser step was skipped", skipped=now.step)
-    if announce and run.step < run.schedule.total_steps:
+    if result.skipped:
+        text = f"warning: step {now.step}: {result.skipped}: the optimiser step was skipped"
+        run.tell("skipped", text, skipped=now.step)
+    steps_of_this_start = run.steps_taken + run.schedule.total_steps - run.step
+    if run.steps_taken == min(EARLY_STEPS, steps_of_this_start) and run.step < run.schedule.total_steps:
         announce_estimate(run, f"from {run.step} steps" if run.step > 1 else "from the first step")
 
 
-def report_ranks(run: Run) -> None:
+def report_first_micro_batch(run: TrainingRun, now: StepSchedule, step_seconds: float) -> None:
+    """An estimate before the first step is over, where that takes half a minute or more."""
+    if run.reports and step_seconds > 30:
+        run.reports.estimate.observe("step", step_seconds, step=now.step)
+        announce_estimate(run, "from the first micro-batch of the first step, which includes the warm-up")
+
+
+def report_ranks(run: TrainingRun) -> None:
     """How fast each rank is, and which are slow: to the reader and into ranks.jsonl. All ranks must call it."""
     rows = stragglers.report(run.recorder, run.topology, run.config.tokens_per_step, run.precision)
     if run.reports:
@@ -163,7 +118,7 @@ def report_ranks(run: Run) -> None:
         stragglers.write(run.dir, run.step, rows)
 
 
-def remaining_seconds(run: Run) -> float | None:
+def remaining_seconds(run: TrainingRun) -> float | None:
     """Seconds to the end, evaluations, checkpoints and the sample included."""
     assert run.reports
     config, total = run.config, run.schedule.total_steps
@@ -179,7 +134,7 @@ def remaining_seconds(run: Run) -> float | None:
     )
 
 
-def announce_bound(run: Run) -> None:
+def announce_bound(run: TrainingRun) -> None:
     """Before the first step of a long run: what its matrix products alone will take."""
     if run.reports is None or run.step >= run.schedule.total_steps:
         return
@@ -192,7 +147,7 @@ def announce_bound(run: Run) -> None:
         )
 
 
-def announce_estimate(run: Run, source: str) -> None:
+def announce_estimate(run: TrainingRun, source: str) -> None:
     """Tell the time left by the steps measured so far; ``source`` says what they were."""
     assert run.reports
     seconds = remaining_seconds(run)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from sffn_dist import model as models
@@ -15,33 +16,33 @@ from sffn_dist.checkpoint.manifest import TOKENIZER, BrokenCheckpoint, Manifest,
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.data.tokenizer import differing_tokens
 from sffn_dist.parallel.object_collectives import all_gather_object, broadcast_object
-from sffn_dist.parallel.topology import Topology
+from sffn_dist.parallel.topology import Topology, require_equal
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.split_table import is_guide
-from sffn_dist.training import engine as engines
 from sffn_dist.training import engine_state, phases
-from sffn_dist.training.run import Run
+from sffn_dist.training.bad_steps import BadSteps
+from sffn_dist.training.engine_state import Engine
 
 log = logging.getLogger(__name__)
 
 
-def newest(run_dir: Path, topology: Topology, up_to: int | None = None) -> Manifest | None:
+def latest_good_checkpoint(run_dir: Path, topology: Topology, up_to: int | None = None) -> Manifest | None:
     """The run's newest checkpoint whose content is whole: rank 0 chooses, each rank hashes its share of the files. All ranks must call it.
 
     A damaged one is named in a warning and skipped; where its content is wrong, it is marked in its folder. Raises ConfigError if there
     are checkpoints and none is good. ``up_to``: the last step that it may be of.
     """
     damaged: set[Path] = set()
-    while (found := _rank_zero_choice(lambda: manifests.latest_checkpoint(run_dir, damaged, up_to), topology)) is not None:
-        problems = verify_files(found, topology)
+    while (checkpoint := _rank_zero_choice(lambda: manifests.latest_checkpoint(run_dir, damaged, up_to), topology)) is not None:
+        problems = verify_files(checkpoint, topology)
         if not problems:
-            return found
-        damaged.add(found.folder)
+            return checkpoint
+        damaged.add(checkpoint.folder)
         if topology.main:
             reason = "; ".join(map(str, problems))
             log.warning("checkpoint skipped: %s", reason)
             if not all(isinstance(problem, UnreadableCheckpoint) for problem in problems):
-                found.mark(reason)
+                checkpoint.mark(reason)
     return None
 
 
@@ -75,60 +76,98 @@ def verify_files(manifest: Manifest, topology: Topology) -> list[BrokenCheckpoin
     return [problem for of_rank in all_gather_object(problems) for problem in of_rank]
 
 
-def start(run: Run, found: Manifest | None) -> None:
-    """Give the run its engine, in the phase of its first step, and its weights, moments and step: those of ``found``, or of a start.
+@dataclass(frozen=True)
+class Start:
+    """Where a run's weights come from: its own ``checkpoint``, another's ``initial_weights``, or the seed where both are None."""
 
-    What a checkpoint gives goes into the optimiser's fp32 weights, once, bit for bit; the model's own are made from these.
+    checkpoint: Manifest | None = None
+    initial_weights: Manifest | None = None
+
+    @property
+    def step(self) -> int:
+        """The first step to take."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+    @property
+    def recent_losses(self) -> tuple[float, ...]:
+        """The last accepted losses before it."""
+        return self.checkpoint.recent_losses if self.checkpoint else ()
+
+    @property
+    def from_seed(self) -> bool:
+        return self.checkpoint is None and self.initial_weights is None
+
+
+def find_start(config: Config, topology: Topology, tokenizer: Path | None = None, checkpoint: Manifest | None = None) -> Start:
+    """The run's ``checkpoint`` if it has one, else what ``init_from`` names, else the seed. All ranks must call it.
+
+    Raises ConfigError where ``init_from`` cannot be used, or learned other token ids than ``tokenizer`` has.
     """
-    config, topology = run.config, run.topology
-    source = find_initial_weights(config, topology) if found is None and config.init_from else None
-    if source is not None:
-        check_tokenizer(source, run)
-    run.step = found.step if found else 0
-    run.bad_steps.begin(found.recent_losses if found else ())
-    model = models.build(config, run.precision, topology, guide=run.schedule.guided(run.step))
-    if found is None and source is None:
-        models.initialise(model, config, topology)
-    run.engine = engines.create(model, config, run.precision, topology)
-    if found is not None:
+    if checkpoint is not None or not config.init_from:
+        return Start(checkpoint)
+    initial_weights = find_initial_weights(config, topology)
+    check_tokenizer(initial_weights, config, tokenizer)
+    return Start(initial_weights=initial_weights)
+
+
+def require_equal_records(run_dir: Path, data_fingerprint: str, bad_steps: BadSteps) -> None:
+    """What every rank reads for itself from folders that should be the same; raises ConfigError on every rank where it is not."""
+    checkpoint = manifests.latest_checkpoint(run_dir)
+    require_equal(
+        {
+            "data fingerprint": data_fingerprint,
+            "step of the newest checkpoint": checkpoint.step if checkpoint else None,
+            "steps to pass over": sorted(bad_steps.excluded),
+        }
+    )
+
+
+def load_state(engine: Engine, config: Config, topology: Topology, start: Start) -> None:
+    """Weights, moments and step count of ``start`` into a fresh engine; nothing where they come from the seed. All ranks must call it.
+
+    What a checkpoint gives goes into the optimizer's fp32 weights, once, bit for bit; the model's own are made from these. Guides that
+    come with no weights start as their factors' product.
+    """
+    guides_loaded = False
+    if start.checkpoint is not None:
         with _as_config_error("run.dir", config.run.dir):
-            Reader(found).restore(engine_state.fragments(run.engine), topology)
-        engine_state.set_step_counts(run.engine, found.optimizer_steps, found.guide_optimizer_steps)
-    with_guides = found is not None
-    if source is not None:
+            Reader(start.checkpoint).restore(engine_state.fragments(engine), topology)
+        steps, guide_steps = start.checkpoint.optimizer_steps, start.checkpoint.guide_optimizer_steps
+        engine_state.set_step_counts(engine, steps, guide_steps)
+        guides_loaded = True
+    elif start.initial_weights is not None:
         with _as_config_error("init_from", str(config.init_from)):
-            with_guides = start_from(run, source)
-    if found is not None or source is not None:
-        engine_state.update_model_weights(run.engine)
-    if models.has_guide(run.model) and not with_guides:
-        phases.start_guides(run)
+            guides_loaded = load_weights(engine, config, topology, start.initial_weights)
+    if not start.from_seed:
+        engine_state.update_model_weights(engine)
+    if models.has_guide(engine.module) and not guides_loaded:
+        phases.start_guides(engine, config, topology)
 
 
-def check_tokenizer(source: Manifest, run: Run) -> None:
+def check_tokenizer(source: Manifest, config: Config, tokenizer: Path | None) -> None:
     """Refuse a start from weights that learned other token ids, where both tokenizers are known; raises ConfigError."""
-    here = run.saver.tokenizer
-    if here is None or TOKENIZER not in source.files or source.files[TOKENIZER].sha256 == hash_file(here):
+    if tokenizer is None or TOKENIZER not in source.files or source.files[TOKENIZER].sha256 == hash_file(tokenizer):
         return
-    texts = [path.read_text(encoding="utf-8") for path in (source.folder / TOKENIZER, here)]
+    texts = [path.read_text(encoding="utf-8") for path in (source.folder / TOKENIZER, tokenizer)]
     if differing := differing_tokens(*texts):
         raise ConfigError(
             [
-                f"init_from = {run.config.init_from!r}: {len(differing)} tokens have other ids there than in the data, {differing[0]!r} "
-                f"for one; prepare the data with data.tokenizer={source.folder / TOKENIZER}"
+                f"init_from = {config.init_from!r}: {len(differing)} tokens have other ids there than in the data, "
+                f"{differing[0]!r} for one; prepare the data with data.tokenizer={source.folder / TOKENIZER}"
             ]
         )
 
 
-def start_from(run: Run, source: Manifest) -> bool:
+def load_weights(engine: Engine, config: Config, topology: Topology, source: Manifest) -> bool:
     """Another model's weights (``init_from``), its guides too where both have them: those of an import are the dense matrices that it had.
 
     Returns whether guides were among them.
     """
     reader = Reader(source)
-    wanted = (fragment for fragment in engine_state.fragments(run.engine) if reader.guide or not is_guide(fragment.name))
-    reader.restore(wanted, run.topology, kinds=("weight",))
-    if reader.guide and not models.has_guide(run.model) and run.topology.main:
-        log.warning("init_from = %r: its guides are left: this run is not guided at its first step", run.config.init_from)
+    wanted = (fragment for fragment in engine_state.fragments(engine) if reader.guide or not is_guide(fragment.name))
+    reader.restore(wanted, topology, kinds=("weight",))
+    if reader.guide and not models.has_guide(engine.module) and topology.main:
+        log.warning("init_from = %r: its guides are left: this run is not guided at its first step", config.init_from)
     return reader.guide
 
 

@@ -1,9 +1,10 @@
-"""All that a run consists of on one rank: what the loop, the reporting and the end of the run share."""
+"""All that a run consists of on one rank: what the loop, its hooks and the end of the run share."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,10 @@ from sffn_dist.launch.signals import SignalHandler
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.spec.config import Config
 from sffn_dist.spec.schedule import Schedule
-from sffn_dist.telemetry.events import EventLog
-from sffn_dist.telemetry.metrics import MetricsLog
-from sffn_dist.telemetry.progress import Estimate, Progress
-from sffn_dist.telemetry.trackers import Trackers
+from sffn_dist.training import engine as engines
 from sffn_dist.training.bad_steps import BadSteps
 from sffn_dist.training.engine_state import Engine
+from sffn_dist.training.reports import Reports
 
 
 @dataclass
@@ -38,30 +37,10 @@ class Heldout:
 
 
 @dataclass
-class Reports:
-    """Where a rank reports to; only rank 0 has these."""
-
-    metrics: MetricsLog
-    evaluations: MetricsLog
-    trackers: Trackers
-    progress: Progress
-    estimate: Estimate
-    events: EventLog
-    flops_per_step: int  # without the guide
-    guide_flops_per_step: int  # when every guide is computed
-
-    def close(self) -> None:
-        """End the progress line and close the logs; the trackers finish with the summary."""
-        self.progress.close()
-        self.metrics.close()
-        self.evaluations.close()
-
-
-@dataclass
-class Run:
+class TrainingRun:
     """All of a run on this rank; ``step`` is the next step to take.
 
-    ``engine`` has no other owner: at a phase boundary it is replaced, and must be free to go.
+    ``engine`` has no other owner: at a phase boundary and by a rollback it is replaced (:meth:`replace_engine`), and must be free to go.
     """
 
     config: Config
@@ -73,17 +52,19 @@ class Run:
     data_fingerprint: str
     saver: Saver
     bad_steps: BadSteps
+    engine: Engine
+    step: int
+    reports: Reports | None = None  # rank 0's
+    watchdog: Watchdog = field(default_factory=Watchdog)
     signals: SignalHandler = field(default_factory=SignalHandler)
-    watch: Watchdog = field(default_factory=Watchdog)
-    engine: Engine = None
-    step: int = 0
-    reports: Reports | None = None
     evaluated: dict[int, Evaluation] = field(default_factory=dict)
-    save_pending: bool = False  # one was due amid bad steps
+    steps_taken: int = 0  # in this process
+    start_step: int = field(init=False)
     recorder: Recorder = field(init=False)
-    asked: float = -math.inf  # when rank 0 last looked for a request, by the monotonic clock
+    _asked: float = -math.inf  # when rank 0 last looked for a request, by the monotonic clock
 
     def __post_init__(self) -> None:
+        self.start_step = self.step
         self.recorder = Recorder(self.topology.device)
 
     @property
@@ -94,17 +75,29 @@ class Run:
     def dir(self) -> Path:
         return Path(self.config.run.dir)
 
-    def tell(self, event: str, text: str, **facts: Any) -> None:
-        """Something that happened to the run at its current step: a line for the reader, a row of events.jsonl, word to the trackers."""
+    def replace_engine(self, build: Callable[[], Engine]) -> None:
+        """Free the engine and its model, then make the new one: both never exist at once. All ranks must call it."""
+        engines.destroy(self.engine)
+        self.engine = None
+        engines.free_memory(self.topology.device)
+        self.engine = build()
+
+    def rewind(self, step: int) -> None:
+        """The run stands at an earlier step, with its engine: what was evaluated and reported after it is forgotten."""
+        self.step = step
+        self.evaluated = {at: result for at, result in self.evaluated.items() if at <= step}
         if self.reports:
-            self.reports.progress.note(text)
-            row = self.reports.events.write(event, self.step, message=text, **facts)
-            self.reports.trackers.event(row)
+            self.reports.rewind(step)
+
+    def tell(self, event: str, text: str, **facts: Any) -> None:
+        """Something that happened at the current step: a line for the reader, a row of events.jsonl, word to the trackers."""
+        if self.reports:
+            self.reports.event(event, self.step, text, **facts)
 
     def report_requested(self) -> bool:
         """Whether somebody asks rank 0 for a report of all ranks, by a file in run.dir; looked for every two seconds at most."""
         now = time.monotonic()
-        if not self.topology.main or now - self.asked < 2.0:
+        if not self.topology.main or now - self._asked < 2.0:
             return False
-        self.asked = now
+        self._asked = now
         return stragglers.requested(self.dir)

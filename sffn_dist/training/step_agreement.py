@@ -1,7 +1,7 @@
-"""What all ranks know alike before a step's update is made: its mean loss, and whether one of them was told to stop or to report.
+"""What all ranks know before a step's update is made: the mean loss, and whether a rank was signalled or asked for a report.
 
-One all-reduce of a few numbers a step, where the loss is read anyway. Everything that a run decides in mid-course (skip this step, stop,
-go back) is a function of these, so that all ranks decide alike, and of the losses before, which are in the checkpoints.
+One all-reduce of a few numbers a step, where the loss is read anyway. Everything that is decided during a run (skip this step, stop,
+roll back) is a function of these and of the losses before, which are in the checkpoints, so all ranks decide the same.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from sffn_dist.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class StepAgreement:
-    """The same on every rank."""
+    """The same on every rank, but for ``waited``."""
 
     loss: float  # nats, mean over the step's tokens
     stop: signal.Signals | None = None
     report: bool = False
-    waited: float = 0.0  # seconds that this rank waited for the others; its own
+    waited: float = 0.0  # seconds that this rank waited for the others
+    rejection: str | None = None  # why no update is made on this loss
 
 
-def agree_on_step(loss: float, told: SignalHandler, topology: Topology, *, report: bool = False) -> StepAgreement:
-    """Join what every rank knows: ``loss`` is the mean over the rank's own sequences. All ranks must call it."""
-    wanted = report or told.report_wanted
-    told.report_wanted = False
+def agree_on_step(loss: float, signals: SignalHandler, topology: Topology, *, report: bool = False) -> StepAgreement:
+    """Join what every rank knows; ``loss`` is the mean over the rank's own sequences. All ranks must call it."""
+    report = report or signals.report_wanted
+    signals.report_wanted = False
     started = time.perf_counter()
-    facts = [loss / topology.world, float(wanted), *(float(told.received == number) for number in STOP_SIGNALS)]
+    facts = [loss / topology.world, float(report), *(float(signals.received == number) for number in STOP_SIGNALS)]
     if topology.world > 1:
         shared = torch.tensor(facts, dtype=torch.float64, device=topology.device)
         dist.all_reduce(shared)

@@ -189,7 +189,7 @@ def found(run_dir: Path, here: Topology | None = None) -> dict[str, Any]:
     logging.getLogger("sffn_dist").addHandler(handler)
     result: dict[str, Any] = {"step": None, "wrong": [], "refused": [], "warnings": warnings}
     try:
-        newest = resume.newest(run_dir, here or place())
+        newest = resume.latest_good_checkpoint(run_dir, here or place())
         if newest is not None:
             result |= {"step": newest.step, "wrong": wrong_tensors(newest)}
     except ConfigError as error:

@@ -193,7 +193,7 @@ class Reference:
     """The run's mathematics in one process: plain autograd, torch's AdamW, no DeepSpeed, no phases but "a guide is or is not there"."""
 
     def __init__(self, tree: dict[str, Any]):
-        self.config = training.reading.from_tree(tree)
+        self.config = training.loading.from_tree(tree)
         self.clock = schedules.build_schedule(self.config)
         ranks = training.join(self.config)
         self.model = models.build(self.config, "fp32", ranks, guide=self.clock.guided(0))

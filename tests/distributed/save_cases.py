@@ -11,6 +11,7 @@ from typing import Any
 from sffn_dist.checkpoint import manifest as manifests
 from sffn_dist.training import engine as engines
 from sffn_dist.training import loop
+from sffn_dist.training.hooks.checkpoint import LostWeightsError
 
 _spec = importlib.util.spec_from_file_location("training_cases", Path(__file__).with_name("training_cases.py"))
 assert _spec
@@ -55,7 +56,7 @@ def trained(tree: dict[str, Any], slow: bool = False, failures: dict[int, int] |
     lost = ""
     try:
         loop.train(run)
-    except loop.LostWeightsError as error:
+    except LostWeightsError as error:
         lost = str(error)
     finally:
         engines.train_step = usual_step

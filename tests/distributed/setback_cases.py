@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sffn_dist.training import engine as engines
 from sffn_dist.training import engine_state, loop
+from sffn_dist.training import step as steps
 from sffn_dist.training.bad_steps import NAME, DivergedError
 
 _spec = importlib.util.spec_from_file_location("training_cases", Path(__file__).with_name("training_cases.py"))
@@ -43,7 +44,7 @@ def trained(
     taken: list[int] = []
     unchanged: dict[int, bool] = {}
     run.tell = lambda event, text, **facts: told.append((event, facts))
-    usual_step, usual_loss = loop.take_step, loop._loss
+    usual_step, usual_loss = loop.train_step, steps._loss
 
     def loss_of(it: Any) -> Any:
         plain = usual_loss(it)
@@ -53,7 +54,7 @@ def trained(
 
         return loss
 
-    def step(it: Any, **more: Any) -> Any:
+    def step(it: Any) -> Any:
         at = it.step
         taken.append(at)
         if at == stop_at and last:
@@ -62,20 +63,20 @@ def trained(
         hook = None
         if bad.get(at) == "nan" and last:
             hook = next(it.model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
-        result = usual_step(it, **more)
+        result = usual_step(it)
         if hook:
             hook.remove()
         unchanged[at] = before == (training.state_digests(it.engine), engine_state.step_counts(it.engine)[0])
         return result
 
-    loop.take_step, loop._loss = step, loss_of
+    loop.train_step, steps._loss = step, loss_of
     error, stopped = "", None
     try:
         stopped = loop.train(run)
     except DivergedError as problem:
         error = str(problem)
     finally:
-        loop.take_step, loop._loss = usual_step, usual_loss
+        loop.train_step, steps._loss = usual_step, usual_loss
     run.saver.wait()
     result = {
         "told": told,
@@ -85,7 +86,7 @@ def trained(
         "stopped": stopped,
         "state": training.state_digests(run.engine),
         "losses": list(run.bad_steps.losses.recent),
-        "passed": sorted(run.bad_steps.passed),
+        "passed": sorted(run.bad_steps.excluded),
     }
     engines.destroy(run.engine)
     return result
@@ -94,6 +95,6 @@ def trained(
 def begun(tree: dict[str, Any]) -> dict[str, Any]:
     """What a start finds."""
     run = training.begin(tree)
-    found = {"step": run.step, "losses": list(run.bad_steps.losses.recent), "passed": sorted(run.bad_steps.passed)}
+    found = {"step": run.step, "losses": list(run.bad_steps.losses.recent), "passed": sorted(run.bad_steps.excluded)}
     engines.destroy(run.engine)
     return found

@@ -48,7 +48,7 @@ def test_going_back_is_as_if_the_bad_batches_were_not_there(ranks: Callable[...,
     for mine, others in zip(back, without, strict=True):
         assert mine["taken"] == [*range(12), 8, *range(12, 20)]
         assert others["taken"] == [*range(9), *range(12, 20)]
-        assert [event for event, _ in mine["told"]] == ["went back", *["passed over"] * 3]
+        assert [event for event, _ in mine["told"]] == ["rolled back", *["batch skipped"] * 3]
         assert mine["told"][0][1] == {"first": 9, "last": 11, "reached": 12}
         assert (mine["state"], mine["losses"]) == (others["state"], others["losses"])
     stopped = pool.run(CASES, "trained", tree=tree(tmp_path / "stopped", stage), bad=bad, stop_at=13)

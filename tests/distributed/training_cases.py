@@ -28,9 +28,10 @@ from sffn_dist.spec import schedule as schedules
 from sffn_dist.spec.plan import communication
 from sffn_dist.spec.split_table import model_tensors
 from sffn_dist.training import engine as engines
-from sffn_dist.training import engine_state, loop, phases, resume
+from sffn_dist.training import engine_state, phases, resume
 from sffn_dist.training.bad_steps import BadSteps
-from sffn_dist.training.run import Heldout, Run
+from sffn_dist.training.hooks import checkpoint
+from sffn_dist.training.run import Heldout, TrainingRun
 
 
 def tokens(vocab: int) -> np.ndarray:
@@ -87,7 +88,7 @@ def train(
     return result
 
 
-def begin(tree: dict[str, Any], precision: str = "fp32") -> Run:
+def begin(tree: dict[str, Any], precision: str = "fp32") -> TrainingRun:
     """A run as pretrain.py makes it, on the toy tokens, without reports."""
     config = loading.from_tree(tree)
     ranks = join(config)
@@ -98,12 +99,21 @@ def begin(tree: dict[str, Any], precision: str = "fp32") -> Run:
     heldout = Heldout(windows, np.ones(config.model.vocab))
     run_dir = Path(config.run.dir)
     saver, bad_steps = writer.Saver(run_dir, config, ranks), BadSteps(config.guards, run_dir)
-    run = Run(config, precision, schedules.build_schedule(config), ranks, batches, heldout, "test", saver, bad_steps)
-    resume.start(run, resume.newest(run_dir, ranks) if config.run.dir else None)
+    clock = schedules.build_schedule(config)
+    start = resume.find_start(
+        config, ranks, saver.tokenizer, resume.latest_good_checkpoint(run_dir, ranks) if config.run.dir else None
+    )
+    bad_steps.reset(start.recent_losses)
+    model = models.build(config, precision, ranks, guide=clock.guided(start.step))
+    if start.from_seed:
+        models.initialise(model, config, ranks)
+    engine = engines.create(model, config, precision, ranks)
+    resume.load_state(engine, config, ranks, start)
+    run = TrainingRun(config, precision, clock, ranks, batches, heldout, "test", saver, bad_steps, engine, start.step)
     return run
 
 
-def take(run: Run, nan: bool = False) -> tuple[float, float, int]:
+def take(run: TrainingRun, nan: bool = False) -> tuple[float, float, int]:
     """The run's next step: mean loss over all ranks, gradient norm, guides drawn. ``nan``: its loss is made nan."""
     now, config, ranks = run.schedule.at(run.step), run.config, run.topology
     drawn = models.set_guide(run.model, run.schedule, now)
@@ -114,11 +124,11 @@ def take(run: Run, nan: bool = False) -> tuple[float, float, int]:
         mean = models.token_losses(run.engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
         return mean * float("nan") if nan else mean
 
-    value, norm = engines.train_step(run.engine, loss, iter([torch.from_numpy(part) for part in micro]), config.train.clip)
-    total = torch.tensor(value)
+    result = engines.train_step(run.engine, loss, iter([torch.from_numpy(part) for part in micro]), config.train.clip)
+    total = torch.tensor(result.loss)
     dist.all_reduce(total, group=ranks.data_group)
     run.step += 1
-    return float(total) / ranks.data, norm, drawn
+    return float(total) / ranks.data, result.grad_norm, drawn
 
 
 @contextlib.contextmanager
@@ -159,9 +169,9 @@ def received(tree: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
     return found, communication(config, "fp32", ranks.data)["step"]
 
 
-def save(run: Run) -> None:
-    loop.save(run)
-    assert loop.finished_save(run)
+def save(run: TrainingRun) -> None:
+    checkpoint.save(run)
+    assert checkpoint.finished_save(run)
 
 
 def state_digests(engine: Any) -> dict[str, str]:

@@ -37,7 +37,7 @@ def _fork(argv: list[str], rank: int, world: int, port: int, log: Path) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        pretrain.launcher_watch.watch_launcher = lambda *_: None  # the nursery is no launcher
+        pretrain.cli.launcher_watch.watch_launcher = lambda *_: None  # the nursery is no launcher
         code = pretrain.main(argv)
     finally:
         os._exit(code)

@@ -32,11 +32,11 @@ def break_steps() -> None:
 
     from sffn_dist.training import loop
 
-    take_step = loop.take_step
+    train_step = loop.train_step
 
-    def broken(run: Any, taken: int) -> Any:
+    def broken(run: Any) -> Any:
         if not (HERE and FAULT["step"] <= run.step < FAULT["step"] + FAULT.get("steps", 1)) or FAULT.get("done"):
-            return take_step(run, taken)
+            return train_step(run)
         mark()
         kind = FAULT["kind"]
         first = next(run.model.parameters())
@@ -51,14 +51,14 @@ def break_steps() -> None:
         hook = first.register_hook(lambda gradient: gradient * float("nan")) if kind == "nan" else None
         if kind == "spike":
             run.batches, usual = Noise(run.batches), run.batches
-        result = take_step(run, taken)
+        result = train_step(run)
         if hook:
             hook.remove()
         if kind == "spike":
             run.batches = usual
         return result
 
-    loop.take_step = broken
+    loop.train_step = broken
 
 
 class Noise:

@@ -108,7 +108,7 @@ def one_reason(launch: Any, *words: str) -> None:
 
 def test_rank_killed(trial: Any, launches: Any) -> None:
     launch, row = trial("rank 1 SIGKILLed", world=2, act=lambda it: os.kill(launches.ranks(it.run)[1], signal.SIGKILL))
-    one_reason(launch, "rank 1", "ended without a word")
+    one_reason(launch, "rank 1", "exited without an error message")
     assert row.detected_s < 10
     assert row.ended_s < 60
     assert row.steps_lost < INTERVAL + 2
@@ -118,14 +118,14 @@ def test_rank_0_killed_of_four(trial: Any, launches: Any) -> None:
     """Rank 0 serves the store that the others meet in."""
     act = lambda it: os.kill(launches.ranks(it.run)[0], signal.SIGKILL)  # noqa: E731
     launch, row = trial("rank 0 of 4 SIGKILLed", None, "parallel.tensor=2", world=4, act=act)
-    one_reason(launch, "rank 0", "ended without a word")
+    one_reason(launch, "rank 0", "exited without an error message")
     assert row.ended_s < 60
 
 
 def test_rank_stopped(trial: Any, launches: Any) -> None:
     """It hangs, and cannot say so: the others do."""
     launch, row = trial("rank 1 SIGSTOPped", act=lambda it: os.kill(launches.ranks(it.run)[1], signal.SIGSTOP))
-    one_reason(launch, "rank 1", "unheard of", "its process is stopped")
+    one_reason(launch, "rank 1", "no heartbeat", "its process is stopped")
     assert row.ended_s < 60
     assert "Thread" in next(launch.run.glob("stacks/*/rank_00000.txt")).read_text()
 
@@ -152,7 +152,7 @@ def test_nan_gradient(trial: Any, launches: Any) -> None:
     launch, row = trial("NaN in a gradient of rank 1, 4 steps", {"kind": "nan", "rank": 1, "step": 23, "steps": 4})
     assert row.exit_code == 0, launch.output
     events = [event["event"] for event in launches.rows(launch.run / "events.jsonl")]
-    assert events == ["pre-flight", *["skipped"] * 3, "went back", *["passed over"] * 3, "skipped"]
+    assert events == ["pre-flight", *["skipped"] * 3, "rolled back", *["batch skipped"] * 3, "skipped"]
 
 
 def test_loss_spike(trial: Any, launches: Any) -> None:

@@ -22,9 +22,9 @@ def steps(path: Path) -> list[int]:
 def test_events_are_appended(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     row = EventLog(path).write("skipped", 3, message="é\n", loss=math.nan)
-    EventLog(path).write("went back", 4)
+    EventLog(path).write("rolled back", 4)
     assert read(path)[0] == {**row, "loss": "nan"}, "strict JSON has no such number"
-    assert [row["event"] for row in read(path)] == ["skipped", "went back"]
+    assert [row["event"] for row in read(path)] == ["skipped", "rolled back"]
     assert len(path.read_bytes().splitlines()) == 2
 
 

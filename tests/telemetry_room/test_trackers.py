@@ -21,7 +21,7 @@ import wandb
 assert wandb.run is not None and wandb.run.offline, "no tracker, or not offline"
 for step in range(start, stop):
     tracked.log({"step": step, "loss": float("nan")}, step)
-tracked.event({"event": "went back", "step": stop, "message": "it did"})
+tracked.event({"event": "rolled back", "step": stop, "message": "it did"})
 tracked.rewind(start)
 for step in range(start, stop):
     tracked.log({"step": step, "loss": 1.0}, step)  # without a warning for each
@@ -101,7 +101,7 @@ def test_tensorboard_shows_what_a_run_went_back_over_once(tmp_path):
     tracked = open_trackers(Logging(tensorboard=True), tmp_path, {}, 0)
     for start, stop, loss in ((0, 6, 1.0), (2, 7, 2.0)):
         if start:
-            tracked.event({"event": "went back", "step": 6, "message": "steps 3 to 5 were bad"})
+            tracked.event({"event": "rolled back", "step": 6, "message": "steps 3 to 5 were bad"})
             tracked.rewind(start)
         for step in range(start, stop):
             tracked.log({"step": step, "loss": loss}, step)

@@ -51,7 +51,7 @@ def test_srun_variables_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, cap
     """Before any rank has a number of its own, only the first task speaks; the others leave with the same code."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(pretrain.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(pretrain.cli.time, "sleep", lambda seconds: None)
     for name, value in {"STEP_ID": "0", "STEP_NUM_TASKS": "many", "PROCID": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert pretrain.main([]) == exit_codes.REFUSED

@@ -55,17 +55,17 @@ def test_one_outlier_moves_the_threshold_little() -> None:
 
 def after(bad_steps: BadSteps, *steps: int) -> BadSteps:
     for step in steps:
-        bad_steps.note(step, "bad", math.nan)
+        bad_steps.record(step, "bad", math.nan)
     return bad_steps
 
 
 def test_only_steps_in_a_row_send_a_run_back(tmp_path: Path) -> None:
     bad_steps = after(BadSteps(Guards(rollback_after=2), tmp_path), 4)
-    bad_steps.note(5, None, 3.0)
+    bad_steps.record(5, None, 3.0)
     assert not after(bad_steps, 6).needs_rollback
     assert after(bad_steps, 7).needs_rollback
     assert bad_steps.begin_rollback() == 6
-    assert (bad_steps.passed, bad_steps.trouble, bad_steps.needs_rollback) == ({6, 7}, 7, False)
+    assert (bad_steps.excluded, bad_steps.last_bad_step, bad_steps.needs_rollback) == ({6, 7}, 7, False)
     assert list(bad_steps.losses.recent) == [3.0]
 
 
@@ -75,18 +75,18 @@ def test_what_is_passed_over_outlives_the_process(tmp_path: Path) -> None:
     bad_steps.record_rollback(4)
     bad_steps.write()
     again = BadSteps(Guards(), tmp_path)
-    assert (again.passed, again.returns, again.trouble) == ({6, 7, 8}, [4], 8)
+    assert (again.excluded, again.rollbacks, again.last_bad_step) == ({6, 7, 8}, [4], 8)
     assert after(again, 9, 10, 11).begin_rollback() == 3, "further back than the last time"
     again.record_rollback(0)
-    again.saved(9)
-    assert again.returns == [4, 0], "a checkpoint before the end of the trouble is no progress"
-    again.saved(12)
-    assert again.returns == [4, 0], "nor is one of the state from before it, after the bad steps were passed over"
+    again.record_save(9)
+    assert again.rollbacks == [4, 0], "a checkpoint before the end of the trouble is no progress"
+    again.record_save(12)
+    assert again.rollbacks == [4, 0], "nor is one of the state from before it, after the bad steps were passed over"
     assert not again.can_save
-    again.note(12, None, 3.0)
+    again.record(12, None, 3.0)
     assert again.can_save
-    again.saved(13)
-    assert again.returns == []
+    again.record_save(13)
+    assert again.rollbacks == []
 
 
 def test_enough_is_enough(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_broken_connections_are_told_as_what_broke_them(scenes: Scenes) -> None:
     assert killed.codes == [6, -9, 6]
     (error,) = killed.errors
     assert error.startswith("pretrain.py: error: rank 1 (pid ")
-    assert "ended without a word" in error
+    assert "exited without an error message" in error
     assert not any("Connection closed" in text for text in killed.printed)
     assert killed.record["code"] == 6
     assert killed.record["restart"]
@@ -127,7 +127,7 @@ def test_the_server_of_the_store_is_gone(scenes: Scenes) -> None:
     assert "store" in agent.errors[0]
     late = scenes("agent_ends_late")
     assert late.codes == [6, 0]
-    assert late.errors == ["pretrain.py: error: the ranks' common store does not answer: who serves it is gone"]
+    assert late.errors == ["pretrain.py: error: the rendezvous store does not answer: the process that serves it is gone"]
 
 
 @played("stopped")
@@ -137,7 +137,7 @@ def test_a_stopped_rank(scenes: Scenes) -> None:
     assert stopped.codes == [6, -9, 6]
     (error,) = stopped.errors
     assert "rank 1 (pid" in error
-    assert "unheard of for 3 seconds (guards.lost_seconds = 3); its process is stopped" in error
+    assert "no heartbeat for 3 s (guards.lost_seconds = 3); its process is stopped" in error
     assert set(stopped.stacks) == {"rank_00000.txt", "rank_00002.txt"}
     assert stopped.seconds < 15
 
@@ -239,7 +239,7 @@ def test_ranks_on_other_machines(scenes: Scenes) -> None:
     killed = scenes("remote_killed")
     assert killed.codes == [6, 6, -9]
     assert len(killed.errors) == 1
-    assert "on node2: unheard of for 3 seconds" in killed.errors[0]
+    assert "on node2: no heartbeat for 3 s" in killed.errors[0]
 
 
 @played("last_fails", "last_killed", "outlives_store")

@@ -260,7 +260,7 @@ def ends_late(own: Watchdog, rank: int) -> None:
 
 
 def pause(stage: Stage) -> Iterator[float]:
-    """Stop all for longer than a rank may be unheard of or idle, as Ctrl-Z and `scontrol suspend` do."""
+    """Stop all for longer than a rank may go without a heartbeat or progress, as Ctrl-Z and `scontrol suspend` do."""
     for rank in range(stage.scene.world):
         stage.kill(rank, signal.SIGSTOP)
     yield 4.0

@@ -1,0 +1,150 @@
+"""The command line of pretrain.py: what is refused and who says so, the plan, the run lock, exit codes. No torch before the run itself."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import logging
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from sffn_dist.launch import checks, environment, exit_codes, launcher_watch, run_lock
+from sffn_dist.spec import loading
+from sffn_dist.spec.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from sffn_dist.health.watchdog import Watchdog
+
+REFUSAL_DELAY = (
+    3.0  # seconds that other ranks wait before they end: a launcher ends all ranks once one has, and rank 0 speaks first
+)
+
+
+def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog], int]) -> int:
+    """Read the command line, refuse bad input, then ``pretrain``; returns the exit code (exit_codes.py)."""
+    main_rank, watchdog = environment.is_rank_zero(), None
+    try:
+        environment.set_rank_variables()
+        launcher_watch.watch_launcher()
+        options = arguments(argv)
+        config = load_config(options)
+        if config.parallel.tensor > 1:
+            # Megatron's linears count on one queue: a collective started before a product then runs before it, and overlaps.
+            # The driver reads it once, when the plan first asks for devices.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        if options.plan or main_rank:
+            print_plan(config, options)
+        if options.plan:
+            return exit_codes.DONE
+        lock = run_lock.RunLock(Path(config.run.dir))
+        if main_rank and not options.preflight:
+            lock.acquire()
+        _prepare_process()
+        from sffn_dist.health.watchdog import Watchdog
+
+        watchdog = Watchdog()
+        return preflight_only(config, watchdog) if options.preflight else pretrain(config, watchdog)
+    except ConfigError as error:
+        if not main_rank:
+            time.sleep(REFUSAL_DELAY)
+        # a rank may have a fault of its own once the run has begun: a folder that its node does not see, say
+        return watchdog.fail(error) if watchdog else refuse(error, main_rank)
+    except Exception as error:
+        if watchdog is None:
+            raise
+        return watchdog.fail(error)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; raises ConfigError where it cannot be read."""
+    parser = _Parser(
+        prog="pretrain.py",
+        description="Pre-train a language model with structured feed-forward layers.",
+        epilog="Overrides name keys of the config tree: train.steps=100 ffn.kind=low_rank parallel.tensor=2.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="JSON config of the run")
+    parser.add_argument("--plan", action="store_true", help="print what the run will be, and stop")
+    parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
+    parser.add_argument("--preflight", action="store_true", help="compare all ranks, try every collective, and stop")
+    # launchers add it
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    options = parser.parse_intermixed_args(argv)
+    if options.json and not options.plan:
+        parser.error("--json goes with --plan")
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are ConfigErrors: one rank speaks for all."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError([f"{message}; see --help"])
+
+
+def started_ranks(default: int) -> int:
+    """Ranks that the launcher started; ``default`` without one. Raises ConfigError if WORLD_SIZE is no number of ranks."""
+    text = os.environ.get("WORLD_SIZE", str(default))
+    if not text.isdecimal() or not int(text):
+        raise ConfigError([f"environment variable WORLD_SIZE = {text!r}: must be the number of ranks"])
+    return int(text)
+
+
+def load_config(options: argparse.Namespace) -> Config:
+    """The config, with everything that can be wrong and is cheap to see checked; raises ConfigError."""
+    config = loading.load(options.config, options.overrides)
+    # --plan assumes one data-parallel replica where nothing was started
+    ranks = started_ranks(config.parallel.tensor if options.plan else 1)
+    checks.check_run(config, ranks, starts=not options.plan)
+    if not options.plan:
+        checks.check_machine(config)
+    return config
+
+
+def print_plan(config: Config, options: argparse.Namespace) -> None:
+    """The plan on standard output, as text or as JSON."""
+    from sffn_dist.spec.plan import plan, render
+
+    numbers = plan(config, started_ranks(config.parallel.tensor))
+    print(json.dumps(numbers, indent=1) if options.plan and options.json else render(numbers), flush=True)
+
+
+def refuse(error: ConfigError, main_rank: bool) -> int:
+    """Print the problems, once for all ranks, and record the end.
+
+    Another node may see other files: its first rank speaks too, unless rank 0's word has ended it by now.
+    """
+    where = "" if main_rank else f"rank {os.environ.get('RANK')} on {platform.node()}: "
+    for problem in error.problems if main_rank or os.environ.get("LOCAL_RANK") == "0" else ():
+        print(f"pretrain.py: error: {where}{problem}", file=sys.stderr)
+    sys.stderr.flush()
+    exit_codes.record(exit_codes.REFUSED, error.problems[0])
+    return exit_codes.REFUSED
+
+
+def preflight_only(config: Config, watchdog: Watchdog) -> int:
+    """Compare all ranks, try every collective, and stop; returns the exit code."""
+    from sffn_dist.health import preflight
+
+    preflight.preflight_only(config, watchdog)
+    return exit_codes.DONE
+
+
+def _prepare_process() -> None:
+    """Keep a run's page readable: progress of our own at INFO, warnings that no user can act on left out."""
+    faulthandler.enable()  # a crash in C code shows where in Python it came from
+    # c10d tells each broken connection of a rank that has gone, with its C++ stack; errors it still tells
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("sffn_dist").setLevel(logging.INFO)
+    for module in ("megatron", "torch", "deepspeed"):
+        warnings.filterwarnings("ignore", module=rf"{module}\..*")
+    warnings.filterwarnings("ignore", message=".*(Apex|transformer_engine|Transformer Engine|flash).*")

@@ -1,0 +1,76 @@
+"""One training step: its batches, the guide, the optimizer; skipped where the loss or a gradient forbids the update."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sffn_dist import model as models
+from sffn_dist.spec.schedule import StepSchedule
+from sffn_dist.training import engine as engines
+from sffn_dist.training import reporting
+from sffn_dist.training.run import TrainingRun
+from sffn_dist.training.step_agreement import StepAgreement, agree_on_step
+from sffn_dist.training.step_result import StepResult
+
+
+def train_step(run: TrainingRun) -> StepResult:
+    """Take step ``run.step`` and report it. All ranks must call it."""
+    config, now, started = run.config, run.schedule.at(run.step), time.perf_counter()
+    guides_computed = models.set_guide(run.model, run.schedule, now)
+    engines.set_learning_rate(run.engine, config.train.learning_rate * now.learning_rate_factor)
+
+    def decide(local_loss: float) -> StepAgreement:
+        with run.recorder.waiting():
+            agreement = agree_on_step(local_loss, run.signals, run.topology, report=run.report_requested())
+        return dataclasses.replace(agreement, rejection=run.bad_steps.losses.rejection_reason(agreement.loss))
+
+    run.recorder.begin()
+    batches = run.recorder.data(_micro_batches(run, now))
+    engine_step = engines.train_step(run.engine, _loss(run), batches, config.train.clip, decide)
+    run.recorder.end()
+    agreement, norm = engine_step.decision, engine_step.grad_norm
+    skipped = agreement.rejection
+    if skipped is None and not math.isfinite(norm):
+        skipped = f"gradient norm {norm}"
+    seconds = time.perf_counter() - started
+    result = StepResult(now.step, agreement.loss, norm, guides_computed, skipped, agreement.stop, agreement.report, seconds)
+    run.step += 1
+    run.steps_taken += 1
+    reporting.report_step(run, now, result)
+    run.bad_steps.record(now.step, skipped, agreement.loss)
+    return result
+
+
+def skip_step(run: TrainingRun) -> StepResult:
+    """A step that was bad before a rollback: nothing is computed, and its batch is not used."""
+    run.tell("batch skipped", f"step {run.step}: its batch is skipped, the step was bad before a rollback")
+    run.step += 1
+    return StepResult(run.step - 1)
+
+
+def _loss(run: TrainingRun) -> Callable[[Tensor], Tensor]:
+    def loss(batch: Tensor) -> Tensor:
+        run.watchdog.tick("training", run.step)
+        mean = models.token_losses(run.engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
+        run.recorder.forwarded()
+        return mean
+
+    return loss
+
+
+def _micro_batches(run: TrainingRun, now: StepSchedule) -> Iterator[Tensor]:
+    """This rank's micro-batches (micro_batch, S+1); those of a start's first step give the first estimate of its time."""
+    topology, micro = run.topology, run.config.train.micro_batch_size
+    batches = run.batches.at(now.data_step, topology.data_rank, topology.data, micro_batch_size=micro)
+    started = time.perf_counter()
+    for index, batch in enumerate(batches):
+        if index == 1 and run.steps_taken == 0:
+            reporting.report_first_micro_batch(run, now, (time.perf_counter() - started) * len(batches))
+        yield torch.from_numpy(np.ascontiguousarray(batch)).to(topology.device)

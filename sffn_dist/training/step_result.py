@@ -1,0 +1,21 @@
+"""What came of a training step. Standard library only."""
+
+from __future__ import annotations
+
+import math
+import signal
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of a step; the same on every rank, but for ``seconds``."""
+
+    step: int
+    loss: float = math.nan  # nats a token, mean over the global batch
+    grad_norm: float = math.nan  # before clipping; not finite where the step was skipped
+    guides_computed: int = 0  # linears that computed their guide
+    skipped: str | None = None  # why no update was made
+    stop: signal.Signals | None = None  # a rank was told to stop
+    report: bool = False  # somebody asks for a report of all ranks
+    seconds: float = 0.0
