@@ -255,7 +255,9 @@ def _planned_variant(path: str, given: tuple[str, ...], variant: Variant, target
     own += [f"ffn.{key}={value}" for key, value in sizes_of(variant, target).items()]
     if dense and target.recompute == "bottleneck":
         own.append("recompute=none")  # a dense layer has no bottleneck to keep
-    mode = ("fixed_flop" if equal == "flops" else "fixed_step") if variant.guide else "off"
+    mode = "off"
+    if variant.guide:
+        mode = "fixed_flop" if equal == "flops" else "fixed_step"
     entry = _loaded(path, variant, (*given, *own, f"guide.mode={mode}"))
     if variant.guide and not schedule.build_schedule(entry.config).guided_steps:
         raise ConfigError([f"guide.mode = {mode}: {validation.unused_settings(entry.config)['guide.mode']}"])

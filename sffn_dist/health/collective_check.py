@@ -165,7 +165,9 @@ def check_collectives(
     size, mine, plan = size or BYTES[device.type], [], []
     for name, group in groups.items():
         n = dist.get_world_size(group)
-        for collective in (KINDS if name == "world" else INNER) if n > 1 else ():
+        if n == 1:
+            continue
+        for collective in KINDS if name == "world" else INNER:
             at = _GroupView(group, n, dist.get_rank(group), max(1, size // 4 // n), device)
             plan.append((collective, name, n, 4 * n * at.chunk))
             try:

@@ -118,7 +118,11 @@ class StructuredMLP(MLP):
         activation, linears = activation_of(self.config), (self.linear_fc1, self.linear_fc2)
         if activation is None or not all(isinstance(linear, StructuredLinear) and _unhooked(linear) for linear in linears):
             return None
-        if any(linear.guide_weight is not None for linear in linears) or _splits(self)[1].turn or not linears[0].skip_bias_add:
+        if (
+            any(linear.guide_weight is not None for linear in linears)
+            or _splits(self)[1].needs_exchange
+            or not linears[0].skip_bias_add
+        ):
             return None
         return activation if fits(linears[0].weights[1], linears[1].weights[0], activation) else None
 
@@ -176,7 +180,7 @@ class _Bottleneck(torch.autograd.Function):
             leaves = [y.requires_grad_()] + ([] if bias is None else [bias.detach().requires_grad_()])
             features = mlp.between(y, leaves[1] if len(leaves) > 1 else None).to(y.dtype)
         with ledger.inside(mlp.linear_fc2):
-            read = row.exchanges_features(features.detach()).wait()
+            read = row.exchange_features(features.detach()).wait()
             row_gradients = row.finish_backward(begun, features.detach(), read, second, of_second)
         grad_bias, column_gradients = None, Gradients(None, None, None, None)
         if row_gradients.x is not None:

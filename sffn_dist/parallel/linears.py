@@ -70,7 +70,7 @@ class StructuredLinear(nn.Module, abc.ABC):
             if name not in self.specs:
                 self.register_parameter(name, None)
         self.register_load_state_dict_pre_hook(sharded_state.restore_names)
-        self.split = self._split("tokens" if self.sequence_parallel else "caller" if is_expert else "replicated")
+        self.split = self._split(self._tokens(by_caller=is_expert))
 
     def _parameter(self, name: str, spec: TensorSpec) -> nn.Parameter:
         on_host = self.config.use_cpu_initialization
@@ -137,10 +137,15 @@ class StructuredLinear(nn.Module, abc.ABC):
         return self.split.exchange.tokens == "caller"
 
     @explicit_expert_comm.setter
-    def explicit_expert_comm(
-        self, value: bool
-    ) -> None:  # a shared expert that overlaps its own exchange sets it after building
-        self.split = self._split("caller" if value else "tokens" if self.sequence_parallel else "replicated")
+    def explicit_expert_comm(self, value: bool) -> None:
+        # a shared expert that overlaps its own exchange sets it after building
+        self.split = self._split(self._tokens(by_caller=value))
+
+    def _tokens(self, *, by_caller: bool) -> Tokens:
+        """Which tokens a rank has; sequence parallelism and experts exclude each other unless the caller says so later."""
+        if by_caller:
+            return "caller"
+        return "tokens" if self.sequence_parallel else "replicated"
 
     def _finish(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.skip_bias_add or self.bias is None:
@@ -257,8 +262,8 @@ class StructuredRowParallelLinear(StructuredLinear):
 
     def _split(self, tokens: Tokens) -> RowSplit:
         wrote = wide_factor(self.specs)
-        turn = wrote.cut is not None and wrote.cut.exchanges_features(self.ranks)
-        return RowSplit(self.structure, Exchange(self.group, tokens, wrote.block_groups(self.ranks)), turn)
+        needs_exchange = wrote.cut is not None and wrote.cut.exchanges_features(self.ranks)
+        return RowSplit(self.structure, Exchange(self.group, tokens, wrote.block_groups(self.ranks)), needs_exchange)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (S, batch, f/p) -> (S or S/p, batch, h), and the bias if it is left to the caller."""

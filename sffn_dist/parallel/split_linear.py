@@ -91,7 +91,7 @@ class SplitLinear:
         """How x and y move for the guide: as Megatron moves them, all features at once."""
         return replace(self.exchange, chunks=(0,) * self.exchange.ranks)
 
-    def _complete(
+    def _replicated_gradient(
         self, product: Product, grad: Tensor, x: Tensor, weight: Tensor, wanted: bool, share: float = 1.0
     ) -> Pending | None:
         """A replicated factor's gradient, ``share`` times, summed over the ranks that saw a part of it."""
@@ -185,7 +185,7 @@ class ColumnSplit(SplitLinear):
     ) -> tuple[Tensor | None, Pending | None]:
         """Gradients of x and, on its way, of the first factor, from that of the narrow z, which is on its way too."""
         came = self._join(grad_z.wait())
-        grad_first = self._complete(self.first, came, x, first, wanted.first)
+        grad_first = self._replicated_gradient(self.first, came, x, first, wanted.first)
         return self.first.input_gradient(came, first) if wanted.x else None, grad_first
 
 
@@ -225,13 +225,16 @@ class PendingBackward(NamedTuple):
 
 @dataclass(frozen=True)
 class RowSplit(SplitLinear):
-    """The second linear. ``turn`` says that the wide features are exchanged for whole blocks before the first factor (shapes.Cut.many)."""
+    """The second linear.
 
-    turn: bool = False
+    ``needs_exchange`` says that the wide features are exchanged for whole blocks before the first factor (shapes.Cut.many).
+    """
 
-    def exchanges_features(self, x: Tensor) -> Pending:
+    needs_exchange: bool = False
+
+    def exchange_features(self, x: Tensor) -> Pending:
         """Features (k, s', own l) of x -> (own k, s', l)."""
-        if not self.turn:
+        if not self.needs_exchange:
             return Pending(x)
         p, blocks = self.exchange.ranks, self.structure.needed_blocks
         parts = x.unflatten(-1, (p, -1, blocks // p)).movedim(-3, 0)  # by groups of k: (p, rows, ..., k s', own l)
@@ -239,7 +242,7 @@ class RowSplit(SplitLinear):
 
     def _exchange_features_back(self, x: Tensor) -> Pending:
         """The inverse of :meth:`turned`."""
-        if not self.turn:
+        if not self.needs_exchange:
             return Pending(x)
         p, blocks = self.exchange.ranks, self.structure.needed_blocks
         parts = x.unflatten(-1, (-1, p, blocks // p)).movedim(-2, 0)
@@ -247,7 +250,7 @@ class RowSplit(SplitLinear):
 
     def forward(self, x: Tensor, weights: Weights, alpha: float | None) -> tuple[Tensor, Tensor, Tensor]:
         """Y, x as the first factor reads it, and z of the rank's tokens as the second one does."""
-        read = self.exchanges_features(x).wait()
+        read = self.exchange_features(x).wait()
         travelling = self.exchange.collect(self.first.forward(read, weights.first))
         guided = None
         if alpha is not None and weights.guide is not None and self.exchange.ranks > 1:
@@ -292,7 +295,7 @@ class RowSplit(SplitLinear):
                 grad_z = unshuffle(grad_z)
             travelling = self.exchange.spread(_chunked(grad_z, self.exchange.count))
         return PendingBackward(
-            travelling, self._complete(self.second, grad, z, weights.second, wanted.second, share), grad_y, alpha
+            travelling, self._replicated_gradient(self.second, grad, z, weights.second, wanted.second, share), grad_y, alpha
         )
 
     def finish_backward(

@@ -93,11 +93,10 @@ def device_name(ranks: int | None = None) -> str:
     if capability:
         return f"cuda, compute capability {capability[0]}.{capability[1]}"
     cpu = f"cpu, {cores()} cores{', bf16 units' if cpu_has_bf16() else ''}"
-    return (
-        cpu
-        if not found
-        else f"{cpu}: only {found[0]} CUDA device{'s' * (found[0] > 1)} for {ranks or ranks_here()} ranks; running on CPU"
-    )
+    if not found:
+        return cpu
+    devices = f"only {found[0]} CUDA device{'s' * (found[0] > 1)}"
+    return f"{cpu}: {devices} for {ranks or ranks_here()} ranks; running on CPU"
 
 
 def cores() -> int:

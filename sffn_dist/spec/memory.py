@@ -70,7 +70,9 @@ def feed_forward_elements(config: Config, layer: int, narrow: bool, *, guide: bo
     # the activation's input, of two halves if gated, and its output; Megatron's gated one keeps the activated half and the other one
     # plus its offset too
     plain = structure.kind != "dense" and not guide
-    wide = ((3 if plain else 5) if config.gated else 2) * f // p
+    wide = 2 * f // p
+    if config.gated:
+        wide = (3 if plain else 5) * f // p
     if structure.kind == "dense":
         return wide
     z_1, z_2 = structure.bottleneck(h, f), structure.bottleneck(f, h) // shared

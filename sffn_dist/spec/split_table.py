@@ -180,7 +180,8 @@ def linear_tensors(
     """
     column = role == "column"
     gate = (2,) if column and gated else ()
-    features = outputs // 2 if gate else (outputs if column else inputs)
+    halves = 2 if gate else 1
+    features = outputs // halves if column else inputs
     layout = inner_layout(structure.kind, features, structure.blocks)
     shapes = structure.factor_shapes(inputs, outputs)
     wide: tuple[str, Cut]  # the factor that touches the f axis

@@ -150,20 +150,20 @@ def unused_settings(config: Config) -> dict[str, str]:
     return notes
 
 
+def _why_no_step_is_guided(config: Config) -> str:
+    if config.ffn.kind == "dense":
+        return "a dense FFN has nothing to guide"
+    if not config.structured:
+        return "ffn.dense_layers leaves no structured layer"
+    fraction = config.guide.fraction if config.guide.mode == "fixed_step" else schedule.equal_flops_fraction(config)
+    return f"a fraction of {fraction:.3g} of train.steps = {config.train.steps} guides no step"
+
+
 def _unused_guide(config: Config) -> dict[str, str]:
     mode, notes = config.guide.mode, {}
     guided = schedule.build_schedule(config).guided_steps > 0
     if mode != "off" and not guided:
-        share = (
-            config.guide.fraction if mode == "fixed_step" else schedule.equal_flops_fraction(config) if config.structured else 0
-        )
-        notes["guide.mode"] = (
-            "a dense FFN has nothing to guide"
-            if config.ffn.kind == "dense"
-            else "ffn.dense_layers leaves no structured layer"
-            if not config.structured
-            else f"a share of {share:.3g} of train.steps = {config.train.steps} guides no step"
-        )
+        notes["guide.mode"] = _why_no_step_is_guided(config)
     usual = defaults()
     for key in sorted(GUIDE_KEYS - _used_guide_keys(config)):
         if flatten(config)[key] != usual[key]:

@@ -202,7 +202,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 def strict(value: Any) -> Any:
     """A copy that strict JSON can hold; scalars of numpy or torch become Python's."""
     if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+        if math.isnan(value):
+            return "nan"
+        return "inf" if value > 0 else "-inf"
     if isinstance(value, Mapping):
         return {key: strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

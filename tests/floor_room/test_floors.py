@@ -233,6 +233,57 @@ def test_plan_help_and_refusals_import_nothing_heavy(arguments: list[str], tmp_p
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
+# ------------------------------------------------------------------------------------------------------------------ words
+
+# names that the field has another word for
+RETIRED_MODULES = {
+    *("setbacks", "roll_call", "watch", "exercise", "alike", "reading", "rules", "durable", "standalone", "host"),
+    *("ending", "finish", "replicas", "guards", "shapes", "spikes", "agreement", "bottleneck"),
+}
+RETIRED_NAMES = {
+    *("Setbacks", "Line", "Watch", "Half", "Wanted", "Widened", "Begun", "Carried", "Losses", "Run", "Agreed", "Entry"),
+    *("told", "everyone", "survivors", "_spoil_partitions", "turn", "turned", "_turned_back", "calm", "too_many", "streak"),
+    *("turn_back", "objection", "standings", "see_off", "hear_all", "go_back", "owes_save", "setbacks", "ticking"),
+    *("equal_flops_share", "alpha_form", "lacks_triton", "draw_alike", "fill", "carry", "arrived", "_complete"),
+}
+
+
+def defined_names(path: Path) -> Iterator[str]:
+    """Classes with their methods and fields, and functions, of a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+        if isinstance(node, ast.ClassDef):
+            fields = (item.target for item in node.body if isinstance(item, ast.AnnAssign))
+            yield from (target.id for target in fields if isinstance(target, ast.Name))
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.is_relative_to(PACKAGE)], ids=module_name)
+def test_retired_names_are_gone(path: Path) -> None:
+    assert path.stem not in RETIRED_MODULES
+    assert not RETIRED_NAMES & set(defined_names(path))
+
+
+def test_retired_keys_are_in_the_table_alone() -> None:
+    from sffn_dist.spec import config, renamed_keys
+
+    assert not set(renamed_keys.RENAMED) & set(config.key_fields())
+    assert set(renamed_keys.RENAMED.values()) <= set(config.key_fields())
+
+
+@by_module
+def test_no_conditional_expression_holds_another(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.IfExp):
+            inner = [part for part in (node.test, node.body, node.orelse) if isinstance(part, ast.IfExp)]
+            assert not inner, f"line {node.lineno}"
+
+
+@by_module
+def test_files_are_no_longer_than_350_lines(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+
+
 # -------------------------------------------------------------------------------------------------------------- docstrings
 
 OVERRIDES = {"forward", "backward", "extra_repr", "reset_parameters", "due"}  # documented by torch's classes, and by Hook

@@ -41,8 +41,8 @@ def test_every_tiling(alpha: float, dtype: torch.dtype) -> None:
             tensors = drawn(tokens, dtype, bias)
             *four, b = tensors
             close(ours.mixed(*four, alpha, b, tile), truth(tensors, alpha))
-            exchanges_features = [tensor.t().contiguous().t() for tensor in four if tensor is not None]
-            close(ours.mixed(*exchanges_features, alpha, b, tile), truth(tensors, alpha))
+            transposed = [tensor.t().contiguous().t() for tensor in four if tensor is not None]
+            close(ours.mixed(*transposed, alpha, b, tile), truth(tensors, alpha))
 
 
 @pytest.mark.parametrize("setting", ["torch", "triton"])
