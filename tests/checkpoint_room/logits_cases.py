@@ -17,8 +17,8 @@ from sffn_dist.spec.split_table import model_tensors
 
 
 def logits(importer: str, path: str, tokens: np.ndarray, overrides: tuple[str, ...] = ()) -> Any:
-    """(Logits (batch, S, vocab), facts) of what ``sffn_dist.checkpoint.<importer>.read`` reads."""
-    weights = importlib.import_module(f"sffn_dist.checkpoint.{importer}").read(Path(path), overrides)
+    """(Logits (batch, S, vocab), facts) of what ``sffn_dist.conversion.<importer>.read`` reads."""
+    weights = importlib.import_module(f"sffn_dist.conversion.{importer}").read(Path(path), overrides)
     cpu_compat.prepare()
     if not dist.is_initialized():
         dist.init_process_group("gloo")

@@ -25,7 +25,7 @@ tracked.event({"event": "rolled back", "step": stop, "message": "it did"})
 tracked.rewind(start)
 for step in range(start, stop):
     tracked.log({"step": step, "loss": 1.0}, step)  # without a warning for each
-assert wandb.run.summary["events/went_back"] == 1 and wandb.run.summary["events/last"] == "it did"
+assert wandb.run.summary["events/rolled_back"] == 1 and wandb.run.summary["events/last"] == "it did"
 if start == 0: os.kill(os.getpid(), signal.SIGKILL)
 tracked.finish({"heldout_loss": 3.0})
 """

@@ -323,7 +323,7 @@ def stumble(rank: int) -> None:
     usual, calls = heartbeat._state, []
 
     def state(pid: int, started: str) -> str | None:
-        if len(calls) < 4 and threading.current_thread().name == "watch":
+        if len(calls) < 4 and threading.current_thread().name == "watchdog":
             calls.append(pid)
             raise KeyError("no such thing")
         return usual(pid, started)
