@@ -17,6 +17,7 @@ from sffn_dist.comparison.variants import PlannedVariant, ffn_parameters
 from sffn_dist.spec import counts, schedule
 from sffn_dist.spec.config import Config
 from sffn_dist.spec.plan import si
+from sffn_dist.spec.renamed_keys import translate
 from sffn_dist.telemetry import metrics
 
 ORIGIN = "origin.json"  # in a run's folder: the device, versions and revision that it started with
@@ -58,7 +59,7 @@ def finished(run_dir: Path, config: Config) -> bool:
     """
     try:
         summary = _object(run_dir / "summary.json")
-        recorded_config = _object(run_dir / "run.json")["config"]
+        recorded_config = translate(_object(run_dir / "run.json")["config"])
         return bool(
             summary["steps"] == schedule.build_schedule(config).total_steps
             and recorded_config["evaluation"]["sequences"] == config.evaluation.sequences
