@@ -141,7 +141,7 @@ def test_no_text_and_no_place_are_refused(tmp_path: Path, texts: Path, configure
 
 def test_locating_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from sffn_dist.spec.config import Data; from sffn_dist.data import store, prepare; store.check_source(Data());"
+        "import sys; from sffn_dist.spec.config import Data; from sffn_dist.data import metadata, prepare; metadata.check_source(Data());"
         "print([m for m in ('numpy', 'torch', 'datasets', 'tokenizers', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

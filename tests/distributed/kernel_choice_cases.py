@@ -45,7 +45,7 @@ def choices(reasons: list[str | None], tables: list[dict[str, str]], times: list
         all_reduce, broadcast = dist.all_reduce, dist.broadcast_object_list
         as_tensor: Any = torch.tensor
         torch.tensor = lambda values, device=None: as_tensor(values)  # type: ignore[assignment]
-        dist.broadcast_object_list = lambda held, src, device: broadcast(held, src=src)
+        dist.broadcast_object_list = lambda held, src, group, device: broadcast(held, src=src)
         kernel_choice.start("auto", claimed)
         ways = {"slow": lambda: "slow", "quick": lambda: "quick"}
         chosen = [dispatch.run(op, (100, 8), Card(), lambda: "torch", lambda: ways) for op in ("known", "new", "new")]  # type: ignore[arg-type]
