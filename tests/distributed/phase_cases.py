@@ -36,11 +36,11 @@ _spec.loader.exec_module(training)
 
 
 def live_bytes() -> int:
-    """Bytes of every tensor that Python knows of, each storage once."""
+    """Bytes of every tensor that Python knows of, each storage once. Meta tensors hold none, whatever size they name."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, Tensor) and thing.layout is torch.strided:
+        if isinstance(thing, Tensor) and thing.layout is torch.strided and not thing.is_meta:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
