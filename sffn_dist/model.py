@@ -32,9 +32,10 @@ from sffn_dist.parallel.split import shard
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.spec.config import Config
 from sffn_dist.spec.schedule import Schedule, StepSchedule
-from sffn_dist.spec.split_table import TensorSpec, ffn_linears, ffn_structure, is_guide, model_tensors
-from sffn_dist.structured import initialisation
-from sffn_dist.structured.maps import to_dense
+from sffn_dist.spec.split_table import ffn_linears, ffn_structure, is_guide, model_tensors
+from sffn_dist.structured import functional
+from sffn_dist.structured.cut import TensorSpec
+from sffn_dist.structured.functional import to_dense
 
 # megatron-core warns of any feed-forward layer but its own, once a layer: it hands those no process group; ours are parallel_state's
 logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
@@ -79,7 +80,7 @@ def transformer_config(config: Config, precision: str) -> TransformerConfig:
 def mlp_spec(config: Config, layer: int, *, guide: bool) -> ModuleSpec:
     """The feed-forward layer: Megatron's MLP over dense linears, or ours over structured ones, with a guide or without."""
     structure = ffn_structure(config, layer)
-    if structure.kind == "dense":
+    if structure.dense:
         return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
     params = {"structure": structure, "guide": guide}
     linears = MLPSubmodules(
@@ -218,7 +219,7 @@ def _draw(config: Config, specs: dict[str, TensorSpec], unit: str, names: list[s
     layer, linear = int(unit.split(".")[2]), unit.rpartition(".")[2]
     inputs, outputs = next((inputs, outputs) for name, _, inputs, outputs in ffn_linears(config) if name == linear)
     guide = any(is_guide(name) for name in names)
-    drawn = initialisation.draw(ffn_structure(config, layer), inputs, outputs, std, generator, guide=guide)
+    drawn = functional.draw(ffn_structure(config, layer), inputs, outputs, std, generator, guide=guide)
     return {f"{unit}.{name}": tensor for name, tensor in drawn.items()}
 
 

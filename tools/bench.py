@@ -29,8 +29,9 @@ from sffn_bench import arguments, sizes
 
 from sffn_dist.spec import counts, loading, machine, validation
 from sffn_dist.spec.config import ConfigError
-from sffn_dist.spec.split_table import Structure
 from sffn_dist.spec.traffic import TrafficGroup, feed_forward, total
+from sffn_dist.structured.registry import build_structure
+from sffn_dist.structured.structure import Size, Structure
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "benchmarks" / "sffn_bench"
@@ -40,9 +41,9 @@ SIZES = "sml"  # of the paper's dense models; their state is 1.3, 4.0 and 8.7 GB
 def structures(args: argparse.Namespace) -> list[Structure]:
     """The three structures by the sizes asked for."""
     return [
-        Structure("low_rank", rank=args.rank),
-        Structure("block_dense", rank=args.block_rank, blocks=args.blocks),
-        Structure("block_shuffle", blocks=args.blocks),
+        build_structure("low_rank", rank=args.rank),
+        build_structure("block_dense", rank=args.block_rank, blocks=args.blocks),
+        build_structure("block_shuffle", blocks=args.blocks),
     ]
 
 
@@ -76,19 +77,18 @@ def misfits(args: argparse.Namespace) -> Iterator[str]:
 
 def odd_shapes(args: argparse.Namespace) -> Iterator[str]:
     """What sizes of a layer do not fit one another, or the ranks."""
-    smaller = min(args.width, args.inner)
-    for name in ("rank", "block_rank"):
-        if getattr(args, name) > smaller:
-            yield f"--{_option(name)} {getattr(args, name)}: must not exceed {smaller}, the smaller width"
-    for name in ("width", "inner", "block_rank"):
-        if getattr(args, name) % args.blocks:
-            yield f"--blocks {args.blocks}: must divide --{_option(name)} {getattr(args, name)}"
+    outer, inner = Size("--width", args.width), Size("--inner", args.inner)
+    problems: list[str] = []
+    for structure in structures(args):
+        broken = [*structure.setting_problems("--"), *structure.size_problems(outer, inner, "--")]
+        for p in args.ranks:
+            broken += structure.rank_problems(inner, Size("--ranks", p), "--")
+        # both ranks are options: low_rank's --rank and block_dense's --block-rank
+        problems += [text.replace("--rank =", "--block-rank =") for text in broken] if structure.blocks else broken
+    yield from dict.fromkeys(problems)
     for p in args.ranks:
-        for name in ("tokens", "inner"):
-            if getattr(args, name) % p:
-                yield f"--{name} {getattr(args, name)}: must be divisible by --ranks {p}"
-        if p > 1 and args.inner % args.blocks**2:
-            yield f"--blocks {args.blocks}: its square must divide --inner {args.inner} under tensor parallelism (block_shuffle)"
+        if args.tokens % p:
+            yield f"--tokens = {args.tokens}: must be divisible by --ranks = {p}"
         if args.command == "tp" and args.blocks % p:
             yield f"--blocks {args.blocks}: must be divisible by --ranks {p}, since the naive split cuts whole blocks"
 
@@ -120,18 +120,14 @@ def _config(size: str) -> Path:
     return ROOT / "configs" / "paper" / f"{size}_dense.json"
 
 
-def _option(name: str) -> str:
-    return name.replace("_", "-")
-
-
 def comm(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of elements received, a token and rank; from the split table, exactly."""
     h, f, tokens = args.width, args.inner, args.tokens
     rows = []
     for p in args.ranks:
         split, whole = TrafficGroup(p, tokens, True), TrafficGroup(p, tokens, False)
-        dense = feed_forward(split, Structure("dense"), h, f)
-        for structure in (Structure("dense"), *structures(args)):
+        dense = feed_forward(split, build_structure("dense"), h, f)
+        for structure in (build_structure("dense"), *structures(args)):
             kept, full = (feed_forward(group, structure, h, f) for group in (split, whole))
             narrow = feed_forward(split, structure, h, f, narrow=True)
             columns = {

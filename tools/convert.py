@@ -26,6 +26,7 @@ from typing import Any
 
 from sffn_dist.checkpoint.manifest import BrokenCheckpoint, Manifest, find_checkpoint
 from sffn_dist.spec.config import ConfigError
+from sffn_dist.structured.registry import structure_class, structured_kinds
 
 REFUSED, DIFFERENT = 2, 1  # exit codes
 
@@ -61,7 +62,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("from-hf", "from-megatron", "from-official"):
         made = command(name, import_from, "source", "target")
         if name in ("from-hf", "from-megatron"):
-            made.add_argument("--ffn", choices=("low_rank", "block_dense", "block_shuffle"), help="default: stays dense")
+            made.add_argument("--ffn", choices=structured_kinds(), help="default: stays dense")
             made.add_argument("--rank", type=_positive)
             made.add_argument("--blocks", type=_positive)
             made.add_argument("--dense-layers", type=_layers, help="layers that stay dense, 0,5 or none (default 0)")
@@ -88,9 +89,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _misfit(options: argparse.Namespace) -> str | None:
     """Options that would be left unread."""
     given = [name for name in ("rank", "blocks", "dense_layers", "guide") if getattr(options, name, None)]
-    unread = {"low_rank": ["blocks"], "block_shuffle": ["rank"], None: given}.get(getattr(options, "ffn", None), [])
+    ffn = getattr(options, "ffn", None)
     for name in given:
-        if options.command in ("from-hf", "from-megatron") and name in unread:
+        unread = not ffn or (name in ("rank", "blocks") and name not in structure_class(ffn).settings)
+        if options.command in ("from-hf", "from-megatron") and unread:
             return f"--{name.replace('_', '-')}: " + (
                 f"--ffn {options.ffn} has no use for it" if options.ffn else "goes with --ffn"
             )

@@ -32,7 +32,7 @@ from torch import Tensor
 from sffn_bench import one_layer, rows, sizes
 from sffn_bench.feed_forward import floor, wait
 from sffn_dist.parallel import topology
-from sffn_dist.structured import maps
+from sffn_dist.structured import functional
 
 BYTES, MOST = 256 << 20, 64  # several times the caches of today's devices
 PASSES = {"cuda": 20, "cpu": 1}  # replays in a row that make one time
@@ -65,8 +65,8 @@ def providers(layer: sizes.Layer) -> dict[str, Forward]:
 
     def plain(x: Tensor, weights: Weights) -> Tensor:
         first, bias1, second, bias2 = weights[:2], weights[2], weights[3:5], weights[5]
-        y = maps.apply(structure, x, dict(zip(names1, first, strict=True))) + bias1
-        return maps.apply(structure, F.gelu(y, approximate="tanh"), dict(zip(names2, second, strict=True))) + bias2
+        y = functional.apply(structure, x, dict(zip(names1, first, strict=True))) + bias1
+        return functional.apply(structure, F.gelu(y, approximate="tanh"), dict(zip(names2, second, strict=True))) + bias2
 
     if not importlib.util.find_spec("sffn_kernels.decode"):
         return {"torch": plain}

@@ -25,8 +25,9 @@ from sffn_bench import one_layer, rows
 from sffn_dist.parallel import topology
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.layer_spec import structured_mlp_submodules
-from sffn_dist.spec.split_table import Structure
-from sffn_dist.structured import maps
+from sffn_dist.structured import functional
+from sffn_dist.structured.registry import build_structure
+from sffn_dist.structured.structure import Structure
 
 ALPHA = 0.5
 
@@ -45,7 +46,7 @@ class ThreePassesLinear(nn.Module):
         """x (..., inputs) -> y (..., outputs)."""
         factors = {name: self.get_parameter(name) for name in self.shapes}
         dense = F.linear(x, self.get_parameter("guide"))
-        return self.alpha * dense + (1 - self.alpha) * maps.apply(self.structure, x, factors)
+        return self.alpha * dense + (1 - self.alpha) * functional.apply(self.structure, x, factors)
 
 
 class ThreePassesMLP(nn.Module):
@@ -113,7 +114,7 @@ def main() -> None:
     """All structures."""
     settings = json.loads(sys.argv[1])
     ranks = one_layer.start(settings["threads"])
-    found = [row for one in settings["structures"] for row in measure(Structure(**one), settings, ranks)]
+    found = [row for one in settings["structures"] for row in measure(build_structure(**one), settings, ranks)]
     print(json.dumps(found), flush=True)
     topology.destroy()
 

@@ -21,7 +21,7 @@ from sffn_bench import one_layer
 from sffn_bench.sizes import Layer
 from sffn_dist.parallel.feed_forward import Recompute, StructuredMLP
 from sffn_dist.parallel.layer_spec import structured_mlp_submodules
-from sffn_dist.spec.split_table import Structure
+from sffn_dist.structured.structure import Structure
 
 Product = Callable[[Structure, Tensor, Mapping[str, Tensor], Tensor], Tensor]
 # provider -> the setting of sffn_kernels.dispatch that it runs under; the others are not ours to choose kernels for

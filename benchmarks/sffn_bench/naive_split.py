@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from sffn_kernels.block_diagonal import block_diagonal, shuffled_block_diagonal
 from torch import Tensor, nn
 
-from sffn_dist.spec.split_table import Structure
+from sffn_dist.structured.structure import Structure
 
 
 class BlockColumn(nn.Module):

@@ -17,7 +17,8 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from sffn_dist.spec.config import FFNKind
-from sffn_dist.spec.split_table import Structure
+from sffn_dist.structured.registry import build_structure
+from sffn_dist.structured.structure import Structure
 
 Mode = Literal["forward", "forward_backward", "training"]
 KINDS: tuple[FFNKind, ...] = ("low_rank", "block_dense", "block_shuffle")
@@ -65,12 +66,12 @@ def layer(kind: FFNKind, share: int, width: int) -> Layer:
     step = math.lcm((rank / (blocks or 1)).denominator if rank else 1, blocks or 1)  # whole ranks, the same in each block
     if width % step:
         raise ValueError(f"--width {width}: must be divisible by {step} for {kind} with {share}% of the parameters")
-    return Layer(Structure(kind, int(rank * width) if rank else None, blocks), width)
+    return Layer(build_structure(kind, int(rank * width) if rank else None, blocks), width)
 
 
 def layers(width: int, kinds: Sequence[FFNKind], shares: Sequence[int]) -> list[Layer]:
     """The dense layer, then every kind at every share. Raises ValueError as :func:`layer` does."""
-    return [Layer(Structure("dense"), width), *(layer(kind, share, width) for kind in kinds for share in shares)]
+    return [Layer(build_structure("dense"), width), *(layer(kind, share, width) for kind in kinds for share in shares)]
 
 
 def odd_widths(widths: Sequence[int], kinds: Sequence[FFNKind], shares: Sequence[int]) -> Iterator[str]:

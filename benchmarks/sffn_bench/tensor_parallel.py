@@ -25,7 +25,8 @@ from sffn_bench.naive_split import NaiveMLP
 from sffn_dist.parallel import topology
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.layer_spec import structured_mlp_submodules
-from sffn_dist.spec.split_table import Structure
+from sffn_dist.structured.registry import build_structure
+from sffn_dist.structured.structure import Structure
 
 
 def providers(structure: Structure, h: int, f: int, sequence: bool, ranks: topology.Topology) -> dict[str, nn.Module]:
@@ -73,7 +74,7 @@ def main() -> None:
     """All structures, with and without sequence parallelism."""
     settings = json.loads(sys.argv[1])
     ranks = one_layer.start(settings["threads"])
-    structures = [Structure(**one) for one in settings["structures"]]
+    structures = [build_structure(**one) for one in settings["structures"]]
     found = [
         row
         for structure, sequence in itertools.product(structures, settings["sequence"])

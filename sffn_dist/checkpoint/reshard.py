@@ -28,7 +28,8 @@ from sffn_dist.checkpoint.writer import check_room, revision, versions
 from sffn_dist.parallel.split import shard
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import ConfigError
-from sffn_dist.spec.split_table import TensorSpec, model_tensors
+from sffn_dist.spec.split_table import model_tensors
+from sffn_dist.structured.cut import TensorSpec
 
 START = "start.json"  # of an import: a config to start from
 FullTensor = Callable[[str, str], Tensor]  # (name, kind) -> full fp32 tensor

@@ -19,8 +19,7 @@ from sffn_dist.spec import loading
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.counts import all_dense
 from sffn_dist.spec.split_table import ffn_structure, is_guide, model_tensors
-from sffn_dist.structured.approximation import from_dense
-from sffn_dist.structured.maps import to_dense
+from sffn_dist.structured.functional import from_dense, to_dense
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,20 @@ from typing import Any, Literal
 
 from sffn_dist.spec import counts, loading, schedule, validation
 from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.structured.registry import DENSE, structure_class, structured_kinds
 
 Equal = Literal["flops", "steps"]
 
 # kind -> the sizes that may be written
+NARROW = "dense_narrow"
 SIZES: dict[str, tuple[str, ...]] = {
-    "dense": (),
-    "dense_narrow": ("width",),
-    "low_rank": ("rank",),
-    "block_dense": ("rank", "blocks"),
-    "block_shuffle": ("blocks",),
+    DENSE: (),
+    NARROW: ("width",),
+    **{kind: structure_class(kind).settings for kind in structured_kinds()},
 }
-DENSE = ("dense", "dense_narrow")
+UNSTRUCTURED = (DENSE, NARROW)
 GRAMMAR = "kind[:size=number ...][+guide], kind one of " + ", ".join(SIZES)
-USUAL_BLOCKS = 4  # of block_dense, where the config names none: the paper's
+USUAL_BLOCKS = 4  # of a kind with rank and blocks, where the config names none: the paper's
 ROUND = 8  # ranks are multiples of it where that costs at most SLACK of the parameters aimed at
 SLACK = 0.01
 # what a comparison sets by itself, and what sets it
@@ -69,7 +69,7 @@ class PlannedVariant:
     @property
     def sizes(self) -> dict[str, int]:
         """ffn.width of a dense one, ffn.rank and ffn.blocks of a structured one, as far as its kind has them."""
-        keys = ("width",) if self.variant.kind in DENSE else SIZES[self.variant.kind]
+        keys = ("width",) if self.variant.kind in UNSTRUCTURED else SIZES[self.variant.kind]
         width = self.config.ffn_width
         return {key: width if key == "width" else getattr(self.config.ffn, key) for key in keys}
 
@@ -107,7 +107,7 @@ def _parse_one(word: str) -> Variant:
     kind, *written = body.split(":")
     if kind not in SIZES or (plus and after != "guide"):
         raise ConfigError([f"variant {word!r}: must read {GRAMMAR}"])
-    if plus and kind in DENSE:
+    if plus and kind in UNSTRUCTURED:
         raise ConfigError([f"variant {word!r}: a dense feed-forward layer has nothing to guide"])
     sizes: dict[str, int] = {}
     for item in written:
@@ -170,18 +170,18 @@ def sizes_of(variant: Variant, config: Config) -> dict[str, int]:
 
 def _searched(variant: Variant, config: Config, sizes: dict[str, int]) -> dict[str, int]:
     target, smaller = ffn_parameters(config), min(config.model.width, config.ffn_width)
-    if variant.kind == "dense_narrow":
+    if variant.kind == NARROW:
         p = config.parallel.tensor
-        return {"width": _nearest(with_ffn(config, kind="dense"), "width", range(p, 2 * config.ffn_width + 1, p), target)}
+        return {"width": _nearest(with_ffn(config, kind=DENSE), "width", range(p, 2 * config.ffn_width + 1, p), target)}
     blank = with_ffn(config, kind=variant.kind, rank=None, blocks=None)
-    if variant.kind == "block_shuffle":
+    if SIZES[variant.kind] == ("blocks",):
         # fewer blocks, more parameters
         fitting = [b for b in range(smaller, 0, -1) if config.model.width % b == 0 and _fits(with_ffn(blank, blocks=b))]
         if not fitting:
             raise ConfigError([f"variant {variant.label}: no ffn.blocks fits model.width, ffn.width and parallel.tensor"])
         return {"blocks": _nearest(blank, "blocks", fitting, target)}
     blocks = 1
-    if variant.kind == "block_dense":
+    if "blocks" in SIZES[variant.kind]:
         blocks = sizes["blocks"] = sizes.get("blocks") or config.ffn.blocks or USUAL_BLOCKS
         blank = with_ffn(blank, blocks=blocks)
     if blocks > smaller:
@@ -250,8 +250,8 @@ def _loaded(path: str, variant: Variant, overrides: tuple[str, ...]) -> PlannedV
 
 
 def _planned_variant(path: str, given: tuple[str, ...], variant: Variant, target: Config, equal: Equal) -> PlannedVariant:
-    dense = variant.kind in DENSE
-    own = [f"ffn.kind={'dense' if dense else variant.kind}"]
+    dense = variant.kind in UNSTRUCTURED
+    own = [f"ffn.kind={DENSE if dense else variant.kind}"]
     own += [f"ffn.{key}={value}" for key, value in sizes_of(variant, target).items()]
     if dense and target.recompute == "bottleneck":
         own.append("recompute=none")  # a dense layer has no bottleneck to keep

@@ -34,7 +34,8 @@ from sffn_dist.parallel.split import shard
 from sffn_dist.spec import loading, schedule
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.renamed_keys import translate
-from sffn_dist.spec.split_table import TensorSpec, is_guide, model_tensors
+from sffn_dist.spec.split_table import is_guide, model_tensors
+from sffn_dist.structured.cut import TensorSpec
 
 FILES = {"weight": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 LATEST = "latest_universal"

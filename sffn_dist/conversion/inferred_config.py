@@ -7,8 +7,8 @@ from typing import Any
 
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import Config, ConfigError
-
-Shapes = Mapping[str, tuple[int, ...]]  # by our names, of full tensors
+from sffn_dist.structured.registry import DENSE, from_factor_shapes
+from sffn_dist.structured.structure import Factored, Shapes
 
 TABLE, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 LAYERS = "decoder.layers."
@@ -49,7 +49,7 @@ def _model(shapes: Shapes, heads: int) -> dict[str, Any]:
     vocab, width = shapes[TABLE]
     attention = shapes[f"{first}self_attention.linear_proj.weight"][1]
     rows = shapes[f"{first}self_attention.linear_qkv.weight"][0]
-    wide, inner = features(shapes, f"{first}mlp.linear_fc1")[0], features(shapes, f"{first}mlp.linear_fc2")[1]
+    wide, inner = linear_of(shapes, f"{first}mlp.linear_fc1").outputs, linear_of(shapes, f"{first}mlp.linear_fc2").inputs
     return {
         "layers": 1 + max(layer_of(name) for name in shapes if name.startswith(LAYERS)),
         "width": width,
@@ -68,39 +68,30 @@ def layer_of(name: str) -> int:
     return int(name.split(".")[2])
 
 
-def features(shapes: Shapes, linear: str) -> tuple[int, int]:
-    """(Outputs, inputs) of a feed-forward linear of any kind; raises KeyError for a factor that is not there."""
+def linear_of(shapes: Shapes, linear: str) -> Factored:
+    """Structure and sizes of a feed-forward linear; raises KeyError for factors of no structure."""
     own = {name.removeprefix(f"{linear}."): shape for name, shape in shapes.items() if name.startswith(f"{linear}.")}
-    first = own.get("weight") or own.get("down") or own["block_in"]
-    last = own.get("weight") or own.get("up") or own["block_out"]
-    return (last[0] if len(last) == 2 else last[0] * last[1]), (first[1] if len(first) == 2 else first[0] * first[2])
-
-
-def _kind(shapes: Shapes, layer: int) -> str:
-    linear = f"{LAYERS}{layer}.mlp.linear_fc1."
-    if f"{linear}weight" in shapes:
-        return "dense"
-    if f"{linear}down" in shapes:
-        return "low_rank"
-    return "block_dense" if f"{linear}up" in shapes else "block_shuffle"
+    factors = {leaf: shape for leaf, shape in own.items() if leaf not in ("guide", "bias")}
+    try:
+        return from_factor_shapes(factors)
+    except KeyError as error:
+        raise KeyError(f"{linear}: {error.args[0]}") from None
 
 
 def _ffn(shapes: Shapes) -> dict[str, Any]:
     """The ffn section: kind, rank and blocks of the layers that are not dense; raises ValueError if they differ in kind."""
     layers = sorted({layer_of(name) for name in shapes if name.startswith(LAYERS)})
-    kinds = {layer: _kind(shapes, layer) for layer in layers}
-    structured = sorted(set(kinds.values()) - {"dense"})
-    if len(structured) > 1:
-        raise ValueError(f"layers of kinds {structured} in one model")
-    ffn: dict[str, Any] = {"width": features(shapes, f"{LAYERS}0.mlp.linear_fc2")[1]}
+    structures = {layer: linear_of(shapes, f"{LAYERS}{layer}.mlp.linear_fc1").structure for layer in layers}
+    structured = {layer: structure for layer, structure in structures.items() if not structure.dense}
+    kinds = sorted({structure.kind for structure in structured.values()})
+    if len(kinds) > 1:
+        raise ValueError(f"layers of kinds {kinds} in one model")
+    ffn: dict[str, Any] = {"width": linear_of(shapes, f"{LAYERS}0.mlp.linear_fc2").inputs}
     if not structured:
-        return {**ffn, "kind": "dense"}
-    ffn |= {"kind": structured[0], "dense_layers": [layer for layer, kind in kinds.items() if kind == "dense"]}
-    linear = f"{LAYERS}{next(layer for layer, kind in kinds.items() if kind != 'dense')}.mlp.linear_fc1."
-    if structured[0] == "low_rank":
-        return {**ffn, "rank": shapes[f"{linear}down"][0]}
-    blocks, rows, _ = shapes[f"{linear}block_in"]
-    return {**ffn, "blocks": blocks, "rank": blocks * rows} if structured[0] == "block_dense" else {**ffn, "blocks": blocks}
+        return {**ffn, "kind": DENSE}
+    structure = next(iter(structured.values()))
+    settings = {name: getattr(structure, name) for name in structure.settings}
+    return {**ffn, "kind": structure.kind, "dense_layers": [layer for layer in layers if layer not in structured], **settings}
 
 
 def recipe(settings: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def spectrum(weights: Weights) -> Iterator[Spectrum]:
         for linear, _, inputs, outputs in ffn_linears(weights.config):
             values = singular_values(dense.full(f"decoder.layers.{layer}.mlp.{linear}.weight"))
             most = min(inputs, outputs)
-            bound = most if structure.kind == "dense" or weights.guide else min(most, structure.bottleneck(inputs, outputs))
+            bound = most if structure.dense or weights.guide else min(most, structure.bottleneck(inputs, outputs))
             share = (values / values.sum().clamp_min(1e-300)).clamp_min(1e-300)
             yield Spectrum(
                 layer=layer,

@@ -22,6 +22,7 @@ from sffn_dist.conversion.megatron_files import Checkpoint, MegatronTensor, open
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.spec.split_table import model_tensors
+from sffn_dist.structured.structure import Shapes
 
 FUSED = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -191,7 +192,7 @@ def _tanh(arguments: Mapping[str, Any]) -> bool:
     return arguments.get("bias_gelu_fusion", True) is True and arguments.get("add_bias_linear", True) is True
 
 
-def _zero_biases(entries: Mapping[str, MegatronTensor], shapes: inferred_config.Shapes) -> dict[str, MegatronTensor]:
+def _zero_biases(entries: Mapping[str, MegatronTensor], shapes: Shapes) -> dict[str, MegatronTensor]:
     """Zeros for the biases of linears that have none in any layer: Megatron's ``add_qkv_bias`` gives them to linear_qkv alone."""
     bare = [linear for linear in LINEARS if not any(name.endswith(f"{linear}.bias") for name in entries)]
     made: Callable[[tuple[int, ...]], MegatronTensor] = lambda shape: MegatronTensor(shape, lambda: torch.zeros(shape))  # noqa: E731

@@ -10,7 +10,7 @@ with the first linear's second factor (and with its guide, where that takes part
 
 From wide bottleneck to wide bottleneck a rank needs nobody: second factor, bias, activation and the next first factor are one operation on
 its shard, sffn_kernels.bottleneck. Where a guide takes part, the activation is none of that operation's, or features change ranks between
-the linears (shapes.Cut.many), they are operations of their own, with Megatron's code between the linears.
+the linears (structured/cut.py, Cut.many), they are operations of their own, with Megatron's code between the linears.
 """
 
 from __future__ import annotations
@@ -117,6 +117,8 @@ class StructuredMLP(MLP):
         """
         activation, linears = activation_of(self.config), (self.linear_fc1, self.linear_fc2)
         if activation is None or not all(isinstance(linear, StructuredLinear) and _unhooked(linear) for linear in linears):
+            return None
+        if not all(linear.structure.fused_kernels for linear in linears):
             return None
         if (
             any(linear.guide_weight is not None for linear in linears)

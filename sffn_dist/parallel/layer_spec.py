@@ -47,19 +47,18 @@ from sffn_dist.parallel.feed_forward import Recompute, StructuredMLP
 from sffn_dist.parallel.layers import NormLayer
 from sffn_dist.parallel.linear_init import check_structure
 from sffn_dist.parallel.linears import StructuredColumnParallelLinear, StructuredRowParallelLinear
-from sffn_dist.spec.config import FFNKind
-from sffn_dist.spec.split_table import Structure
+from sffn_dist.structured.registry import build_structure
 
 __all__ = ["NormLayer", "structured_layer_spec", "structured_mlp_submodules"]
 
 
 def structured_mlp_submodules(
-    kind: FFNKind, *, rank: int | None = None, blocks: int | None = None, guide: bool = False
+    kind: str, *, rank: int | None = None, blocks: int | None = None, guide: bool = False
 ) -> MLPSubmodules:
     """Two structured linears for a module that takes ``MLPSubmodules``: ``MLP``, the experts of a ``MoELayer``.
 
-    ``kind`` "low_rank" needs ``rank``, "block_dense" ``rank`` and ``blocks``, "block_shuffle" ``blocks``; ``guide`` adds the dense
-    matrix of self-guided training to each. Experts::
+    ``kind`` "low_rank" needs ``rank``, "block_dense" ``rank`` and ``blocks``, "block_shuffle" ``blocks``; another registered kind what its
+    ``settings`` name (structured/registry.py). ``guide`` adds the dense matrix of self-guided training to each. Experts::
 
         experts = ModuleSpec(module=SequentialMLP, submodules=structured_mlp_submodules("low_rank", rank=256))
         mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
@@ -69,7 +68,7 @@ def structured_mlp_submodules(
     Raises ValueError for an unknown kind, a missing, superfluous or unfit rank or blocks; the linears themselves raise it, when they
     are built, for sizes that the model's widths or its tensor-parallel size do not fit.
     """
-    structure = Structure(kind, rank, blocks)
+    structure = build_structure(kind, rank, blocks)
     check_structure(structure)
     params: dict[str, Any] = {"structure": structure, "guide": guide}
     return MLPSubmodules(
@@ -79,7 +78,7 @@ def structured_mlp_submodules(
 
 
 def structured_layer_spec(
-    kind: FFNKind,
+    kind: str,
     *,
     rank: int | None = None,
     blocks: int | None = None,

@@ -10,49 +10,26 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from sffn_dist.parallel import cpu_compat
-from sffn_dist.spec.split_table import Structure, TensorSpec
-from sffn_dist.structured import initialisation
+from sffn_dist.structured import functional
+from sffn_dist.structured.cut import Role, TensorSpec
+from sffn_dist.structured.registry import structured_kinds
+from sffn_dist.structured.structure import Size, Structure, refuse
 
 _NEXT_EXPERT_RANK = 0x9E3779B97F4A7C15  # between the seeds of expert-parallel ranks: odd and far from small numbers
 
 
 def check_structure(structure: Structure) -> None:
-    """Raise ValueError if ``kind``, ``rank`` and ``blocks`` do not make a structure."""
-    kind, needs_rank, needs_blocks = structure.kind, ("low_rank", "block_dense"), ("block_shuffle", "block_dense")
-    if kind not in (*needs_rank, *needs_blocks):
-        raise ValueError(f'kind = {kind!r}: must be "low_rank", "block_dense" or "block_shuffle"')
-    for name, value, needed in (
-        ("rank", structure.rank, kind in needs_rank),
-        ("blocks", structure.blocks, kind in needs_blocks),
-    ):
-        if needed and value is None:
-            raise ValueError(f'{name}: missing; kind = "{kind}" needs it')
-        if not needed and value is not None:
-            raise ValueError(f'{name} = {value}: kind = "{kind}" has none')
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} = {value!r}: must be a positive whole number")
-    if kind == "block_dense" and structure.needed_rank % structure.needed_blocks:
-        raise ValueError(f"blocks = {structure.blocks}: must divide rank = {structure.rank}")
+    """Raise ValueError if the settings do not make a structure, or it has nothing structured."""
+    if structure.dense:
+        raise ValueError(f"kind = {structure.kind!r}: must be one of {', '.join(structured_kinds())}")
+    refuse(structure.setting_problems())
 
 
-def check_sizes(structure: Structure, inputs: int, outputs: int) -> None:
-    """Raise ValueError if an (outputs, inputs) matrix, of a gated pair one half, cannot have this structure."""
-    if structure.rank is not None and structure.rank > min(inputs, outputs):
-        raise ValueError(f"rank = {structure.rank}: must not exceed {min(inputs, outputs)}, the smaller side of the matrix")
-    for side, size in (("input", inputs), ("output", outputs)):
-        if structure.blocks is not None and size % structure.blocks:
-            raise ValueError(f"blocks = {structure.blocks}: must divide the {side} size {size}")
-
-
-def check_ranks(structure: Structure, inner: int, ranks: int) -> None:
-    """Raise ValueError if the ``inner`` features cannot be split over that many tensor-parallel ranks."""
-    if ranks == 1:
-        return
-    if inner % ranks:
-        raise ValueError(f"inner width {inner}: must be divisible by the {ranks} tensor-parallel ranks")
-    blocks = structure.blocks or 1
-    if structure.kind == "block_shuffle" and inner % blocks**2:
-        raise ValueError(f"blocks = {blocks}: its square must divide the inner width {inner} under tensor parallelism")
+def check_sizes(structure: Structure, role: Role, inputs: int, outputs: int, ranks: int) -> None:
+    """Raise ValueError if an (outputs, inputs) matrix, of a gated pair one half, cannot have this structure, or on so many ranks."""
+    sizes = Size("input size", inputs), Size("output size", outputs)
+    outer, inner = sizes if role == "column" else sizes[::-1]
+    refuse([*structure.size_problems(outer, inner), *structure.rank_problems(inner, Size("tensor-parallel ranks", ranks))])
 
 
 @torch.no_grad()
@@ -79,7 +56,7 @@ def draw_replicated(
     device = cpu_compat.device()
     if group.rank() == 0:
         own = torch.Generator(device).manual_seed(seed)
-        full = initialisation.draw(structure, *sizes, std, own, guide="guide" in specs)
+        full = functional.draw(structure, *sizes, std, own, guide="guide" in specs)
     else:
         full = {name: torch.empty(spec.shape, device=device) for name, spec in specs.items() if name != "bias"}
     if group.size() > 1:

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from sffn_dist.parallel import sharded_state
 from sffn_dist.parallel.collectives import Exchange, Tokens
 from sffn_dist.parallel.functions import ColumnFunction, RowFunction, autocast
-from sffn_dist.parallel.linear_init import check_ranks, check_sizes, check_structure, draw_replicated
+from sffn_dist.parallel.linear_init import check_sizes, check_structure, draw_replicated
 from sffn_dist.parallel.split import shard
 from sffn_dist.parallel.split_linear import ColumnSplit, RowSplit, SplitLinear
-from sffn_dist.spec.split_table import Layout, Role, Structure, TensorSpec, inner_layout, linear_tensors, wide_factor
+from sffn_dist.spec.split_table import linear_tensors, wide_factor
+from sffn_dist.structured.cut import Layout, Role, TensorSpec
+from sffn_dist.structured.structure import Structure
 
 
 class StructuredLinear(nn.Module, abc.ABC):
@@ -59,9 +61,7 @@ class StructuredLinear(nn.Module, abc.ABC):
         self.halves = 2 if gated else 1
         self.is_expert = is_expert
         check_structure(structure)
-        inner = input_size if self.role == "row" else output_size // self.halves
-        check_sizes(structure, input_size, output_size // self.halves)
-        check_ranks(structure, inner, self.ranks)
+        check_sizes(structure, self.role, input_size, output_size // self.halves, self.ranks)
         self._guide_weight: float | None = None
         self.specs = linear_tensors(structure, self.role, input_size, output_size, gated=gated, bias=bias, guide=guide)
         for name, spec in self.specs.items():
@@ -156,7 +156,7 @@ class StructuredLinear(nn.Module, abc.ABC):
     def layout(self) -> Layout:
         """How the inner features lie over ranks: what a first linear writes, a second one must have been built to read."""
         inner = self.input_size if self.role == "row" else self.output_size // self.halves
-        return inner_layout(self.structure.kind, inner, self.structure.blocks)
+        return self.structure.layout(inner)
 
     def backward_dw(self) -> None:
         """Part of Megatron's linear interface; weight gradients are never delayed here."""

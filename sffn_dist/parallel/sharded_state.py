@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
-from sffn_dist.spec.split_table import TensorSpec
+from sffn_dist.structured.cut import TensorSpec
 
 Offsets = Sequence[tuple[int, int, int]]  # (axis, index, size) of each prepended axis
 HALVES = "bias_halves"

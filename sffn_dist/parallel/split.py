@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sffn_dist.spec.split_table import TensorSpec
+from sffn_dist.structured.cut import TensorSpec
 
 
 def part_view(full: Tensor, spec: TensorSpec, p: int, rank: int) -> Tensor:

@@ -19,23 +19,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from sffn_kernels import mix
 from torch import Tensor
 
 from sffn_dist.parallel.collectives import Exchange, Pending, all_to_all, sum_gradient
-from sffn_dist.spec.split_table import Structure
+from sffn_dist.structured.cut import Role
 from sffn_dist.structured.products import (
-    BlockDiagonalProduct,
-    InterleavedProduct,
     MatrixProduct,
     Product,
     shaped,
     shuffle,
     unshuffle,
 )
+from sffn_dist.structured.registry import ops
+from sffn_dist.structured.structure import Structure
 
 
 class Weights(NamedTuple):
@@ -74,17 +74,20 @@ class SplitLinear:
     structure: Structure
     exchange: Exchange
 
+    role: ClassVar[Role]
+
     @cached_property
     def first(self) -> Product:
-        return MatrixProduct() if self.structure.kind == "low_rank" else BlockDiagonalProduct()
+        return ops(self.structure).products(self.role)[0]
 
     @cached_property
     def second(self) -> Product:
-        return InterleavedProduct() if self.shuffled else MatrixProduct()
+        return ops(self.structure).products(self.role)[1]
 
-    @property
+    @cached_property
     def shuffled(self) -> bool:
-        return self.structure.kind == "block_shuffle"
+        """Whether z is shuffled before the second factor, which reads a row of it for each block."""
+        return ops(self.structure).second_blocks is not None
 
     @cached_property
     def dense(self) -> Exchange:
@@ -114,6 +117,8 @@ class ColumnOutput(NamedTuple):
 @dataclass(frozen=True)
 class ColumnSplit(SplitLinear):
     """The first linear."""
+
+    role = "column"
 
     def narrow(self, x: Tensor, first: Tensor) -> Tensor:
         """A x of the rank's tokens, as a narrow z: a view, not laid out yet."""
@@ -227,9 +232,10 @@ class PendingBackward(NamedTuple):
 class RowSplit(SplitLinear):
     """The second linear.
 
-    ``needs_exchange`` says that the wide features are exchanged for whole blocks before the first factor (shapes.Cut.many).
+    ``needs_exchange`` says that the wide features are exchanged for whole blocks before the first factor (cut.Cut.many).
     """
 
+    role = "row"
     needs_exchange: bool = False
 
     def exchange_features(self, x: Tensor) -> Pending:
@@ -241,7 +247,7 @@ class RowSplit(SplitLinear):
         return all_to_all(parts, self.exchange.group).then(lambda came: came.movedim(0, -2).flatten(-3))
 
     def _exchange_features_back(self, x: Tensor) -> Pending:
-        """The inverse of :meth:`turned`."""
+        """The inverse of :meth:`exchange_features`."""
         if not self.needs_exchange:
             return Pending(x)
         p, blocks = self.exchange.ranks, self.structure.needed_blocks

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from sffn_dist.structured import registry
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]  # what a JSON number and a float hold exactly
 NaturalInt = Annotated[int, Field(ge=0, lt=2**53)]
@@ -19,7 +22,14 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
-FFNKind = Literal["dense", "low_rank", "block_shuffle", "block_dense"]
+
+def _registered(kind: str) -> str:
+    if kind not in registry.kinds():
+        raise PydanticCustomError("kind", "must be {kinds}", {"kinds": registry.listed_kinds()})
+    return kind
+
+
+FFNKind = Annotated[str, AfterValidator(_registered)]
 
 
 class ConfigError(ValueError):
@@ -67,10 +77,10 @@ class Model(Section):
 class FFN(Section):
     """The feed-forward kind; ``rank`` and ``blocks`` as in the paper's section 2."""
 
-    kind: FFNKind = "dense"
+    kind: FFNKind = Field(registry.DENSE, description="of the structures in structured/registry.py")
     width: PositiveInt | None = Field(None, description="inner width f; default: 4 x model.width")
-    rank: PositiveInt | None = Field(None, description="R of low_rank and block_dense")
-    blocks: PositiveInt | None = Field(None, description="B of block_shuffle and block_dense")
+    rank: PositiveInt | None = Field(None, description="R, of the kinds that have one")
+    blocks: PositiveInt | None = Field(None, description="B, of the kinds that have them")
     dense_layers: tuple[NaturalInt, ...] = Field((0,), description="layers whose FFN stays dense")
 
 
@@ -232,7 +242,7 @@ class Config(Section):
     @property
     def structured(self) -> bool:
         """True if some layer's feed-forward is structured."""
-        return any(self.kind_of_layer(layer) != "dense" for layer in range(self.model.layers))
+        return any(self.kind_of_layer(layer) != registry.DENSE for layer in range(self.model.layers))
 
     @property
     def evaluation_sequences(self) -> int:
@@ -248,8 +258,8 @@ class Config(Section):
         """Micro-steps of a step on each of ``data_parallel`` ranks."""
         return max(1, self.train.global_batch_size // (self.train.micro_batch_size * data_parallel))
 
-    def kind_of_layer(self, layer: int) -> FFNKind:
-        return "dense" if layer in self.ffn.dense_layers else self.ffn.kind
+    def kind_of_layer(self, layer: int) -> str:
+        return registry.DENSE if layer in self.ffn.dense_layers else self.ffn.kind
 
 
 def key_fields() -> dict[str, Any]:

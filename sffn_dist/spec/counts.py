@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 
 from sffn_dist.spec.config import Config
-from sffn_dist.spec.split_table import is_guide, model_tensors
+from sffn_dist.spec.split_table import ffn_linears, ffn_structure, is_guide, model_tensors
+from sffn_dist.structured.registry import DENSE
 
 
 def part_of(name: str, config: Config) -> str:
     """The part of the model that a parameter belongs to, as the plan lists them."""
     if ".mlp." in name:
         layer = int(name.split(".")[2])
-        return "ffn_dense" if config.kind_of_layer(layer) == "dense" else "ffn_structured"
+        return "ffn_dense" if ffn_structure(config, layer).dense else "ffn_structured"
     if "layernorm" in name:
         return "norms"
     return "attention" if ".self_attention." in name else "embedding"
@@ -39,11 +40,16 @@ def guide_parameters(config: Config) -> int:
 def all_dense(config: Config) -> Config:
     """The same model with dense feed-forward layers."""
     recompute = "none" if config.recompute == "bottleneck" else config.recompute
-    return config.model_copy(update={"ffn": config.ffn.model_copy(update={"kind": "dense"}), "recompute": recompute})
+    return config.model_copy(update={"ffn": config.ffn.model_copy(update={"kind": DENSE}), "recompute": recompute})
 
 
-def _matrix_parameters(config: Config) -> int:
-    return sum(spec.numel for spec in model_tensors(config, guide=False).values() if len(spec.shape) > 1)
+def _multiplications(config: Config) -> int:
+    """Multiplications a token in one forward pass by all matrices: one for each parameter, but where a structure says otherwise."""
+    matrices = {name: spec for name, spec in model_tensors(config, guide=False).items() if len(spec.shape) > 1}
+    others = sum(spec.numel for name, spec in matrices.items() if ".mlp." not in name)
+    structures = [ffn_structure(config, layer) for layer in range(config.model.layers)]
+    linears = [(inputs, outputs) for _, _, inputs, outputs in ffn_linears(config)]
+    return others + sum(structure.multiplications(*sizes) for structure in structures for sizes in linears)
 
 
 def _embedding_lookup(config: Config) -> int:
@@ -52,12 +58,12 @@ def _embedding_lookup(config: Config) -> int:
 
 
 def flops_per_token(config: Config) -> int:
-    """Forward and backward FLOPs a token without the guide (the authors' formula): 6 x matrix parameters + 12 L A S.
+    """Forward and backward FLOPs a token without the guide (the authors' formula): 6 x multiplications by matrices + 12 L A S.
 
     The tied embedding counts once (its product with the hidden state), causal attention is not halved, recomputation does not count.
     """
     attention = 12 * config.model.layers * config.attention_dim * config.model.sequence
-    return 6 * (_matrix_parameters(config) - _embedding_lookup(config)) + attention
+    return 6 * (_multiplications(config) - _embedding_lookup(config)) + attention
 
 
 def guide_flops_per_token(config: Config) -> int:

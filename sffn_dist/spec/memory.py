@@ -69,11 +69,11 @@ def feed_forward_elements(config: Config, layer: int, narrow: bool, *, guide: bo
     structure = ffn_structure(config, layer)
     # the activation's input, of two halves if gated, and its output; Megatron's gated one keeps the activated half and the other one
     # plus its offset too
-    plain = structure.kind != "dense" and not guide
+    plain = not structure.dense and not guide
     wide = 2 * f // p
     if config.gated:
         wide = (3 if plain else 5) * f // p
-    if structure.kind == "dense":
+    if structure.dense:
         return wide
     z_1, z_2 = structure.bottleneck(h, f), structure.bottleneck(f, h) // shared
     _, role, inputs, outputs = ffn_linears(config)[0]

@@ -8,6 +8,7 @@ from sffn_dist.spec import counts, machine, schedule, traffic
 from sffn_dist.spec.config import Config
 from sffn_dist.spec.memory import memory_per_rank
 from sffn_dist.spec.validation import unused_settings
+from sffn_dist.structured.registry import DENSE
 
 
 def plan(config: Config, world: int) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def _phase_line(phase: dict[str, Any], plan: dict[str, Any]) -> str:
 def _received_line(plan: dict[str, Any]) -> str:
     received = {key: plan["communication"][key]["bytes"] for key in ("step", "guide", "all_dense")}
     guide = f", + {si(received['guide'], 'B')} where guides are drawn" if received["guide"] else ""
-    dense = f" (all dense: {si(received['all_dense'], 'B')})" if plan["ffn"]["kind"] != "dense" else ""
+    dense = f" (all dense: {si(received['all_dense'], 'B')})" if plan["ffn"]["kind"] != DENSE else ""
     return f"{si(received['step'], 'B')} a rank and step by tensor parallelism{dense}{guide}; {_layer_line(plan)}"
 
 

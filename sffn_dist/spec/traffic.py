@@ -18,17 +18,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from sffn_dist.spec.config import Config
-from sffn_dist.spec.split_table import (
-    Role,
-    Structure,
-    TensorSpec,
-    ffn_linears,
-    ffn_structure,
-    layer_tensors,
-    linear_tensors,
-    model_tensors,
-    wide_factor,
-)
+from sffn_dist.spec.split_table import ffn_linears, ffn_structure, layer_tensors, linear_tensors, model_tensors, wide_factor
+from sffn_dist.structured.cut import Role, TensorSpec
+from sffn_dist.structured.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -130,7 +122,7 @@ def feed_forward(
     group: TrafficGroup, structure: Structure, h: int, f: int, *, gated: bool = False, narrow: bool = False
 ) -> list[Transfer]:
     """Both linears of a feed-forward layer h -> f -> h without biases; ``structure`` may be dense."""
-    if structure.kind == "dense":
+    if structure.dense:
         return [*dense_linear(group, "column", h, f), *dense_linear(group, "row", f, h)]
     wide = 2 * f if gated else f
     first = linear_tensors(structure, "column", h, wide, gated=gated)
@@ -168,7 +160,7 @@ def layer_traffic(config: Config, layer: int, *, guide: bool = False) -> list[Tr
         name = f"mlp.{linear}"
         if guide:  # split as a dense linear is
             at(name, dense_linear(group, role, inputs, outputs) if f"{name}.guide" in specs else ())
-        elif structure.kind == "dense":
+        elif structure.dense:
             at(name, dense_linear(group, role, inputs, outputs))
         else:
             own = {key.rpartition(".")[2]: spec for key, spec in specs.items() if key.startswith(f"{name}.")}
@@ -180,7 +172,7 @@ def layer_traffic(config: Config, layer: int, *, guide: bool = False) -> list[Tr
         moved += [
             replace(one, purpose="backward")
             for one in moved
-            if one.purpose == "forward" and not (structure.kind == "dense" and one.place == "mlp.linear_fc2")
+            if one.purpose == "forward" and not (structure.dense and one.place == "mlp.linear_fc2")
         ]
     for name, spec in specs.items():
         if len(spec.shape) == 1 and not guide:  # norms, and biases of row-parallel linears

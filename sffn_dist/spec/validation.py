@@ -10,6 +10,9 @@ from typing import Any
 
 from sffn_dist.spec import schedule
 from sffn_dist.spec.config import Config, ConfigError, Guide, defaults, flatten
+from sffn_dist.spec.split_table import configured_structure
+from sffn_dist.structured.registry import DENSE, structure_class
+from sffn_dist.structured.structure import Size
 
 
 def problems(config: Config) -> Iterable[str]:
@@ -45,50 +48,24 @@ def _attention_rules(config: Config) -> Iterable[str]:
 
 
 def _ffn_rules(config: Config) -> Iterable[str]:
-    ffn, h, f = config.ffn, config.model.width, config.ffn_width
-    for layer in ffn.dense_layers:
+    for layer in config.ffn.dense_layers:
         if layer >= config.model.layers:
             yield f"ffn.dense_layers holds {layer}: must be below model.layers = {config.model.layers}"
-    if ffn.kind in ("low_rank", "block_dense"):
-        if ffn.rank is None:
-            yield f'ffn.rank: missing; ffn.kind = "{ffn.kind}" needs it'
-        elif ffn.rank > min(h, f):
-            yield f"ffn.rank = {ffn.rank}: must not exceed min(model.width, ffn.width) = {min(h, f)}"
-    if ffn.kind in ("block_shuffle", "block_dense"):
-        if ffn.blocks is None:
-            yield f'ffn.blocks: missing; ffn.kind = "{ffn.kind}" needs it'
-            return
-        yield from _divides("ffn.blocks", ffn.blocks, "model.width", h)
-        yield from _divides("ffn.blocks", ffn.blocks, "ffn.width", f)
-        if ffn.kind == "block_dense" and ffn.rank is not None:
-            yield from _divides("ffn.blocks", ffn.blocks, "ffn.rank", ffn.rank)
+    structure = configured_structure(config, config.ffn.kind)
+    outer, inner = Size("model.width", config.model.width), Size("ffn.width", config.ffn_width)
+    yield from structure.setting_problems("ffn.")
+    yield from structure.size_problems(outer, inner, "ffn.")
+    yield from structure.rank_problems(inner, Size("parallel.tensor", config.parallel.tensor), "ffn.")
 
 
 def _tensor_parallel_rules(config: Config) -> Iterable[str]:
-    p, ffn = config.parallel.tensor, config.ffn
-    if p == 1:
-        return
-
-    def multiple(key: str, value: int) -> Iterable[str]:
+    p = config.parallel.tensor
+    sizes = {"model.heads": config.model.heads, "model.kv_heads": config.kv_heads, "model.vocab": config.model.vocab}
+    if config.parallel.sequence and p > 1:
+        sizes["model.sequence"] = config.model.sequence
+    for key, value in sizes.items():
         if value % p:
             yield f"{key} = {value}: must be divisible by parallel.tensor = {p}"
-
-    yield from multiple("model.heads", config.model.heads)
-    yield from multiple("model.kv_heads", config.kv_heads)
-    yield from multiple("model.vocab", config.model.vocab)
-    yield from multiple("ffn.width", config.ffn_width)
-    if config.parallel.sequence:
-        yield from multiple("model.sequence", config.model.sequence)
-    if ffn.kind in ("block_shuffle", "block_dense") and ffn.blocks is not None:
-        if ffn.blocks % p and p % ffn.blocks:
-            yield f"ffn.blocks = {ffn.blocks}: must be divisible by parallel.tensor = {p}, or divide it"
-        elif ffn.kind == "block_shuffle" and config.ffn_width % ffn.blocks**2:
-            yield (
-                f"ffn.blocks = {ffn.blocks}: its square must divide ffn.width = {config.ffn_width} under tensor parallelism "
-                "(the shuffled features of a block must fall into whole blocks of the next factor)"
-            )
-        elif p > ffn.blocks and (config.ffn_width // ffn.blocks) % (p // ffn.blocks):
-            yield f"ffn.width / ffn.blocks = {config.ffn_width // ffn.blocks}: must be divisible by {p // ffn.blocks}"
 
 
 def _guide_rules(config: Config) -> Iterable[str]:
@@ -137,13 +114,12 @@ def check_world(config: Config, world: int) -> None:
 def unused_settings(config: Config) -> dict[str, str]:
     """Settings that this run does not use, with the reason; shown by the plan."""
     notes: dict[str, str] = {}
-    kind = config.ffn.kind
-    if config.ffn.rank is not None and kind in ("dense", "block_shuffle"):
-        notes["ffn.rank"] = f"ffn.kind = {kind} has no rank"
-    if config.ffn.blocks is not None and kind in ("dense", "low_rank"):
-        notes["ffn.blocks"] = f"ffn.kind = {kind} has no blocks"
+    kind, settings = config.ffn.kind, structure_class(config.ffn.kind).settings
+    for name in ("rank", "blocks"):
+        if getattr(config.ffn, name) is not None and name not in settings:
+            notes[f"ffn.{name}"] = f"ffn.kind = {kind} has no {name}"
     notes.update(_unused_guide(config))
-    if kind != "dense" and not config.structured:
+    if kind != DENSE and not config.structured:
         notes["ffn.kind"] = "ffn.dense_layers leaves no structured layer"
     if config.parallel.sequence and config.parallel.tensor == 1:
         notes["parallel.sequence"] = "parallel.tensor = 1 splits nothing"
@@ -151,7 +127,7 @@ def unused_settings(config: Config) -> dict[str, str]:
 
 
 def _why_no_step_is_guided(config: Config) -> str:
-    if config.ffn.kind == "dense":
+    if config.ffn.kind == DENSE:
         return "a dense FFN has nothing to guide"
     if not config.structured:
         return "ffn.dense_layers leaves no structured layer"
@@ -193,10 +169,7 @@ def identity(config: Config) -> dict[str, Any]:
     What the run does not use is left out, whatever its value: sizes of another feed-forward kind, a guide that guides nothing.
     """
     idle = set(FREE)
-    if config.ffn.kind not in ("low_rank", "block_dense"):
-        idle.add("ffn.rank")
-    if config.ffn.kind not in ("block_shuffle", "block_dense"):
-        idle.add("ffn.blocks")
+    idle |= {f"ffn.{name}" for name in ("rank", "blocks") if name not in structure_class(config.ffn.kind).settings}
     flat = {key: value for key, value in flatten(config).items() if key.split(".")[0] in IDENTITY and key not in idle}
     # what a default stands for: naming it makes no other run
     flat |= {"model.kv_heads": config.kv_heads, "model.attention_dim": config.attention_dim, "ffn.width": config.ffn_width}

@@ -19,7 +19,7 @@ from sffn_dist.checkpoint.manifest import MOMENTS
 from sffn_dist.checkpoint.writer import Fragment
 from sffn_dist.parallel.split import unshard
 from sffn_dist.parallel.topology import Topology
-from sffn_dist.spec.split_table import TensorSpec
+from sffn_dist.structured.cut import TensorSpec
 
 Engine = Any  # deepspeed.DeepSpeedEngine, which is not typed
 ExportedState = list[dict[str, Tensor]]  # of each surviving master: "weight", "exp_avg", "exp_avg_sq", "step"

@@ -21,8 +21,8 @@ from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.spec.split_table import ffn_linears, ffn_structure, model_tensors
-from sffn_dist.structured import initialisation
-from sffn_dist.structured.maps import to_dense
+from sffn_dist.structured import functional
+from sffn_dist.structured.functional import to_dense
 
 CASES = Path(__file__).with_name("hf_cases.py")
 SIZES: dict[str, dict[str, Any]] = {
@@ -64,7 +64,7 @@ def drawn_weights(tree: dict[str, Any], *, guide: bool = False, alpha: float = 0
         elif ".mlp." in name:
             inputs, outputs = next((i, o) for linear, _, i, o in ffn_linears(config) if prefix.endswith(linear))
             structure = ffn_structure(config, int(name.split(".")[2]))
-            factors = initialisation.draw(structure, inputs, outputs, config.model.init_std, generator)
+            factors = functional.draw(structure, inputs, outputs, config.model.init_std, generator)
             if f"{prefix}.guide" in specs:
                 dense = to_dense(structure, factors)
                 factors["guide"] = dense + 0.2 * torch.randn(dense.shape, generator=generator)

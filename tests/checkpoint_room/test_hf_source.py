@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from sffn_dist.checkpoint.weights import Weights, approximated, merged
 from sffn_dist.conversion.hf import source
 from sffn_dist.conversion.hf.export import export
-from sffn_dist.spec.split_table import Structure, ffn_structure
-from sffn_dist.structured.maps import to_dense
+from sffn_dist.spec.split_table import ffn_structure
+from sffn_dist.structured.functional import to_dense
+from sffn_dist.structured.structure import Structure
 
 transformers = pytest.importorskip("transformers")
 

@@ -18,7 +18,7 @@ from sffn_dist.conversion import inspection
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.spec.split_table import ffn_structure, model_tensors
-from sffn_dist.structured.maps import to_dense
+from sffn_dist.structured.functional import to_dense
 
 FFN: dict[str, dict[str, Any]] = {
     "low_rank": {"kind": "low_rank", "rank": 6},

@@ -28,7 +28,7 @@ from sffn_dist.parallel import cpu_compat
 from sffn_dist.parallel.layer_spec import NormLayer, structured_layer_spec, structured_mlp_submodules
 from sffn_dist.parallel.linears import StructuredLinear
 from sffn_dist.parallel.split import part_view, shard
-from sffn_dist.spec.split_table import TensorSpec
+from sffn_dist.structured.cut import TensorSpec
 
 VOCAB, LENGTH = 32, 8
 Named = dict[str, tuple[nn.Parameter, Tensor, TensorSpec, StructuredLinear]]  # parameter, its value, its spec, its linear

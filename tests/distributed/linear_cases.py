@@ -22,8 +22,10 @@ from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.layer_spec import structured_mlp_submodules
 from sffn_dist.parallel.ledger import Ledger
 from sffn_dist.parallel.split import shard, unshard
-from sffn_dist.spec.split_table import Structure, linear_tensors
-from sffn_dist.structured import maps
+from sffn_dist.spec.split_table import linear_tensors
+from sffn_dist.structured import functional
+from sffn_dist.structured.registry import build_structure
+from sffn_dist.structured.structure import Structure
 
 
 def _full_tensors(structure: Structure, h: int, f: int, gated: bool, bias: bool, guide: bool) -> dict[str, dict[str, Tensor]]:
@@ -49,7 +51,7 @@ def _activation(y: Tensor, gated: bool) -> Tensor:
 def _reference(structure: Structure, full: dict[str, dict[str, Tensor]], x: Tensor, gated: bool, alpha: float | None) -> Tensor:
     def linear(tensors: dict[str, Tensor], value: Tensor) -> Tensor:
         factors = {name: t for name, t in tensors.items() if name not in ("bias", "guide")}
-        y = maps.apply(structure, value, factors)
+        y = functional.apply(structure, value, factors)
         if alpha is not None:
             y = alpha * F.linear(value, tensors["guide"]) + (1 - alpha) * y
         return y + tensors["bias"] if "bias" in tensors else y
@@ -94,7 +96,7 @@ def feed_forward_errors(
 ) -> dict[str, float]:  # fmt: skip
     """Relative RMS error of the output and of every gradient, on this rank, against the reference."""
     ranks = join()
-    p, structure = ranks.tensor, Structure(kind, rank, blocks)
+    p, structure = ranks.tensor, build_structure(kind, rank, blocks)
     full = _full_tensors(structure, h, f, gated, bias, guide=alpha is not None)
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(rows, batch, h, generator=generator, dtype=torch.float64)
@@ -138,7 +140,7 @@ def traffic(
 ) -> dict[tuple[str, str, str], Fraction]:  # fmt: skip
     """Elements that this rank receives in forward and backward of one layer, by (linear, purpose, kind); dense is Megatron's own."""
     ranks = join()
-    p, structure = ranks.tensor, Structure(kind, rank, blocks)
+    p, structure = ranks.tensor, build_structure(kind, rank, blocks)
     mlp = _ours(structure, h, f, gated, False, sequence, alpha, recompute, p)
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter)
@@ -160,7 +162,7 @@ def saved_bytes(
 ) -> int:
     """Bytes that one layer keeps for backward on this rank: storages counted once, without parameters."""
     ranks = join()
-    p, structure = ranks.tensor, Structure(kind, rank, blocks)
+    p, structure = ranks.tensor, build_structure(kind, rank, blocks)
     mlp = _ours(structure, h, f, gated, False, sequence, None, recompute, p)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in mlp.parameters()}
     kept: dict[int, int] = {}
@@ -182,7 +184,7 @@ def frozen_guided(kind: str, rank: int | None, blocks: int | None, sequence: boo
     """Largest difference of any gradient from that with nothing frozen, while the guide takes part and x or any one weight, or all but
     one, is frozen; the frozen ones have none."""
     ranks = join()
-    mlp = _ours(Structure(kind, rank, blocks), 8, 16, False, False, sequence, 0.3, recompute, ranks.tensor)
+    mlp = _ours(build_structure(kind, rank, blocks), 8, 16, False, False, sequence, 0.3, recompute, ranks.tensor)
     torch.manual_seed(ranks.tensor_rank)
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -210,7 +212,7 @@ def frozen_guided(kind: str, rank: int | None, blocks: int | None, sequence: boo
 def other_uses(kind: str, rank: int | None, blocks: int | None, sequence: bool, recompute: str) -> dict[str, Any]:
     """A layer under autocast, with frozen weights, differentiated twice, by its second linear's guide that it has not."""
     ranks = join()
-    p, structure, h, f = ranks.tensor, Structure(kind, rank, blocks), 16, 64
+    p, structure, h, f = ranks.tensor, build_structure(kind, rank, blocks), 16, 64
     mlp = _ours(structure, h, f, True, True, sequence, None, recompute, p).float()
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -299,7 +301,7 @@ class LiveBytes(TorchDispatchMode):
 def peak_bytes(kind: str, rank: int | None, blocks: int | None, h: int, f: int, rows: int, recompute: str) -> int:
     """The most that a layer's forward and backward pass holds beside its input, output gradient and weights."""
     ranks = join()
-    mlp = _ours(Structure(kind, rank, blocks), h, f, False, False, False, None, recompute, ranks.tensor)
+    mlp = _ours(build_structure(kind, rank, blocks), h, f, False, False, False, None, recompute, ranks.tensor)
     for parameter in mlp.parameters():
         parameter.data.normal_()
     x = torch.randn(rows, 1, h, dtype=torch.float64, requires_grad=True)
@@ -313,7 +315,7 @@ def peak_bytes(kind: str, rank: int | None, blocks: int | None, h: int, f: int, 
 def any_leading_dimensions(kind: str, rank: int | None, blocks: int | None, recompute: str) -> float:
     """The largest error between an input as (T, h), (T, 1, h) and (a, b, c, h), with a gradient and without one; 40 and 80 tokens."""
     ranks = join()
-    mlp = _ours(Structure(kind, rank, blocks), 16, 64, True, True, False, None, recompute, ranks.tensor)
+    mlp = _ours(build_structure(kind, rank, blocks), 16, 64, True, True, False, None, recompute, ranks.tensor)
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     errors = []

@@ -10,8 +10,8 @@ from sffn_bench.naive_split import NaiveLinear
 from sffn_bench.one_layer import transformer
 
 from sffn_dist.parallel import cpu_compat, topology
-from sffn_dist.spec.split_table import Structure
-from sffn_dist.structured import maps
+from sffn_dist.structured import functional
+from sffn_dist.structured.registry import build_structure
 
 
 def _ranks() -> topology.Topology:
@@ -24,7 +24,7 @@ def _ranks() -> topology.Topology:
 def error(structure: dict[str, Any], inputs: int, outputs: int, sequence: bool) -> float:
     """Largest difference from the structure's own map, of the linear as this rank computes it."""
     ranks = _ranks()
-    p, rank, kind = ranks.tensor, ranks.tensor_rank, Structure(**structure)
+    p, rank, kind = ranks.tensor, ranks.tensor_rank, build_structure(**structure)
     linear = NaiveLinear(kind, inputs, outputs, transformer(inputs, outputs, p, sequence), p, rank)
     generator = torch.Generator().manual_seed(3)
     factors = {name: torch.randn(shape, generator=generator) for name, shape in kind.factor_shapes(inputs, outputs).items()}
@@ -34,13 +34,13 @@ def error(structure: dict[str, Any], inputs: int, outputs: int, sequence: bool) 
         linear.second.weight.copy_(second.chunk(p, dim=-1)[rank])
         x = torch.randn(8, 2, inputs, generator=generator)
         y = linear(x.chunk(p)[rank] if sequence else x)
-        want = maps.apply(kind, x, factors)
+        want = functional.apply(kind, x, factors)
     return float((y - (want.chunk(p)[rank] if sequence else want)).abs().max())
 
 
 def three_passes_errors(structure: dict[str, Any], h: int, f: int, alpha: float) -> dict[str, float]:
     """Largest difference between the guided layer and the one of three passes, as a share of the largest value: y and every gradient."""
-    config, kind = transformer(h, f, _ranks().tensor, sequence=False), Structure(**structure)
+    config, kind = transformer(h, f, _ranks().tensor, sequence=False), build_structure(**structure)
     layers = ours(kind, config, guide=True, alpha=alpha), ThreePassesMLP(kind, config, alpha)
     generator = torch.Generator().manual_seed(3)
     weights = {name: torch.randn(held.shape, generator=generator) for name, held in layers[0].named_parameters()}

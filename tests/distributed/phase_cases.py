@@ -21,7 +21,7 @@ from sffn_dist.checkpoint.manifest import MOMENTS, latest_checkpoint
 from sffn_dist.parallel.split import shard
 from sffn_dist.spec import schedule as schedules
 from sffn_dist.spec.split_table import ffn_structure, is_guide, model_tensors
-from sffn_dist.structured.maps import apply, to_dense
+from sffn_dist.structured.functional import apply, to_dense
 from sffn_dist.training import engine as engines
 from sffn_dist.training import engine_state, loop, phases
 

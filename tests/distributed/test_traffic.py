@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from sffn_dist.spec import loading
-from sffn_dist.spec.split_table import Structure, linear_tensors
+from sffn_dist.spec.split_table import linear_tensors
 from sffn_dist.spec.traffic import TrafficGroup, Transfer, dense_linear, feed_forward, layer_traffic, model_traffic, total
+from sffn_dist.structured.registry import build_structure
 
 LINEARS = Path(__file__).with_name("linear_cases.py")
 TRAINING = Path(__file__).with_name("training_cases.py")
@@ -118,7 +119,7 @@ def test_layers_send_what_is_predicted(ranks: Callable[..., Any], p: int, shape:
             continue
         arguments = case(shape, sequence=sequence, gated=gated, alpha=alpha, recompute=recompute)
         group = TrafficGroup(p, 24, sequence)
-        expected = feed_forward(group, Structure(kind, rank, blocks), h, f, gated=gated, narrow=recompute == "bottleneck")
+        expected = feed_forward(group, build_structure(kind, rank, blocks), h, f, gated=gated, narrow=recompute == "bottleneck")
         if alpha:
             expected += [*dense_linear(group, "column", h, h), *dense_linear(group, "row", h, h)]
         found: dict[tuple[str, str], Fraction] = defaultdict(Fraction)
@@ -186,6 +187,6 @@ def test_a_step_receives_what_the_plan_says(ranks: Callable[..., Any], stage: in
 def test_one_rank_sends_nothing() -> None:
     config = loading.from_tree({**tree("low_rank", True), "parallel": {"tensor": 1, "sequence": True}})
     assert model_traffic(config) == []
-    specs = linear_tensors(Structure("low_rank", 8), "column", 16, 64)
+    specs = linear_tensors(build_structure("low_rank", 8), "column", 16, 64)
     assert all(spec.block_groups(1) == (0,) for spec in specs.values())
     assert total([]) == 0

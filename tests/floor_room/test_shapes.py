@@ -14,8 +14,11 @@ from torch import Tensor
 
 from sffn_dist.parallel.split import shard, unshard
 from sffn_dist.spec.config import FFNKind
-from sffn_dist.spec.split_table import Cut, Role, Structure, TensorSpec, inner_layout, linear_tensors
+from sffn_dist.spec.split_table import linear_tensors
 from sffn_dist.spec.traffic import TrafficGroup, structured_linear, total
+from sffn_dist.structured.cut import Cut, Role, TensorSpec
+from sffn_dist.structured.registry import build_structure
+from sffn_dist.structured.structure import Structure
 
 KINDS: tuple[FFNKind, ...] = ("dense", "low_rank", "block_shuffle", "block_dense")
 
@@ -59,7 +62,7 @@ def pairs(draw: st.DrawFn) -> Pair:
     inside = step if kind == "block_shuffle" and draw(st.booleans()) else 1
     f = step * inside * draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12]))
     h = step * draw(st.integers(1, 5))
-    return Pair(Structure(kind, rank, blocks), h, f, draw(st.booleans()))
+    return Pair(build_structure(kind, rank, blocks), h, f, draw(st.booleans()))
 
 
 RANKS = st.integers(1, 12)
@@ -118,8 +121,8 @@ def test_first_linear_writes_the_layout_that_the_second_reads(pair: Pair, p: int
 
 @settings(max_examples=200, deadline=None)
 @given(pairs(), RANKS)
-@example(Pair(Structure("block_shuffle", blocks=4), 8, 16, False), 4)  # turned
-@example(Pair(Structure("block_shuffle", blocks=4), 4, 32, True), 4)  # not worth it
+@example(Pair(build_structure("block_shuffle", blocks=4), 8, 16, False), 4)  # turned
+@example(Pair(build_structure("block_shuffle", blocks=4), 4, 32, True), 4)  # not worth it
 def test_factors_hold_the_features_of_the_layout_in_order(pair: Pair, p: int) -> None:
     """Label every entry of a wide factor with the inner feature it makes or reads, cut the labels, compare with the layout."""
     assume(pair.fits(p))
@@ -166,7 +169,7 @@ def test_ranks_share_the_groups_of_blocks_evenly(pair: Pair, p: int) -> None:
 def test_block_shuffle_takes_the_cheaper_of_its_two_routes(blocks: int, width: int, inner: int, p: int) -> None:
     """What its second linear receives in forward, as it is cut and as it would be the other way."""
     h, f, group = blocks * width, blocks * blocks * inner, TrafficGroup(p, p, sequence=True)
-    structure = Structure("block_shuffle", blocks=blocks)
+    structure = build_structure("block_shuffle", blocks=blocks)
     assume(Pair(structure, h, f, False).fits(p))
     specs = linear_tensors(structure, "row", f, h)
     cut = specs["block_in"].cut
@@ -188,20 +191,20 @@ def test_block_shuffle_takes_the_cheaper_of_its_two_routes(blocks: int, width: i
     ],
 )
 def test_block_shuffle_golden(p: int, features: list[list[int]]) -> None:
-    pair = Pair(Structure("block_shuffle", blocks=2), 4, 16, gated=False)
+    pair = Pair(build_structure("block_shuffle", blocks=2), 4, 16, gated=False)
     assert [pair.outputs_of(p, rank).tolist() for rank in range(p)] == features
     gated = Pair(pair.structure, 4, 16, gated=True)
     assert [gated.outputs_of(p, rank).tolist() for rank in range(p)] == [part + [i + 16 for i in part] for part in features]
 
 
 def test_every_first_linear_cuts_whole_gate_pairs() -> None:
-    pair = Pair(Structure("low_rank", rank=2), 4, 6, gated=True)
+    pair = Pair(build_structure("low_rank", rank=2), 4, 6, gated=True)
     assert [pair.outputs_of(3, rank).tolist() for rank in range(3)] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
 
 
 def test_what_is_replicated_and_what_is_cut() -> None:
     def cut(kind: FFNKind, role: Role) -> set[str]:
-        specs = Pair(Structure(kind, 4, 2), 8, 16, gated=False).specs(role)
+        specs = Pair(build_structure(kind, 4, 2), 8, 16, gated=False).specs(role)
         return {name for name, spec in specs.items() if spec.cut is not None}
 
     assert [cut("dense", role) for role in ("column", "row")] == [{"weight", "bias"}, {"weight"}]
@@ -211,8 +214,8 @@ def test_what_is_replicated_and_what_is_cut() -> None:
 
 
 def test_a_dense_linear_has_no_guide_and_factors_come_in_order_of_use() -> None:
-    assert list(linear_tensors(Structure("dense"), "row", 4, 2, guide=True)) == ["weight"]
-    specs = Pair(Structure("block_dense", 4, 2), 8, 16, gated=True).specs("column")
+    assert list(linear_tensors(build_structure("dense"), "row", 4, 2, guide=True)) == ["weight"]
+    specs = Pair(build_structure("block_dense", 4, 2), 8, 16, gated=True).specs("column")
     assert {name: spec.shape for name, spec in specs.items()} == {
         "block_in": (2, 2, 4),
         "up": (32, 4),
@@ -232,6 +235,6 @@ def test_shard_refuses_another_shape_and_starts_another_rank() -> None:
 
 
 def test_block_shuffle_that_cannot_be_cut_is_whole_on_one_rank() -> None:
-    layout = inner_layout("block_shuffle", 12, 4)  # 16 does not divide 12
+    layout = build_structure("block_shuffle", blocks=4).layout(12)  # 16 does not divide 12
     assert layout.axes == ()
     assert math.prod(layout.view) == 12

@@ -16,7 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from sffn_dist.parallel import cpu_compat, topology
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.layer_spec import structured_mlp_submodules
-from sffn_dist.spec.split_table import Structure
+from sffn_dist.structured.registry import build_structure
+from sffn_dist.structured.structure import Structure
 
 WIDTH, INNER, TOKENS = 1024, 4096, 4096
 
@@ -62,13 +63,13 @@ def run(made: MLP, dtype: torch.dtype) -> tuple[list[torch.Tensor], int]:
 
 def main() -> None:
     """A line of JSON for the structure that the arguments name."""
-    structure = Structure(**json.loads(sys.argv[1]))
+    structure = build_structure(**json.loads(sys.argv[1]))
     cpu_compat.prepare()
     backend = "nccl" if cpu_compat.has_cuda() else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     topology.groups(1)
     run(layer(structure, torch.bfloat16, "none"), torch.bfloat16)  # libraries' workspaces
-    _, dense = run(layer(Structure("dense"), torch.bfloat16, "none"), torch.bfloat16)
+    _, dense = run(layer(build_structure("dense"), torch.bfloat16, "none"), torch.bfloat16)
     low, usual = run(layer(structure, torch.bfloat16, "none"), torch.bfloat16)
     rebuilt, narrow = run(layer(structure, torch.bfloat16, "bottleneck"), torch.bfloat16)
     high, _ = run(layer(structure, torch.float64, "none"), torch.float64)

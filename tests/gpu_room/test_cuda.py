@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from sffn_dist.spec.split_table import Structure
-from sffn_dist.structured import initialisation, maps
+from sffn_dist.structured import functional
+from sffn_dist.structured.registry import build_structure
+from sffn_dist.structured.structure import Structure
 
 pytestmark = pytest.mark.gpu
 
 STRUCTURES = [
-    (Structure("low_rank", rank=96), 384, 1536),
-    (Structure("block_dense", rank=96, blocks=3), 384, 1536),
-    (Structure("block_shuffle", blocks=4), 1536, 384),
+    (build_structure("low_rank", rank=96), 384, 1536),
+    (build_structure("block_dense", rank=96, blocks=3), 384, 1536),
+    (build_structure("block_shuffle", blocks=4), 1536, 384),
 ]
 
 
@@ -30,14 +31,14 @@ STRUCTURES = [
 def test_bf16_equals_float64(structure: Structure, inputs: int, outputs: int) -> None:
     """Output and every gradient, relative RMS under 5e-3."""
     generator = torch.Generator().manual_seed(0)
-    drawn = initialisation.draw(structure, inputs, outputs, 0.02, generator)
+    drawn = functional.draw(structure, inputs, outputs, 0.02, generator)
     low = {name: tensor.cuda().bfloat16().requires_grad_() for name, tensor in drawn.items()}
     high = {name: t.detach().double().requires_grad_() for name, t in low.items()}
     x = torch.randn(1000, inputs, generator=generator).cuda().bfloat16()
     weight = torch.randn(1000, outputs, generator=generator).cuda().bfloat16()
     results = []
     for factors, value in ((low, x.clone().requires_grad_()), (high, x.double().requires_grad_())):
-        y = maps.apply(structure, value, factors)
+        y = functional.apply(structure, value, factors)
         (y * weight.to(y.dtype)).sum().backward()
         results.append([y, value.grad, *[factors[name].grad for name in factors]])
     for got, want in zip(*results, strict=True):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sffn_dist.spec.split_table import Structure
-from sffn_dist.structured.initialisation import draw, nearest_orthonormal
-from sffn_dist.structured.maps import to_dense
+from sffn_dist.structured.functional import draw, to_dense
+from sffn_dist.structured.linalg import nearest_orthonormal
+from sffn_dist.structured.registry import build_structure
+from sffn_dist.structured.structure import Structure
 
 STRUCTURES = [
-    Structure("dense"),
-    Structure("low_rank", rank=6),
-    Structure("block_dense", 8, 4),
-    Structure("block_shuffle", blocks=4),
+    build_structure("dense"),
+    build_structure("low_rank", rank=6),
+    build_structure("block_dense", 8, 4),
+    build_structure("block_shuffle", blocks=4),
 ]
 every_structure = pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: structure.kind)
 SHAPES = pytest.mark.parametrize(("inputs", "outputs"), [(16, 32), (32, 16), (16, 16)])
@@ -25,7 +26,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def test_dense_weights_are_normal_with_the_given_deviation() -> None:
-    weight = draw(Structure("dense"), 300, 200, STD, seeded(0))["weight"]
+    weight = draw(build_structure("dense"), 300, 200, STD, seeded(0))["weight"]
     assert weight.shape == (200, 300)
     assert float(weight.std()) == pytest.approx(STD, rel=0.01)  # deviation of the estimate: 0.3%
     assert abs(float(weight.mean())) < 3 * STD / 60_000**0.5
@@ -35,7 +36,7 @@ def test_dense_weights_are_normal_with_the_given_deviation() -> None:
 
 @SHAPES
 def test_low_rank_is_the_truncated_svd_of_a_dense_draw(inputs: int, outputs: int) -> None:
-    factors = draw(Structure("low_rank", rank=6), inputs, outputs, STD, seeded(3))
+    factors = draw(build_structure("low_rank", rank=6), inputs, outputs, STD, seeded(3))
     full = torch.randn(outputs, inputs, generator=seeded(3)) * STD  # the same draw
     u, s, vh = torch.linalg.svd(full.double(), full_matrices=False)
     product = (factors["up"] @ factors["down"]).double()

@@ -13,17 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sffn_dist.spec.split_table import Structure
-from sffn_dist.structured import maps
-from sffn_dist.structured.approximation import from_dense, truncated_svd
+from sffn_dist.structured import functional
+from sffn_dist.structured.functional import from_dense
+from sffn_dist.structured.linalg import truncated_svd
+from sffn_dist.structured.registry import build_structure
+from sffn_dist.structured.structure import Structure
 
 # (structure, inputs N, outputs M): square, wide, tall, odd sizes, bottlenecks that the blocks do not divide evenly
 CASES = [
-    (Structure("dense"), 5, 7),
-    *((Structure("low_rank", rank=r), n, m) for r, n, m in [(3, 7, 5), (1, 4, 9), (5, 5, 5)]),
-    *((Structure("block_dense", r, b), n, m) for r, b, n, m in [(6, 3, 9, 7), (4, 2, 6, 3), (3, 1, 5, 7), (8, 4, 8, 16)]),
-    *((Structure("block_shuffle", blocks=b), n, m) for b, n, m in [(2, 8, 16), (3, 9, 27), (3, 6, 15), (4, 16, 8), (1, 3, 5)]),
-    (Structure("block_shuffle", blocks=3), 21, 6),
+    (build_structure("dense"), 5, 7),
+    *((build_structure("low_rank", rank=r), n, m) for r, n, m in [(3, 7, 5), (1, 4, 9), (5, 5, 5)]),
+    *((build_structure("block_dense", r, b), n, m) for r, b, n, m in [(6, 3, 9, 7), (4, 2, 6, 3), (3, 1, 5, 7), (8, 4, 8, 16)]),
+    *(
+        (build_structure("block_shuffle", blocks=b), n, m)
+        for b, n, m in [(2, 8, 16), (3, 9, 27), (3, 6, 15), (4, 16, 8), (1, 3, 5)]
+    ),
+    (build_structure("block_shuffle", blocks=3), 21, 6),
 ]
 STRUCTURED = [case for case in CASES if case[0].kind != "dense"]
 
@@ -71,11 +76,11 @@ def test_forward_is_the_dense_matrix(structure: Structure, inputs: int, outputs:
     factors = random_factors(structure, inputs, outputs)
     dense = reference(structure, factors, inputs, outputs)
     x = torch.randn(*leading, inputs, dtype=torch.float64)
-    y = maps.apply(structure, x, factors)
+    y = functional.apply(structure, x, factors)
     assert y.shape == (*leading, outputs)
     torch.testing.assert_close(y, x @ dense.t(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(maps.to_dense(structure, factors), dense, rtol=1e-12, atol=1e-12)
-    assert maps.to_dense(structure, factors).is_contiguous()
+    torch.testing.assert_close(functional.to_dense(structure, factors), dense, rtol=1e-12, atol=1e-12)
+    assert functional.to_dense(structure, factors).is_contiguous()
 
 
 @every_case
@@ -89,9 +94,9 @@ def test_forward_of_what_is_not_contiguous(structure: Structure, inputs: int, ou
         wide[::2, :, 1].transpose(1, 2),
         torch.randn(1, inputs).double().expand(5, -1),
     ):
-        torch.testing.assert_close(maps.apply(structure, x, factors), x @ dense.t(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(functional.apply(structure, x, factors), x @ dense.t(), rtol=1e-12, atol=1e-12)
     strided = {name: factor.transpose(-1, -2).contiguous().transpose(-1, -2) for name, factor in factors.items()}
-    torch.testing.assert_close(maps.apply(structure, wide[..., 0, 0], strided), wide[..., 0, 0] @ dense.t())
+    torch.testing.assert_close(functional.apply(structure, wide[..., 0, 0], strided), wide[..., 0, 0] @ dense.t())
 
 
 @every_case
@@ -99,7 +104,7 @@ def test_gradients_are_those_through_the_dense_matrix(structure: Structure, inpu
     factors = {name: factor.requires_grad_() for name, factor in random_factors(structure, inputs, outputs).items()}
     x = torch.randn(2, 3, inputs, dtype=torch.float64, requires_grad=True)
     sent = torch.randn(3, 2, outputs, dtype=torch.float64).transpose(0, 1)  # a gradient that is not contiguous
-    ours = torch.autograd.grad(maps.apply(structure, x, factors), [x, *factors.values()], sent)
+    ours = torch.autograd.grad(functional.apply(structure, x, factors), [x, *factors.values()], sent)
     dense = reference(structure, factors, inputs, outputs)
     theirs = torch.autograd.grad(x @ dense.t(), [x, *factors.values()], sent)
     for name, got, expected in zip(["x", *factors], ours, theirs, strict=True):
@@ -112,7 +117,7 @@ def test_gradcheck(structure: Structure, inputs: int, outputs: int) -> None:
     x = torch.randn(2, inputs, dtype=torch.float64, requires_grad=True)
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
-        return maps.apply(structure, x, dict(zip(factors, values, strict=True)))
+        return functional.apply(structure, x, dict(zip(factors, values, strict=True)))
 
     assert torch.autograd.gradcheck(run, (x, *factors.values()))
 
@@ -163,13 +168,17 @@ def test_from_dense_gives_back_what_has_the_structure(structure: Structure, inpu
 
 @pytest.mark.parametrize(
     ("structure", "inputs", "outputs"),
-    [(Structure("low_rank", rank=5), 5, 8), (Structure("low_rank", rank=5), 8, 5), (Structure("block_dense", 6, 2), 6, 9)],
+    [
+        (build_structure("low_rank", rank=5), 5, 8),
+        (build_structure("low_rank", rank=5), 8, 5),
+        (build_structure("block_dense", 6, 2), 6, 9),
+    ],
     ids=label,
 )
 def test_from_dense_at_full_rank_is_exact(structure: Structure, inputs: int, outputs: int) -> None:
     matrix = torch.randn(outputs, inputs, dtype=torch.float64)
     factors = from_dense(structure, matrix)
-    torch.testing.assert_close(maps.to_dense(structure, factors), matrix, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(functional.to_dense(structure, factors), matrix, rtol=1e-12, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -177,9 +186,9 @@ def test_from_dense_at_full_rank_is_exact(structure: Structure, inputs: int, out
 def test_from_dense_is_the_optimum_for_any_shape(blocks: int, rank: int, n: int, m: int, seed: int) -> None:
     matrix = torch.randn(m * blocks, n * blocks, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     for structure in (
-        Structure("low_rank", rank=rank),
-        Structure("block_dense", rank * blocks, blocks),
-        Structure("block_shuffle", blocks=blocks),
+        build_structure("low_rank", rank=rank),
+        build_structure("block_dense", rank * blocks, blocks),
+        build_structure("block_shuffle", blocks=blocks),
     ):
         error = squared_error(structure, from_dense(structure, matrix), matrix)
         assert error == pytest.approx(optimum(structure, matrix), rel=1e-9, abs=1e-18)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sffn_dist.parallel import cpu_compat, topology
-from sffn_dist.spec.split_table import Structure
-from sffn_dist.structured import maps
+from sffn_dist.structured import functional
+from sffn_dist.structured.registry import build_structure
 
 CPU = torch.device("cpu")
 
@@ -65,14 +65,14 @@ def _dense(layer: sizes.Layer, weights: dict[str, Tensor], x: Tensor) -> Tensor:
     held: list[Tensor] = []
     for linear in ("linear_fc1", "linear_fc2"):
         own = {name.split(".")[1]: weight for name, weight in weights.items() if name.startswith(linear)}
-        held += [maps.to_dense(layer.structure, own), own["bias"]]
+        held += [functional.to_dense(layer.structure, own), own["bias"]]
     return decode.dense(x, tuple(held))
 
 
 def flops(kind: Any, width: int, tokens: int) -> dict[str, tuple[int, int]]:
     """Mode -> FLOPs that torch counts in the plain layer, and those that the benchmark says."""
     _alone()
-    layer = sizes.Layer(Structure("dense"), width) if kind == "dense" else sizes.layer(kind, 32, width)
+    layer = sizes.Layer(build_structure("dense"), width) if kind == "dense" else sizes.layer(kind, 32, width)
     x, sent = torch.randn(tokens, width, requires_grad=True), torch.randn(tokens, width)
     provider, module = next(iter(layers.providers(layer, CPU).items()))
     found: dict[str, tuple[int, int]] = {}
@@ -85,5 +85,5 @@ def flops(kind: Any, width: int, tokens: int) -> dict[str, tuple[int, int]]:
 
 def floors(width: int, tokens: int, devices: list[str]) -> list[float | None]:
     """floor_ms of the dense layer's forward pass in bf16, by device."""
-    layer = sizes.Layer(Structure("dense"), width)
+    layer = sizes.Layer(build_structure("dense"), width)
     return [feed_forward.floor(layer, tokens, "forward", torch.bfloat16, name)["floor_ms"] for name in devices]

@@ -10,6 +10,7 @@ from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.conversion.hf.describe import FFN, DType
 from sffn_dist.spec import counts
 from sffn_dist.spec.config import Config
+from sffn_dist.spec.split_table import configured_structure
 
 PAPER = "2406.16450"
 TITLE = "Building on Efficient Foundations: Effectively Training LLMs with Structured Feedforward Layers"
@@ -69,11 +70,9 @@ def _settings(config: Config, source: Config, dtype: DType) -> Iterable[tuple[st
     yield from (("context, tokens", model.sequence), ("vocabulary", model.vocab), ("norm", model.norm))
     yield from (("activation", model.activation), ("bias", model.bias), ("tied embeddings", model.tie_embeddings))
     yield from (("rotary base", model.rope_base), ("numbers", dtype), ("feed-forward structure, as trained", ffn.kind))
-    if ffn.kind in ("low_rank", "block_dense"):
-        yield "rank", ffn.rank
-    if ffn.kind in ("block_dense", "block_shuffle"):
-        yield "blocks", ffn.blocks
-    if ffn.kind != "dense":
+    structure = configured_structure(source, ffn.kind)
+    yield from ((name, getattr(structure, name)) for name in structure.settings)
+    if not structure.dense:
         yield "layers left dense", ", ".join(map(str, ffn.dense_layers)) or "none"
 
 

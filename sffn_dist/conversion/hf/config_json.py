@@ -15,6 +15,7 @@ from typing import Any
 from sffn_dist.conversion.hf.names import FAMILIES, SFFN, Family
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.structured import registry
 
 NAME = "config.json"
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # one formula under three names
@@ -36,7 +37,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "hidden_act": "gelu", "max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "attention_bias": True, "rotary_pct": 0.25,
         "use_parallel_residual": True,
     },
-    "sffn": {"hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "norm": "rmsnorm", "ffn_kind": "dense"},
+    "sffn": {"hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "norm": "rmsnorm", "ffn_kind": registry.DENSE},
 }  # fmt: skip
 EPSILON = {"starcoder2": "norm_epsilon", "gpt_neox": "layer_norm_eps"}  # else rms_norm_eps
 
@@ -182,10 +183,10 @@ def _tree(values: Values, model_type: str) -> tuple[dict[str, Any], frozenset[st
 
 
 def _ffn(values: Values, model_type: str) -> dict[str, Any]:
-    section: dict[str, Any] = {"kind": "dense", "width": values.integer("intermediate_size")}
+    section: dict[str, Any] = {"kind": registry.DENSE, "width": values.integer("intermediate_size")}
     if model_type != "sffn":
         return section
-    kinds = ("dense", "low_rank", "block_dense", "block_shuffle")
+    kinds = [kind for kind in registry.kinds() if registry.structure_class(kind).in_modeling_file]
     layers = values.get("dense_layers")
     if not isinstance(layers, list) or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
         values.refuse("dense_layers", "must be a list of layers")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from sffn_dist.conversion.hf.names import LLAMA, SFFN, STARCODER2, Family
 from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.split_table import configured_structure
 
 FFN = Literal["merged", "structured"]
 DType = Literal["fp32", "bf16"]
@@ -103,14 +104,14 @@ def _sizes(config: Config) -> dict[str, int]:
 
 def _structured(config: Config) -> dict[str, Any]:
     """What modeling_sffn.SffnConfig has beyond LlamaConfig."""
-    kind = config.ffn.kind
+    structure = configured_structure(config, config.ffn.kind)
     return {
         "auto_map": {"AutoConfig": "modeling_sffn.SffnConfig", "AutoModelForCausalLM": "modeling_sffn.SffnForCausalLM"},
         "norm": config.model.norm,
         "gated": config.gated,
-        "ffn_kind": kind,
-        "ffn_rank": config.ffn.rank if kind in ("low_rank", "block_dense") else None,
-        "ffn_blocks": config.ffn.blocks if kind in ("block_dense", "block_shuffle") else None,
+        "ffn_kind": structure.kind,
+        "ffn_rank": structure.rank,
+        "ffn_blocks": structure.blocks,
         "dense_layers": list(config.ffn.dense_layers),
     }
 

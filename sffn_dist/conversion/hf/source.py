@@ -14,7 +14,8 @@ from sffn_dist.conversion.hf import config_json, names
 from sffn_dist.conversion.hf.config_json import Description, shown
 from sffn_dist.conversion.hf.tensors import Tensors
 from sffn_dist.spec.config import ConfigError
-from sffn_dist.spec.split_table import TensorSpec, model_tensors
+from sffn_dist.spec.split_table import model_tensors
+from sffn_dist.structured.cut import TensorSpec
 
 SHOWN = 20  # problems told of a folder
 
