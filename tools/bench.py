@@ -30,21 +30,12 @@ from sffn_bench import arguments, sizes
 from sffn_dist.spec import counts, loading, machine, validation
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.spec.traffic import TrafficGroup, feed_forward, total
-from sffn_dist.structured.registry import build_structure
-from sffn_dist.structured.structure import Size, Structure
+from sffn_dist.structured.dense import Dense
+from sffn_dist.structured.structure import Size
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "benchmarks" / "sffn_bench"
 SIZES = "sml"  # of the paper's dense models; their state is 1.3, 4.0 and 8.7 GB
-
-
-def structures(args: argparse.Namespace) -> list[Structure]:
-    """The three structures by the sizes asked for."""
-    return [
-        build_structure("low_rank", rank=args.rank),
-        build_structure("block_dense", rank=args.block_rank, blocks=args.blocks),
-        build_structure("block_shuffle", blocks=args.blocks),
-    ]
 
 
 def misfits(args: argparse.Namespace) -> Iterator[str]:
@@ -79,7 +70,7 @@ def odd_shapes(args: argparse.Namespace) -> Iterator[str]:
     """What sizes of a layer do not fit one another, or the ranks."""
     outer, inner = Size("--width", args.width), Size("--inner", args.inner)
     problems: list[str] = []
-    for structure in structures(args):
+    for structure in sizes.chosen(args.rank, args.block_rank, args.blocks):
         broken = [*structure.setting_problems("--"), *structure.size_problems(outer, inner, "--")]
         for p in args.ranks:
             broken += structure.rank_problems(inner, Size("--ranks", p), "--")
@@ -126,8 +117,8 @@ def comm(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for p in args.ranks:
         split, whole = TrafficGroup(p, tokens, True), TrafficGroup(p, tokens, False)
-        dense = feed_forward(split, build_structure("dense"), h, f)
-        for structure in (build_structure("dense"), *structures(args)):
+        dense = feed_forward(split, Dense(), h, f)
+        for structure in (Dense(), *sizes.chosen(args.rank, args.block_rank, args.blocks)):
             kept, full = (feed_forward(group, structure, h, f) for group in (split, whole))
             narrow = feed_forward(split, structure, h, f, narrow=True)
             columns = {
@@ -161,7 +152,9 @@ def timed(script: str, args: argparse.Namespace, p: int, *, threads: int, **more
     settings = {
         **{name: getattr(args, name) for name in ("width", "inner", "tokens", "repeats")},
         "threads": threads,
-        "structures": [asdict(structure) for structure in structures(args)],
+        "structures": [
+            {"kind": structure.kind, **asdict(structure)} for structure in sizes.chosen(args.rank, args.block_rank, args.blocks)
+        ],
         **more,
     }
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(p)]
@@ -261,12 +254,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments.parser(__doc__)
     args = parser.parse_args(argv)
     arguments.settle(args, cuda=machine.cuda() is not None)
-    for misfit in misfits(args):
-        parser.error(misfit)
-    try:  # blocks and ranks that do not divide one another
-        rows = COMMANDS[args.command](args)
-    except ValueError as error:
-        parser.error(str(error))
+    if problems := list(misfits(args)):
+        parser.error("\n".join(problems))
+    rows = COMMANDS[args.command](args)
     if args.csv:
         with args.csv.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())

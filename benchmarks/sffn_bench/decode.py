@@ -58,7 +58,7 @@ def dense(x: Tensor, weights: Weights) -> Tensor:
 
 def providers(layer: sizes.Layer) -> dict[str, Forward]:
     """Functions (x (T, h), weights) -> y (T, h) that compute the layer."""
-    if layer.structure.kind == "dense":
+    if layer.structure.dense:
         return {"dense": dense}
     h, f, structure = layer.width, layer.inner, layer.structure
     names1, names2 = structure.factor_shapes(h, f), structure.factor_shapes(f, h)

@@ -34,14 +34,14 @@ def dense(structure: Structure, x: Tensor, factors: Mapping[str, Tensor], bias: 
 
 
 def by_bmm(structure: Structure, x: Tensor, factors: Mapping[str, Tensor], bias: Tensor) -> Tensor:
-    """y = U (V x) + b for x (T, n): what ``structured.maps`` means, permuting before and after batched products as one first writes it."""
-    if structure.kind == "low_rank":
+    """y = U (V x) + b for x (T, n): permuting before and after batched products, as one first writes it."""
+    if "down" in factors:
         return F.linear(F.linear(x, factors["down"]), factors["up"], bias)
     first = factors["block_in"]
     blocks = first.shape[0]
     by_block = x.reshape(len(x), blocks, -1).permute(1, 0, 2)  # (B, T, n/B)
     z = torch.bmm(by_block, first.transpose(1, 2)).permute(1, 0, 2).reshape(len(x), -1)
-    if structure.kind == "block_dense":
+    if "up" in factors:
         return F.linear(z, factors["up"], bias)
     shuffled = z.reshape(len(x), -1, blocks).permute(2, 0, 1).contiguous()
     y = torch.bmm(shuffled, factors["block_out"].transpose(1, 2))  # (B, T, m/B)
@@ -97,7 +97,7 @@ def providers(layer: Layer, device: torch.device) -> dict[str, nn.Module]:
     """The layer by each provider with small random weights, on a device. On CPUs ``torch`` would be ``ours`` once more, and is left out."""
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
-    if layer.structure.kind == "dense":
+    if layer.structure.dense:
         made: dict[str, nn.Module] = {"dense": PlainMLP(layer, dtype, dense)}
     else:
         made = {

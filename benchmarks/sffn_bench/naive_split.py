@@ -59,14 +59,15 @@ class NaiveLinear(nn.Module):
         super().__init__()
         plain: dict[str, Any] = {"config": config, "bias": False, "skip_bias_add": True, "init_method": nn.init.normal_}
         width, blocks = structure.bottleneck(inputs, outputs), structure.blocks or 1
-        if structure.kind == "low_rank":
+        first, second = structure.factor_shapes(inputs, outputs).values()
+        if len(first) == 2:
             self.first: nn.Module = ColumnParallelLinear(inputs, width, **plain)
         else:
             self.first = BlockColumn(blocks, width // blocks, inputs // blocks, config, ranks, rank)
-        if structure.kind == "block_shuffle":
-            self.second: nn.Module = BlockRow(blocks, outputs // blocks, width // blocks, config, ranks)
+        if len(second) == 2:
+            self.second: nn.Module = RowParallelLinear(width, outputs, input_is_parallel=True, **plain)
         else:
-            self.second = RowParallelLinear(width, outputs, input_is_parallel=True, **plain)
+            self.second = BlockRow(blocks, outputs // blocks, width // blocks, config, ranks)
 
     def forward(self, x: Tensor) -> Tensor:
         """One factor after the other."""

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sffn_dist.structured.registry import DENSE
+
 TEXT = ("op", "provider", "mode", "kind", "device", "dtype")
 NUMBERS = ("share", "tokens", "width", "median_ms", "p20_ms", "p80_ms")
 AXES = {"ffn": ("width",), "step": ("width",), "decode": ("width", "tokens")}
@@ -108,7 +110,7 @@ def draw(figure: Figure, path: Path) -> None:
     matplotlib.use("Agg")  # no display is needed to write a file
     from matplotlib import pyplot
 
-    kinds = list(dict.fromkeys(row["kind"] for row in figure.rows if row["kind"] != "dense")) or ["dense"]
+    kinds = list(dict.fromkeys(row["kind"] for row in figure.rows if row["kind"] != DENSE)) or [DENSE]
     canvas, panels = pyplot.subplots(
         1, len(kinds), figsize=(1.0 + 4.0 * len(kinds), 4.6), sharey=True, squeeze=False, layout="constrained"
     )
@@ -126,8 +128,8 @@ def _panel(panel: Any, figure: Figure, kind: str) -> None:
     """One structure's lines beside the dense layer's, both axes logarithmic."""
     from matplotlib.ticker import LogLocator
 
-    shown = [row for row in figure.rows if row["kind"] in (kind, "dense")]
-    shares = sorted({row["share"] for row in shown if row["kind"] != "dense"})
+    shown = [row for row in figure.rows if row["kind"] in (kind, DENSE)]
+    shares = sorted({row["share"] for row in shown if row["kind"] != DENSE})
     styles = {share: STYLES[i % len(STYLES)] for i, share in enumerate(shares)}
     for (provider, share), line in lines(shown, figure.axis).items():
         across = [row[figure.axis] for row in line]

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
-from sffn_dist.spec.config import FFNKind
+from sffn_dist.structured.dense import Dense
 from sffn_dist.structured.registry import build_structure
 from sffn_dist.structured.structure import Structure
 
 Mode = Literal["forward", "forward_backward", "training"]
-KINDS: tuple[FFNKind, ...] = ("low_rank", "block_dense", "block_shuffle")
+KINDS = ("low_rank", "block_dense", "block_shuffle")
 # share in percent -> kind -> rank as a part of h, blocks
-SIZES: dict[int, dict[FFNKind, tuple[Fraction | None, int | None]]] = {
+SIZES: dict[int, dict[str, tuple[Fraction | None, int | None]]] = {
     32: {"low_rank": (Fraction(1, 4), None), "block_dense": (Fraction(3, 8), 4), "block_shuffle": (None, 4)},
     63: {"low_rank": (Fraction(1, 2), None), "block_dense": (Fraction(3, 4), 4), "block_shuffle": (None, 2)},
 }
@@ -60,7 +60,7 @@ class Layer:
         return {**named, "width": self.width, "inner": self.inner, **sizes}
 
 
-def layer(kind: FFNKind, share: int, width: int) -> Layer:
+def layer(kind: str, share: int, width: int) -> Layer:
     """The paper's layer. Raises ValueError for a width that its rank or blocks do not divide."""
     rank, blocks = SIZES[share][kind]
     step = math.lcm((rank / (blocks or 1)).denominator if rank else 1, blocks or 1)  # whole ranks, the same in each block
@@ -69,12 +69,21 @@ def layer(kind: FFNKind, share: int, width: int) -> Layer:
     return Layer(build_structure(kind, int(rank * width) if rank else None, blocks), width)
 
 
-def layers(width: int, kinds: Sequence[FFNKind], shares: Sequence[int]) -> list[Layer]:
+def layers(width: int, kinds: Sequence[str], shares: Sequence[int]) -> list[Layer]:
     """The dense layer, then every kind at every share. Raises ValueError as :func:`layer` does."""
-    return [Layer(build_structure("dense"), width), *(layer(kind, share, width) for kind in kinds for share in shares)]
+    return [Layer(Dense(), width), *(layer(kind, share, width) for kind in kinds for share in shares)]
 
 
-def odd_widths(widths: Sequence[int], kinds: Sequence[FFNKind], shares: Sequence[int]) -> Iterator[str]:
+def chosen(rank: int, block_rank: int, blocks: int) -> list[Structure]:
+    """One structure of each kind by the sizes of a command line; ``block_rank`` is block_dense's."""
+    return [
+        build_structure("low_rank", rank=rank),
+        build_structure("block_dense", rank=block_rank, blocks=blocks),
+        build_structure("block_shuffle", blocks=blocks),
+    ]
+
+
+def odd_widths(widths: Sequence[int], kinds: Sequence[str], shares: Sequence[int]) -> Iterator[str]:
     """What widths do not fit the kinds and shares."""
     for width in widths:
         for kind in kinds:

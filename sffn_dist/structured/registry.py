@@ -82,6 +82,10 @@ def from_factor_shapes(shapes: Shapes) -> Factored:
     for structure, _ in _registered.values():
         if set(shapes) == set(structure.factors):
             return structure.from_factor_shapes(shapes)
+    for structure, _ in _registered.values():
+        missing = [name for name in structure.factors if name not in shapes]
+        if len(missing) < len(structure.factors) and set(shapes) < set(structure.factors):
+            raise KeyError(f"has no {', '.join(missing)} beside {', '.join(shapes)}, as {structure.kind} has")
     raise KeyError(f"factors {sorted(shapes)} are those of no structure: {listed_kinds()}")
 
 

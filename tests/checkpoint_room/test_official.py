@@ -246,7 +246,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "ratio": (lambda s: s.pop("model.layers.1.mlp.fc1.ratio"), "ratio"),
     "ratios": (lambda s: s.update({"model.layers.1.mlp.fc1.ratio": torch.tensor(0.1)}), "ratios"),
     "guide": (lambda s: s.pop("model.layers.2.mlp.fc1.guide_linear"), "has nothing for decoder.layers.2.mlp.linear_fc1.guide"),
-    "factor": (lambda s: s.pop("model.layers.1.mlp.fc1.lr2"), "linear_fc1.up"),
+    "factor": (lambda s: s.pop("model.layers.1.mlp.fc1.lr2"), "linear_fc1: has no up"),
     "no layers": (lambda s: [s.pop(key) for key in list(s) if "layers" in key], "not all of a GPT"),
     "untied": (lambda s: s.update({"lm_head.weight": torch.ones(VOCAB, H)}), "lm_head"),
     "flat": (lambda s: s.update({"model.wte.weight": torch.ones(3)}), "not all of a GPT"),

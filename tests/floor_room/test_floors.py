@@ -15,7 +15,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, KERNELS, TOOLS = ROOT / "sffn_dist", ROOT / "kernels" / "sffn_kernels", ROOT / "tools"
 BENCH = ROOT / "benchmarks" / "sffn_bench"
-STRUCTURES = ("dense", "low_rank", "block_dense", "block_shuffle")
 # A name with a dot is one file, which stands elsewhere than its room.
 FLOORS = (
     ("atomic_io",),
@@ -37,9 +36,10 @@ FLOORS = (
     ("tools",),
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+KINDS = ("dense", "low_rank", "block_dense", "block_shuffle")
 HEAVY = {"torch", "numpy", "megatron", "deepspeed", "datasets", "tokenizers", "triton", "transformers", "wandb", "matplotlib"}
 BY_NAME = {"importlib.import_module", "import_module", "__import__"}
-NO_TORCH = tuple(f"structured.{file}" for file in ("cut", "structure", *STRUCTURES, "registry"))
+NO_TORCH = tuple(f"structured.{file}" for file in ("cut", "structure", *KINDS, "registry"))
 LOWEST = ("atomic_io", *NO_TORCH, *(f"spec.{path.stem}" for path in sorted((PACKAGE / "spec").glob("[!_]*.py"))))
 LIGHT = (
     *LOWEST,
@@ -211,6 +211,36 @@ def test_kernels_and_test_folders_shadow_no_package() -> None:
     for folder in folders:
         assert not (folder / "__init__.py").exists(), folder
         assert importlib.util.find_spec(folder.name) is None, f"{folder} bears a package's name"
+
+
+# -------------------------------------------------------------------------------------------------------------- structures
+
+# a structure's own files (whose ops take its kind from there), the exported modeling file, the sizes that benchmarks run
+NAME_KINDS = {*(f"sffn_dist.structured.{kind}" for kind in KINDS), "sffn_dist.conversion.hf.modeling_sffn", "sffn_bench.sizes"}
+
+
+def named_kinds(source: str) -> list[str]:
+    """Kinds of structures that a source names in a string of its own, and comparisons with the dense one."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and node.value in KINDS[1:]:
+            found.append(f"line {node.lineno}: {node.value}")
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            if any(isinstance(side, ast.Constant) and side.value == "dense" for side in sides) and "kind" in ast.unparse(node):
+                found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if room_of(module_name(p)) != "sffn_kernels"], ids=module_name)
+def test_a_structure_is_named_in_its_own_files_alone(path: Path) -> None:
+    if module_name(path) not in NAME_KINDS:
+        assert named_kinds(path.read_text(encoding="utf-8")) == []
+
+
+def test_the_reading_of_kinds_finds_them() -> None:
+    assert len(named_kinds("a = x == 'low_rank'\nb = {'block_shuffle': 1}\nc = structure.kind != 'dense'")) == 3
+    assert not named_kinds("'low_rank and block_dense'\nlabel = 'dense'")
 
 
 # ------------------------------------------------------------------------------------------------------------------- light

@@ -30,6 +30,12 @@ class Special:
 def family_of(config: Config, ffn: FFN) -> Family:
     """The architecture that an export is of; raises ConfigError where none has this norm with this activation."""
     if ffn == "structured":
+        if not configured_structure(config, config.ffn.kind).in_modeling_file:
+            raise ConfigError(
+                [
+                    f"ffn.kind = {config.ffn.kind}: modeling_sffn.py does not compute it; export the model as merged, which is dense"
+                ]
+            )
         return SFFN
     model = config.model
     if (model.norm, config.gated) == ("layernorm", False):
