@@ -1,7 +1,7 @@
 """Times a feed-forward layer for few tokens, forward alone, as generation runs it; as ``tools/bench.py decode`` starts it.
 
     dense   F.linear, gelu, F.linear
-    torch   the structure's maps in plain torch
+    torch   the structure's map in plain torch
     ours    sffn_kernels.decode, where the package has it
 
 A model's layers are all read once a token, so a layer's weights are never in a cache when they are needed. Here too: a time is that of
