@@ -15,35 +15,23 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
-import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sffn_dist.atomic_io import hash_file
+from sffn_dist.data.sources import forms, source_of
+from sffn_dist.data.sources.base import digest
 from sffn_dist.spec.config import Config, ConfigError, Data
 
 FORMAT: Final = 1  # of the prepared folder: raise it whenever the same source and settings would give other files
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 SMALLEST_VOCAB = 257  # 256 bytes and the end-of-text token
-_RULE = 'must be "stdlib", "hf:<dataset>", or a file or folder of ' + "/".join(SUFFIXES)
 
 
 class CorpusError(RuntimeError):
     """A prepared folder cannot be used; the message says which and why."""
-
-
-class SourceFile(NamedTuple):
-    """A file of the source; ``relative`` is its path from the source's folder, with ``/``."""
-
-    path: Path
-    relative: str
-    size: int
-    mtime_ns: int
 
 
 # ---------------------------------------------------------------------------------------------------------------- checking
@@ -65,26 +53,8 @@ def check_source(data: Data, vocab: int | None = None) -> None:
 
 
 def _source_problem(data: Data) -> str | None:
-    source, says = data.source, f"data.source = {json.dumps(data.source)}"
-    if source == "stdlib":
-        found = next(_walk(stdlib_folder(), (".py",)), None)
-        return (
-            None
-            if found
-            else f"{says}: this Python has no standard library sources at {stdlib_folder()}; name a file or folder"
-        )
-    if source.startswith("hf:"):
-        return None if hf_name(source)[0] else f"{says}: {_RULE}; the dataset's name is missing"
-    path = Path(source).expanduser()
-    if not source or not path.exists():
-        return f"{says}: {_RULE}; there is no such file or folder"
-    if path.is_file() and path.suffix.lower() not in SUFFIXES:
-        return f"{says}: {_RULE}; this file's name ends in {path.suffix or 'no suffix'!r}"
-    if not os.access(path, os.R_OK):
-        return f"{says}: {_RULE}; it cannot be read (permissions)"
-    if next(_walk(path, SUFFIXES), None) is None:
-        return f"{says}: {_RULE}; this folder holds no such file"
-    return None
+    problem = source_of(data.source).problem(data)
+    return f"data.source = {json.dumps(data.source)}: must be {forms()}; {problem}" if problem else None
 
 
 def _tokenizer_problem(data: Data) -> str | None:
@@ -101,49 +71,6 @@ def _tokenizer_problem(data: Data) -> str | None:
 # ----------------------------------------------------------------------------------------------------------------- locating
 
 
-def stdlib_folder() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
-def hf_name(source: str) -> tuple[str, str | None]:
-    """``hf:<dataset>`` or ``hf:<dataset>:<configuration>`` -> name, configuration."""
-    name, _, configuration = source.removeprefix("hf:").partition(":")
-    return name.strip(), configuration.strip() or None
-
-
-def source_files(data: Data) -> list[SourceFile]:
-    """Files of a stdlib or local source, in the order in which they are read.
-
-    The order is by a hash of the relative path: the same everywhere, and the first megabytes are a fair sample of the whole
-    (a tokenizer is trained on them), which alphabetical order is not.
-    """
-    folder, suffixes = (stdlib_folder(), (".py",)) if data.source == "stdlib" else (Path(data.source).expanduser(), SUFFIXES)
-    found = _walk(folder, suffixes)
-    return sorted(found, key=lambda file: (hashlib.blake2b(os.fsencode(file.relative)).digest(), file.relative))
-
-
-def _walk(top: Path, suffixes: tuple[str, ...]) -> Iterator[SourceFile]:
-    """Every file below ``top`` (or ``top`` itself) with one of the suffixes; hidden names and installed packages are left out."""
-    if top.is_file():
-        yield _source_file(top, top.parent)
-        return
-    for folder, inner, names in os.walk(top):
-        inner[:] = sorted(name for name in inner if not _left_out(name, stdlib=suffixes == (".py",)))
-        for name in sorted(names):
-            path = Path(folder, name)
-            if path.suffix.lower() in suffixes and not name.startswith(".") and path.is_file():
-                yield _source_file(path, top)
-
-
-def _left_out(name: str, stdlib: bool) -> bool:
-    return name.startswith(".") or (stdlib and name in ("site-packages", "dist-packages", "__pycache__"))
-
-
-def _source_file(path: Path, top: Path) -> SourceFile:
-    status = path.stat()
-    return SourceFile(path, path.relative_to(top).as_posix(), status.st_size, status.st_mtime_ns)
-
-
 def locate(config: Config) -> Path:
     """The folder in which the corpus of ``config`` is, or will be, prepared.
 
@@ -154,38 +81,17 @@ def locate(config: Config) -> Path:
         ConfigError: bad ``data.source``, ``data.tokenizer`` or ``model.vocab``.
     """
     check_source(config.data, config.model.vocab)
+    source = source_of(config.data.source)
     identity = {
         "format": FORMAT,
-        "source": _source_identity(config.data),
+        "source": source.identity(config.data),
         "tokenizer": hash_file(Path(config.data.tokenizer).expanduser()) if config.data.tokenizer else None,
         "vocab": config.model.vocab,
         "heldout_share": config.data.heldout_share,
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(config.data.dir).expanduser() / f"{_readable(config.data)}-v{config.model.vocab}-{digest}"
-
-
-def _source_identity(data: Data) -> dict[str, Any]:
-    if data.source.startswith("hf:"):
-        return {"hf": hf_name(data.source), "text_field": data.text_field}
-    files = source_files(data)
-    if data.source == "stdlib":
-        # builds of one version differ (some leave the tests out), so the listing is part of it; times of installation are not
-        return {"stdlib": platform.python_version(), "files": _digest([(file.relative, file.size) for file in files])}
-    has_columns = any(not file.relative.lower().endswith(".txt") for file in files)
-    return {
-        "files": _digest([(file.relative, file.size, file.mtime_ns) for file in files]),
-        "text_field": data.text_field if has_columns else None,
-    }
-
-
-def _digest(rows: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def _readable(data: Data) -> str:
-    name = hf_name(data.source)[0] if data.source.startswith("hf:") else Path(data.source).expanduser().absolute().stem
-    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:40] or "corpus"
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    label = re.sub(r"[^A-Za-z0-9_]+", "-", source.label(config.data)).strip("-")[:40] or "corpus"
+    return Path(config.data.dir).expanduser() / f"{label}-v{config.model.vocab}-{key}"
 
 
 # --------------------------------------------------------------------------------------------------------------- meta.json
@@ -243,7 +149,7 @@ class Meta(_Record):
 def fingerprint(tokenizer_sha256: str, train: tuple[Shard, ...], heldout: tuple[Shard, ...]) -> str:
     """sha256 over the tokenizer's and the shards' sha256: equal if and only if tokens and tokenizer are."""
     rows = [tokenizer_sha256, [shard.sha256 for shard in train], [shard.sha256 for shard in heldout]]
-    return _digest(rows)
+    return digest(rows)
 
 
 def dump_meta(meta: Meta) -> str:

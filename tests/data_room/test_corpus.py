@@ -13,6 +13,8 @@ import pytest
 
 from sffn_dist.data import corpus, metadata
 from sffn_dist.data.prepare import prepare
+from sffn_dist.data.sources import local, stdlib
+from sffn_dist.data.sources.files import in_reading_order
 from sffn_dist.spec.config import Config, ConfigError, Data
 
 
@@ -32,8 +34,8 @@ def test_text_files_whatever_their_names(tmp_path: Path) -> None:
 
 
 def test_a_large_text_file_becomes_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "LARGE", 1000)
-    monkeypatch.setattr(corpus, "PART", 100)
+    monkeypatch.setattr(local, "LARGE", 1000)
+    monkeypatch.setattr(local, "PART", 100)
     text = "".join(f"line {i}\n" for i in range(500)) + "no line end"
     (tmp_path / "big.txt").write_text(text)
     parts = _read(tmp_path)
@@ -153,16 +155,16 @@ def test_the_standard_library_is_a_corpus(
 ) -> None:
     from sffn_dist.data.shards import open_corpus, verify
 
-    files = metadata.source_files(Data())
+    files = in_reading_order(stdlib.files())
     assert len(files) > 500
     assert not [file for file in files if "site-packages" in file.relative or "__pycache__" in file.relative]
     some = files[:60]
-    monkeypatch.setattr(corpus, "source_files", lambda data: some)
+    monkeypatch.setattr(stdlib, "files", lambda: iter(some))
     folder = prepare(configure("stdlib", vocab=600))
     verify(folder)
     opened = open_corpus(folder)
     meta = opened.meta
-    readable = [file for file in some if corpus._is_utf8(file.path) and file.size]
+    readable = [file for file in some if stdlib.is_utf8(file.path) and file.size]
     assert meta.train.documents + meta.heldout.documents == len(readable)
     text = opened.tokenizer.decode(opened.train[:].tolist(), skip_special_tokens=False)
     documents = {file.path.read_text(encoding="utf-8") for file in readable}

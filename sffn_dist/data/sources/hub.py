@@ -1,0 +1,46 @@
+"""``hf:<dataset>`` or ``hf:<dataset>:<configuration>``: split ``train`` of a dataset of the hub, column ``data.text_field``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sffn_dist.data.sources.base import ROWS, Source, no_column, text_of
+from sffn_dist.spec.config import Data
+
+PREFIX = "hf:"
+
+
+def name_and_configuration(source: str) -> tuple[str, str | None]:
+    """``hf:<dataset>`` or ``hf:<dataset>:<configuration>`` -> name, configuration."""
+    name, _, configuration = source.removeprefix(PREFIX).partition(":")
+    return name.strip(), configuration.strip() or None
+
+
+class Hub(Source):
+    """Downloaded once by datasets and read from its memory-mapped copy; known by its name until it is first prepared."""
+
+    form = '"hf:<dataset>"'
+
+    def matches(self, source: str) -> bool:
+        return source.startswith(PREFIX)
+
+    def problem(self, data: Data) -> str | None:
+        return None if name_and_configuration(data.source)[0] else "the dataset's name is missing"
+
+    def identity(self, data: Data) -> dict[str, Any]:
+        return {"hf": name_and_configuration(data.source), "text_field": data.text_field}
+
+    def label(self, data: Data) -> str:
+        return name_and_configuration(data.source)[0]
+
+    def documents(self, data: Data) -> Iterator[str]:
+        import datasets
+
+        name, configuration = name_and_configuration(data.source)
+        rows = datasets.load_dataset(name, configuration, split="train")
+        if data.text_field not in rows.column_names:
+            raise no_column(data, rows.column_names)
+        for batch in rows.select_columns([data.text_field]).iter(batch_size=ROWS):
+            for value in batch[data.text_field]:
+                yield text_of(data, value)
