@@ -26,6 +26,7 @@ import sffn_dist
 from sffn_dist import atomic_io
 from sffn_dist.comparison import curves, summary, variants
 from sffn_dist.launch import checks
+from sffn_dist.launch.error_output import print_errors
 from sffn_dist.spec import loading, machine, validation
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.telemetry.progress import format_duration
@@ -245,10 +246,7 @@ def compare(args: argparse.Namespace) -> int:
     if good:
         report(entries, good, args)
     if failed:
-        print(
-            f"compare.py: error: {len(failed)} of {len(runs)} runs failed: {', '.join(run.name for run in failed)}",
-            file=sys.stderr,
-        )
+        print_errors("compare.py", [f"{len(failed)} of {len(runs)} runs failed: {', '.join(run.name for run in failed)}"])
     return FAILED if failed else 0
 
 
@@ -286,8 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return compare(args)
     except ConfigError as error:
-        for problem in error.problems:
-            print(f"compare.py: error: {problem}", file=sys.stderr)
+        print_errors("compare.py", error.problems)
         return REFUSED
 
 

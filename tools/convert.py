@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from sffn_dist.checkpoint.manifest import BrokenCheckpoint, Manifest, find_checkpoint
+from sffn_dist.conversion.formats import IMPORTED, format_of, is_checkpoint, weights_of
+from sffn_dist.launch.error_output import print_errors
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.structured.registry import structure_class, structured_kinds
 
@@ -59,15 +61,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--ffn", choices=("merged", "structured"), required=True)
     made.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     made.add_argument("--shard-size", type=_gigabytes, default=5_000_000_000, metavar="GB", help="of a file (default 5)")
-    for name in ("from-hf", "from-megatron", "from-official"):
-        made = command(name, import_from, "source", "target")
-        if name in ("from-hf", "from-megatron"):
+    for source in IMPORTED:
+        made = command(f"from-{source.name}", import_from, "source", "target")
+        if source.dense:
             made.add_argument("--ffn", choices=structured_kinds(), help="default: stays dense")
             made.add_argument("--rank", type=_positive)
             made.add_argument("--blocks", type=_positive)
             made.add_argument("--dense-layers", type=_layers, help="layers that stay dense, 0,5 or none (default 0)")
             made.add_argument("--guide", action="store_true", help="keep the dense matrices as guides to start training with")
-        if name != "from-hf":
+        if source.takes_overrides:
             made.set_defaults(overrides=[])
             made.epilog = "key.path=value: of the config, where the source does not say"
     made = command("to-deepspeed", to_deepspeed, "source", "target")
@@ -92,7 +94,7 @@ def _misfit(options: argparse.Namespace) -> str | None:
     ffn = getattr(options, "ffn", None)
     for name in given:
         unread = not ffn or (name in ("rank", "blocks") and name not in structure_class(ffn).settings)
-        if options.command in ("from-hf", "from-megatron") and unread:
+        if "ffn" in options and options.command.startswith("from-") and unread:
             return f"--{name.replace('_', '-')}: " + (
                 f"--ffn {options.ffn} has no use for it" if options.ffn else "goes with --ffn"
             )
@@ -125,10 +127,9 @@ def _layers(text: str) -> tuple[int, ...]:
 def inspect(options: argparse.Namespace) -> int:
     """Of a checkpoint everything, of other formats what the weights say."""
     from sffn_dist.conversion import inspection
-    from sffn_dist.conversion.formats import format_of, weights_of
 
     spectra = not options.no_spectra
-    if format_of(options.source) == "checkpoint":
+    if is_checkpoint(options.source):
         found = inspection.describe(find_checkpoint("source", str(options.source)), spectra=spectra)
     else:
         weights = weights_of(options.source)
@@ -140,10 +141,9 @@ def inspect(options: argparse.Namespace) -> int:
 def verify(options: argparse.Namespace) -> int:
     """0 where both hold the same."""
     from sffn_dist.conversion import verification
-    from sffn_dist.conversion.formats import format_of
 
     tree: dict[str, Any] = {}
-    both = format_of(options.a) == format_of(options.b) == "checkpoint"
+    both = is_checkpoint(options.a, options.b)
     if both:
         a, b = _intact(options.a), _intact(options.b)
         tree["differences"] = [asdict(found) for found in verification.differences(a, b)]
@@ -194,10 +194,9 @@ def _intact(path: Path) -> Manifest:
 
 def to_hf(options: argparse.Namespace) -> int:
     """A folder that transformers loads."""
-    from sffn_dist.conversion.formats import format_of, weights_of
     from sffn_dist.conversion.hf import export
 
-    if format_of(options.source) == "checkpoint":
+    if is_checkpoint(options.source):
         _intact(options.source)
     size = options.shard_size
     made = export.export(weights_of(options.source), options.target, ffn=options.ffn, dtype=options.dtype, shard_bytes=size)
@@ -209,12 +208,11 @@ def import_from(options: argparse.Namespace) -> int:
     """A checkpoint of a model from elsewhere, for ``init_from``."""
     from sffn_dist.checkpoint import reshard
     from sffn_dist.checkpoint.weights import approximated
-    from sffn_dist.conversion import formats
 
-    expected, found = options.command.removeprefix("from-"), formats.format_of(options.source)
-    if found != expected:
-        raise ConfigError([f"{options.source}: this is {found}, not {expected}"])
-    weights = formats.weights_of(options.source, getattr(options, "overrides", ()))
+    expected, actual = options.command.removeprefix("from-"), format_of(options.source)
+    if actual.name != expected:
+        raise ConfigError([f"{options.source}: this is {actual.name}, not {expected}"])
+    weights = actual.read(options.source, getattr(options, "overrides", ()))
     if getattr(options, "ffn", None):
         layers = (0,) if options.dense_layers is None else options.dense_layers
         sizes = {"kind": options.ffn, "rank": options.rank, "blocks": options.blocks, "dense_layers": layers}
@@ -229,19 +227,19 @@ def import_from(options: argparse.Namespace) -> int:
 
 def to_deepspeed(options: argparse.Namespace) -> int:
     """DeepSpeed's universal format, for its ``checkpoint.load_universal``."""
-    from sffn_dist.conversion import formats
+    from sffn_dist.conversion import universal
 
-    print(formats.to_universal(_intact(options.source), options.target, tensor=options.tensor))
+    print(universal.to_universal(_intact(options.source), options.target, tensor=options.tensor))
     return 0
 
 
 def from_deepspeed(options: argparse.Namespace) -> int:
     """A universal checkpoint, as one to resume from: put it into run.dir/checkpoints."""
-    from sffn_dist.conversion import formats
+    from sffn_dist.conversion import universal
     from sffn_dist.spec import loading
 
     config = loading.load(options.config, options.overrides) if options.config else None
-    made = formats.from_universal(options.source, options.target, config)
+    made = universal.from_universal(options.source, options.target, config)
     print(
         f"{made.folder}: step {made.step}, {made.bytes / 1e6:,.1f} MB; to resume, name it step_{made.step:08d} in a run's checkpoints"
     )
@@ -258,8 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError([f"{target}: exists already; nothing is overwritten"])
         return int(options.act(options))
     except (ConfigError, BrokenCheckpoint, OSError) as error:
-        for problem in error.problems if isinstance(error, ConfigError) else (error,):
-            print(f"convert.py: error: {problem}", file=sys.stderr)
+        print_errors("convert.py", error.problems if isinstance(error, ConfigError) else [error])
         return REFUSED
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import sffn_dist
 from sffn_dist.cluster import job, runs, sweep
 from sffn_dist.launch import checks
+from sffn_dist.launch.error_output import print_errors
 from sffn_dist.spec.config import ConfigError
 
 REPOSITORY = Path(sffn_dist.__file__).resolve().parents[1]
@@ -118,16 +119,13 @@ def submit(text: str, options: job.Options, chain: Path | None) -> int:
         try:
             done = subprocess.run(["sbatch", "--parsable", *after], input=text, capture_output=True, text=True, check=False)
         except OSError as error:
-            print(
-                f"submit.py: error: sbatch cannot be run: {error.strerror}; submit where Slurm's commands are", file=sys.stderr
-            )
+            print_errors("submit.py", [f"sbatch cannot be run: {error.strerror}; submit where Slurm's commands are"])
             return FAILED
         if done.returncode:
             which = f"job {number + 1} of {options.chain}: " if options.chain > 1 else ""
-            for line in done.stderr.strip().splitlines() or ["no reason given"]:
-                print(f"submit.py: error: {which}{line}", file=sys.stderr)
-            if ids:
-                print(f"submit.py: error: already submitted: {' '.join(ids)}", file=sys.stderr)
+            reasons = [f"{which}{line}" for line in done.stderr.strip().splitlines() or ["no reason given"]]
+            submitted = [f"already submitted: {' '.join(ids)}"] if ids else []
+            print_errors("submit.py", [*reasons, *submitted])
             return FAILED
         ids.append(done.stdout.strip().split(";")[0])
         if chain:
@@ -163,8 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return write(args)
     except ConfigError as error:
-        for problem in error.problems:
-            print(f"submit.py: error: {problem}", file=sys.stderr)
+        print_errors("submit.py", error.problems)
         return REFUSED
 
 

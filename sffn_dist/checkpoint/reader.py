@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sffn_dist.checkpoint.manifest import KINDS, TOKENIZER, BrokenCheckpoint, Manifest, missing_tensors
+from sffn_dist.checkpoint.manifest import KINDS, TOKENIZER, BrokenCheckpoint, Manifest, find_checkpoint, missing_tensors
 from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.checkpoint.writer import Fragment
 from sffn_dist.parallel.split import part_view, shard
@@ -112,6 +113,11 @@ class Reader:
             return path.read_text(encoding="utf-8") if TOKENIZER in self.manifest.files else None
         except (OSError, UnicodeError) as error:
             raise BrokenCheckpoint(f"{path}: {error}") from None
+
+
+def read_weights(path: Path, overrides: Sequence[str] = ()) -> Weights:
+    """The model in a checkpoint or a run, which says all of its config itself."""
+    return Reader(find_checkpoint("source", str(path))).weights()
 
 
 def _results(manifest: Manifest) -> dict[str, float]:

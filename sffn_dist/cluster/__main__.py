@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sffn_dist.cluster import requeue
+from sffn_dist.launch.error_output import print_errors
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import ConfigError
 
@@ -64,8 +65,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             print(_run_dir(rest))
         except ConfigError as error:
-            for problem in error.problems:
-                print(f"pretrain.sbatch: error: {problem}", file=sys.stderr)
+            print_errors("pretrain.sbatch", error.problems)
             return REFUSED
     elif question == "world-info":
         print(world_info(int(rest[0]), int(rest[1]), rest[2:], os.environ.get("CUDA_VISIBLE_DEVICES")))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -171,6 +171,11 @@ def _counters(weights: Weights, steps: Mapping[str, int]) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------------------------ reading
+
+
+def read_weights(folder: Path, overrides: Sequence[str] = ()) -> Weights:
+    """The model in a universal checkpoint that was written here."""
+    return read(folder).weights
 
 
 def read(folder: Path, config: Config | None = None) -> Universal:

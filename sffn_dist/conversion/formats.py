@@ -1,97 +1,83 @@
-"""Which format a folder or file is of, and its weights, whichever it is."""
+"""Which format a folder or file is of, and its weights, whichever it is. Imports no torch until a model is read.
+
+Another format to import from is a module with a reader and a line in :data:`FORMATS`; tools/convert.py has a command for it then.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
-from sffn_dist.checkpoint import manifest, reshard
-from sffn_dist.checkpoint.manifest import KINDS, Manifest
-from sffn_dist.checkpoint.reader import Reader
-from sffn_dist.checkpoint.weights import Weights
-from sffn_dist.checkpoint.writer import check_room
-from sffn_dist.spec.config import Config, ConfigError
-from sffn_dist.spec.split_table import is_guide
+from sffn_dist.checkpoint import manifest
+from sffn_dist.spec.config import ConfigError
 
-Format = Literal["checkpoint", "hf", "megatron", "deepspeed", "official"]
+if TYPE_CHECKING:
+    from sffn_dist.checkpoint.weights import Weights
 
 
-def format_of(path: Path) -> Format:
+@dataclass(frozen=True)
+class ImportFormat:
+    """A format that models come from: how it is recognized, and what reads it.
+
+    ``reader`` is the ``module:function`` to import when a model is read: (path, overrides) -> Weights, which raises ConfigError.
+    """
+
+    name: str
+    recognizes: Callable[[Path], bool]
+    reader: str
+    dense: bool = False  # its models are dense; an import may put structured layers in place
+    takes_overrides: bool = False  # settings that the source does not say may be given
+
+    def read(self, path: Path, overrides: Sequence[str] = ()) -> Weights:
+        """The model in ``path``. Raises ConfigError."""
+        module, _, function = self.reader.partition(":")
+        weights: Weights = getattr(importlib.import_module(module), function)(path, overrides)
+        return weights
+
+
+def _holds(*names: str) -> Callable[[Path], bool]:
+    """Recognizes folders that hold one of these; a name may be a pattern."""
+    return lambda path: any(next(path.glob(name), None) is not None for name in names)
+
+
+CHECKPOINT, UNIVERSAL, HUGGING_FACE = "checkpoint", "deepspeed", "hf"
+# in this order, since a folder of one may hold what another is recognized by
+FORMATS: tuple[ImportFormat, ...] = (
+    ImportFormat("official", Path.is_file, "sffn_dist.conversion.official:read", takes_overrides=True),
+    ImportFormat(CHECKPOINT, _holds(manifest.NAME, "checkpoints/"), "sffn_dist.checkpoint.reader:read_weights"),
+    ImportFormat(UNIVERSAL, _holds("zero/", "latest_universal"), "sffn_dist.conversion.deepspeed:read_weights"),
+    ImportFormat(
+        "megatron",
+        _holds(".metadata", "common.pt", "latest_checkpointed_iteration.txt", "mp_rank_*"),
+        "sffn_dist.conversion.megatron:read",
+        dense=True,
+        takes_overrides=True,
+    ),
+    ImportFormat(HUGGING_FACE, _holds("config.json"), "sffn_dist.conversion.hf.source:read", dense=True),
+)
+IMPORTED = tuple(entry for entry in FORMATS if entry.name not in (CHECKPOINT, UNIVERSAL))  # become checkpoints for init_from
+
+
+def format_of(path: Path) -> ImportFormat:
     """By the names of the files in it; raises ConfigError if it is of none."""
-    if path.is_file():
-        return "official"
-    if not path.is_dir():
+    if not path.exists():
         raise ConfigError([f"{path}: no such file or folder"])
-    if (path / manifest.NAME).exists() or (path / "checkpoints").is_dir():
-        return "checkpoint"
-    if (path / "zero").is_dir() or (path / "latest_universal").exists():
-        return "deepspeed"
-    megatron = (".metadata", "common.pt", "latest_checkpointed_iteration.txt")
-    if any((path / name).exists() for name in megatron) or next(path.glob("mp_rank_*"), None):
-        return "megatron"
-    if (path / "config.json").exists():
-        return "hf"
+    for entry in FORMATS:
+        if entry.recognizes(path):
+            return entry
     raise ConfigError(
         [f"{path}: neither a checkpoint nor a run of sffn_dist, nor a Hugging Face, Megatron or universal DeepSpeed folder"]
     )
 
 
+def is_checkpoint(*paths: Path) -> bool:
+    """Whether all of them are checkpoints or runs of this package."""
+    return all(format_of(path).name == CHECKPOINT for path in paths)
+
+
 def weights_of(path: Path, overrides: Sequence[str] = ()) -> Weights:
     """The model in ``path``, of any format; ``overrides`` say what the file itself does not. Raises ConfigError."""
-    kind = format_of(path)
-    if kind == "checkpoint":
-        return Reader(manifest.find_checkpoint("source", str(path))).weights()
-    if kind == "hf":
-        from sffn_dist.conversion.hf import source
-
-        return source.read(path)
-    if kind == "megatron":
-        from sffn_dist.conversion import megatron
-
-        return megatron.read(path, overrides)
-    if kind == "deepspeed":
-        from sffn_dist.conversion import deepspeed
-
-        return deepspeed.read(path).weights
-    from sffn_dist.conversion import official
-
-    return official.read(path, overrides)
-
-
-def to_universal(source: Manifest, target: Path, *, tensor: int = 1) -> Path:
-    """A checkpoint in DeepSpeed's universal format, moments and step counts with it, for ``tensor`` tensor-parallel ranks.
-
-    Raises ConfigError where the checkpoint has no moments, or the ranks cut a tensor in a way that the format cannot tell.
-    """
-    from sffn_dist.conversion import deepspeed
-
-    if source.kinds != KINDS:
-        raise ConfigError(
-            [f"{source.folder}: holds {', '.join(source.kinds)} alone, a universal checkpoint needs {', '.join(KINDS)}"]
-        )
-    reader, guides = Reader(source), source.guide_optimizer_steps or 0
-    steps = {name: guides if is_guide(name) else source.optimizer_steps for name in reader.specs}
-    with reshard.fresh(target) as folder:
-        check_room(folder, source.bytes)
-        place = deepspeed.write(reader.weights(), reader.full, steps, folder, tensor=tensor)
-    return target / place.name
-
-
-def from_universal(source: Path, target: Path, config: Config | None = None) -> Manifest:
-    """A checkpoint of a universal one, to resume from; ``config`` where it was not written here. Raises ConfigError."""
-    from sffn_dist.conversion import deepspeed
-
-    found = deepspeed.read(source, config)
-    survivors = {count for name, count in found.steps.items() if not is_guide(name)}
-    guides = {count for name, count in found.steps.items() if is_guide(name)}
-    if len(survivors) != 1 or len(guides) > 1:
-        raise ConfigError([f"{source}: its parameters have taken different numbers of steps: {sorted(survivors | guides)}"])
-    header = dataclasses.replace(
-        reshard.header(found.weights, target),
-        kinds=KINDS,
-        optimizer_steps=survivors.pop(),
-        guide_optimizer_steps=guides.pop() if guides else None,
-    )
-    return reshard.write(header, found.full, target)
+    return format_of(path).read(path, overrides)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sffn_dist.checkpoint.manifest import Manifest
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.checkpoint.weights import Weights
-from sffn_dist.conversion.formats import format_of, weights_of
+from sffn_dist.conversion.formats import HUGGING_FACE, format_of, weights_of
 from sffn_dist.spec.config import ConfigError
 
 
@@ -74,7 +74,7 @@ def logits_of(path: Path, tokens: Tensor) -> Tensor:
     """(n, s, vocab) on the CPU: of a Hugging Face folder by transformers' own model, of every other format by ours."""
     from sffn_dist import model as models
 
-    if format_of(path) == "hf":
+    if format_of(path).name == HUGGING_FACE:
         return transformers_model(path)(tokens).logits
     model = build(weights_of(path)).eval()
     device = next(model.parameters()).device

@@ -26,6 +26,8 @@ from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore
 
+from sffn_dist.launch.processes import process_state, start_time
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -64,7 +66,7 @@ class Heartbeat:
 
     def start(self) -> None:
         """Tell where this rank is, wait until all have, and begin."""
-        self._store.set(f"place/{self.rank}", json.dumps([self.host, os.getpid(), _start_time(os.getpid())]))
+        self._store.set(f"place/{self.rank}", json.dumps([self.host, os.getpid(), start_time(os.getpid())]))
         self._beat()
         if self.rank == 0:
             self._store.set("run", time.strftime("%Y%m%d-%H%M%S"))
@@ -87,7 +89,10 @@ class Heartbeat:
             deadline = time.monotonic() + patience
             while self.rank == 0 and time.monotonic() < deadline:
                 self._read_beats()
-                if all(self._done(rank) or _state(pid, started) == "gone" for rank, (_, pid, started) in self._places.items()):
+                if all(
+                    self._done(rank) or process_state(pid, started) == "gone"
+                    for rank, (_, pid, started) in self._places.items()
+                ):
                     return
                 time.sleep(0.05)
 
@@ -116,7 +121,7 @@ class Heartbeat:
 
     def _visible(self, host: str, pid: int, started: str) -> tuple[str, int, str]:
         """A rank's place; without start time where its process cannot be seen from here, though it lives: in another container, say."""
-        return host, pid, started if host == self.host and _state(pid, started) not in ("gone", None) else ""
+        return host, pid, started if host == self.host and process_state(pid, started) not in ("gone", None) else ""
 
     # ----------------------------------------------------------------------------------------------------------------- asking
 
@@ -144,7 +149,7 @@ class Heartbeat:
         """A rank of this machine whose process is gone though it never said that it was done, asked after it was gone."""
         for rank in self._near:
             _, pid, started = self._places[rank]
-            if rank == self.rank or self._done(rank) or _state(pid, started) != "gone":
+            if rank == self.rank or self._done(rank) or process_state(pid, started) != "gone":
                 continue
             since = self._gone.setdefault(rank, time.monotonic())
             self._wake.set()
@@ -154,7 +159,7 @@ class Heartbeat:
 
     def _describe(self, rank: int, how: str) -> str:
         host, pid, started = self._places[rank]
-        state = _state(pid, started)
+        state = process_state(pid, started)
         what = {"gone": "; its process is gone", "T": "; its process is stopped"}.get(state or "", "")
         doing = self._beats[rank][1].get("doing")
         return f"rank {rank} (pid {pid}) on {host}: {how}{what}" + (f"; it was last at {doing}" if doing else "")
@@ -183,7 +188,7 @@ class Heartbeat:
     def wait_for_others(self, verdict: Verdict, linger: float) -> None:
         """Wait until the others have read the verdict, where this rank wrote it or serves the store; end what cannot end by itself."""
         for rank, (_, pid, started) in self._places.items():
-            if rank != self.rank and _state(pid, started) == "T":
+            if rank != self.rank and process_state(pid, started) == "T":
                 with suppress(OSError):  # stopped: no signal but this one reaches it, and launchers wait for it
                     os.kill(pid, signal.SIGKILL)
         if self._broken or (verdict.rank != self.rank and self.rank):
@@ -195,7 +200,7 @@ class Heartbeat:
 
     def _silent(self, rank: int) -> bool:
         _, pid, started = self._places[rank]
-        return _state(pid, started) in ("gone", "T") or time.monotonic() - self._beats[rank][0] > 4 * self.interval
+        return process_state(pid, started) in ("gone", "T") or time.monotonic() - self._beats[rank][0] > 4 * self.interval
 
     def _done(self, rank: int) -> bool:
         return bool(self._beats[rank][1].get("done"))
@@ -251,32 +256,3 @@ class Heartbeat:
             else:
                 return
             self.verdict = Verdict(**json.loads(found))
-
-
-def _stat(pid: int) -> list[str]:
-    """What /proc says of a process: its state first, its start at 19; names may hold anything, and are left out. Raises OSError."""
-    words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode("ascii", "replace").split()
-    if len(words) < 20:
-        raise OSError(f"/proc/{pid}/stat holds {words}")
-    return words
-
-
-def _start_time(pid: int) -> str:
-    """When a process began, in ticks since boot: a number given to another process later has another start."""
-    try:
-        return _stat(pid)[19]
-    except OSError:
-        return ""
-
-
-def _state(pid: int, started: str) -> str | None:
-    """The word gone, or the letter of its state; None where it cannot be told, because it lives in another namespace, say."""
-    if not started:
-        return None
-    try:
-        words = _stat(pid)
-    except (FileNotFoundError, ProcessLookupError):
-        return "gone"
-    except OSError:
-        return None
-    return "gone" if words[0] in "ZX" or words[19] != started else words[0]

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import platform
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sffn_dist.launch import checks, environment, exit_codes, launcher_watch, run_lock
+from sffn_dist.launch.error_output import print_errors
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import Config, ConfigError
 
@@ -122,9 +122,8 @@ def refuse(error: ConfigError, main_rank: bool) -> int:
     Another node may see other files: its first rank speaks too, unless rank 0's word has ended it by now.
     """
     where = "" if main_rank else f"rank {os.environ.get('RANK')} on {platform.node()}: "
-    for problem in error.problems if main_rank or os.environ.get("LOCAL_RANK") == "0" else ():
-        print(f"pretrain.py: error: {where}{problem}", file=sys.stderr)
-    sys.stderr.flush()
+    if main_rank or os.environ.get("LOCAL_RANK") == "0":
+        print_errors("pretrain.py", (f"{where}{problem}" for problem in error.problems))
     exit_codes.record(exit_codes.REFUSED, error.problems[0])
     return exit_codes.REFUSED
 

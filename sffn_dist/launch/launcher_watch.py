@@ -6,9 +6,8 @@ import os
 import select
 import threading
 import time
-from pathlib import Path
 
-_SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh", "ash", "busybox"}
+from sffn_dist.launch import processes
 
 
 def watch_launcher(exit_code: int = 1, interval: float = 1.0) -> threading.Thread | None:
@@ -21,8 +20,8 @@ def watch_launcher(exit_code: int = 1, interval: float = 1.0) -> threading.Threa
     if "LOCAL_RANK" not in os.environ:
         return None
     parent = os.getppid()
-    command = _command(parent)
-    if _is_shell(command) and not any(not word.startswith("-") for word in command[1:]):
+    command = processes.command_line(parent)
+    if processes.is_shell(command) and not any(not word.startswith("-") for word in command[1:]):
         return None  # LOCAL_RANK set by hand, and a shell that the user may leave
     runner = _deepspeed_runner(parent, command)
     thread = threading.Thread(target=_watch, args=(parent, runner, exit_code, interval), name="watch-launcher", daemon=True)
@@ -31,11 +30,11 @@ def watch_launcher(exit_code: int = 1, interval: float = 1.0) -> threading.Threa
 
 
 def _watch(parent: int, runner: int | None, exit_code: int, interval: float) -> None:
-    names = {pid: _name(pid) for pid in (parent, runner) if pid is not None}
+    names = {pid: processes.described(pid) for pid in (parent, runner) if pid is not None}
     while True:
         if os.getppid() != parent:
             _stop(names[parent], exit_code)
-        if runner is not None and _parent_of(parent) not in (runner, None):
+        if runner is not None and processes.parent_of(parent) not in (runner, None):
             _stop(names[runner], exit_code)
         time.sleep(interval)
 
@@ -59,35 +58,9 @@ def _deepspeed_runner(launch: int, command: list[str]) -> int | None:
     line = " ".join(command)
     if "deepspeed.launcher.launch" not in line and "deepspeed/launcher/launch.py" not in line:
         return None
-    runner = _parent_of(launch)
+    runner = processes.parent_of(launch)
     if runner is None:
         return None
-    above = _command(runner)
+    above = processes.command_line(runner)
     # a shell may name deepspeed too (`bash -c "... deepspeed.launcher.launch ... &"`), and its end means nothing
-    return runner if "deepspeed" in " ".join(above) and not _is_shell(above) else None
-
-
-def _command(pid: int) -> list[str]:
-    """The words of a process's command line; empty where there is no /proc or no such process."""
-    try:
-        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return []
-    return [word for word in raw.decode(errors="replace").split("\0") if word]
-
-
-def _is_shell(command: list[str]) -> bool:
-    return bool(command) and os.path.basename(command[0]).lstrip("-") in _SHELLS
-
-
-def _parent_of(pid: int) -> int | None:
-    """Parent's process id, from /proc/<pid>/stat ('pid (name) state parent ...', the name may hold spaces and brackets)."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-    except (OSError, IndexError, ValueError):
-        return None
-
-
-def _name(pid: int) -> str:
-    words = " ".join(_command(pid))
-    return f"pid {pid}" + (f" ({words[:100]})" if words else "")
+    return runner if "deepspeed" in " ".join(above) and not processes.is_shell(above) else None

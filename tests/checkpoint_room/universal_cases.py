@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from sffn_dist.checkpoint.manifest import KINDS, Manifest, latest_checkpoint
 from sffn_dist.checkpoint.reader import Reader
-from sffn_dist.conversion import deepspeed, formats
+from sffn_dist.conversion import deepspeed, universal
 from sffn_dist.conversion.verification import differences
 from sffn_dist.spec.split_table import is_guide, model_tensors
 from sffn_dist.training import engine as engines
@@ -50,7 +50,7 @@ def there(tree: dict[str, Any], folder: str, steps: int, more: int) -> dict[str,
     cases = _training()
     run, manifest, _, counts = _trained(tree, steps)
     if run.topology.main:
-        formats.to_universal(manifest, Path(folder), tensor=run.topology.tensor)
+        universal.to_universal(manifest, Path(folder), tensor=run.topology.tensor)
     dist.barrier()
     expected = {"state": cases.state_digests(run.engine), "losses": [cases.take(run)[0] for _ in range(more)]}
     engines.destroy(run.engine)
@@ -90,7 +90,7 @@ def back(tree: dict[str, Any], folder: str, steps: int) -> dict[str, float]:
     found = deepspeed.read(target, run.config)
     names = list(reader.specs)
     assert found.weights.names() == names
-    made = formats.from_universal(target, Path(folder) / "back", run.config)
+    made = universal.from_universal(target, Path(folder) / "back", run.config)
     assert (made.step, made.optimizer_steps) == (manifest.step, manifest.optimizer_steps)
     assert made.guide_optimizer_steps == manifest.guide_optimizer_steps
     assert list(differences(made, manifest)) == []

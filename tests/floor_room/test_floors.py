@@ -45,6 +45,7 @@ LIGHT = (
     *LOWEST,
     *(f"launch.{path.stem}" for path in sorted((PACKAGE / "launch").glob("[!_]*.py"))),
     *("checkpoint.manifest", "data.metadata", "pretrain"),
+    "conversion.formats",
     *("telemetry.trackers", "telemetry.metrics", "telemetry.progress"),
     *("cluster.runs", "cluster.job", "cluster.sweep", "cluster.requeue"),
     *("comparison.variants", "comparison.summary", "comparison.curves"),

@@ -25,6 +25,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from sffn_dist.health import heartbeat, watchdog
 from sffn_dist.health.watchdog import Watchdog
+from sffn_dist.launch import processes
 from sffn_dist.parallel import rendezvous
 from sffn_dist.spec.config import ConfigError, Guards
 
@@ -218,7 +219,7 @@ def consequence(own: Watchdog, rank: int) -> None:
     if rank == 1:
         wait()
     place = own._heartbeat._places[1]
-    until(lambda: heartbeat._state(place[1], place[2]) == "gone")
+    until(lambda: processes.process_state(place[1], place[2]) == "gone")
     raise RuntimeError(GLOO)
 
 
@@ -320,7 +321,7 @@ def short_wait(rank: int) -> None:
 
 def stumble(rank: int) -> None:
     """The first looks fail."""
-    usual, calls = heartbeat._state, []
+    usual, calls = heartbeat.process_state, []
 
     def state(pid: int, started: str) -> str | None:
         if len(calls) < 4 and threading.current_thread().name == "watchdog":
@@ -328,7 +329,7 @@ def stumble(rank: int) -> None:
             raise KeyError("no such thing")
         return usual(pid, started)
 
-    heartbeat._state = state
+    heartbeat.process_state = state
 
 
 def stumble_over_stacks(rank: int) -> None:
@@ -460,13 +461,13 @@ def places(own: int) -> list[str]:
     """Which of some places a rank on this machine takes for a process that it can see: here, elsewhere, gone, another's number."""
     line = heartbeat.Heartbeat.__new__(heartbeat.Heartbeat)
     line.host = "here"
-    began = heartbeat._start_time(own)
+    began = processes.start_time(own)
     child = _fork(lambda: None)
     until(lambda: ") Z " in Path(f"/proc/{child}/stat").read_text())
     asked = [
         ("here", own, began),
         ("there", own, began),
-        ("here", child, heartbeat._start_time(child)),
+        ("here", child, processes.start_time(child)),
         ("here", own, "1"),
         ("here", own, ""),
     ]
@@ -474,8 +475,8 @@ def places(own: int) -> list[str]:
     os.waitpid(child, 0)
     return [
         *seen,
-        heartbeat._state(child, "1"),
-        heartbeat._state(own, "1"),
-        heartbeat._state(own, ""),
-        heartbeat._state(own, began),
+        processes.process_state(child, "1"),
+        processes.process_state(own, "1"),
+        processes.process_state(own, ""),
+        processes.process_state(own, began),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from sffn_dist.structured.cut import TensorSpec
 SHOWN = 20  # problems told of a folder
 
 
-def read(folder: Path) -> Weights:
+def read(folder: Path, overrides: Sequence[str] = ()) -> Weights:
     """The model in ``folder``: of type llama, mistral, qwen2, starcoder2, gpt_neox, or an export of ours (sffn).
 
     Settings, names and shapes are checked here, from headers; tensors are read when asked for, and cast to fp32. A bias that the model has
