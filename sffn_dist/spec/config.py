@@ -6,13 +6,16 @@ spec/validation.py, and spec/loading.py makes the tree from a file and overrides
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from sffn_dist.spec.decay import DECAYS
+from sffn_dist.spec.optimizers import OPTIMIZERS
 from sffn_dist.structured import registry
+from sffn_dist.structured.registry import listed
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]  # what a JSON number and a float hold exactly
 NaturalInt = Annotated[int, Field(ge=0, lt=2**53)]
@@ -23,13 +26,20 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-def _registered(kind: str) -> str:
-    if kind not in registry.kinds():
-        raise PydanticCustomError("kind", "must be {kinds}", {"kinds": registry.listed_kinds()})
-    return kind
+def _one_of(names: Callable[[], Iterable[str]]) -> AfterValidator:
+    """A text must be one of ``names``, which a table lists when a config is read."""
+
+    def check(name: str) -> str:
+        if name not in names():
+            raise PydanticCustomError("choice", "must be {choices}", {"choices": listed(names())})
+        return name
+
+    return AfterValidator(check)
 
 
-FFNKind = Annotated[str, AfterValidator(_registered)]
+FFNKind = Annotated[str, _one_of(registry.kinds)]
+Decay = Annotated[str, _one_of(lambda: DECAYS)]
+OptimizerName = Annotated[str, _one_of(lambda: OPTIMIZERS)]
 
 
 class ConfigError(ValueError):
@@ -93,7 +103,7 @@ class Guide(Section):
     fraction: Fraction = Field(0.5, description="of train.steps that are guided, from the first on (fixed_step)")
     begin: NaturalInt = Field(0, description="first guided step (window)")
     end: PositiveInt | None = Field(None, description="the step after the last guided one (window); default: train.steps")
-    schedule: Literal["cosine", "linear"] = Field("cosine", description="how the guide's weight falls from 1 to 0")
+    schedule: Decay = Field("cosine", description="how the guide's weight falls from 1 to 0")
     stochastic: bool = Field(False, description="compute the guide only with probability alpha")
 
 
@@ -114,7 +124,9 @@ class Train(Section):
     global_batch_size: PositiveInt = Field(512, description="sequences a step, over all ranks")
     micro_batch_size: PositiveInt = Field(8, description="sequences a forward pass, a rank")
     seed: Seed = 0
+    optimizer: OptimizerName = "adamw"
     learning_rate: PositiveFloat = 6e-4
+    learning_rate_schedule: Decay = Field("cosine", description="how the learning rate falls after the warm-up")
     min_learning_rate_ratio: Fraction = 0.1
     warmup_share: Fraction = 0.1
     weight_decay: NonNegativeFloat = 0.1

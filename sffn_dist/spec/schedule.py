@@ -3,8 +3,8 @@
 The optimiser's global step is the only state of a run besides weights and moments; resuming is loading those three.
 
     alpha(step)  over the guided steps [begin, end), x = (step - begin) / (end - begin); 0 outside             (paper, section 4)
-                 cosine   (1 + cos(pi x)) / 2        linear   1 - x
-    lr(step)     linear warm-up to 1, then a cosine to min_ratio at the end of the whole run                     (paper, appendix)
+                 decay(x): guide.schedule, a curve of spec/decay.py
+    lr(step)     linear warm-up to 1, then decay to min_ratio at the end of the whole run                        (paper, appendix)
     data(step)   step; a step after the first pass reads what the first guided one read, the next what the second read, ...
 
     phase        plain -> guided -> plain -> repeat, each where it has steps; the guide's parameters exist in the guided phase alone
@@ -21,6 +21,7 @@ from typing import Literal
 
 from sffn_dist.spec import counts
 from sffn_dist.spec.config import Config
+from sffn_dist.spec.decay import DECAYS
 
 PhaseName = Literal["plain", "guided", "repeat"]
 
@@ -58,9 +59,10 @@ class Schedule:
     guide_end: int
     warmup_steps: int
     min_learning_rate_ratio: float
-    guide_schedule: Literal["cosine", "linear"]
+    guide_schedule: str  # a curve of spec/decay.py, as learning_rate_schedule
     stochastic: bool
     seed: int
+    learning_rate_schedule: str = "cosine"
 
     def at(self, step: int) -> StepSchedule:
         """Raises ValueError outside [0, total_steps)."""
@@ -94,7 +96,7 @@ class Schedule:
         if not self.guide_begin <= step < self.guide_end:
             return 0.0
         done = (step - self.guide_begin) / self.guided_steps
-        return 0.5 * (1.0 + math.cos(math.pi * done)) if self.guide_schedule == "cosine" else 1.0 - done
+        return DECAYS[self.guide_schedule](done)
 
     def guide_weight(self, now: StepSchedule, layer: int, linear: int) -> float | None:
         """alpha where this linear computes its guide in this step, None where it does not.
@@ -109,12 +111,12 @@ class Schedule:
         return now.alpha
 
     def learning_rate_factor(self, step: int) -> float:
-        """Multiplies train.learning_rate: (step + 1)/warm-up, then a cosine from 1 down to min_learning_rate_ratio."""
+        """Multiplies train.learning_rate: (step + 1)/warm-up, then from 1 down to min_learning_rate_ratio."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         low = self.min_learning_rate_ratio
-        return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * done))
+        return low + (1.0 - low) * DECAYS[self.learning_rate_schedule](done)
 
     def expected_drawn_fraction(self, step: int) -> float:
         """Expected share of linears that compute their guide in a step: all while guided, alpha of them with the coin."""
@@ -123,7 +125,7 @@ class Schedule:
         return self.alpha(step) if self.stochastic else 1.0
 
     def expected_drawn_steps(self) -> float:
-        """The same summed over the run: guided steps n, or with the coin the sum of alpha, (n + 1)/2 for either form."""
+        """The same summed over the run: guided steps n, or with the coin the sum of alpha, (n + 1)/2 for every curve."""
         n = self.guided_steps
         return (n + 1) / 2 if self.stochastic and n else float(n)
 
@@ -143,6 +145,7 @@ def build_schedule(config: Config) -> Schedule:
         guide_schedule=config.guide.schedule,
         stochastic=config.guide.stochastic,
         seed=config.train.seed,
+        learning_rate_schedule=config.train.learning_rate_schedule,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from sffn_dist.structured.block_dense import BlockDense
@@ -57,7 +58,7 @@ def structured_kinds() -> tuple[str, ...]:
 def structure_class(kind: str) -> type[Structure]:
     """The class that declares a kind; raises ValueError for one that is not registered."""
     if kind not in _registered:
-        raise ValueError(f"kind = {kind!r}: must be {listed_kinds()}")
+        raise ValueError(f"kind = {kind!r}: must be {listed(kinds())}")
     return _registered[kind][0]
 
 
@@ -86,10 +87,10 @@ def from_factor_shapes(shapes: Shapes) -> Factored:
         missing = [name for name in structure.factors if name not in shapes]
         if len(missing) < len(structure.factors) and set(shapes) < set(structure.factors):
             raise KeyError(f"has no {', '.join(missing)} beside {', '.join(shapes)}, as {structure.kind} has")
-    raise KeyError(f"factors {sorted(shapes)} are those of no structure: {listed_kinds()}")
+    raise KeyError(f"factors {sorted(shapes)} are those of no structure: {listed(kinds())}")
 
 
-def listed_kinds() -> str:
-    """All kinds as messages list them."""
-    *names, last = (repr(kind) for kind in kinds())
-    return f"{', '.join(names)} or {last}"
+def listed(names: Iterable[str]) -> str:
+    """Names as messages list them."""
+    *others, last = map(repr, names)
+    return f"{', '.join(others)} or {last}" if others else last

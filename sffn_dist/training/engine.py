@@ -6,6 +6,7 @@ What of an engine is the run's state: engine_state.py.
 from __future__ import annotations
 
 import gc
+import importlib
 import inspect
 import logging
 import math
@@ -24,6 +25,7 @@ from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.topology import ModelParallelUnit, Topology
 from sffn_dist.spec.config import Config
 from sffn_dist.spec.counts import reduce_bucket
+from sffn_dist.spec.optimizers import OPTIMIZERS
 from sffn_dist.spec.split_table import is_guide
 from sffn_dist.training import engine_state
 from sffn_dist.training.engine_state import Engine, ExportedState
@@ -63,7 +65,7 @@ def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guid
 def create(
     model: nn.Module, config: Config, precision: str, topology: Topology, carried: ExportedState | None = None
 ) -> Engine:
-    """Wrap the model: AdamW on everything (the guide as its own last group), ZeRO, precision, clipping, accumulation.
+    """Wrap the model: the optimizer on everything (the guide as its own last group), ZeRO, precision, clipping, accumulation.
 
     The learning rate is 0 until :func:`set_learning_rate`; optimizer state exists from the start, all zero, or what is ``carried``
     over from another engine (then the model's weights are set by state.refresh).
@@ -71,15 +73,8 @@ def create(
     _adjust_deepspeed()
     named = list(model.named_parameters())
     groups = [[p for n, p in named if not is_guide(n)], [p for n, p in named if is_guide(n)]]
-    train = config.train
-    optimizer = torch.optim.AdamW(
-        [{"params": group} for group in groups if group],
-        lr=0.0,
-        betas=(train.beta1, train.beta2),
-        eps=train.epsilon,
-        weight_decay=train.weight_decay,
-        fused=True,
-    )
+    module, _, function = OPTIMIZERS[config.train.optimizer].partition(":")
+    optimizer = getattr(importlib.import_module(module), function)([group for group in groups if group], config.train)
     if config.zero.stage == 3:
         # it computes with its linears' weights without calling them: gather them when it is called, forward and backward
         deepspeed.utils.set_z3_leaf_modules(model, [StructuredMLP], raise_if_not_found=False)

@@ -25,11 +25,11 @@ Engine = Any  # deepspeed.DeepSpeedEngine, which is not typed
 ExportedState = list[dict[str, Tensor]]  # of each surviving master: "weight", "exp_avg", "exp_avg_sq", "step"
 
 
-def adam(engine: Engine) -> torch.optim.AdamW:
-    """Torch's optimizer under DeepSpeed's, or itself."""
+def torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
+    """The one that training/optimizers/ made, under DeepSpeed's or by itself; it keeps exp_avg, exp_avg_sq and step."""
     optimizer = engine.optimizer
     inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
-    assert isinstance(inner, torch.optim.AdamW)
+    assert isinstance(inner, torch.optim.Optimizer)
     return inner
 
 
@@ -53,7 +53,7 @@ def init_state(engine: Engine, carried: ExportedState | None = None) -> None:
     """
     survivors, guides = master_params(engine)
     assert carried is None or len(carried) == len(survivors), "the survivors' masters are the same with and without a guide"
-    kept = adam(engine).state
+    kept = torch_optimizer(engine).state
     for master in survivors if carried is None else []:
         kept[master] = _zero_state(master)
     for master in guides:
@@ -72,7 +72,7 @@ def _zero_state(master: Tensor) -> dict[str, Tensor]:
 
 def export_state(engine: Engine) -> ExportedState:
     """The survivors' state, the tensors themselves: the engine must not be stepped afterwards."""
-    kept = adam(engine).state
+    kept = torch_optimizer(engine).state
     return [
         {"weight": master.data, **{key: kept[master][key] for key in ("step", *MOMENTS)}} for master in master_params(engine)[0]
     ]
@@ -81,13 +81,13 @@ def export_state(engine: Engine) -> ExportedState:
 def step_counts(engine: Engine) -> tuple[int, int | None]:
     """Steps that Adam has taken, of the survivors and of the guide if there is one: skipped steps do not count, a guide starts at 0."""
     survivors, guides = master_params(engine)
-    kept = adam(engine).state
+    kept = torch_optimizer(engine).state
     return int(kept[survivors[0]]["step"]), int(kept[guides[0]]["step"]) if guides else None
 
 
 def set_step_counts(engine: Engine, steps: int, guide_steps: int | None) -> None:
     """Adam's numbers of steps taken, for its bias corrections, and DeepSpeed's; without ``guide_steps`` the guide's is the others'."""
-    kept = adam(engine).state
+    kept = torch_optimizer(engine).state
     survivors, guides = master_params(engine)
     for master in survivors:
         kept[master]["step"].fill_(steps)
@@ -120,7 +120,7 @@ def update_model_weights(engine: Engine) -> None:
 
 
 def _views(engine: Engine, master: Tensor, start: int, numel: int) -> dict[str, Tensor]:
-    kept = adam(engine).state[master]
+    kept = torch_optimizer(engine).state[master]
     flat = {"weight": master.data, **{key: kept[key] for key in MOMENTS}}
     return {key: tensor.view(-1).narrow(0, start, numel) for key, tensor in flat.items()}
 

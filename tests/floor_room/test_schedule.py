@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sffn_dist.spec.decay import DECAYS
 from sffn_dist.spec.loading import from_tree
 from sffn_dist.spec.schedule import Phase, Schedule, build_schedule, equal_flops_fraction, uniform
 
@@ -346,3 +347,17 @@ def test_the_coin_depends_on_nothing_else() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**62, 2**63 - 1])
 def test_large_seeds_draw(seed: int) -> None:
     assert 0 <= uniform(seed, 0, 0, 0) < 1
+
+
+def test_every_curve_falls_from_1_to_0_and_is_antisymmetric() -> None:
+    """A guide's expected FLOPs count on the sum (n + 1)/2; the learning rate on its two ends."""
+    for name, curve in DECAYS.items():
+        values = [curve(i / 64) for i in range(65)]
+        assert (values[0], values[-1]) == (1.0, 0.0), name
+        assert values == sorted(values, reverse=True), name
+        assert all(abs(a + b - 1.0) < 1e-12 for a, b in zip(values, reversed(values), strict=True)), name
+
+
+def test_the_learning_rate_falls_as_its_curve_says() -> None:
+    falling = clock(learning_rate_schedule="linear", total_steps=110, warmup_steps=10, min_learning_rate_ratio=0.2)
+    assert [falling.learning_rate_factor(step) for step in (9, 10, 60, 110)] == pytest.approx([1.0, 1.0, 0.6, 0.2])

@@ -1,0 +1,1 @@
+"""One optimizer a file; spec/optimizers.py lists them."""
