@@ -11,7 +11,10 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on disk. Some file systems know no such thing of folders: let them."""
+    """Wait until a file, or a folder's list of names, is on disk.
+
+    Some file systems know no such thing of folders: let them.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -38,7 +41,8 @@ def write_text(path: Path, text: str) -> None:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which becomes ``target`` in one step when the block ends, and is gone when it fails.
 
-    What is written in it must be synced by who writes it. Raises FileExistsError if ``target`` is there (an empty folder may be).
+    What is written in it must be synced by who writes it. Raises FileExistsError if ``target`` is there (an
+    empty folder may be).
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists already; nothing is overwritten, choose another place")

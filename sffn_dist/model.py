@@ -27,7 +27,11 @@ from sffn_dist.parallel import cpu_compat
 from sffn_dist.parallel.collectives import sum_partial_gradients
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.layers import CoreAttention, NormLayer
-from sffn_dist.parallel.linears import StructuredColumnParallelLinear, StructuredLinear, StructuredRowParallelLinear
+from sffn_dist.parallel.linears import (
+    StructuredColumnParallelLinear,
+    StructuredLinear,
+    StructuredRowParallelLinear,
+)
 from sffn_dist.parallel.split import shard
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.spec.config import Config
@@ -37,7 +41,8 @@ from sffn_dist.structured import functional
 from sffn_dist.structured.cut import TensorSpec
 from sffn_dist.structured.functional import to_dense
 
-# megatron-core warns of any feed-forward layer but its own, once a layer: it hands those no process group; ours are parallel_state's
+# megatron-core warns of any feed-forward layer but its own, once a layer: it hands those no process group;
+# ours are parallel_state's
 logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
     lambda record: not record.getMessage().startswith("Unknown MLP type")
 )
@@ -78,10 +83,15 @@ def transformer_config(config: Config, precision: str) -> TransformerConfig:
 
 
 def mlp_spec(config: Config, layer: int, *, guide: bool) -> ModuleSpec:
-    """The feed-forward layer: Megatron's MLP over dense linears, or ours over structured ones, with a guide or without."""
+    """The feed-forward layer: Megatron's MLP over dense linears, or ours over structured ones, with a
+    guide or without.
+    """
     structure = ffn_structure(config, layer)
     if structure.dense:
-        return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+        return ModuleSpec(
+            module=MLP,
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        )
     params = {"structure": structure, "guide": guide}
     linears = MLPSubmodules(
         linear_fc1=ModuleSpec(module=StructuredColumnParallelLinear, params=params),
@@ -114,7 +124,9 @@ def layer_spec(config: Config, layer: int, *, guide: bool) -> ModuleSpec:
 
 
 def build(config: Config, precision: str, topology: Topology, *, guide: bool) -> GPTModel:
-    """The rank's part of the model, as in the guided phase or outside of it; its weights not yet set: see :func:`initialise`."""
+    """The rank's part of the model, as in the guided phase or outside of it; its weights not yet set: see
+    :func:`initialise`.
+    """
     layers = [layer_spec(config, layer, guide=guide) for layer in range(config.model.layers)]
     model = GPTModel(
         config=transformer_config(config, precision),
@@ -127,14 +139,17 @@ def build(config: Config, precision: str, topology: Topology, *, guide: bool) ->
     )
     if config.recompute == "full":
         for layer in model.decoder.layers:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            layer.forward = functools.partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
     _mark_parameters(model, config)
     sum_partial_gradients(model, topology.tensor_group)
     return model
 
 
 def _mark_parameters(model: GPTModel, config: Config) -> None:
-    """Megatron's marks by the split table: DeepSpeed's gradient norm counts what is not ``tensor_model_parallel`` once.
+    """Megatron's marks by the split table: DeepSpeed's gradient norm counts what is not
+    ``tensor_model_parallel`` once.
 
     Megatron marks its own weights only while it initialises them, which it does not do here.
     """
@@ -189,7 +204,7 @@ def unset_guide(model: GPTModel) -> None:
         linear.guide_weight = None
 
 
-# ---------------------------------------------------------------------------------------------------------- initialisation
+# --------------------------------------------------------------------------------------------- initialisation
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -198,7 +213,10 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _units(names: Iterable[str]) -> dict[str, list[str]]:
-    """What is drawn together: unit -> parameter names. The factors of a linear are one draw, other matrices one each."""
+    """What is drawn together: unit -> parameter names.
+
+    The factors of a linear are one draw, other matrices one each.
+    """
     units: dict[str, list[str]] = {}
     for name in names:
         prefix, _, leaf = name.rpartition(".")
@@ -208,7 +226,9 @@ def _units(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _draw(config: Config, specs: dict[str, TensorSpec], unit: str, names: list[str]) -> dict[str, Tensor]:
-    """Full fp32 tensors of a unit by parameter name, its guide if that is named; the same on every machine of equal torch."""
+    """Full fp32 tensors of a unit by parameter name, its guide if that is named; the same on every machine
+    of equal torch.
+    """
     std = config.model.init_std
     generator = _generator(config.train.seed, unit)
     if names == [unit]:
@@ -217,7 +237,9 @@ def _draw(config: Config, specs: dict[str, TensorSpec], unit: str, names: list[s
             return {unit: torch.randn(shape, generator=generator) * std}
         return {unit: torch.ones(shape) if unit.endswith("norm.weight") else torch.zeros(shape)}
     layer, linear = int(unit.split(".")[2]), unit.rpartition(".")[2]
-    inputs, outputs = next((inputs, outputs) for name, _, inputs, outputs in ffn_linears(config) if name == linear)
+    inputs, outputs = next(
+        (inputs, outputs) for name, _, inputs, outputs in ffn_linears(config) if name == linear
+    )
     guide = any(is_guide(name) for name in names)
     drawn = functional.draw(ffn_structure(config, layer), inputs, outputs, std, generator, guide=guide)
     return {f"{unit}.{name}": tensor for name, tensor in drawn.items()}
@@ -227,8 +249,8 @@ def _draw(config: Config, specs: dict[str, TensorSpec], unit: str, names: list[s
 def initialise(model: GPTModel, config: Config, topology: Topology) -> None:
     """Weights at step 0: one full draw a unit, seeded by (train.seed, name), cut for every rank.
 
-    So the weights are the same for every layout. Ranks draw units in turn and broadcast them: an SVD of 8192 x 2048 takes seconds,
-    and a rank's own library must not decide the signs of its singular vectors.
+    So the weights are the same for every layout. Ranks draw units in turn and broadcast them: an SVD of 8192
+    x 2048 takes seconds, and a rank's own library must not decide the signs of its singular vectors.
     """
     parameters = dict(model.named_parameters())
     specs = model_tensors(config, guide=has_guide(model))
@@ -245,7 +267,9 @@ def initialise(model: GPTModel, config: Config, topology: Topology) -> None:
 
 
 def guides(config: Config, topology: Topology, full: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name, this rank's part) of every guide as it starts, W = to_dense(U, V), from the factors' ``full`` tensors by name."""
+    """(name, this rank's part) of every guide as it starts, W = to_dense(U, V), from the factors' ``full``
+    tensors by name.
+    """
     specs = model_tensors(config, guide=True)
     for name in (name for name in specs if is_guide(name)):
         prefix, layer = name.removesuffix("guide"), int(name.split(".")[2])

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import sys
 
-# Started as a script, Python puts this folder first on the path, where `data` or `model` would shadow others' modules.
+# Started as a script, Python puts this folder first on the path, where `data` or `model` would shadow others'
+# modules.
 if sys.path and os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.abspath(__file__)):
     del sys.path[0]
 
@@ -52,7 +53,9 @@ def pretrain(config: Config, watchdog: Watchdog) -> int:
     corpus = shards.open_corpus(prepare.prepare(config))
     run_identity.check_identity(config, corpus.meta.fingerprint)
     batches = Batches(corpus.train, config.model.sequence, train.global_batch_size, train.seed)
-    heldout = Heldout(read_heldout(corpus.heldout, config.model.sequence, config.evaluation_sequences), corpus.token_bytes)
+    heldout = Heldout(
+        read_heldout(corpus.heldout, config.model.sequence, config.evaluation_sequences), corpus.token_bytes
+    )
 
     # groups, and whether all ranks work
     ranks = topology.init_parallel(config)

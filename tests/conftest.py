@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # Triton's interpreter must be chosen before anything imports triton, as Megatron does
+if (
+    not torch.cuda.is_available()
+):  # Triton's interpreter must be chosen before anything imports triton, as Megatron does
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
-# the package under test is the installed one; the repository root would also offer kernels/ and tests/ as packages
+# the package under test is the installed one; the repository root would also offer kernels/ and tests/ as
+# packages
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
@@ -52,10 +55,11 @@ def no_idle_ranks(pools: dict[tuple[int, int], Any]) -> None:
 
 @pytest.fixture(scope="session")
 def ranks(pools: dict[tuple[int, int], Any]) -> Callable[[int], Any]:
-    """``ranks(n, tensor)`` gives n living ranks, for cases of that tensor-parallel size alone; the newest four pools live on.
+    """``ranks(n, tensor)`` gives n living ranks, for cases of that tensor-parallel size alone; the newest
+    four pools live on.
 
-    Megatron does not end the groups of a size when it makes those of another, and each one's gloo threads poll: a few hundred
-    of them slow two cores down.
+    Megatron does not end the groups of a size when it makes those of another, and each one's gloo threads
+    poll: a few hundred of them slow two cores down.
     """
     rank_pool = _load(Path(__file__).parent / "distributed" / "rank_pool.py")
 
@@ -71,7 +75,9 @@ def ranks(pools: dict[tuple[int, int], Any]) -> Callable[[int], Any]:
 
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Callable[..., Any]]:
-    """``nursery(file, function, ...)`` calls it in a process of its own that joins no group: a child that it forks starts at once."""
+    """``nursery(file, function, ...)`` calls it in a process of its own that joins no group: a child that
+    it forks starts at once.
+    """
     pool = _load(Path(__file__).parent / "distributed" / "rank_pool.py").RankPool(1)
     yield lambda file, function, **arguments: pool.run(file, function, **arguments)[0]
     pool.stop()

@@ -1,4 +1,5 @@
-"""What a structured feed-forward layer costs: how long it takes, and what it sends; what a checkpoint costs, and a run's guards.
+"""What a structured feed-forward layer costs: how long it takes, and what it sends; what a checkpoint costs,
+and a run's guards.
 
 python tools/bench.py ffn       time and memory of one layer on one device, forward and forward + backward, against dense
 python tools/bench.py step      time of a training step of one layer on one device: forward + backward + AdamW
@@ -60,7 +61,10 @@ def misfits(args: argparse.Namespace) -> Iterator[str]:
             yield f"--table {args.table}: there is no such folder"
         for tokens in getattr(args, "batch", ()):
             if tokens > sizes.MOST_DECODED:
-                yield f"--batch {tokens}: must not exceed {sizes.MOST_DECODED}, the most that are decoded at a time"
+                yield (
+                    f"--batch {tokens}: must not exceed {sizes.MOST_DECODED}, the most that are decoded at "
+                    f"a time"
+                )
         yield from sizes.odd_widths(args.widths, args.kinds, args.shares)
     else:
         yield from odd_shapes(args)
@@ -75,26 +79,37 @@ def odd_shapes(args: argparse.Namespace) -> Iterator[str]:
         for p in args.ranks:
             broken += structure.rank_problems(inner, Size("--ranks", p), "--")
         # both ranks are options: low_rank's --rank and block_dense's --block-rank
-        problems += [text.replace("--rank =", "--block-rank =") for text in broken] if structure.blocks else broken
+        problems += (
+            [text.replace("--rank =", "--block-rank =") for text in broken] if structure.blocks else broken
+        )
     yield from dict.fromkeys(problems)
     for p in args.ranks:
         if args.tokens % p:
             yield f"--tokens = {args.tokens}: must be divisible by --ranks = {p}"
         if args.command == "tp" and args.blocks % p:
-            yield f"--blocks {args.blocks}: must be divisible by --ranks {p}, since the naive split cuts whole blocks"
+            yield (
+                f"--blocks {args.blocks}: must be divisible by --ranks {p}, since the naive split cuts "
+                f"whole blocks"
+            )
 
 
 def no_room(args: argparse.Namespace) -> Iterator[str]:
     """Why as much state cannot be saved where it is to be."""
     if paper_config(args.gigabytes) is None:
-        yield f"--gigabytes {args.gigabytes:g}: must be above 0 and not exceed {gigabytes(SIZES[-1]):.3g}, the state of the paper's l"
+        yield (
+            f"--gigabytes {args.gigabytes:g}: must be above 0 and not exceed {gigabytes(SIZES[-1]):.3g}, "
+            f"the state of the paper's l"
+        )
     elif not args.folder.is_dir():
         yield f"--folder {args.folder}: there is no such folder"
     else:
         # of each provider's the checkpoint before, and the one that is being written
         needed, free = 3 * args.gigabytes + 0.01, shutil.disk_usage(args.folder).free / 1e9
         if free < needed:
-            yield f"--gigabytes {args.gigabytes:g}: needs {needed:.3g} GB, {free:.3g} GB free on the disk of --folder {args.folder}"
+            yield (
+                f"--gigabytes {args.gigabytes:g}: needs {needed:.3g} GB, {free:.3g} GB free on the disk of "
+                f"--folder {args.folder}"
+            )
 
 
 def gigabytes(size: str) -> float:
@@ -139,7 +154,9 @@ def comm(args: argparse.Namespace) -> list[dict[str, Any]]:
 def tp(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of measured times over every number of ranks."""
     sequence = {"on": [True], "off": [False], "both": [True, False]}[args.sequence]
-    return [row for p in args.ranks for row in timed("tensor_parallel", args, p, threads=1, sequence=sequence)]
+    return [
+        row for p in args.ranks for row in timed("tensor_parallel", args, p, threads=1, sequence=sequence)
+    ]
 
 
 def guide(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -147,31 +164,50 @@ def guide(args: argparse.Namespace) -> list[dict[str, Any]]:
     return timed("guided", args, 1, threads=machine.cores())
 
 
-def timed(script: str, args: argparse.Namespace, p: int, *, threads: int, **more: Any) -> list[dict[str, Any]]:
+def timed(
+    script: str, args: argparse.Namespace, p: int, *, threads: int, **more: Any
+) -> list[dict[str, Any]]:
     """Rows that a script of benchmarks/sffn_bench prints; starts its p ranks."""
     settings = {
         **{name: getattr(args, name) for name in ("width", "inner", "tokens", "repeats")},
         "threads": threads,
         "structures": [
-            {"kind": structure.kind, **asdict(structure)} for structure in sizes.chosen(args.rank, args.block_rank, args.blocks)
+            {"kind": structure.kind, **asdict(structure)}
+            for structure in sizes.chosen(args.rank, args.block_rank, args.blocks)
         ],
         **more,
     }
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(p)]
-    return printed([*launch, str(BENCH / f"{script}.py"), json.dumps(settings)], threads, f"the {p} rank{'s' * (p > 1)}")
+    return printed(
+        [*launch, str(BENCH / f"{script}.py"), json.dumps(settings)], threads, f"the {p} rank{'s' * (p > 1)}"
+    )
 
 
 def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of measured times of the paper's layers on one device."""
-    names = ("widths", "kinds", "shares", "repeats", *(("batch",) if args.command == "decode" else ("tokens",)))
-    settings = {"op": args.command, "threads": machine.cores(), **{name: getattr(args, name) for name in names}}
+    names = (
+        "widths",
+        "kinds",
+        "shares",
+        "repeats",
+        *(("batch",) if args.command == "decode" else ("tokens",)),
+    )
+    settings = {
+        "op": args.command,
+        "threads": machine.cores(),
+        **{name: getattr(args, name) for name in names},
+    }
     settings["table"] = str(args.table.absolute()) if args.table else None
     script = BENCH / ("decode.py" if args.command == "decode" else "feed_forward.py")
-    return printed([str(script), json.dumps(settings)], machine.cores(), "the timing", hide_cuda=args.device == "cpu")
+    return printed(
+        [str(script), json.dumps(settings)], machine.cores(), "the timing", hide_cuda=args.device == "cpu"
+    )
 
 
 def checkpoint(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of measured saves; what they wrote is gone afterwards, also when interrupted: the process is ended first."""
+    """Rows of measured saves; what they wrote is gone afterwards, also when interrupted: the process is
+    ended first.
+    """
     with tempfile.TemporaryDirectory(prefix="bench_checkpoint_", dir=args.folder) as folder:
         settings = {
             "config": str(paper_config(args.gigabytes)),
@@ -188,7 +224,12 @@ def guards(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of a run's guards; what it wrote is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="bench_guards_") as folder:
         said = loading.load(str(args.config), args.overrides)
-        overrides = [f"run.dir={folder}", f"train.steps={args.steps}", "checkpoint.interval=0", *args.overrides]
+        overrides = [
+            f"run.dir={folder}",
+            f"train.steps={args.steps}",
+            "checkpoint.interval=0",
+            *args.overrides,
+        ]
         settings = {
             "config": str(args.config),
             "overrides": overrides,
@@ -223,15 +264,64 @@ COMMANDS = {
     "step": layers,
     "decode": layers,
 }
-LAYER = ("kind", "share", "width", "tokens", "provider", "mode", "median_ms", "p20_ms", "p80_ms", "speedup_over_dense")
+LAYER = (
+    "kind",
+    "share",
+    "width",
+    "tokens",
+    "provider",
+    "mode",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "speedup_over_dense",
+)
 COLUMNS = {
     "ffn": (*LAYER, "peak_mb", "gflop", "gbytes", "floor_ms"),
     "step": (*LAYER, "peak_mb", "gflop", "gbytes", "floor_ms"),
     "decode": (*LAYER, "layers", "gflop", "gbytes", "floor_ms"),
-    "comm": ("kind", "p", "elements", "ratio_to_dense", "backward", "gradients", "without_sp_forward", "without_sp_backward"),
-    "tp": ("kind", "p", "sequence", "provider", "median_ms", "p20_ms", "p80_ms", "speedup_over_naive", "speedup_over_dense"),
-    "guide": ("kind", "provider", "median_ms", "p20_ms", "p80_ms", "over_unguided", "over_dense", "speedup_over_three_passes"),
-    "checkpoint": ("provider", "gigabytes", "first_ms", "median_ms", "p20_ms", "p80_ms", "over_sync", "total_s", "gb_per_s"),
+    "comm": (
+        "kind",
+        "p",
+        "elements",
+        "ratio_to_dense",
+        "backward",
+        "gradients",
+        "without_sp_forward",
+        "without_sp_backward",
+    ),
+    "tp": (
+        "kind",
+        "p",
+        "sequence",
+        "provider",
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+        "speedup_over_naive",
+        "speedup_over_dense",
+    ),
+    "guide": (
+        "kind",
+        "provider",
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+        "over_unguided",
+        "over_dense",
+        "speedup_over_three_passes",
+    ),
+    "checkpoint": (
+        "provider",
+        "gigabytes",
+        "first_ms",
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+        "over_sync",
+        "total_s",
+        "gb_per_s",
+    ),
     "guards": ("provider", "config", "ranks", "steps", "step_ms", "calls", "median_ms", "share"),
 }
 
@@ -246,7 +336,9 @@ def table(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
 
     cells = [list(columns), *[[text(row[column]) for column in columns] for row in rows]]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,10 +1,12 @@
-"""Train variants of one config on the same data to the same FLOPs, or the same steps; a table and a plot of what they came to.
+"""Train variants of one config on the same data to the same FLOPs, or the same steps; a table and a plot of
+what they came to.
 
-python tools/compare.py --config configs/compare.json --variants dense,dense_narrow,low_rank,low_rank+guide --seeds 0,1,2
+python tools/compare.py --config configs/compare.json --variants dense,dense_narrow,low_rank,low_rank+guide
+--seeds 0,1,2
 
-A variant reads kind[:size=number ...][+guide]: dense, dense_narrow (as few feed-forward parameters as the structured one), low_rank,
-block_dense, block_shuffle; sizes not written are the config's own, or those of as many feed-forward parameters. The same command
-continues a comparison that was stopped.
+A variant reads kind[:size=number ...][+guide]: dense, dense_narrow (as few feed-forward parameters as the
+structured one), low_rank, block_dense, block_shuffle; sizes not written are the config's own, or those of as
+many feed-forward parameters. The same command continues a comparison that was stopped.
 """
 
 from __future__ import annotations
@@ -72,13 +74,15 @@ class RunningProcess:
         return time.monotonic() - self.began
 
 
-# ----------------------------------------------------------------------------------------------------------- before the first
+# ------------------------------------------------------------------------------------------- before the first
 
 
 def planned(args: argparse.Namespace) -> tuple[list[variants.PlannedVariant], list[ComparisonRun]]:
     """What will be trained; raises ConfigError with whatever is wrong in any variant, run or option."""
     seeds = variants.seeds(args.seeds)
-    entries = variants.planned_variants(args.config, args.overrides, variants.parse(args.variants), args.equal)
+    entries = variants.planned_variants(
+        args.config, args.overrides, variants.parse(args.variants), args.equal
+    )
     problems: list[str] = []
     runs = []
     for seed in seeds:
@@ -101,24 +105,31 @@ def check(config: Config, ranks: int) -> None:
     try:
         validation.check_world(config, ranks)
     except ConfigError as error:
-        raise ConfigError([f"{problem}; --gpus sets the ranks of a run" for problem in error.problems]) from None
+        raise ConfigError(
+            [f"{problem}; --gpus sets the ranks of a run" for problem in error.problems]
+        ) from None
     checks.check_run(config, ranks)
 
 
 def origin(world: int) -> dict[str, str]:
     """Where a run's figures come from."""
     revision = subprocess.run(
-        ["git", "-C", str(PRETRAIN.parent), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ["git", "-C", str(PRETRAIN.parent), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     device, torch = machine.device_name(world), importlib.metadata.version("torch")
     return {"device": device, "torch": torch, "revision": revision.stdout.strip()}
 
 
-# ------------------------------------------------------------------------------------------------------------------- running
+# ---------------------------------------------------------------------------------------------------- running
 
 
 def command(run: ComparisonRun, args: argparse.Namespace, place: int) -> list[str]:
-    """The run as it is started: by itself, or by deepspeed on devices of its own where there are enough for all jobs."""
+    """The run as it is started: by itself, or by deepspeed on devices of its own where there are enough
+    for all jobs.
+    """
     script = [str(PRETRAIN), "--config", args.config, *run.overrides]
     if not args.gpus:
         return [sys.executable, *script]
@@ -147,7 +158,9 @@ def start(run: ComparisonRun, args: argparse.Namespace, place: int) -> RunningPr
     run.dir.mkdir(parents=True, exist_ok=True)
     atomic_io.write_text(run.dir / summary.ORIGIN, json.dumps(origin(max(1, args.gpus))) + "\n")
     with (run.dir / "log.txt").open("ab") as log:
-        process = subprocess.Popen(command(run, args, place), stdout=log, stderr=subprocess.STDOUT, env=environment(args))
+        process = subprocess.Popen(
+            command(run, args, place), stdout=log, stderr=subprocess.STDOUT, env=environment(args)
+        )
     return RunningProcess(run, process, place, time.monotonic())
 
 
@@ -199,7 +212,10 @@ def tell(one: RunningProcess, count: str) -> bool:
     if code == 0:
         try:
             result = run.result()
-            print(f"{count} {run.name}: held-out loss {result.loss:.4f}, {format_duration(one.seconds)}", flush=True)
+            print(
+                f"{count} {run.name}: held-out loss {result.loss:.4f}, {format_duration(one.seconds)}",
+                flush=True,
+            )
             return True
         except (OSError, ValueError, KeyError) as error:
             problem = f"left no readable result: {error}"
@@ -210,27 +226,37 @@ def tell(one: RunningProcess, count: str) -> bool:
     return False
 
 
-# ------------------------------------------------------------------------------------------------------------------- results
+# ---------------------------------------------------------------------------------------------------- results
 
 
-def report(entries: Sequence[variants.PlannedVariant], runs: Sequence[ComparisonRun], args: argparse.Namespace) -> None:
+def report(
+    entries: Sequence[variants.PlannedVariant], runs: Sequence[ComparisonRun], args: argparse.Namespace
+) -> None:
     """Table, rows, curves and plot of the runs that there are, variants in the order asked for."""
     results = [run.result() for entry in entries for run in runs if run.entry is entry]
     table = summary.markdown(summary.table_rows(results))
     atomic_io.write_text(args.out / "comparison.md", table + "\n")
-    atomic_io.write_text(args.out / "comparison.csv", summary.csv_text([summary.run_row(result) for result in results]))
+    atomic_io.write_text(
+        args.out / "comparison.csv", summary.csv_text([summary.run_row(result) for result in results])
+    )
     atomic_io.write_text(args.out / "curves.csv", summary.csv_text(summary.curve_rows(results)))
     if args.plot:
         title = f"{Path(args.config).stem}, equal {args.equal}, seeds {args.seeds}"
         curves.draw(summary.curves(results), args.out / "comparison.png", title)
-    print(f"\n{table}\n\nwritten to {args.out}/ (comparison.md, comparison.csv, curves.csv{', comparison.png' * args.plot})")
+    print(
+        f"\n{table}\n\nwritten to {args.out}/ (comparison.md, comparison.csv, "
+        f"curves.csv{', comparison.png' * args.plot})"
+    )
 
 
 def compare(args: argparse.Namespace) -> int:
     """The comparison; the exit code. Raises ConfigError for bad input."""
     entries, runs = planned(args)
     base = loading.load(args.config, args.overrides)
-    print(summary.markdown([summary.plan_row(entry, variants.reference_flops(base)) for entry in entries]), flush=True)
+    print(
+        summary.markdown([summary.plan_row(entry, variants.reference_flops(base)) for entry in entries]),
+        flush=True,
+    )
     if args.plan:
         return 0
     if args.plot and not curves.can_draw():
@@ -246,7 +272,10 @@ def compare(args: argparse.Namespace) -> int:
     if good:
         report(entries, good, args)
     if failed:
-        print_errors("compare.py", [f"{len(failed)} of {len(runs)} runs failed: {', '.join(run.name for run in failed)}"])
+        print_errors(
+            "compare.py",
+            [f"{len(failed)} of {len(runs)} runs failed: {', '.join(run.name for run in failed)}"],
+        )
     return FAILED if failed else 0
 
 
@@ -255,7 +284,9 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON config; its ffn section gives the sizes")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="JSON config; its ffn section gives the sizes"
+    )
     parser.add_argument("--variants", required=True, metavar="V,V", help=variants.GRAMMAR)
     parser.add_argument(
         "--equal",
@@ -263,19 +294,33 @@ def arguments() -> argparse.ArgumentParser:
         default="flops",
         help="what variants have in common with dense (default %(default)s)",
     )
-    parser.add_argument("--seeds", default="0", metavar="N,N", help="values of train.seed (default %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default %(default)s)")
-    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="ranks a run, by deepspeed (default: one, without)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/<name of the config file>_comparison")
+    parser.add_argument(
+        "--seeds", default="0", metavar="N,N", help="values of train.seed (default %(default)s)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time (default %(default)s)"
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=0, metavar="N", help="ranks a run, by deepspeed (default: one, without)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default runs/<name of the config file>_comparison"
+    )
     parser.add_argument("--plan", action="store_true", help="print what would be trained, and stop")
-    parser.add_argument("--no-plot", dest="plot", action="store_false", help="draw nothing, matplotlib is not needed")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the config, for all variants")
+    parser.add_argument(
+        "--no-plot", dest="plot", action="store_false", help="draw nothing, matplotlib is not needed"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="of the config, for all variants"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0; 1 where runs failed; 2 where the input is refused, before the first run."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that runs under way are ended too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # so that runs under way are ended too
     parser = arguments()
     args = parser.parse_intermixed_args(argv)
     if args.jobs < 1 or args.gpus < 0:

@@ -48,34 +48,55 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         return made
 
     made = command("inspect", inspect, "source")
-    made.add_argument("--no-spectra", action="store_true", help="leave the singular values out, which take the longest")
+    made.add_argument(
+        "--no-spectra", action="store_true", help="leave the singular values out, which take the longest"
+    )
     made.add_argument("--json", action="store_true")
     made = command("verify", verify, "a", "b")
     made.add_argument("--logits", action="store_true", help="compare two checkpoints by logits too")
-    made.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of logits (default 1e-4)")
+    made.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest difference of logits (default 1e-4)"
+    )
     made.add_argument("--json", action="store_true")
     made = command("reshard", reshard, "source", "target")
     made.add_argument("--tensor", type=_positive, required=True, help="tensor-parallel ranks")
-    made.add_argument("--data", type=_positive, default=1, help="data-parallel ranks, each with a file of its own (default 1)")
+    made.add_argument(
+        "--data",
+        type=_positive,
+        default=1,
+        help="data-parallel ranks, each with a file of its own (default 1)",
+    )
     made = command("to-hf", to_hf, "source", "target")
     made.add_argument("--ffn", choices=("merged", "structured"), required=True)
     made.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    made.add_argument("--shard-size", type=_gigabytes, default=5_000_000_000, metavar="GB", help="of a file (default 5)")
+    made.add_argument(
+        "--shard-size", type=_gigabytes, default=5_000_000_000, metavar="GB", help="of a file (default 5)"
+    )
     for source in IMPORTED:
         made = command(f"from-{source.name}", import_from, "source", "target")
         if source.dense:
             made.add_argument("--ffn", choices=structured_kinds(), help="default: stays dense")
             made.add_argument("--rank", type=_positive)
             made.add_argument("--blocks", type=_positive)
-            made.add_argument("--dense-layers", type=_layers, help="layers that stay dense, 0,5 or none (default 0)")
-            made.add_argument("--guide", action="store_true", help="keep the dense matrices as guides to start training with")
+            made.add_argument(
+                "--dense-layers", type=_layers, help="layers that stay dense, 0,5 or none (default 0)"
+            )
+            made.add_argument(
+                "--guide",
+                action="store_true",
+                help="keep the dense matrices as guides to start training with",
+            )
         if source.takes_overrides:
             made.set_defaults(overrides=[])
             made.epilog = "key.path=value: of the config, where the source does not say"
     made = command("to-deepspeed", to_deepspeed, "source", "target")
-    made.add_argument("--tensor", type=_positive, default=1, help="tensor-parallel ranks that will load it (default 1)")
+    made.add_argument(
+        "--tensor", type=_positive, default=1, help="tensor-parallel ranks that will load it (default 1)"
+    )
     made = command("from-deepspeed", from_deepspeed, "source", "target")
-    made.add_argument("--config", metavar="FILE", help="of the run, where the source was not written by to-deepspeed")
+    made.add_argument(
+        "--config", metavar="FILE", help="of the run, where the source was not written by to-deepspeed"
+    )
     made.set_defaults(overrides=[])
     made.epilog = "key.path=value: of the config"
     options, more = parser.parse_known_args(argv)
@@ -155,7 +176,11 @@ def verify(options: argparse.Namespace) -> int:
         and not tree.get("positions")
         and tree.get("logits", {}).get("largest", 0.0) <= options.tolerance
     )
-    print(json.dumps({**tree, "same": same}, indent=1) if options.json else _verdict(tree, same, options.tolerance))
+    print(
+        json.dumps({**tree, "same": same}, indent=1)
+        if options.json
+        else _verdict(tree, same, options.tolerance)
+    )
     return 0 if same else DIFFERENT
 
 
@@ -169,7 +194,8 @@ def _verdict(tree: dict[str, Any], same: bool, tolerance: float) -> str:
     if "logits" in tree:
         logits = tree["logits"]
         lines.append(
-            f"logits: {logits['largest']:.3g} apart at most (tolerance {tolerance:g}), relative RMS {logits['relative_rms']:.3g}, "
+            f"logits: {logits['largest']:.3g} apart at most (tolerance {tolerance:g}), relative RMS "
+            f"{logits['relative_rms']:.3g}, "
             f"the same likeliest token at {logits['same_choice']:.1%}"
         )
     return "\n".join([*lines, "the same" if same else "NOT the same"])
@@ -179,7 +205,9 @@ def reshard(options: argparse.Namespace) -> int:
     """The same tensors, cut for other ranks."""
     from sffn_dist.checkpoint import reshard as resharding
 
-    made = resharding.reshard(_intact(options.source), options.target, tensor=options.tensor, data=options.data)
+    made = resharding.reshard(
+        _intact(options.source), options.target, tensor=options.tensor, data=options.data
+    )
     print(f"{made.folder}: step {made.step}, {len(made.files)} files, {made.bytes / 1e6:,.1f} MB")
     return 0
 
@@ -199,7 +227,9 @@ def to_hf(options: argparse.Namespace) -> int:
     if is_checkpoint(options.source):
         _intact(options.source)
     size = options.shard_size
-    made = export.export(weights_of(options.source), options.target, ffn=options.ffn, dtype=options.dtype, shard_bytes=size)
+    made = export.export(
+        weights_of(options.source), options.target, ffn=options.ffn, dtype=options.dtype, shard_bytes=size
+    )
     print(made)
     return 0
 
@@ -220,7 +250,8 @@ def import_from(options: argparse.Namespace) -> int:
     made = reshard.write_weights(weights, options.target)
     config = made.folder / reshard.START
     print(
-        f"{made.folder}: {made.bytes / 1e6:,.1f} MB; to train on: pretrain.py --config {config} train.steps=... (or name it as base)"
+        f"{made.folder}: {made.bytes / 1e6:,.1f} MB; to train on: pretrain.py --config {config} "
+        f"train.steps=... (or name it as base)"
     )
     return 0
 
@@ -241,7 +272,8 @@ def from_deepspeed(options: argparse.Namespace) -> int:
     config = loading.load(options.config, options.overrides) if options.config else None
     made = universal.from_universal(options.source, options.target, config)
     print(
-        f"{made.folder}: step {made.step}, {made.bytes / 1e6:,.1f} MB; to resume, name it step_{made.step:08d} in a run's checkpoints"
+        f"{made.folder}: step {made.step}, {made.bytes / 1e6:,.1f} MB; to resume, name it "
+        f"step_{made.step:08d} in a run's checkpoints"
     )
     return 0
 
@@ -261,7 +293,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _give_memory_back() -> None:
-    """glibc learns from freed blocks to keep such below 32 MiB for itself; a stream of tensors would then hold some of each size."""
+    """glibc learns from freed blocks to keep such below 32 MiB for itself; a stream of tensors would then
+    hold some of each size.
+    """
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 

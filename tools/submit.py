@@ -1,10 +1,12 @@
-"""Write a run as a batch script for Slurm, or several as an array or a chain; with --submit hand it to sbatch.
+"""Write a run as a batch script for Slurm, or several as an array or a chain; with --submit hand it to
+sbatch.
 
-python tools/submit.py --config configs/wide_lowrank_l.json --nodes 2 --gpus-per-node 8 --time 1-00:00:00 [key.path=value ...]
-python tools/submit.py --sweep slurm/sweep.json --max-parallel 4 --nodes 1 --gpus-per-node 8 --time 8:00:00 --submit
+python tools/submit.py --config configs/wide_lowrank_l.json --nodes 2 --gpus-per-node 8 --time 1-00:00:00
+[key.path=value ...] python tools/submit.py --sweep slurm/sweep.json --max-parallel 4 --nodes 1
+--gpus-per-node 8 --time 8:00:00 --submit
 
-Without --submit nothing is written or sent: the script goes to standard output, what it means to standard error. Every run is checked
-first. slurm/README.md tells of the rest.
+Without --submit nothing is written or sent: the script goes to standard output, what it means to standard
+error. Every run is checked first. slurm/README.md tells of the rest.
 """
 
 from __future__ import annotations
@@ -34,26 +36,55 @@ def arguments() -> argparse.ArgumentParser:
         prog="submit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", metavar="FILE", help="JSON config of the run")
-    parser.add_argument("--sweep", type=Path, metavar="FILE", help="JSON file of many runs: one array of jobs")
+    parser.add_argument(
+        "--sweep", type=Path, metavar="FILE", help="JSON file of many runs: one array of jobs"
+    )
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="of each run (default %(default)s)")
-    parser.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="one rank each; 0: ranks on CPUs")
+    parser.add_argument(
+        "--gpus-per-node", type=int, required=True, metavar="G", help="one rank each; 0: ranks on CPUs"
+    )
     parser.add_argument("--ranks-per-node", type=int, metavar="R", help="default: the GPUs")
     parser.add_argument("--cpus-per-rank", type=int, metavar="C", help="default: the cluster's")
-    parser.add_argument("--time", required=True, metavar="T", help="limit of one start: minutes, H:M:S or D-H:M:S")
+    parser.add_argument(
+        "--time", required=True, metavar="T", help="limit of one start: minutes, H:M:S or D-H:M:S"
+    )
     for name in ("partition", "account", "qos", "constraint"):
         parser.add_argument(f"--{name}", help="as sbatch takes it")
-    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other: --sbatch=--exclusive")
-    parser.add_argument("--launcher", choices=job.LAUNCHERS, default="srun", help="what starts the ranks (default %(default)s)")
-    parser.add_argument("--container", metavar="IMAGE", help="a .sif file: by apptainer; else by pyxis")
-    parser.add_argument("--mount", action="append", default=[], metavar="DIR", help="for the container, besides what runs need")
-    parser.add_argument("--interface", metavar="IF", help="of NCCL and gloo (default: the one that leads to the other nodes)")
     parser.add_argument(
-        "--grace", type=int, default=300, metavar="SECONDS", help="warning before the limit (default %(default)s)"
+        "--sbatch", action="append", default=[], metavar="OPTION", help="any other: --sbatch=--exclusive"
     )
-    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each going on where the one before stopped")
+    parser.add_argument(
+        "--launcher",
+        choices=job.LAUNCHERS,
+        default="srun",
+        help="what starts the ranks (default %(default)s)",
+    )
+    parser.add_argument("--container", metavar="IMAGE", help="a .sif file: by apptainer; else by pyxis")
+    parser.add_argument(
+        "--mount",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="for the container, besides what runs need",
+    )
+    parser.add_argument(
+        "--interface", metavar="IF", help="of NCCL and gloo (default: the one that leads to the other nodes)"
+    )
+    parser.add_argument(
+        "--grace",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="warning before the limit (default %(default)s)",
+    )
+    parser.add_argument(
+        "--chain", type=int, default=1, metavar="N", help="N jobs, each going on where the one before stopped"
+    )
     parser.add_argument("--max-parallel", type=int, metavar="K", help="runs of a sweep at a time")
     parser.add_argument("--submit", action="store_true", help="submit it")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the config; in a sweep of all of them")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="of the config; in a sweep of all of them"
+    )
     return parser
 
 
@@ -89,7 +120,11 @@ def runs_of(args: argparse.Namespace, options: job.Options) -> tuple[str, list[r
     """(name of the job, its runs, folder of its own logs); every run is checked. Raises ConfigError."""
     if args.sweep:
         plan = sweep.read(args.sweep, args.config)
-        return plan.name, sweep.expand(plan, args.overrides, options.world), Path("runs", plan.name, "logs").absolute()
+        return (
+            plan.name,
+            sweep.expand(plan, args.overrides, options.world),
+            Path("runs", plan.name, "logs").absolute(),
+        )
     if not args.config:
         raise ConfigError(["--config: missing; name the run's config, or a sweep with --sweep"])
     run = runs.read(Path(args.config).stem, args.config, args.overrides)
@@ -107,7 +142,10 @@ def describe(options: job.Options, found: Sequence[runs.JobRun], log: Path) -> N
         print(f"  {run.name}: run.dir {run.run_dir}", file=sys.stderr)
     tensor = found[0].config.parallel.tensor
     if options.ranks_per_node % tensor and options.nodes > 1:
-        print(f"  note: parallel.tensor = {tensor} spans nodes of {options.ranks_per_node} ranks", file=sys.stderr)
+        print(
+            f"  note: parallel.tensor = {tensor} spans nodes of {options.ranks_per_node} ranks",
+            file=sys.stderr,
+        )
 
 
 def submit(text: str, options: job.Options, chain: Path | None) -> int:
@@ -117,9 +155,13 @@ def submit(text: str, options: job.Options, chain: Path | None) -> int:
         # a chain's next job starts when this one ends before its run does
         after = [f"--dependency=afternotok:{ids[-1]}"] if ids else []
         try:
-            done = subprocess.run(["sbatch", "--parsable", *after], input=text, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                ["sbatch", "--parsable", *after], input=text, capture_output=True, text=True, check=False
+            )
         except OSError as error:
-            print_errors("submit.py", [f"sbatch cannot be run: {error.strerror}; submit where Slurm's commands are"])
+            print_errors(
+                "submit.py", [f"sbatch cannot be run: {error.strerror}; submit where Slurm's commands are"]
+            )
             return FAILED
         if done.returncode:
             which = f"job {number + 1} of {options.chain}: " if options.chain > 1 else ""
@@ -146,7 +188,10 @@ def write(args: argparse.Namespace) -> int:
     if not args.submit:
         print(text, end="")
         jobs = f", {options.chain} times with --dependency=afternotok:<the one before>" if chain else ""
-        print(f"nothing was submitted: --submit does mkdir -p {shlex.quote(str(log))} and sbatch{jobs}", file=sys.stderr)
+        print(
+            f"nothing was submitted: --submit does mkdir -p {shlex.quote(str(log))} and sbatch{jobs}",
+            file=sys.stderr,
+        )
         return 0
     try:
         log.mkdir(parents=True, exist_ok=True)
@@ -156,7 +201,9 @@ def write(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0; 1 where sbatch refused; 2 where the input is refused, before anything is submitted."""
+    """The exit code: 0; 1 where sbatch refused; 2 where the input is refused, before anything is
+    submitted.
+    """
     args = arguments().parse_intermixed_args(argv)
     try:
         return write(args)

@@ -22,42 +22,74 @@ def positive(text: str) -> int:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """All commands."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = made.add_subparsers(dest="command", required=True)
-    _one_size(commands, "comm", "elements received by a rank, a token; (p-1)/p included", 2048, 8192, [2, 4, 8])
-    timing = _one_size(commands, "tp", "forward + backward time of one feed-forward layer over p ranks", 1024, 2048, [2])
+    _one_size(
+        commands, "comm", "elements received by a rank, a token; (p-1)/p included", 2048, 8192, [2, 4, 8]
+    )
+    timing = _one_size(
+        commands, "tp", "forward + backward time of one feed-forward layer over p ranks", 1024, 2048, [2]
+    )
     timing.add_argument(
-        "--sequence", choices=("on", "off", "both"), default="on", help="sequence parallelism (default %(default)s)"
+        "--sequence",
+        choices=("on", "off", "both"),
+        default="on",
+        help="sequence parallelism (default %(default)s)",
     )
     text = "forward + backward time of one feed-forward layer on one rank, by the guide's part"
     guiding = _one_size(commands, "guide", text, 1024, 2048)
     text = "time that training waits for a save, written while it waits or behind it"
     saving = _command(commands, "checkpoint", text)
-    saving.add_argument("--gigabytes", type=float, default=1.2, metavar="GB", help="state of the rank (default %(default)s)")
     saving.add_argument(
-        "--folder", type=Path, default=Path("."), metavar="DIR", help="on the disk to write to (default: this one)"
+        "--gigabytes", type=float, default=1.2, metavar="GB", help="state of the rank (default %(default)s)"
+    )
+    saving.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("."),
+        metavar="DIR",
+        help="on the disk to write to (default: this one)",
     )
     watching = _command(commands, "guards", "time that a run's watch, checks and telemetry take of its steps")
-    watching.add_argument("--config", type=Path, default=Path("configs/demo.json"), help="the run (default %(default)s)")
+    watching.add_argument(
+        "--config", type=Path, default=Path("configs/demo.json"), help="the run (default %(default)s)"
+    )
     watching.add_argument("--steps", type=positive, default=100, help="of the run (default %(default)s)")
-    watching.add_argument("--ranks", type=positive, default=2, help="that it is started on (default %(default)s)")
+    watching.add_argument(
+        "--ranks", type=positive, default=2, help="that it is started on (default %(default)s)"
+    )
     watching.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the config")
     layers = [
         _paper_sizes(
-            commands, "ffn", "time and memory of one feed-forward layer on one device: forward, and forward + backward"
+            commands,
+            "ffn",
+            "time and memory of one feed-forward layer on one device: forward, and forward + backward",
         ),
-        _paper_sizes(commands, "step", "time of forward + backward + AdamW of one feed-forward layer on one device"),
-        _paper_sizes(commands, "decode", "forward time of one feed-forward layer for few tokens, as in generation"),
+        _paper_sizes(
+            commands, "step", "time of forward + backward + AdamW of one feed-forward layer on one device"
+        ),
+        _paper_sizes(
+            commands, "decode", "forward time of one feed-forward layer for few tokens, as in generation"
+        ),
     ]
     for sub in layers[:2]:
         said = f"tokens of a micro-batch (default {CUDA_TOKENS} on CUDA, {CPU_TOKENS} on the CPU)"
         sub.add_argument("--tokens", type=positive, metavar="T", help=said)
     layers[2].add_argument(
-        "--batch", type=positive, nargs="+", default=[1, 8, 64], metavar="T", help="tokens at a time (default %(default)s)"
+        "--batch",
+        type=positive,
+        nargs="+",
+        default=[1, 8, 64],
+        metavar="T",
+        help="tokens at a time (default %(default)s)",
     )
     for sub in (timing, guiding, saving, *layers):
         default = 5 if sub is saving else 15
-        sub.add_argument("--repeats", type=positive, default=default, help="interleaved repeats (default %(default)s)")
+        sub.add_argument(
+            "--repeats", type=positive, default=default, help="interleaved repeats (default %(default)s)"
+        )
     return made
 
 
@@ -77,12 +109,18 @@ def _one_size(
 ) -> argparse.ArgumentParser:
     """A command on layers of one width, whose other sizes may be chosen."""
     sub = _command(commands, name, text)
-    sub.add_argument("--width", type=positive, default=width, metavar="H", help="model width h (default %(default)s)")
+    sub.add_argument(
+        "--width", type=positive, default=width, metavar="H", help="model width h (default %(default)s)"
+    )
     sub.add_argument("--inner", type=positive, metavar="F", help="inner width f (default 4 h)")
     sub.add_argument("--rank", type=positive, help="rank of low_rank (default h/4)")
     sub.add_argument("--block-rank", type=positive, help="rank of block_dense (default 3h/8)")
-    sub.add_argument("--blocks", type=positive, default=4, help="blocks of the block structures (default %(default)s)")
-    sub.add_argument("--tokens", type=positive, default=tokens, help="tokens of a micro-batch (default %(default)s)")
+    sub.add_argument(
+        "--blocks", type=positive, default=4, help="blocks of the block structures (default %(default)s)"
+    )
+    sub.add_argument(
+        "--tokens", type=positive, default=tokens, help="tokens of a micro-batch (default %(default)s)"
+    )
     if ranks:
         said = "tensor-parallel ranks (default %(default)s)"
         sub.add_argument("--ranks", type=positive, nargs="+", default=ranks, metavar="P", help=said)

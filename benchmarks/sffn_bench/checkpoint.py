@@ -1,7 +1,8 @@
-"""Time that training waits for a checkpoint, written while it waits or behind it; one rank, as tools/bench.py starts it.
+"""Time that training waits for a checkpoint, written while it waits or behind it; one rank, as tools/bench.py
+starts it.
 
-The state is what ZeRO gives one rank of a model of the paper: fp32 weights and both moments, in the model's own order and sizes, until
-there are as many bytes as asked for.
+The state is what ZeRO gives one rank of a model of the paper: fp32 weights and both moments, in the model's
+own order and sizes, until there are as many bytes as asked for.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def state(config: Config, size: int) -> Iterator[Fragment]:
 
 
 class Saves:
-    """Saves by one provider, one after another; what each one took, the first one apart: it allocates the staging buffer too."""
+    """Saves by one provider, one after another; what each one took, the first one apart: it allocates the
+    staging buffer too.
+    """
 
     def __init__(self, provider: str, folder: Path, config: Config, fragments: list[Fragment]):
         checkpoint = config.checkpoint.model_copy(update={"asynchronous": provider == "async", "keep": 1})
@@ -51,7 +54,10 @@ class Saves:
         self.totals: list[float] = []
 
     def once(self) -> float:
-        """Seconds until training may go on; returns once the checkpoint is on disk. Exits where it could not be written."""
+        """Seconds until training may go on; returns once the checkpoint is on disk.
+
+        Exits where it could not be written.
+        """
         self._step += 1
         start = time.perf_counter()
         self._saver.save(Position(self._step, self._step, None, None), self._fragments)
@@ -71,7 +77,12 @@ def measured(settings: dict[str, Any]) -> list[dict[str, Any]]:
     cases: dict[str, Callable[[], float]] = {name: one.once for name, one in saves.items()}
     times = rows.interleaved(cases, settings["repeats"], warmup=1)
     size = ELEMENT * sum(fragment.numel for fragment in fragments)
-    shape = {"gigabytes": size / 1e9, "tensors": len(fragments), "threads": settings["threads"], "dtype": "float32"}
+    shape = {
+        "gigabytes": size / 1e9,
+        "tensors": len(fragments),
+        "threads": settings["threads"],
+        "dtype": "float32",
+    }
     found = []
     for name, stalls in times.items():
         total = statistics.median(saves[name].totals[1:])

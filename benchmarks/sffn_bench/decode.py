@@ -1,12 +1,13 @@
-"""Times a feed-forward layer for few tokens, forward alone, as generation runs it; as ``tools/bench.py decode`` starts it.
+"""Times a feed-forward layer for few tokens, forward alone, as generation runs it; as ``tools/bench.py
+decode`` starts it.
 
     dense   F.linear, gelu, F.linear
     torch   the structure's map in plain torch
     ours    sffn_kernels.decode, where the package has it
 
-A model's layers are all read once a token, so a layer's weights are never in a cache when they are needed. Here too: a time is that of
-layers with weights of their own, one after the other, as many as make BYTES (at most MOST), divided by their number. On CUDA devices
-they are captured in one graph, whose replay is timed.
+A model's layers are all read once a token, so a layer's weights are never in a cache when they are needed.
+Here too: a time is that of layers with weights of their own, one after the other, as many as make BYTES (at
+most MOST), divided by their number. On CUDA devices they are captured in one graph, whose replay is timed.
 
 Settings come as one JSON object in the first argument; the rows are printed as one JSON list.
 """
@@ -47,7 +48,9 @@ def stack(layer: sizes.Layer, dtype: torch.dtype, device: torch.device) -> list[
     h, f, structure = layer.width, layer.inner, layer.structure
     shapes = [*structure.factor_shapes(h, f).values(), (f,), *structure.factor_shapes(f, h).values(), (h,)]
     count = min(MOST, math.ceil(BYTES / (layer.parameters * dtype.itemsize)))
-    return [tuple(torch.randn(shape, dtype=dtype, device=device) * 0.02 for shape in shapes) for _ in range(count)]
+    return [
+        tuple(torch.randn(shape, dtype=dtype, device=device) * 0.02 for shape in shapes) for _ in range(count)
+    ]
 
 
 def dense(x: Tensor, weights: Weights) -> Tensor:
@@ -66,7 +69,10 @@ def providers(layer: sizes.Layer) -> dict[str, Forward]:
     def plain(x: Tensor, weights: Weights) -> Tensor:
         first, bias1, second, bias2 = weights[:2], weights[2], weights[3:5], weights[5]
         y = functional.apply(structure, x, dict(zip(names1, first, strict=True))) + bias1
-        return functional.apply(structure, F.gelu(y, approximate="tanh"), dict(zip(names2, second, strict=True))) + bias2
+        return (
+            functional.apply(structure, F.gelu(y, approximate="tanh"), dict(zip(names2, second, strict=True)))
+            + bias2
+        )
 
     if not importlib.util.find_spec("sffn_kernels.decode"):
         return {"torch": plain}
@@ -82,7 +88,9 @@ def through(forward: Forward, x: Tensor, layers: Sequence[Weights]) -> Tensor:
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """A replay of what ``run`` puts on the CUDA device; what is chosen by measuring is chosen before the capture."""
+    """A replay of what ``run`` puts on the CUDA device; what is chosen by measuring is chosen before the
+    capture.
+    """
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):
@@ -90,7 +98,9 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
             run()
     torch.cuda.current_stream().wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=beside):  # where decoding's counters are: a new stream would have none
+    with torch.cuda.graph(
+        graph, stream=beside
+    ):  # where decoding's counters are: a new stream would have none
         run()
     return graph.replay
 
@@ -119,7 +129,10 @@ def case(provider: str, forward: Forward, x: Tensor, layers: Sequence[Weights]) 
 def measure(width: int, settings: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
     """Rows of one width, a number of tokens after the other."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    stacks = [(layer, stack(layer, dtype, device)) for layer in sizes.layers(width, settings["kinds"], settings["shares"])]
+    stacks = [
+        (layer, stack(layer, dtype, device))
+        for layer in sizes.layers(width, settings["kinds"], settings["shares"])
+    ]
     found = []
     for tokens in settings["batch"]:
         x = torch.randn(tokens, width, dtype=dtype, device=device)
@@ -132,10 +145,18 @@ def measure(width: int, settings: dict[str, Any], device: torch.device) -> list[
         times = rows.interleaved(turns, settings["repeats"], WARMUP[device.type])
         dense_median = statistics.median(times["0"])  # the dense layer comes first
         for (layer, count, provider, _), some in zip(runs, times.values(), strict=True):
-            ran = {"dtype": str(dtype).removeprefix("torch."), "threads": settings["threads"], "layers": count}
+            ran = {
+                "dtype": str(dtype).removeprefix("torch."),
+                "threads": settings["threads"],
+                "layers": count,
+            }
             more = {"speedup_over_dense": rows.figures(dense_median / statistics.median(some))}
             least = floor(layer, tokens, "forward", dtype, rows.device())
-            found.append(rows.row("decode", provider, "forward", {**layer.columns(tokens), **ran}, some, **more, **least))
+            found.append(
+                rows.row(
+                    "decode", provider, "forward", {**layer.columns(tokens), **ran}, some, **more, **least
+                )
+            )
     return found
 
 

@@ -1,4 +1,5 @@
-"""Times one feed-forward layer on one device, and a training step of it; as ``tools/bench.py ffn`` and ``step`` start it.
+"""Times one feed-forward layer on one device, and a training step of it; as ``tools/bench.py ffn`` and
+``step`` start it.
 
     ffn     modes forward (nothing kept for backward) and forward_backward (gradients of the input and of all parameters)
     step    mode training: forward, backward, and AdamW's step on the layer's parameters
@@ -25,18 +26,33 @@ from sffn_dist.parallel import topology
 from sffn_dist.telemetry.peak import peak_flops, peak_memory
 
 MODES: dict[str, tuple[sizes.Mode, ...]] = {"ffn": ("forward", "forward_backward"), "step": ("training",)}
-# Passes in a row that make one time: on CUDA devices the next pass is prepared while one runs, as in training.
+# Passes in a row that make one time: on CUDA devices the next pass is prepared while one runs, as in
+# training.
 PASSES = {"cuda": 5, "cpu": 1}
-WARMUP = {"cuda": 4, "cpu": 2}  # times that do not count; what is compiled or chosen by measuring is done in the first
+WARMUP = {
+    "cuda": 4,
+    "cpu": 2,
+}  # times that do not count; what is compiled or chosen by measuring is done in the first
 
 
 class Case:
     """One layer by one provider, run in one mode over x (T, h), with dL/dy = ``sent``."""
 
-    def __init__(self, layer: sizes.Layer, provider: str, module: nn.Module, mode: sizes.Mode, x: Tensor, sent: Tensor):
-        self.layer, self.provider, self.module, self.mode, self.x, self.sent = layer, provider, module, mode, x, sent
+    def __init__(
+        self, layer: sizes.Layer, provider: str, module: nn.Module, mode: sizes.Mode, x: Tensor, sent: Tensor
+    ):
+        self.layer, self.provider, self.module, self.mode, self.x, self.sent = (
+            layer,
+            provider,
+            module,
+            mode,
+            x,
+            sent,
+        )
         # so small a step that the weights stay what they are; its time does not depend on it
-        self._optimizer = torch.optim.AdamW(module.parameters(), lr=1e-9, fused=True) if mode == "training" else None
+        self._optimizer = (
+            torch.optim.AdamW(module.parameters(), lr=1e-9, fused=True) if mode == "training" else None
+        )
 
     def clear(self) -> None:
         """Drop all gradients."""
@@ -69,7 +85,9 @@ class Case:
         return spent
 
     def peak_mb(self) -> float | None:
-        """The most memory of a warm pass, in MB, beside x, dy, the weights and AdamW's moments; None on CPUs, which do not count it."""
+        """The most memory of a warm pass, in MB, beside x, dy, the weights and AdamW's moments; None on
+        CPUs, which do not count it.
+        """
         if self.x.device.type != "cuda":
             return None
         self.clear()
@@ -87,8 +105,12 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def floor(layer: sizes.Layer, tokens: int, mode: sizes.Mode, dtype: torch.dtype, device: str) -> dict[str, float | None]:
-    """Columns gflop and gbytes, the least work, and floor_ms, what a device of that name needs for it at its peaks; None where unknown."""
+def floor(
+    layer: sizes.Layer, tokens: int, mode: sizes.Mode, dtype: torch.dtype, device: str
+) -> dict[str, float | None]:
+    """Columns gflop and gbytes, the least work, and floor_ms, what a device of that name needs for it at
+    its peaks; None where unknown.
+    """
     flops, moved = sizes.work(layer, tokens, mode, dtype.itemsize)
     rate, memory = peak_flops(device, "bf16" if dtype == torch.bfloat16 else "fp32"), peak_memory(device)
     least = rows.figures(1e3 * max(flops / rate, moved / memory)) if rate and memory else None
@@ -96,7 +118,9 @@ def floor(layer: sizes.Layer, tokens: int, mode: sizes.Mode, dtype: torch.dtype,
 
 
 def cases(op: str, width: int, settings: dict[str, Any], device: torch.device) -> list[Case]:
-    """Every layer of a width by every provider in every mode; recomputation makes a difference only with a backward pass."""
+    """Every layer of a width by every provider in every mode; recomputation makes a difference only with a
+    backward pass.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x, sent = (torch.randn(settings["tokens"], width, dtype=dtype, device=device) for _ in range(2))
     x.requires_grad_()
@@ -116,7 +140,9 @@ def measure(op: str, width: int, settings: dict[str, Any], device: torch.device)
     everything = cases(op, width, settings, device)
     for mode in MODES[op]:
         here = {str(i): case for i, case in enumerate(everything) if case.mode == mode}
-        times = rows.interleaved({i: case.timed for i, case in here.items()}, settings["repeats"], WARMUP[device.type])
+        times = rows.interleaved(
+            {i: case.timed for i, case in here.items()}, settings["repeats"], WARMUP[device.type]
+        )
         dense = next(statistics.median(times[i]) for i, case in here.items() if case.provider == "dense")
         found += [row(op, case, times[i], dense, settings) for i, case in here.items()]
     return found
@@ -136,7 +162,9 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     device = one_layer.alone(settings["threads"]).device
     with dispatch.measuring_into(Path(settings["table"]) if settings["table"] else None):
-        found = [row for width in settings["widths"] for row in measure(settings["op"], width, settings, device)]
+        found = [
+            row for width in settings["widths"] for row in measure(settings["op"], width, settings, device)
+        ]
     print(json.dumps(found), flush=True)
     topology.destroy()
 

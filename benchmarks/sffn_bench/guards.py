@@ -1,6 +1,8 @@
-"""What watching a run costs of its steps: each guard's own time in a real run, as tools/bench.py starts its ranks.
+"""What watching a run costs of its steps: each guard's own time in a real run, as tools/bench.py starts its
+ranks.
 
-The run is pretrain.py's. What ranks wait for each other is no cost of a guard: before each exchange they meet, untimed.
+The run is pretrain.py's. What ranks wait for each other is no cost of a guard: before each exchange they
+meet, untimed.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ GUARDS: dict[str, tuple[tuple[tuple[Any, str], ...], bool]] = {
     "replicas": (((replica_check, "check_replicas"),), True),
     "spikes": (((LossHistory, "rejection_reason"), (BadSteps, "record")), False),
     "watch": (((Watchdog, "tick"),), False),
-    "recorder": (((Recorder, "begin"), (Recorder, "forwarded"), (Recorder, "end"), (TrainingRun, "report_requested")), False),
+    "recorder": (
+        ((Recorder, "begin"), (Recorder, "forwarded"), (Recorder, "end"), (TrainingRun, "report_requested")),
+        False,
+    ),
     "telemetry": (((reporting, "report_step"),), False),
 }
 THREADS = ("watchdog", "heartbeat")
@@ -97,12 +102,22 @@ def measured(settings: dict[str, Any]) -> list[dict[str, Any]]:
     }
     table = [
         rows.row(
-            "guards", name, "step", shape, [value, value], calls=len(spent[name]), share=rows.figures(value / step_seconds)
+            "guards",
+            name,
+            "step",
+            shape,
+            [value, value],
+            calls=len(spent[name]),
+            share=rows.figures(value / step_seconds),
         )
         for name, value in per_step.items()
     ]
     total = sum(per_step.values())
-    table.append(rows.row("guards", "all", "step", shape, [total, total], calls=0, share=rows.figures(total / step_seconds)))
+    table.append(
+        rows.row(
+            "guards", "all", "step", shape, [total, total], calls=0, share=rows.figures(total / step_seconds)
+        )
+    )
     for row in table:
         for name in ("p20_ms", "p80_ms", "repeats"):  # one mean a run
             del row[name]

@@ -1,4 +1,5 @@
-"""One rank that times what the guide costs: forward + backward of one structured feed-forward layer, by provider.
+"""One rank that times what the guide costs: forward + backward of one structured feed-forward layer, by
+provider.
 
     dense          Megatron's MLP
     unguided       ours, built without a guide
@@ -6,7 +7,8 @@
     guided         ours with the guide: alpha W x + (1 - alpha) U V x mixed within the matrix products
     three_passes   the same written down plainly: two scalings and a sum of whole outputs, and of their gradients
 
-Started by ``tools/bench.py guide``, which hands it one JSON object of settings; the rows are printed as one JSON list.
+Started by ``tools/bench.py guide``, which hands it one JSON object of settings; the rows are printed as one
+JSON list.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class ThreePassesLinear(nn.Module):
 
 
 class ThreePassesMLP(nn.Module):
-    """The guided feed-forward layer of two such linears; returns (y, None) as Megatron's MLP without biases does."""
+    """The guided feed-forward layer of two such linears; returns (y, None) as Megatron's MLP without
+    biases does.
+    """
 
     def __init__(self, structure: Structure, config: TransformerConfig, alpha: float):
         super().__init__()
@@ -64,9 +68,13 @@ class ThreePassesMLP(nn.Module):
         return self.linear_fc2(self.activation(self.linear_fc1(x))), None
 
 
-def ours(structure: Structure, config: TransformerConfig, *, guide: bool = False, alpha: float | None = None) -> StructuredMLP:
+def ours(
+    structure: Structure, config: TransformerConfig, *, guide: bool = False, alpha: float | None = None
+) -> StructuredMLP:
     """The structured layer, ``guide`` built or not, with weight ``alpha`` in the coming passes."""
-    submodules = structured_mlp_submodules(structure.kind, rank=structure.rank, blocks=structure.blocks, guide=guide)
+    submodules = structured_mlp_submodules(
+        structure.kind, rank=structure.rank, blocks=structure.blocks, guide=guide
+    )
     layer = StructuredMLP(config, submodules, ffn_hidden_size=config.ffn_hidden_size)
     layer.linear_fc1.guide_weight = layer.linear_fc2.guide_weight = alpha
     return layer
@@ -94,13 +102,24 @@ def measure(structure: Structure, settings: dict[str, Any], ranks: topology.Topo
     cases = {name: one_layer.timed(layer, x, ranks.device) for name, layer in layers.items()}
     times = rows.interleaved(cases, settings["repeats"])
     medians = {name: statistics.median(some) for name, some in times.items()}
-    shape = {"kind": structure.kind, "tokens": tokens, "h": h, "f": f, "rank": structure.rank, "blocks": structure.blocks}
+    shape = {
+        "kind": structure.kind,
+        "tokens": tokens,
+        "h": h,
+        "f": f,
+        "rank": structure.rank,
+        "blocks": structure.blocks,
+    }
     return [
         rows.row(
             "ffn_guided",
             name,
             "fwd+bwd",
-            {**shape, "threads": settings["threads"], "dtype": str(config.params_dtype).removeprefix("torch.")},
+            {
+                **shape,
+                "threads": settings["threads"],
+                "dtype": str(config.params_dtype).removeprefix("torch."),
+            },
             some,
             over_unguided=round(medians[name] / medians["unguided"], 3),
             over_dense=round(medians[name] / medians["dense"], 3),
@@ -114,7 +133,9 @@ def main() -> None:
     """All structures."""
     settings = json.loads(sys.argv[1])
     ranks = one_layer.start(settings["threads"])
-    found = [row for one in settings["structures"] for row in measure(build_structure(**one), settings, ranks)]
+    found = [
+        row for one in settings["structures"] for row in measure(build_structure(**one), settings, ranks)
+    ]
     print(json.dumps(found), flush=True)
     topology.destroy()
 

@@ -1,4 +1,5 @@
-"""One GELU feed-forward layer with biases, y = W2 gelu(W1 x + b1) + b2, by provider: x and y (T, h), W1 (f, h), W2 (h, f), f = 4 h.
+"""One GELU feed-forward layer with biases, y = W2 gelu(W1 x + b1) + b2, by provider: x and y (T, h), W1 (f,
+h), W2 (h, f), f = 4 h.
 
     dense            two dense matrices; on CUDA devices compiled as a whole, so that biases and GELU are fused
     bmm              Monarch's classic formulation by plain autograd: batched products, permutations, copies
@@ -24,7 +25,8 @@ from sffn_dist.parallel.layer_spec import structured_mlp_submodules
 from sffn_dist.structured.structure import Structure
 
 Product = Callable[[Structure, Tensor, Mapping[str, Tensor], Tensor], Tensor]
-# provider -> the setting of sffn_kernels.dispatch that it runs under; the others are not ours to choose kernels for
+# provider -> the setting of sffn_kernels.dispatch that it runs under; the others are not ours to choose
+# kernels for
 KERNELS = {"torch": "torch", "ours": "auto", "ours_bottleneck": "auto"}
 
 
@@ -78,7 +80,9 @@ class PlainMLP(nn.Module):
 
 
 class ProductMLP(nn.Module):
-    """The product's layer, on one rank; the second bias, which it leaves to its caller, is added as a transformer layer does."""
+    """The product's layer, on one rank; the second bias, which it leaves to its caller, is added as a
+    transformer layer does.
+    """
 
     def __init__(self, layer: Layer, recompute: Recompute = "none"):
         super().__init__()
@@ -94,7 +98,10 @@ class ProductMLP(nn.Module):
 
 
 def providers(layer: Layer, device: torch.device) -> dict[str, nn.Module]:
-    """The layer by each provider with small random weights, on a device. On CPUs ``torch`` would be ``ours`` once more, and is left out."""
+    """The layer by each provider with small random weights, on a device.
+
+    On CPUs ``torch`` would be ``ours`` once more, and is left out.
+    """
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     if layer.structure.dense:

@@ -1,7 +1,10 @@
-"""The naive tensor-parallel structured layer: each pair of factors as a plain Megatron column-row pair. A baseline, used nowhere else.
+"""The naive tensor-parallel structured layer: each pair of factors as a plain Megatron column-row pair.
 
-The bottleneck is what is cut, so both sums and, with sequence parallelism, both gathers of a feed-forward layer are as wide as a dense
-layer's, and two of them are f wide. The activation is computed on all features by every rank (on its own tokens with sequence parallelism).
+A baseline, used nowhere else.
+
+The bottleneck is what is cut, so both sums and, with sequence parallelism, both gathers of a feed-forward
+layer are as wide as a dense layer's, and two of them are f wide. The activation is computed on all features
+by every rank (on its own tokens with sequence parallelism).
 """
 
 from __future__ import annotations
@@ -19,28 +22,40 @@ from sffn_dist.structured.structure import Structure
 
 
 class BlockColumn(nn.Module):
-    """block_in (B, r/B, n/B) cut by blocks, its input entered as Megatron's column-parallel linear enters one."""
+    """block_in (B, r/B, n/B) cut by blocks, its input entered as Megatron's column-parallel linear enters
+    one.
+    """
 
-    def __init__(self, blocks: int, outputs: int, inputs: int, config: TransformerConfig, ranks: int, rank: int):
+    def __init__(
+        self, blocks: int, outputs: int, inputs: int, config: TransformerConfig, ranks: int, rank: int
+    ):
         super().__init__()
         self.sequence, self.ranks, self.rank = config.sequence_parallel, ranks, rank
-        self.weight = nn.Parameter(torch.randn(blocks // ranks, outputs, inputs, dtype=config.params_dtype) * 0.02)
+        self.weight = nn.Parameter(
+            torch.randn(blocks // ranks, outputs, inputs, dtype=config.params_dtype) * 0.02
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """x (S or S/p, batch, n) -> (S, batch, r/p)."""
         enter = (
-            mappings.gather_from_sequence_parallel_region if self.sequence else mappings.copy_to_tensor_model_parallel_region
+            mappings.gather_from_sequence_parallel_region
+            if self.sequence
+            else mappings.copy_to_tensor_model_parallel_region
         )
         return block_diagonal(enter(x).chunk(self.ranks, dim=-1)[self.rank], self.weight), None
 
 
 class BlockRow(nn.Module):
-    """Monarch's second factor (B, m/B, n/B) cut along its inputs, its output summed as Megatron's row-parallel linear sums one."""
+    """Monarch's second factor (B, m/B, n/B) cut along its inputs, its output summed as Megatron's
+    row-parallel linear sums one.
+    """
 
     def __init__(self, blocks: int, outputs: int, inputs: int, config: TransformerConfig, ranks: int):
         super().__init__()
         self.sequence = config.sequence_parallel
-        self.weight = nn.Parameter(torch.randn(blocks, outputs, inputs // ranks, dtype=config.params_dtype) * 0.02)
+        self.weight = nn.Parameter(
+            torch.randn(blocks, outputs, inputs // ranks, dtype=config.params_dtype) * 0.02
+        )
 
     def forward(self, z: Tensor) -> tuple[Tensor, None]:
         """z (S, batch, n/p) -> (S or S/p, batch, m)."""
@@ -55,9 +70,22 @@ class BlockRow(nn.Module):
 class NaiveLinear(nn.Module):
     """x (S or S/p, batch, inputs) -> (S or S/p, batch, outputs)."""
 
-    def __init__(self, structure: Structure, inputs: int, outputs: int, config: TransformerConfig, ranks: int, rank: int):
+    def __init__(
+        self,
+        structure: Structure,
+        inputs: int,
+        outputs: int,
+        config: TransformerConfig,
+        ranks: int,
+        rank: int,
+    ):
         super().__init__()
-        plain: dict[str, Any] = {"config": config, "bias": False, "skip_bias_add": True, "init_method": nn.init.normal_}
+        plain: dict[str, Any] = {
+            "config": config,
+            "bias": False,
+            "skip_bias_add": True,
+            "init_method": nn.init.normal_,
+        }
         width, blocks = structure.bottleneck(inputs, outputs), structure.blocks or 1
         first, second = structure.factor_shapes(inputs, outputs).values()
         if len(first) == 2:
@@ -76,9 +104,13 @@ class NaiveLinear(nn.Module):
 
 
 class NaiveMLP(nn.Module):
-    """The feed-forward layer of two naive linears; returns (y, None) as Megatron's MLP without biases does."""
+    """The feed-forward layer of two naive linears; returns (y, None) as Megatron's MLP without biases
+    does.
+    """
 
-    def __init__(self, structure: Structure, h: int, f: int, config: TransformerConfig, ranks: int, rank: int):
+    def __init__(
+        self, structure: Structure, h: int, f: int, config: TransformerConfig, ranks: int, rank: int
+    ):
         super().__init__()
         self.activation = config.activation_func
         self.fc1 = NaiveLinear(structure, h, f, config, ranks, rank)

@@ -1,4 +1,6 @@
-"""What every timing of one feed-forward layer shares: the ranks, Megatron's settings, the dense layer, one timed pass."""
+"""What every timing of one feed-forward layer shares: the ranks, Megatron's settings, the dense layer, one
+timed pass.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def alone(threads: int) -> topology.Topology:
     """Be the one rank of a process without a launcher."""
     cpu_compat.prepare()
     torch.set_num_threads(threads)
-    dist.init_process_group("nccl" if cpu_compat.has_cuda() else "gloo", store=HashStore(), rank=0, world_size=1)
+    dist.init_process_group(
+        "nccl" if cpu_compat.has_cuda() else "gloo", store=HashStore(), rank=0, world_size=1
+    )
     torch.manual_seed(0)
     return topology.groups(1)
 

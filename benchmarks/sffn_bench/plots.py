@@ -1,8 +1,10 @@
-"""Draws what tools/bench.py ffn, step and decode wrote: ``python benchmarks/sffn_bench/plots.py FILE.csv --out FOLDER``.
+"""Draws what tools/bench.py ffn, step and decode wrote: ``python benchmarks/sffn_bench/plots.py FILE.csv
+--out FOLDER``.
 
-A PNG for each op, mode and fixed size: time against width at a number of tokens (ffn, step, decode), and time against tokens at a width
-(decode); a panel for each structure, a line for each provider and share, the 20th to 80th percentile as a band. A size that has but one
-value is no axis: where nothing would be drawn against it, there is no such PNG.
+A PNG for each op, mode and fixed size: time against width at a number of tokens (ffn, step, decode), and time
+against tokens at a width (decode); a panel for each structure, a line for each provider and share, the 20th
+to 80th percentile as a band. A size that has but one value is no axis: where nothing would be drawn against
+it, there is no such PNG.
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ class Figure:
 
 
 def read(path: Path) -> list[Row]:
-    """The file's rows of ffn, step and decode, numbers as such. Raises ValueError that names the file, and the line and column at fault."""
+    """The file's rows of ffn, step and decode, numbers as such.
+
+    Raises ValueError that names the file, and the line and column at fault.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -83,7 +88,9 @@ def _checked(row: Row, where: str) -> Row:
 
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
-    """All that can be drawn of the rows; those of a single size are drawn against the first axis of their op."""
+    """All that can be drawn of the rows; those of a single size are drawn against the first axis of their
+    op.
+    """
     found = []
     for op, mode in dict.fromkeys((row["op"], row["mode"]) for row in rows):
         here = [row for row in rows if (row["op"], row["mode"]) == (op, mode)]
@@ -119,7 +126,9 @@ def draw(figure: Figure, path: Path) -> None:
     panels[0][0].set_ylabel("time of one layer, ms")
     other, first = FIXED[figure.axis], figure.rows[0]
     title = f"{TITLES[figure.op, figure.mode]}; {NAMES[other]} = {figure.fixed}"
-    canvas.suptitle(f"{title}\n{first['device']}, {first['dtype']}; median, 20th to 80th percentile", fontsize="medium")
+    canvas.suptitle(
+        f"{title}\n{first['device']}, {first['dtype']}; median, 20th to 80th percentile", fontsize="medium"
+    )
     canvas.savefig(path, format="png", dpi=150)
     pyplot.close(canvas)
 
@@ -136,7 +145,15 @@ def _panel(panel: Any, figure: Figure, kind: str) -> None:
         colour = COLOURS.get(provider, "C4")
         label = provider if provider == "dense" else f"{provider}, {100 * share:.3g}%"
         style = styles.get(share, "-")
-        panel.plot(across, [row["median_ms"] for row in line], style, marker="o", markersize=3, color=colour, label=label)
+        panel.plot(
+            across,
+            [row["median_ms"] for row in line],
+            style,
+            marker="o",
+            markersize=3,
+            color=colour,
+            label=label,
+        )
         low, high = [row["p20_ms"] for row in line], [row["p80_ms"] for row in line]
         panel.fill_between(across, low, high, color=colour, alpha=0.15, linewidth=0)
     ticks = sorted({int(row[figure.axis]) for row in shown})
@@ -151,7 +168,9 @@ def _panel(panel: Any, figure: Figure, kind: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw everything and print the files' names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("csv", type=Path, metavar="FILE.csv", help="what tools/bench.py wrote with --csv")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the PNGs go")
     args = parser.parse_args(argv)

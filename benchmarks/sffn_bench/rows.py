@@ -1,4 +1,6 @@
-"""One scheme of rows for every benchmark: op, provider, mode, shape, median and 20th and 80th percentile, device, versions."""
+"""One scheme of rows for every benchmark: op, provider, mode, shape, median and 20th and 80th percentile,
+device, versions.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,12 @@ import torch
 from sffn_dist.spec import machine
 
 
-def interleaved(cases: dict[str, Callable[[], float]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Times of each case, which returns its own; one of every case in turn, so that a busy moment meets all of them."""
+def interleaved(
+    cases: dict[str, Callable[[], float]], repeats: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Times of each case, which returns its own; one of every case in turn, so that a busy moment meets
+    all of them.
+    """
     times: dict[str, list[float]] = {name: [] for name in cases}
     for repeat in range(warmup + repeats):
         for name, case in cases.items():
@@ -34,7 +40,9 @@ def device() -> str:
     return torch.cuda.get_device_name() if machine.cuda_capability(ranks) else machine.device_name(ranks)
 
 
-def row(op: str, provider: str, mode: str, shape: dict[str, Any], seconds: Sequence[float], **more: Any) -> dict[str, Any]:
+def row(
+    op: str, provider: str, mode: str, shape: dict[str, Any], seconds: Sequence[float], **more: Any
+) -> dict[str, Any]:
     """One benchmark row; times in milliseconds."""
     fifths = statistics.quantiles(seconds, n=5, method="inclusive")
     return {

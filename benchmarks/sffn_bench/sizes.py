@@ -1,6 +1,9 @@
-"""The sizes that feed-forward layers are timed at, and the least that computing one takes. Standard library only.
+"""The sizes that feed-forward layers are timed at, and the least that computing one takes.
 
-h width, f = 4 h inner width, B blocks. The paper's sizes by their share of the dense layer's parameters, and the exact share of weights:
+Standard library only.
+
+h width, f = 4 h inner width, B blocks. The paper's sizes by their share of the dense layer's parameters, and
+the exact share of weights:
 
                      32%                      63%
     low_rank         rank h/4       0.3125    rank h/2       0.625
@@ -63,9 +66,13 @@ class Layer:
 def layer(kind: str, share: int, width: int) -> Layer:
     """The paper's layer. Raises ValueError for a width that its rank or blocks do not divide."""
     rank, blocks = SIZES[share][kind]
-    step = math.lcm((rank / (blocks or 1)).denominator if rank else 1, blocks or 1)  # whole ranks, the same in each block
+    step = math.lcm(
+        (rank / (blocks or 1)).denominator if rank else 1, blocks or 1
+    )  # whole ranks, the same in each block
     if width % step:
-        raise ValueError(f"--width {width}: must be divisible by {step} for {kind} with {share}% of the parameters")
+        raise ValueError(
+            f"--width {width}: must be divisible by {step} for {kind} with {share}% of the parameters"
+        )
     return Layer(build_structure(kind, int(rank * width) if rank else None, blocks), width)
 
 

@@ -5,7 +5,8 @@
     bottleneck   ours: only the bottleneck travels
     recomputed   ours, keeping only the bottlenecks for backward
 
-Started by ``tools/bench.py tp``; rank 0 prints the rows as one JSON list. Settings come as one JSON object in the first argument.
+Started by ``tools/bench.py tp``; rank 0 prints the rows as one JSON list. Settings come as one JSON object in
+the first argument.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from sffn_dist.structured.registry import build_structure
 from sffn_dist.structured.structure import Structure
 
 
-def providers(structure: Structure, h: int, f: int, sequence: bool, ranks: topology.Topology) -> dict[str, nn.Module]:
+def providers(
+    structure: Structure, h: int, f: int, sequence: bool, ranks: topology.Topology
+) -> dict[str, nn.Module]:
     """The same layer by each provider, with small random weights."""
     config = one_layer.transformer(h, f, ranks.tensor, sequence)
     structured = structured_mlp_submodules(structure.kind, rank=structure.rank, blocks=structure.blocks)
@@ -43,7 +46,9 @@ def providers(structure: Structure, h: int, f: int, sequence: bool, ranks: topol
     return layers
 
 
-def measure(structure: Structure, sequence: bool, settings: dict[str, Any], ranks: topology.Topology) -> list[dict[str, Any]]:
+def measure(
+    structure: Structure, sequence: bool, settings: dict[str, Any], ranks: topology.Topology
+) -> list[dict[str, Any]]:
     """Rows of one structure, with or without sequence parallelism."""
     h, f, tokens = settings["width"], settings["inner"], settings["tokens"]
     sequence = sequence and ranks.tensor > 1
@@ -55,7 +60,15 @@ def measure(structure: Structure, sequence: bool, settings: dict[str, Any], rank
     times = rows.interleaved(cases, settings["repeats"])
     medians = {name: statistics.median(some) for name, some in times.items()}
     sizes = {"rank": structure.rank, "blocks": structure.blocks}
-    shape = {"kind": structure.kind, "p": ranks.tensor, "sequence": sequence, "tokens": tokens, "h": h, "f": f, **sizes}
+    shape = {
+        "kind": structure.kind,
+        "p": ranks.tensor,
+        "sequence": sequence,
+        "tokens": tokens,
+        "h": h,
+        "f": f,
+        **sizes,
+    }
     return [
         rows.row(
             "ffn_tensor_parallel",

@@ -1,6 +1,7 @@
 """Activations between the two linears of a feed-forward layer, and their derivatives.
 
-Shapes: y (..., F) before, features (..., f) after; F = f, or 2 f for a gated pair, whose gate is the first half.
+Shapes: y (..., F) before, features (..., f) after; F = f, or 2 f for a gated pair, whose gate is the first
+half.
 
     gelu      y/2 (1 + tanh(sqrt(2/pi) (y + 0.044715 y^3)))
     gelu_erf  y Phi(y)
@@ -51,8 +52,13 @@ def forward_into(parts: Sequence[Tensor], activation: Activation, out: Tensor) -
         _ops.gelu.out(parts[0], approximate=_APPROXIMATE[activation], out=out)
 
 
-def backward_into(grad: Tensor, parts: Sequence[Tensor], activation: Activation, out: Sequence[Tensor]) -> None:
-    """dL/dparts into ``out``, from dL/dfeatures, which is used up; any strides. GELU's ``out`` may be ``grad`` itself."""
+def backward_into(
+    grad: Tensor, parts: Sequence[Tensor], activation: Activation, out: Sequence[Tensor]
+) -> None:
+    """dL/dparts into ``out``, from dL/dfeatures, which is used up; any strides.
+
+    GELU's ``out`` may be ``grad`` itself.
+    """
     if activation == "swiglu":
         torch.mul(grad, F.silu(parts[0]), out=out[1])
         _ops.silu_backward.grad_input(grad.mul_(parts[1]), parts[0], grad_input=out[0])

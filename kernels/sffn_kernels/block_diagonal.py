@@ -2,9 +2,9 @@
 
 Shapes: T tokens (any leading dimensions), K blocks, I inputs and O outputs of a block.
 
-:func:`product`, :func:`input_gradient` and :func:`weight_gradient` are the operation without autograd, for callers that write their own
-backward; any strides will do. With autograd the weight *itself* is saved, never a view of it: a saved view would keep ZeRO-3's gathered
-copy of the parameter alive until backward.
+:func:`product`, :func:`input_gradient` and :func:`weight_gradient` are the operation without autograd, for
+callers that write their own backward; any strides will do. With autograd the weight *itself* is saved, never
+a view of it: a saved view would keep ZeRO-3's gathered copy of the parameter alive until backward.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from sffn_kernels import dispatch
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """y[t, k, o] = sum_i weight[k, o, i] x[t, k, i]: x (..., K, I) and weight (K, O, I) -> (..., K, O), contiguous."""
+    """y[t, k, o] = sum_i weight[k, o, i] x[t, k, i]: x (..., K, I) and weight (K, O, I) -> (..., K, O),
+    contiguous.
+    """
     return _by_block(x, weight.transpose(1, 2))
 
 
 def interleaved_product(x: Tensor, weight: Tensor) -> Tensor:
-    """:func:`product` with the blocks interleaved: y[t, o, k] -> (..., O, K). By Triton it is stored so; BLAS cannot, and it is copied."""
+    """:func:`product` with the blocks interleaved: y[t, o, k] -> (..., O, K).
+
+    By Triton it is stored so; BLAS cannot, and it is copied.
+    """
     return _by_block(x, weight.transpose(1, 2), interleave=True)
 
 
@@ -103,7 +108,7 @@ def shuffled_block_diagonal(z: Tensor, weight: Tensor) -> Tensor:
     return y.transpose(1, 2).reshape(*z.shape[:-1], outputs * blocks)
 
 
-# ------------------------------------------------------------------------------------------------- the operation, with autograd
+# ------------------------------------------------------------------------------- the operation, with autograd
 
 
 @torch.library.custom_op("sffn::block_diagonal", mutates_args=())

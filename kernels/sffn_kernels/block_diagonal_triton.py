@@ -6,7 +6,8 @@
     input gradient      A = dy as (K, T, O)    B = weight (K, O, I)       out = dx as (K, T, I)
     weight gradient     A = dy as (K, O, T)    B = x as (K, T, I)         out = dw (K, O, I)
 
-The weight gradient has few tiles and a long sum over tokens: that is split over programs, whose partial sums are added in a fixed order.
+The weight gradient has few tiles and a long sum over tokens: that is split over programs, whose partial sums
+are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -44,13 +45,26 @@ def _batched(
     acc = tl.zeros((BM, BN), tl.float32)
     left = a + block * a_k + start * a_s + at_m * a_m + m * a_m
     right = b + block * b_k + start * b_s + at_n * b_n + n * b_n
-    acc = accumulate(acc, left, right, rows, columns, tl.minimum(size - start, per_split).to(tl.int32), a_s, b_s, BK, PRECISION)
+    acc = accumulate(
+        acc,
+        left,
+        right,
+        rows,
+        columns,
+        tl.minimum(size - start, per_split).to(tl.int32),
+        a_s,
+        b_s,
+        BK,
+        PRECISION,
+    )
     out += split * out_split + block * out_k + at_m * out_m + at_n * out_n
     tl.store(out + m * out_m + n * out_n, acc.to(out.dtype.element_ty), mask=rows & columns)
 
 
 def batched(a: Tensor, b: Tensor, out: Tensor, tile: Tile) -> None:
-    """out (K, M, N) = a (K, M, S) b (K, S, N), or with out (splits, K, M, N) partial sums over equal parts of S."""
+    """out (K, M, N) = a (K, M, S) b (K, S, N), or with out (splits, K, M, N) partial sums over equal parts
+    of S.
+    """
     parts = out if out.dim() == 4 else out.unsqueeze(0)
     blocks, m, size = a.shape
     n = b.shape[2]
@@ -82,14 +96,21 @@ def weight_gradient(grad: Tensor, x: Tensor, tile: Tile) -> Tensor:
     inputs = x.shape[2]
     tiles = blocks * triton.cdiv(outputs, tile.m) * triton.cdiv(inputs, tile.n)
     splits = max(1, min(_PROGRAMS // max(tiles, 1), tokens // _TOKENS))
-    out = torch.empty(splits, blocks, outputs, inputs, dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
+    out = torch.empty(
+        splits, blocks, outputs, inputs, dtype=torch.float32 if splits > 1 else x.dtype, device=x.device
+    )
     batched(grad.permute(1, 2, 0), x.transpose(0, 1), out, tile)
     return out.sum(0).to(x.dtype) if splits > 1 else out[0]
 
 
 def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, launch) of every tiling, in bf16 on tensors without memory: what an ahead-of-time check compiles."""
-    x, weight = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((30_000, 4, 512), (4, 2048, 512)))
+    """(name, launch) of every tiling, in bf16 on tensors without memory: what an ahead-of-time check
+    compiles.
+    """
+    x, weight = (
+        torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        for shape in ((30_000, 4, 512), (4, 2048, 512))
+    )
     grad = torch.empty(30_000, 4, 2048, dtype=torch.bfloat16, device="meta")
     shuffled = torch.empty(30_000, 2048, 4, dtype=torch.bfloat16, device="meta").transpose(1, 2)
     for tile in CONFIGS:

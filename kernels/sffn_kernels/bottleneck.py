@@ -4,16 +4,17 @@
     a = activation(y)
     out = V a          V the second linear's first factor
 
-Shapes: T tokens, f wide features of this shard, F = f or 2 f (gated), O outputs; L blocks of U, K blocks of V, R inputs of a block of U.
+Shapes: T tokens, f wide features of this shard, F = f or 2 f (gated), O outputs; L blocks of U, K blocks of
+V, R inputs of a block of U.
 
     first linear          z            U             second linear         V                 out
     low_rank, block_dense (T, R)       (F, R)        low_rank              (O, f)            (T, O)
     block_shuffle         (T, L, R)    (L, F/L, R)   block_dense, _shuffle (K, O/K, f/K)     (T, O)
 
-All are one case: L = 1 and K = 1 where there are no blocks. Of block_shuffle, y stays grouped by the block that wrote it, feature
-s*L + l at place (l, s), and the activation writes the features grouped by the block that reads them, (k, l, j) with s = k*f/(K L) + j. The
-permutation is in the order of V's columns and of b, f*O/K elements, and no copy of T*f elements is made for it. It needs K to divide f/L
-(bottleneck_plain.fits).
+All are one case: L = 1 and K = 1 where there are no blocks. Of block_shuffle, y stays grouped by the block
+that wrote it, feature s*L + l at place (l, s), and the activation writes the features grouped by the block
+that reads them, (k, l, j) with s = k*f/(K L) + j. The permutation is in the order of V's columns and of b,
+f*O/K elements, and no copy of T*f elements is made for it. It needs K to divide f/L (bottleneck_plain.fits).
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ EVERYTHING = NeedsGrad()
 
 
 class Gradients(NamedTuple):
-    """What :func:`backward` returns, each shaped as what it is the gradient of; None for what was not wanted."""
+    """What :func:`backward` returns, each shaped as what it is the gradient of; None for what was not
+    wanted.
+    """
 
     z: Tensor | None
     second: Tensor | None
@@ -63,7 +66,10 @@ def rebuild(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activ
     def kernels() -> dispatch.Ways[Kept]:
         from sffn_kernels import bottleneck_triton as ours
 
-        return {tile.name: partial(ours.build, z, second, bias, first, activation, tile) for tile in ours.tilings(activation)}
+        return {
+            tile.name: partial(ours.build, z, second, bias, first, activation, tile)
+            for tile in ours.tilings(activation)
+        }
 
     return dispatch.run(f"bottleneck_build {activation}", _sizes(z, second, first), z, by_torch, kernels)
 
@@ -87,13 +93,22 @@ def forward(
         from sffn_kernels import bottleneck_triton as ours
 
         made = {tile.name: (tile, outputs) for tile, outputs in ours.streams(second) if ours.holds(z)}
-        return {name: partial(ours.through, z, second, bias, first, activation, *tiling) for name, tiling in made.items()}
+        return {
+            name: partial(ours.through, z, second, bias, first, activation, *tiling)
+            for name, tiling in made.items()
+        }
 
-    return dispatch.run(f"bottleneck_through {activation}", _sizes(z, second, first), z, by_torch, kernels), None
+    return dispatch.run(
+        f"bottleneck_through {activation}", _sizes(z, second, first), z, by_torch, kernels
+    ), None
 
 
-def _by_torch(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation) -> Tensor:
-    return plain.narrow(plain.activate(plain.widen(z, second, bias), first, activation), first, _blocks(second))
+def _by_torch(
+    z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation
+) -> Tensor:
+    return plain.narrow(
+        plain.activate(plain.widen(z, second, bias), first, activation), first, _blocks(second)
+    )
 
 
 def _blocks(second: Tensor) -> int:
@@ -105,10 +120,11 @@ def _sizes(z: Tensor, second: Tensor, first: Tensor) -> tuple[int, ...]:
 
 
 def at_a_time(tokens: int) -> int:
-    """Tokens whose wide features are held at once where they are not kept: a 24th, and at least 1,024, which fill a GPU.
+    """Tokens whose wide features are held at once where they are not kept: a 24th, and at least 1,024, which
+    fill a GPU.
 
-    At 32% of the parameters everything else that a layer's forward and backward pass holds is 3 T h at most; y, a and dL/da of a 24th are
-    0.5 T h; a dense layer holds 13 T h.
+    At 32% of the parameters everything else that a layer's forward and backward pass holds is 3 T h at most;
+    y, a and dL/da of a 24th are 0.5 T h; a dense layer holds 13 T h.
     """
     return max(1024, -(-tokens // 24))
 
@@ -122,7 +138,13 @@ class _Wide(NamedTuple):
 
 
 def _wide_backward(
-    grad: Tensor, z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation, kept: Kept | None
+    grad: Tensor,
+    z: Tensor,
+    second: Tensor,
+    bias: Tensor | None,
+    first: Tensor,
+    activation: Activation,
+    kept: Kept | None,
 ) -> _Wide:
     """The backward pass through V and the activation, from what was kept or rebuilt."""
 
@@ -157,8 +179,9 @@ def backward(
 ) -> Gradients:
     """Gradients from that of out (T, O).
 
-    ``ready`` is called with the gradient of z as soon as that is complete: it may be sent while those of the weights are computed. What was
-    not ``kept`` is rebuilt, some tokens at a time; the weights' gradients are then summed in fp32.
+    ``ready`` is called with the gradient of z as soon as that is complete: it may be sent while those of the
+    weights are computed. What was not ``kept`` is rebuilt, some tokens at a time; the weights' gradients are
+    then summed in fp32.
     """
     tokens = z.shape[0]
     step = max(1, tokens if kept else at_a_time(tokens))
@@ -172,14 +195,18 @@ def backward(
             if start + step >= tokens:
                 ready(grad_z)
         of_second = plain.second_gradient(made.grad_y, z[part], second) if wanted.second else None
-        of_first = plain.first_gradient(grad[part], made.features, first, _blocks(second)) if wanted.first else None
+        of_first = (
+            plain.first_gradient(grad[part], made.features, first, _blocks(second)) if wanted.first else None
+        )
         sums.add(of_second, made.grad_bias if wanted.bias else None, of_first)
         del made  # before the next part's are made
     return Gradients(grad_z, *sums.of(z.dtype))
 
 
 class _Sums:
-    """Gradients of the weights over the parts of the tokens: of a single part as they are, of several in fp32 at least."""
+    """Gradients of the weights over the parts of the tokens: of a single part as they are, of several in
+    fp32 at least.
+    """
 
     def __init__(self, several: bool):
         self.several, self.sums = several, cast(list[Tensor | None], [None, None, None])
@@ -190,13 +217,17 @@ class _Sums:
             if held is not None and gradient is not None:
                 held.add_(gradient)
             elif gradient is not None:
-                self.sums[i] = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) if self.several else gradient
+                self.sums[i] = (
+                    gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                    if self.several
+                    else gradient
+                )
 
     def of(self, dtype: torch.dtype) -> list[Tensor | None]:
         return [None if gradient is None else gradient.to(dtype) for gradient in self.sums]
 
 
-# ------------------------------------------------------------------------------------------------- the operation, with autograd
+# ------------------------------------------------------------------------------- the operation, with autograd
 
 
 def apply(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: str) -> Tensor:
@@ -205,7 +236,10 @@ def apply(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activat
     Raises ValueError for an unknown activation, or for blocks that do not fit one another.
     """
     if not plain.fits(second, first, act.checked(activation)):
-        raise ValueError(f"first {tuple(first.shape)}: its blocks do not hold whole columns of second's {tuple(second.shape)}")
+        raise ValueError(
+            f"first {tuple(first.shape)}: its blocks do not hold whole columns of second's "
+            f"{tuple(second.shape)}"
+        )
     return cast(Tensor, _op(z, second, bias, first, activation))
 
 

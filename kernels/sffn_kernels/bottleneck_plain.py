@@ -1,4 +1,5 @@
-"""The products between two bottlenecks in plain torch, and how the tensors are seen (split_linear.py has the formula and the shapes).
+"""The products between two bottlenecks in plain torch, and how the tensors are seen (split_linear.py has the
+formula and the shapes).
 
 BLAS writes into and reads from strided views here, so that no tensor of T*f elements is copied.
 """
@@ -15,7 +16,9 @@ from sffn_kernels.activation import Activation
 
 
 class Kept(NamedTuple):
-    """What a forward pass may leave for backward: before and after the activation, (T, L, F/L) and (T, K, f/K)."""
+    """What a forward pass may leave for backward: before and after the activation, (T, L, F/L) and (T, K,
+    f/K).
+    """
 
     y: Tensor
     features: Tensor
@@ -60,7 +63,9 @@ def widen(z: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def activate(y: Tensor, first: Tensor, activation: Activation) -> Tensor:
-    """activation(y) -> (T, K, f/K), grouped by the block of V that reads it, in the order of :func:`columns`."""
+    """activation(y) -> (T, K, f/K), grouped by the block of V that reads it, in the order of
+    :func:`columns`.
+    """
     k = first.shape[0] if first.dim() == 3 else 1
     parts = _halves(y, k, activation)
     out = y.new_empty(parts[0].shape)
@@ -74,7 +79,9 @@ def _halves(y: Tensor, k: int, activation: Activation) -> list[Tensor]:
 
 
 def _ordered(first: Tensor, blocks: int) -> Tensor:
-    """V -> (K, O/K, f/K) with its columns in the order of the features; a copy of the weight where L > 1, no BLAS reads every L-th one."""
+    """V -> (K, O/K, f/K) with its columns in the order of the features; a copy of the weight where L > 1,
+    no BLAS reads every L-th one.
+    """
     return columns(first, blocks).flatten(2)
 
 
@@ -92,7 +99,9 @@ def first_gradient(grad: Tensor, features: Tensor, first: Tensor, blocks: int) -
     """dL/dV, in its own order of columns."""
     if first.dim() == 2 and blocks == 1:
         return grad.t().mm(features.squeeze(1))
-    made = torch.bmm(grad.unflatten(-1, (features.shape[1], -1)).permute(1, 2, 0), features.transpose(0, 1))  # (K, O/K, f/K)
+    made = torch.bmm(
+        grad.unflatten(-1, (features.shape[1], -1)).permute(1, 2, 0), features.transpose(0, 1)
+    )  # (K, O/K, f/K)
     return made.unflatten(-1, (blocks, -1)).transpose(-1, -2).reshape(first.shape)
 
 
@@ -127,4 +136,6 @@ def z_gradient(grad_y: Tensor, second: Tensor, out: Tensor) -> None:
 
 def second_gradient(grad_y: Tensor, z: Tensor, second: Tensor) -> Tensor:
     """dL/dU."""
-    return grad_y.squeeze(1).t().mm(z) if second.dim() == 2 else torch.bmm(grad_y.permute(1, 2, 0), by_block(z))
+    return (
+        grad_y.squeeze(1).t().mm(z) if second.dim() == 2 else torch.bmm(grad_y.permute(1, 2, 0), by_block(z))
+    )

@@ -5,8 +5,9 @@
               y, dout -> dy, db             backward of the same: dL/da, times the activation's slope as it leaves the product
               z, dout -> a, dy, db          backward where nothing was kept: y and dL/da are rebuilt side by side and never written
 
-Grids and strides are those of L blocks of U, K blocks of V and runs of J = f/(K L) features, which one block of U writes and one of V
-reads; (L, K) is (1, 1) for low_rank, (1, K) for block_dense, (L, K) for block_shuffle. Gated: a block of U has its gates' rows first.
+Grids and strides are those of L blocks of U, K blocks of V and runs of J = f/(K L) features, which one block
+of U writes and one of V reads; (L, K) is (1, 1) for low_rank, (1, K) for block_dense, (L, K) for
+block_shuffle. Gated: a block of U has its gates' rows first.
 """
 
 from __future__ import annotations
@@ -25,14 +26,19 @@ from sffn_kernels.bottleneck_plain import Kept
 from sffn_kernels.launching import Tile, launch
 from sffn_kernels.tiles_triton import accumulate, in_groups, precision, slope, strides, value
 
-# Of wide: tokens x features, k of R or O/K at a time. With more than one product in a program (backward, gated) a larger tile spills
-# registers.
+# Of wide: tokens x features, k of R or O/K at a time. With more than one product in a program (backward,
+# gated) a larger tile spills registers.
 FORWARD = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 128, 64, 4, 3))
 BACKWARD = (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3))
-# Of through: tokens x features streamed at a time, and R at most; with it the outputs that a program sums in its registers. More outputs go
-# to other programs, each of which makes the wide features anew. What is here spills no register, with blocks in U (L > 1) or without.
+# Of through: tokens x features streamed at a time, and R at most; with it the outputs that a program sums in
+# its registers. More outputs go to other programs, each of which makes the wide features anew. What is here
+# spills no register, with blocks in U (L > 1) or without.
 STREAMS = ((Tile(64, 32, 128, 4, 3), 128), (Tile(64, 32, 256, 8, 2), 256), (Tile(64, 32, 512, 8, 2), 256))
-STREAMS_BLOCKS = ((Tile(64, 32, 128, 4, 2), 128), (Tile(64, 32, 256, 8, 2), 128), (Tile(64, 16, 512, 8, 2), 128))
+STREAMS_BLOCKS = (
+    (Tile(64, 32, 128, 4, 2), 128),
+    (Tile(64, 32, 256, 8, 2), 128),
+    (Tile(64, 16, 512, 8, 2), 128),
+)
 LONGEST = 512  # R
 
 
@@ -69,7 +75,9 @@ def _wide(  # noqa: C901  its three modes are chosen at compile time
         if gated:
             gate = up
             up = tl.zeros((BM, BN), tl.float32)
-            up = accumulate(up, left, right + half.to(tl.int64) * u_s, rows, columns, R, z_r, u_r, BK, PRECISION)
+            up = accumulate(
+                up, left, right + half.to(tl.int64) * u_s, rows, columns, R, z_r, u_r, BK, PRECISION
+            )
             if HAS_BIAS:
                 up += tl.load(bias + half, mask=columns, other=0.0).to(tl.float32)
     else:
@@ -135,7 +143,9 @@ def _through(
     second += k * J * u_s
     bias += k * J
     for _ in range(L):
-        left = tl.load(z + (t * z_t + r[None, :] * z_r), mask=rows & (r < R)[None, :], other=0.0)  # stays on the chip
+        left = tl.load(
+            z + (t * z_t + r[None, :] * z_r), mask=rows & (r < R)[None, :], other=0.0
+        )  # stays on the chip
         for start in range(0, J, BF):
             here = j < J - start
             some = here[None, :] & (r < R)[:, None]
@@ -145,7 +155,11 @@ def _through(
                 up += tl.load(bias + start + j, mask=here, other=0.0).to(tl.float32)[None, :]
             if gated:
                 gate = up
-                up = tl.dot(left, tl.load(weights + half.to(tl.int64) * u_s, mask=some, other=0.0), input_precision=PRECISION)
+                up = tl.dot(
+                    left,
+                    tl.load(weights + half.to(tl.int64) * u_s, mask=some, other=0.0),
+                    input_precision=PRECISION,
+                )
                 if HAS_BIAS:
                     up += tl.load(bias + half + start + j, mask=here, other=0.0).to(tl.float32)[None, :]
                 made = value(gate, ACTIVATION) * up
@@ -169,36 +183,59 @@ class _Sizes:
         self.z = plain.by_block(z)  # (L, T, R)
         self.second = plain.grouped(second)  # (L, F/L, R)
         self.blocks, rows, self.reduced = self.second.shape
-        # (K, O/K, L, J); every L-th column would be read two bytes at a time, so where L > 1 the weight, not what T tokens have, is copied
+        # (K, O/K, L, J); every L-th column would be read two bytes at a time, so where L > 1 the weight, not
+        # what T tokens have, is copied
         self.first = plain.columns(first, self.blocks).contiguous()
         self.k, self.outputs, _, self.run = self.first.shape
         self.tokens = self.z.shape[1]
         self.rows = self.blocks * rows  # F
         self.features = self.rows // halves(activation)
         z_l, z_t, z_r = strides(self.z)
-        self.of_z, self.of_u, self.of_v = (z_t, z_l, z_r), strides(self.second), strides(self.first)[:3]  # J is contiguous
+        self.of_z, self.of_u, self.of_v = (
+            (z_t, z_l, z_r),
+            strides(self.second),
+            strides(self.first)[:3],
+        )  # J is contiguous
 
 
 def _run_wide(
-    sizes: _Sizes, bias: Tensor | None, grad: Tensor | None, kept: Kept | None, activation: Activation, tile: Tile
+    sizes: _Sizes,
+    bias: Tensor | None,
+    grad: Tensor | None,
+    kept: Kept | None,
+    activation: Activation,
+    tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(y, features, dy, db): what a mode does not write is an empty stand-in."""
     like, tokens = sizes.z, sizes.tokens
     nothing = like.new_empty(0)
-    of_y, of_features = (tokens, sizes.blocks, sizes.rows // sizes.blocks), (tokens, sizes.k, sizes.features // sizes.k)
+    of_y, of_features = (
+        (tokens, sizes.blocks, sizes.rows // sizes.blocks),
+        (tokens, sizes.k, sizes.features // sizes.k),
+    )
     backward = grad is not None
     y, features = kept or (nothing if backward else like.new_empty(of_y), like.new_empty(of_features))
     grad_y = like.new_empty(of_y) if backward else nothing
     rows = triton.cdiv(tokens, tile.m)
     with_bias = bias is not None
-    parts = torch.empty(rows, sizes.rows, dtype=torch.float32, device=like.device) if backward and with_bias else nothing
+    parts = (
+        torch.empty(rows, sizes.rows, dtype=torch.float32, device=like.device)
+        if backward and with_bias
+        else nothing
+    )
     sent = nothing.view(0, 1, 1) if grad is None else grad.unflatten(-1, (sizes.k, -1))
     own_bias = nothing if bias is None else plain.kept_bias(bias, sizes.blocks).contiguous()
     grid = (rows * sizes.blocks * sizes.k * triton.cdiv(sizes.run, tile.n),)
     shape = (tokens, sizes.run, sizes.reduced, sizes.outputs, sizes.blocks, sizes.k)
     given = (*sizes.of_z, *sizes.of_u, *strides(sent), *sizes.of_v)
     tensors = (sizes.z, sizes.second, own_bias, sizes.first, sent, y, features, grad_y, parts)
-    constants = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "PRECISION": precision(like.dtype), "ACTIVATION": activation}
+    constants = {
+        "BM": tile.m,
+        "BN": tile.n,
+        "BK": tile.k,
+        "PRECISION": precision(like.dtype),
+        "ACTIVATION": activation,
+    }
     modes = {"BUILD": kept is None, "BACKWARD": backward, "HAS_BIAS": with_bias}
     launch(_wide, grid, *tensors, *shape, *given, warps=tile.warps, stages=tile.stages, **constants, **modes)
     if not (backward and with_bias):
@@ -212,7 +249,9 @@ def tilings(activation: Activation) -> tuple[Tile, ...]:
     return BACKWARD if activation == "swiglu" else FORWARD
 
 
-def build(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation, tile: Tile) -> Kept:
+def build(
+    z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation, tile: Tile
+) -> Kept:
     """Y = U z + b and activation(y) in one pass."""
     y, features, _, _ = _run_wide(_Sizes(z, second, first, activation), bias, None, None, activation, tile)
     return Kept(y, features)
@@ -229,7 +268,9 @@ def wide_backward(
     tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(a, dy, db) from dL/dout, with y as it was kept or rebuilt on the way."""
-    _, features, grad_y, grad_bias = _run_wide(_Sizes(z, second, first, activation), bias, grad, kept, activation, tile)
+    _, features, grad_y, grad_bias = _run_wide(
+        _Sizes(z, second, first, activation), bias, grad, kept, activation, tile
+    )
     return features, grad_y, grad_bias
 
 
@@ -244,14 +285,24 @@ def holds(z: Tensor) -> bool:
 
 
 def streams(second: Tensor) -> Iterator[tuple[Tile, int]]:
-    """The tilings of :func:`through` that take these weights, the best fitting first; none if R is above LONGEST."""
+    """The tilings of :func:`through` that take these weights, the best fitting first; none if R is above
+    LONGEST.
+    """
     return (
-        (tile, outputs) for tile, outputs in (STREAMS if second.dim() == 2 else STREAMS_BLOCKS) if second.shape[-1] <= tile.k
+        (tile, outputs)
+        for tile, outputs in (STREAMS if second.dim() == 2 else STREAMS_BLOCKS)
+        if second.shape[-1] <= tile.k
     )
 
 
 def through(
-    z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation, tile: Tile, outputs: int
+    z: Tensor,
+    second: Tensor,
+    bias: Tensor | None,
+    first: Tensor,
+    activation: Activation,
+    tile: Tile,
+    outputs: int,
 ) -> Tensor:
     """Out (T, O) without a wide feature in memory; R at most ``tile.k``."""
     sizes = _Sizes(z, second, first, activation)
@@ -262,15 +313,25 @@ def through(
     grid = (triton.cdiv(sizes.tokens, tile.m) * sizes.k * triton.cdiv(sizes.outputs, columns),)
     shape = (sizes.tokens, sizes.run, sizes.reduced, sizes.outputs, sizes.blocks, sizes.k)
     given = (*sizes.of_z, *sizes.of_u, *sizes.of_v, *strides(out))
-    constants = {"BM": tile.m, "BF": tile.n, "BR": _power(sizes.reduced), "BO": columns, "PRECISION": precision(z.dtype)}
+    constants = {
+        "BM": tile.m,
+        "BF": tile.n,
+        "BR": _power(sizes.reduced),
+        "BO": columns,
+        "PRECISION": precision(z.dtype),
+    }
     modes = {"ACTIVATION": activation, "HAS_BIAS": bias is not None}
     tensors = (sizes.z, sizes.second, own_bias, sizes.first, out)
-    launch(_through, grid, *tensors, *shape, *given, warps=tile.warps, stages=tile.stages, **constants, **modes)
+    launch(
+        _through, grid, *tensors, *shape, *given, warps=tile.warps, stages=tile.stages, **constants, **modes
+    )
     return out.flatten(1)
 
 
 def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, launch) of every tiling, in bf16 on tensors without memory: what an ahead-of-time check compiles."""
+    """(name, launch) of every tiling, in bf16 on tensors without memory: what an ahead-of-time check
+    compiles.
+    """
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -301,4 +362,7 @@ def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
                 )
         for tile, outputs in STREAMS if second.dim() == 2 else STREAMS_BLOCKS:
             short = z[..., : tile.k], second[..., : tile.k]
-            yield f"through, {name} {tile.name}", partial(through, *short, bias, first, activation, tile, outputs)
+            yield (
+                f"through, {name} {tile.name}",
+                partial(through, *short, bias, first, activation, tile, outputs),
+            )

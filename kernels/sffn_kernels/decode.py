@@ -1,4 +1,6 @@
-"""A structured feed-forward layer for the few tokens of a decoding step, 1 to 64. Inference only: there is no backward.
+"""A structured feed-forward layer for the few tokens of a decoding step, 1 to 64.
+
+Inference only: there is no backward.
 
 What such a step costs is reading the weights once, and starting what reads them. A layer is three launches:
 
@@ -6,11 +8,12 @@ What such a step costs is reading the weights once, and starting what reads them
     out = V activation(U z + b1)        :func:`bottleneck`    first linear, second factor; second linear, first factor
     y   = W2 out + b2                   :func:`product`       second linear, second factor
 
-The kernels split the summed features among so many programs that all of a device's multiprocessors read; see ``decode_triton``. Without
-Triton, and where plain torch was measured to be faster, the same is plain torch (``dispatch``).
+The kernels split the summed features among so many programs that all of a device's multiprocessors read; see
+``decode_triton``. Without Triton, and where plain torch was measured to be faster, the same is plain torch
+(``dispatch``).
 
-Each operation is registered with torch as ``sffn::decode_...``, for ``torch.compile``; without it, it is called
-directly, which is sooner done.
+Each operation is registered with torch as ``sffn::decode_...``, for ``torch.compile``; without it, it is
+called directly, which is sooner done.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, interleave
     k, outputs, inputs = blocks.shape
     if x.dim() not in (2, 3) or x.shape[1:].numel() != k * inputs or (x.dim() == 3 and x.shape[1] != k):
         raise ValueError(
-            f"x {tuple(x.shape)}: must be (T, {k * inputs}) or (T, {k}, {inputs}) for a weight {tuple(weight.shape)}"
+            f"x {tuple(x.shape)}: must be (T, {k * inputs}) or (T, {k}, {inputs}) for a weight "
+            f"{tuple(weight.shape)}"
         )
     _check_bias(bias, k * outputs)
     run = _product if torch.compiler.is_compiling() else _run_product
@@ -57,8 +61,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, interleave
 def bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: str) -> Tensor:
     """out = V activation(U z + b): from the first linear's bottleneck to the second linear's.
 
-    Shapes, for all three structures, are those of ``bottleneck.forward``: z (T, R) with U (F, R), or z (T, L, R) with U (L, F/L, R);
-    b (F,); V (O, f) or (K, O/K, f/K). z, and the weights too, may have any strides.
+    Shapes, for all three structures, are those of ``bottleneck.forward``: z (T, R) with U (F, R), or z (T, L,
+    R) with U (L, F/L, R); b (F,); V (O, f) or (K, O/K, f/K). z, and the weights too, may have any strides.
 
     Returns:
         (T, O), contiguous.
@@ -75,9 +79,14 @@ def bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, ac
     features = second.shape[:-1].numel()
     k, inputs = (first.shape[0] if first.dim() == 3 else 1), first.shape[-1]
     if features != k * inputs * act.halves(checked) or not wide.fits(second, first, checked):
-        raise ValueError(f"{activation} of features by {tuple(second.shape)}: do not fit a first factor {tuple(first.shape)}")
+        raise ValueError(
+            f"{activation} of features by {tuple(second.shape)}: do not fit a first factor "
+            f"{tuple(first.shape)}"
+        )
     _check_bias(bias, features)
-    return (_bottleneck if torch.compiler.is_compiling() else _run_bottleneck)(z, second, bias, first, checked)
+    return (_bottleneck if torch.compiler.is_compiling() else _run_bottleneck)(
+        z, second, bias, first, checked
+    )
 
 
 def feed_forward(
@@ -90,10 +99,12 @@ def feed_forward(
     bias2: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """A structured layer that one rank holds whole: y = W2 activation(W1 x + b1) + b2, W1 and W2 of two factors each.
+    """A structured layer that one rank holds whole: y = W2 activation(W1 x + b1) + b2, W1 and W2 of two
+    factors each.
 
-    Shapes: x (T, N); first factors (R, N), or (B, R/B, N/B) with blocks; second factors (M, R), or (B, M/B, R/B) for block_shuffle; M = F
-    of the first linear, twice as wide as the second one's N for a gated activation. Biases (M,), or None.
+    Shapes: x (T, N); first factors (R, N), or (B, R/B, N/B) with blocks; second factors (M, R), or (B, M/B,
+    R/B) for block_shuffle; M = F of the first linear, twice as wide as the second one's N for a gated
+    activation. Biases (M,), or None.
 
     Returns:
         (T, M) of the second linear, contiguous.
@@ -111,16 +122,22 @@ def feed_forward(
 
 
 def _dealt(z: Tensor, second: Tensor) -> Tensor:
-    """Bottleneck (T, R) -> what the second factor reads, a view: for block_shuffle (T, L, R/L), feature r*L + l at place (l, r)."""
+    """Bottleneck (T, R) -> what the second factor reads, a view: for block_shuffle (T, L, R/L), feature
+    r*L + l at place (l, r).
+    """
     return z.unflatten(1, (-1, second.shape[0])).transpose(1, 2) if second.dim() == 3 else z
 
 
 def _check_inference(x: Tensor, *others: Tensor | None) -> None:
     tensors = [x, *(tensor for tensor in others if tensor is not None)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise RuntimeError("decoding has no backward: call it under torch.no_grad() or torch.inference_mode()")
+        raise RuntimeError(
+            "decoding has no backward: call it under torch.no_grad() or torch.inference_mode()"
+        )
     if x.shape[0] > MOST_TOKENS:
-        raise ValueError(f"{x.shape[0]} tokens: decoding takes at most {MOST_TOKENS}; for more, use the layer itself")
+        raise ValueError(
+            f"{x.shape[0]} tokens: decoding takes at most {MOST_TOKENS}; for more, use the layer itself"
+        )
     if len({tensor.dtype for tensor in tensors}) > 1:
         raise ValueError(f"dtypes {', '.join(str(tensor.dtype) for tensor in tensors)}: must be one")
 
@@ -130,7 +147,7 @@ def _check_bias(bias: Tensor | None, features: int) -> None:
         raise ValueError(f"bias {tuple(bias.shape)}: must be ({features},)")
 
 
-# -------------------------------------------------------------------------------------------------------------- operations
+# ------------------------------------------------------------------------------------------------- operations
 
 
 # their counters outlive a call: a graph that torch.compile captures would have them in its own memory
@@ -146,7 +163,9 @@ def _run_product(x: Tensor, weight: Tensor, bias: Tensor | None, interleaved: bo
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[:2].numel())
     sizes = (x.shape[0], *weight.shape)
-    return dispatch.run("decode_product", sizes, x, lambda: _plain_product(x, weight, bias, interleaved=interleaved), kernels)
+    return dispatch.run(
+        "decode_product", sizes, x, lambda: _plain_product(x, weight, bias, interleaved=interleaved), kernels
+    )
 
 
 _product = torch.library.custom_op("sffn::decode_product", _run_product, mutates_args=(), tags=_TAGS)
@@ -180,8 +199,12 @@ def _run_bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tenso
     return dispatch.run(f"decode_bottleneck_{activation}", sizes, z, plain, kernels)
 
 
-def _plain_bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: act.Activation) -> Tensor:
-    """With the features in their own order: those of few tokens are sooner copied than V, whose columns split_linear.py orders."""
+def _plain_bottleneck(
+    z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: act.Activation
+) -> Tensor:
+    """With the features in their own order: those of few tokens are sooner copied than V, whose columns
+    split_linear.py orders.
+    """
     y = wide.widen(z, second, None).transpose(1, 2).flatten(1)
     features = act.forward(y if bias is None else y + bias, activation)
     if first.dim() == 2:

@@ -1,8 +1,9 @@
 """The Triton kernels of ``decode``.
 
-A multiprocessor reads no faster than some 1% of a device's bandwidth, so a matrix of few rows is cut along its *summed* features too. Each
-program reads a piece of the weights along their rows and multiplies it: the weights are the left operand, the tokens, padded to 16 or more,
-the right one, since tensor cores have no smaller shape. What the programs come to is added up as ``partial_sums_triton`` says.
+A multiprocessor reads no faster than some 1% of a device's bandwidth, so a matrix of few rows is cut along
+its *summed* features too. Each program reads a piece of the weights along their rows and multiplies it: the
+weights are the left operand, the tokens, padded to 16 or more, the right one, since tensor cores have no
+smaller shape. What the programs come to is added up as ``partial_sums_triton`` says.
 """
 
 from __future__ import annotations
@@ -25,18 +26,21 @@ from sffn_kernels.launching import Tile, launch
 from sffn_kernels.partial_sums_triton import cores, counters, last_of, shares, span, sum_of
 from sffn_kernels.tiles_triton import value
 
-# m rows of a weight and k of its columns at a time, for 2-byte elements; n, the tokens, is set by what comes (:func:`fitted`).
+# m rows of a weight and k of its columns at a time, for 2-byte elements; n, the tokens, is set by what comes
+# (:func:`fitted`).
 CONFIGS = (Tile(64, 16, 128, 4, 4), Tile(64, 16, 64, 4, 5), Tile(128, 16, 64, 8, 4))
 # m wide features at a time, and k of the bottleneck's: summed over by U, then written by V.
 BOTTLENECK_CONFIGS = (Tile(64, 16, 64, 4, 3), Tile(64, 16, 64, 8, 2))
-FEW_FEATURES = Tile(32, 16, 64, 4, 3)  # one more, but for block_shuffle: V's columns, L apart, then leave too few registers
+FEW_FEATURES = Tile(
+    32, 16, 64, 4, 3
+)  # one more, but for block_shuffle: V's columns, L apart, then leave too few registers
 
 TOKENS_HELD = 4096  # n times k
 PROGRAMS_PER_CORE = 2
 SCRATCH = 1 << 24  # bytes of a bottleneck's partial sums up to which its features are cut further
 REACH = 4096  # partial sums, rows times tokens, that a program of a bottleneck hands over in one piece
 
-# ----------------------------------------------------------------------------------------------------------------- kernels
+# ---------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
@@ -44,7 +48,10 @@ def _product(
     x, weight, bias, out, scratch, counters, T, O, I, share, xt, xk, xi, wk, wo, wi, bk, bo, yt, yk, yo,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of M rows, block k, split): a share of the I summed features. Scratch (K, tiles, splits, T, M)."""
+    """Program (tile of M rows, block k, split): a share of the I summed features.
+
+    Scratch (K, tiles, splits, T, M).
+    """
     tile, k, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, piece = tl.num_programs(2), k * tl.num_programs(0) + tile
     m, tokens, i = tl.arange(0, M), tl.arange(0, N), split * share + tl.arange(0, K)
@@ -76,7 +83,9 @@ def _features(
     z, second, bias, T, R, s, n, tokens, zt, zr, us, ur, bs,
     ACTIVATION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Wide features s < n of a block of V by tokens, (M, N) in fp32; second points to the row of the first of them."""
+    """Wide features s < n of a block of V by tokens, (M, N) in fp32; second points to the row of the first
+    of them.
+    """
     away = n * tl.num_programs(1)  # features from a gate to what it multiplies
     y, up = tl.zeros((M, N), tl.float32), tl.zeros((M, N), tl.float32)
     u_at = second + tl.arange(0, M)[:, None] * us
@@ -104,7 +113,9 @@ def _hand_over(
     pieces, counters, out, T, O, slot, slots, group, stride, yt,
     REACH: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Count in a slot's piece; the last of a group sums the group's into its first, the last group's sums the groups' into out."""
+    """Count in a slot's piece; the last of a group sums the group's into its first, the last group's sums
+    the groups' into out.
+    """
     mine, groups = slot // group, tl.cdiv(slots, group)
     head = pieces + mine * group * stride
     members = tl.minimum(group, slots - mine * group)
@@ -127,10 +138,13 @@ def _bottleneck(
     zt, zl, zr, ul, us, ur, bl, bs, vk, vo, vl, vs, yt, yk, ACTIVATION: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, REACH: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Program (slot, k): a share of the n wide features that block l of U writes for block k of V. Scratch (slots, K, chunks, T, REACH).
+    """Program (slot, k): a share of the n wide features that block l of U writes for block k of V.
 
-    The slots of all l that read the same columns of V, L apart, are neighbours: they meet in the L2 cache. Each goes through the chunks of
-    REACH outputs from another one on, so that the last in one chunk is seldom the last in all.
+    Scratch (slots, K, chunks, T, REACH).
+
+    The slots of all l that read the same columns of V, L apart, are neighbours: they meet in the L2 cache.
+    Each goes through the chunks of REACH outputs from another one on, so that the last in one chunk is seldom
+    the last in all.
     """
     slot, k = tl.program_id(0), tl.program_id(1)
     slots, chunks, l = tl.num_programs(0), tl.cdiv(O, REACH), slot % L
@@ -145,7 +159,9 @@ def _bottleneck(
     for start in range(begin, end, M):
         s = start + tl.arange(0, M)
         u = u_l + (shift + start) * us
-        a = _features(z_l, u, bias, T, R, s, n, tokens, zt, zr, us, ur, bs, ACTIVATION, M, N, K).to(first.dtype.element_ty)
+        a = _features(z_l, u, bias, T, R, s, n, tokens, zt, zr, us, ur, bs, ACTIVATION, M, N, K).to(
+            first.dtype.element_ty
+        )
         summed = tl.where(start > begin, T, 0)  # tokens of which features before gave sums
         tl.debug_barrier()  # those that other threads of this program wrote are read below
         for step in range(chunks):
@@ -155,8 +171,14 @@ def _bottleneck(
             for o in range(0, tl.minimum(left, REACH), K):
                 rows = o + tl.arange(0, K)
                 inside = (rows < left)[:, None]
-                v_at = v + (chunk * REACH + o).to(tl.int64) * vo + (tl.arange(0, K)[:, None] * vo + s[None, :] * vs)
-                acc = tl.dot(tl.load(v_at, mask=inside & (s < n)[None, :], other=0.0), a, input_precision="ieee")
+                v_at = (
+                    v
+                    + (chunk * REACH + o).to(tl.int64) * vo
+                    + (tl.arange(0, K)[:, None] * vo + s[None, :] * vs)
+                )
+                acc = tl.dot(
+                    tl.load(v_at, mask=inside & (s < n)[None, :], other=0.0), a, input_precision="ieee"
+                )
                 at = pieces + slot * stride + (tokens[None, :] * REACH + rows[:, None])
                 acc += tl.load(at, mask=inside & (tokens < summed)[None, :], other=0.0)
                 tl.store(at, acc, mask=inside & (tokens < T)[None, :])
@@ -166,7 +188,7 @@ def _bottleneck(
                 _hand_over(pieces, counted, to, T, left, slot, slots, group, stride, yt, REACH, SPAN)
 
 
-# ---------------------------------------------------------------------------------------------------------------- launches
+# --------------------------------------------------------------------------------------------------- launches
 
 
 def fitted(configs: tuple[Tile, ...], tokens: int, itemsize: int) -> dict[str, Tile]:
@@ -190,11 +212,17 @@ def _run_product(x: Tensor, weight: Tensor, bias: Tensor | None, interleaved: bo
     tokens, blocks, inputs = x.shape
     outputs = weight.shape[1]
     tiles = triton.cdiv(outputs, tile.m)
-    each, splits = shares(triton.cdiv(inputs, tile.k), triton.cdiv(PROGRAMS_PER_CORE * cores(x.device), tiles * blocks))
+    each, splits = shares(
+        triton.cdiv(inputs, tile.k), triton.cdiv(PROGRAMS_PER_CORE * cores(x.device), tiles * blocks)
+    )
     out = x.new_empty(tokens, blocks * outputs)
 
     def by_block(features: Tensor) -> Tensor:  # (..., K, O)
-        return features.unflatten(-1, (outputs, blocks)).mT if interleaved else features.unflatten(-1, (blocks, outputs))
+        return (
+            features.unflatten(-1, (outputs, blocks)).mT
+            if interleaved
+            else features.unflatten(-1, (blocks, outputs))
+        )
 
     b = None if bias is None else by_block(bias)
     scratch = torch.empty(blocks * tiles * splits * tokens * tile.m, dtype=torch.float32, device=x.device)
@@ -207,11 +235,16 @@ def _run_product(x: Tensor, weight: Tensor, bias: Tensor | None, interleaved: bo
     return out
 
 
-def bottlenecks(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation) -> Ways[Tensor]:
+def bottlenecks(
+    z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation
+) -> Ways[Tensor]:
     """Out (T, O) by each tiling; see ``decode.bottleneck``."""
     configs = BOTTLENECK_CONFIGS if second.dim() == 3 else (*BOTTLENECK_CONFIGS, FEW_FEATURES)
     tiles = fitted(configs, z.shape[0], z.element_size())
-    return {name: partial(_run_bottleneck, z, second, bias, first, activation, tile) for name, tile in tiles.items()}
+    return {
+        name: partial(_run_bottleneck, z, second, bias, first, activation, tile)
+        for name, tile in tiles.items()
+    }
 
 
 def _run_bottleneck(
@@ -223,7 +256,9 @@ def _run_bottleneck(
     blocks, outputs, _, n = v.shape
     b = None if bias is None else wide.kept_bias(bias, written)
     wanted = triton.cdiv(PROGRAMS_PER_CORE * cores(z.device), blocks * written)
-    each, parts = shares(triton.cdiv(n, tile.m), min(wanted, SCRATCH // (4 * written * tokens * blocks * outputs)))
+    each, parts = shares(
+        triton.cdiv(n, tile.m), min(wanted, SCRATCH // (4 * written * tokens * blocks * outputs))
+    )
     slots = written * parts
     group = math.isqrt(slots - 1) + 1  # the sums of the groups, then that of their sums, take the same time
     reach = min(triton.next_power_of_2(outputs), REACH // triton.next_power_of_2(tokens))
@@ -242,24 +277,34 @@ def _run_bottleneck(
     return out.flatten(1)
 
 
-# ------------------------------------------------------------------------------------------------------------------ shipped
+# ---------------------------------------------------------------------------------------------------- shipped
 
 
 def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Names, and launches within ``launching.compiling`` of each kernel with each tiling, at a large model's sizes in bf16."""
+    """Names, and launches within ``launching.compiling`` of each kernel with each tiling, at a large
+    model's sizes in bf16.
+    """
     meta = partial(torch.empty, device="meta", dtype=torch.bfloat16)
     h, f, rank, blocks = 4096, 16384, 1024, 4
     for tokens in (1, 16, 64):
         dense, dealt = meta(tokens, 1, h), meta(tokens, rank // blocks, blocks).mT
         given = {
             "product": products(dense, meta(1, rank, h), None, interleaved=False),
-            "product_interleaved": products(dealt, meta(blocks, h // blocks, rank // blocks), meta(h), interleaved=True),
+            "product_interleaved": products(
+                dealt, meta(blocks, h // blocks, rank // blocks), meta(h), interleaved=True
+            ),
             "bottleneck_blocks": bottlenecks(
-                dealt, meta(blocks, f // blocks, rank // blocks), meta(f), meta(blocks, rank // blocks, f // blocks), "gelu"
+                dealt,
+                meta(blocks, f // blocks, rank // blocks),
+                meta(f),
+                meta(blocks, rank // blocks, f // blocks),
+                "gelu",
             ),
         }
         for activation in ACTIVATIONS:
             second = meta(f * act.halves(activation), rank)
-            given[f"bottleneck_{activation}"] = bottlenecks(meta(tokens, rank), second, None, meta(rank, f), activation)
+            given[f"bottleneck_{activation}"] = bottlenecks(
+                meta(tokens, rank), second, None, meta(rank, f), activation
+            )
         for name, ways in given.items():
             yield from ((f"decode_{name} {tokens} tokens {tile}", way) for tile, way in ways.items())

@@ -1,12 +1,14 @@
-"""Which implementation of an operation runs: plain torch (cuBLAS on CUDA devices), or a Triton kernel with one of its tilings.
+"""Which implementation of an operation runs: plain torch (cuBLAS on CUDA devices), or a Triton kernel with
+one of its tilings.
 
-The setting (:func:`use`) is ``torch``, ``triton``, or ``auto``: whichever was measured to be fastest for the operation, dtype, sizes and
-device. What was measured is kept in tables, a JSON file a device: those in ``tables/``, if any, come with the package; for what no table
-says, all candidates are timed once, on the tensors at hand, and the result is cached in ``$XDG_CACHE_HOME/sffn_dist/kernels``
-(``~/.cache/...``).
+The setting (:func:`use`) is ``torch``, ``triton``, or ``auto``: whichever was measured to be fastest for the
+operation, dtype, sizes and device. What was measured is kept in tables, a JSON file a device: those in
+``tables/``, if any, come with the package; for what no table says, all candidates are timed once, on the
+tensors at hand, and the result is cached in ``$XDG_CACHE_HOME/sffn_dist/kernels`` (``~/.cache/...``).
 
-On CPUs ``auto`` is plain torch. Ranks that compute the same thing must do so with the same kernel, or replicas drift apart: times are
-passed through :func:`agree_by` before they decide, and tables are shared by :func:`shared_table`.
+On CPUs ``auto`` is plain torch. Ranks that compute the same thing must do so with the same kernel, or
+replicas drift apart: times are passed through :func:`agree_by` before they decide, and tables are shared by
+:func:`shared_table`.
 """
 
 from __future__ import annotations
@@ -42,17 +44,26 @@ _AHEAD = 500_000  # cycles, some 0.3 ms
 class _State:
     setting: Setting = "auto"
     table: dict[str, str] | None = None
-    among_kernels: dict[str, str] = {}  # row -> the best without torch, under the setting triton; of this process alone
+    among_kernels: dict[
+        str, str
+    ] = {}  # row -> the best without torch, under the setting triton; of this process alone
     folder: Path | None = None  # where the table is written; None: the cache
     writes: bool = True
     agree: Callable[[list[float]], list[float]] | None = None
 
 
 def use(setting: str) -> None:
-    """Choose for the whole process. Raises ValueError for a name that is none, RuntimeError if Triton is asked for and cannot run."""
+    """Choose for the whole process.
+
+    Raises ValueError for a name that is none, RuntimeError if Triton is asked for and cannot run.
+    """
     if setting not in get_args(Setting):
         raise ValueError(f"kernels = {setting!r}: must be one of {', '.join(get_args(Setting))}")
-    reason = unavailable(torch.device("cuda" if torch.cuda.is_available() else "cpu")) if setting == "triton" else None
+    reason = (
+        unavailable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if setting == "triton"
+        else None
+    )
     if reason:
         raise RuntimeError(f"kernels = 'triton': {reason}")
     _State.setting = cast(Setting, setting)
@@ -70,16 +81,20 @@ def using(setting: str) -> Iterator[None]:
 
 
 def agree_by(combine: Callable[[list[float]], list[float]] | None, *, writes: bool = True) -> None:
-    """How ranks make one list of times of their several ones, in place of each believing its own; ``writes``: this one keeps the table.
+    """How ranks make one list of times of their several ones, in place of each believing its own; ``writes``:
+    this one keeps the table.
 
-    None: there is one rank. Where there are several all the same, nothing is measured: they would come to different choices.
+    None: there is one rank. Where there are several all the same, nothing is measured: they would come to
+    different choices.
     """
     _State.agree, _State.writes = None if combine is None else staticmethod(combine), writes
 
 
 def _alone() -> bool:
     return not (
-        torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
     )
 
 
@@ -95,24 +110,31 @@ def unavailable(device: torch.device) -> str | None:
     if interpreted():
         return None
     if device.type != "cuda":
-        return f"Triton needs a CUDA device (or TRITON_INTERPRET=1, for tests), and this runs on {device.type}"
+        return (
+            f"Triton needs a CUDA device (or TRITON_INTERPRET=1, for tests), and this runs on {device.type}"
+        )
     found = torch.cuda.get_device_capability(device)
     if found < LEAST_CAPABILITY:
-        return (
-            f"needs compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}, and this device has {found[0]}.{found[1]}"
-        )
+        return f"needs compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}, and this device has {found[0]}.{found[1]}"
     return None
 
 
-def run(op: str, sizes: Sequence[int], like: Tensor, plain: Callable[[], T], kernels: Callable[[], Ways[T]]) -> T:
-    """The result of ``plain`` or of one of ``kernels``, which all give the same; ``sizes`` starts with the number of tokens.
+def run(
+    op: str, sizes: Sequence[int], like: Tensor, plain: Callable[[], T], kernels: Callable[[], Ways[T]]
+) -> T:
+    """The result of ``plain`` or of one of ``kernels``, which all give the same; ``sizes`` starts with the
+    number of tokens.
 
-    ``kernels`` is called only where Triton can run; its ways are in order of preference, for when nothing can be measured: under CUDA graph
-    capture, and in the interpreter.
+    ``kernels`` is called only where Triton can run; its ways are in order of preference, for when nothing can
+    be measured: under CUDA graph capture, and in the interpreter.
     """
     setting = _State.setting
     on_host = like.device.type != "cuda"
-    if setting == "torch" or like.dtype == torch.float64 or (on_host and (setting == "auto" or not interpreted())):
+    if (
+        setting == "torch"
+        or like.dtype == torch.float64
+        or (on_host and (setting == "auto" or not interpreted()))
+    ):
         return plain()  # what a run computes on the host beside its devices has no kernels
     reason = unavailable(like.device)
     if interpreted() and like.dtype == torch.bfloat16:
@@ -138,7 +160,10 @@ def run(op: str, sizes: Sequence[int], like: Tensor, plain: Callable[[], T], ker
 
 
 def key(op: str, dtype: torch.dtype, sizes: Sequence[int]) -> str:
-    """A row's name in a table. Tokens count by the power of two that holds them: the choice changes slowly with them."""
+    """A row's name in a table.
+
+    Tokens count by the power of two that holds them: the choice changes slowly with them.
+    """
     tokens = 1 << max(0, sizes[0] - 1).bit_length()
     return " ".join([op, str(dtype).removeprefix("torch."), "x".join(map(str, (tokens, *sizes[1:])))])
 
@@ -149,7 +174,11 @@ def _chosen(row: str, device: torch.device, ways: Ways[T]) -> str:
     best = table.get(row)
     if best in ways:
         return best
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing() or (_State.agree is None and not _alone()):
+    if (
+        device.type != "cuda"
+        or torch.cuda.is_current_stream_capturing()
+        or (_State.agree is None and not _alone())
+    ):
         return next(iter(ways))
     with torch.cuda.device(device):
         times = [_time(name, way) for name, way in ways.items()]
@@ -167,15 +196,19 @@ def _too_large(error: Exception) -> bool:
 
 
 def _time(name: str, way: Callable[[], T]) -> float:
-    """Median milliseconds on the current CUDA device; infinite, with a warning, if the way does not run there.
+    """Median milliseconds on the current CUDA device; infinite, with a warning, if the way does not run
+    there.
 
-    Whatever fails fails alike in every process only by luck, so no error is let out: other ranks wait for this one's times.
+    Whatever fails fails alike in every process only by luck, so no error is let out: other ranks wait for
+    this one's times.
     """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
     try:
         for repeat in range(_WARMUP + _REPEATS):
-            torch.cuda._sleep(_AHEAD)  # the host gets ahead meanwhile: what it takes to launch is not measured
+            torch.cuda._sleep(
+                _AHEAD
+            )  # the host gets ahead meanwhile: what it takes to launch is not measured
             start.record()
             way()
             end.record()
@@ -186,14 +219,16 @@ def _time(name: str, way: Callable[[], T]) -> float:
         if name == "torch":
             raise  # nothing would be left
         if not _too_large(error):
-            warnings.warn(f"{name}: does not run here, and is left out ({type(error).__name__}: {error})", stacklevel=2)
+            warnings.warn(
+                f"{name}: does not run here, and is left out ({type(error).__name__}: {error})", stacklevel=2
+            )
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
         return float("inf")
     return statistics.median(times)
 
 
-# ------------------------------------------------------------------------------------------------------------------ tables
+# ----------------------------------------------------------------------------------------------------- tables
 
 
 @cache
@@ -215,7 +250,10 @@ def triton_version() -> str | None:
 
 
 def read_table(path: Path, triton: str | None = None) -> dict[str, str]:
-    """Row -> way; none if it was measured with another ``triton``. A file that is no such table counts as empty, with a warning."""
+    """Row -> way; none if it was measured with another ``triton``.
+
+    A file that is no such table counts as empty, with a warning.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = content["rows"]
@@ -243,7 +281,9 @@ def shared_table(device: torch.device, share: Callable[[dict[str, str]], dict[st
 
 @contextmanager
 def measuring_into(folder: Path | None) -> Iterator[None]:
-    """Within the block measure every choice anew, and write what is found into the device's table in ``folder``; None: as ever."""
+    """Within the block measure every choice anew, and write what is found into the device's table in
+    ``folder``; None: as ever.
+    """
     before = _State.table, _State.folder
     if folder is not None:
         _State.table, _State.folder = {}, folder
@@ -254,14 +294,20 @@ def measuring_into(folder: Path | None) -> Iterator[None]:
 
 
 def _write(device: torch.device, table: dict[str, str]) -> None:
-    """Replace the file in one step, its other rows kept; where it cannot be written, the next process measures anew."""
+    """Replace the file in one step, its other rows kept; where it cannot be written, the next process
+    measures anew.
+    """
     folder = _State.folder or cache_folder()
     path = folder / f"{_name(device)}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         rows = {**read_table(path, triton_version()), **table}
         versions = {"torch": torch.__version__, "triton": triton_version()}
-        content = {"device": torch.cuda.get_device_name(device), **versions, "rows": dict(sorted(rows.items()))}
+        content = {
+            "device": torch.cuda.get_device_name(device),
+            **versions,
+            "rows": dict(sorted(rows.items())),
+        }
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
             json.dump(content, file, indent=1)
         Path(file.name).replace(path)

@@ -1,4 +1,7 @@
-"""How a Triton kernel is started: tilings, and compiling without a device. Imported only where Triton kernels are."""
+"""How a Triton kernel is started: tilings, and compiling without a device.
+
+Imported only where Triton kernels are.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes, and with how many warps: m x n outputs, k of the summed features at a time."""
+    """What one program computes, and with how many warps: m x n outputs, k of the summed features at a
+    time.
+    """
 
     m: int
     n: int
@@ -30,7 +35,9 @@ class _State:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int, **constants: Any) -> None:
-    """kernel[grid](*args, **constants); within :func:`compiling` only compiled, as it would be for these very arguments."""
+    """kernel[grid](*args, **constants); within :func:`compiling` only compiled, as it would be for these
+    very arguments.
+    """
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if _State.compiled is not None:
         _State.compiled.append(kernel.warmup(*args, grid=grid, **constants, **options))
@@ -41,7 +48,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: i
 
 @contextmanager
 def compiling() -> Iterator[list[Any]]:
-    """Collects the compiled kernels of what would be launched within; its tensors may be on the meta device."""
+    """Collects the compiled kernels of what would be launched within; its tensors may be on the meta
+    device.
+    """
     found: list[Any] = []
     _State.compiled = found
     try:

@@ -1,4 +1,5 @@
-"""The guided mix of a linear with a dense second factor: y = alpha W x + (1 - alpha) U z + b (paper, section 4).
+"""The guided mix of a linear with a dense second factor: y = alpha W x + (1 - alpha) U z + b (paper, section
+4).
 
 Shapes: x (T, N), W (M, N) the guide, z (T, R), U (M, R) the second factor, b (M) -> y (T, M).
 """
@@ -14,8 +15,13 @@ from torch import Tensor
 from sffn_kernels import dispatch
 
 
-def forward(x: Tensor, guide: Tensor, z: Tensor, second: Tensor, alpha: float, bias: Tensor | None = None) -> Tensor:
-    """Both products in one accumulator; without autograd. By cuBLAS the second one adds to the output of the first."""
+def forward(
+    x: Tensor, guide: Tensor, z: Tensor, second: Tensor, alpha: float, bias: Tensor | None = None
+) -> Tensor:
+    """Both products in one accumulator; without autograd.
+
+    By cuBLAS the second one adds to the output of the first.
+    """
 
     def by_torch() -> Tensor:
         if bias is None:
@@ -25,12 +31,16 @@ def forward(x: Tensor, guide: Tensor, z: Tensor, second: Tensor, alpha: float, b
     def kernels() -> dispatch.Ways[Tensor]:
         from sffn_kernels import mix_triton as ours
 
-        return {tile.name: partial(ours.mixed, x, guide, z, second, alpha, bias, tile) for tile in ours.CONFIGS}
+        return {
+            tile.name: partial(ours.mixed, x, guide, z, second, alpha, bias, tile) for tile in ours.CONFIGS
+        }
 
     return dispatch.run("mix", (*x.shape, *second.shape), x, by_torch, kernels)
 
 
-def apply(x: Tensor, guide: Tensor, z: Tensor, second: Tensor, alpha: float, bias: Tensor | None = None) -> Tensor:
+def apply(
+    x: Tensor, guide: Tensor, z: Tensor, second: Tensor, alpha: float, bias: Tensor | None = None
+) -> Tensor:
     """y (T, M), differentiable. Raises ValueError for an alpha outside [0, 1]."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha = {alpha}: must be within [0, 1]")
@@ -57,7 +67,10 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, guide, z, second = ctx.saved_tensors
     needs = ctx.needs_input_grad
     made: list[Tensor | None] = []
-    for read, weight, share, of_read, of_weight in ((x, guide, ctx.alpha, *needs[:2]), (z, second, 1 - ctx.alpha, *needs[2:4])):
+    for read, weight, share, of_read, of_weight in (
+        (x, guide, ctx.alpha, *needs[:2]),
+        (z, second, 1 - ctx.alpha, *needs[2:4]),
+    ):
         made.append(_scaled(grad, weight, share) if of_read else None)
         made.append(_scaled(grad.t(), read, share) if of_weight else None)
     return *made, None, grad.sum(0) if needs[5] else None

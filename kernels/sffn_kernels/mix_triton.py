@@ -38,10 +38,13 @@ def _mixed(
     tl.store(out + begin * out_t + start + (t * out_t + m), acc.to(out.dtype.element_ty), mask=rows & columns)
 
 
-def mixed(x: Tensor, guide: Tensor, z: Tensor, second: Tensor, alpha: float, bias: Tensor | None, tile: Tile) -> Tensor:
+def mixed(
+    x: Tensor, guide: Tensor, z: Tensor, second: Tensor, alpha: float, bias: Tensor | None, tile: Tile
+) -> Tensor:
     """alpha W x + (1 - alpha) U z + b, (T, M), from x (T, N), W (M, N), z (T, R), U (M, R).
 
-    The product of the smaller weight goes first and is scaled by the ratio of the two, at most 1, before the other is added to it.
+    The product of the smaller weight goes first and is scaled by the ratio of the two, at most 1, before the
+    other is added to it.
     """
     pairs = [(alpha, x, guide), (1 - alpha, z, second)]
     (less, a, b), (more, c, d) = sorted(pairs, key=lambda pair: pair[0])
@@ -51,7 +54,13 @@ def mixed(x: Tensor, guide: Tensor, z: Tensor, second: Tensor, alpha: float, bia
     grid = (triton.cdiv(tokens, tile.m) * triton.cdiv(outputs, tile.n),)
     sizes = (tokens, outputs, a.shape[1], c.shape[1])
     given = [stride for tensor in (a, b, c, d) for stride in strides(tensor)]
-    constants = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "HAS_BIAS": bias is not None, "PRECISION": precision(x.dtype)}
+    constants = {
+        "BM": tile.m,
+        "BN": tile.n,
+        "BK": tile.k,
+        "HAS_BIAS": bias is not None,
+        "PRECISION": precision(x.dtype),
+    }
     scales = (less / more, more)
     launch(
         _mixed,
@@ -74,7 +83,9 @@ def mixed(x: Tensor, guide: Tensor, z: Tensor, second: Tensor, alpha: float, bia
 
 
 def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, launch) of every tiling, in bf16 on tensors without memory: what an ahead-of-time check compiles."""
+    """(name, launch) of every tiling, in bf16 on tensors without memory: what an ahead-of-time check
+    compiles.
+    """
     shapes = ((30_000, 2048), (8192, 2048), (30_000, 512), (8192, 512))
     x, guide, z, second = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
     for tile in CONFIGS:

@@ -1,10 +1,11 @@
-"""A sum cut among programs: each writes an fp32 partial sum into a scratch and counts itself in; the last one adds them up.
+"""A sum cut among programs: each writes an fp32 partial sum into a scratch and counts itself in; the last one
+adds them up.
 
-The partial sums are always added in the same order: the result does not depend on which program was last. No program waits for another,
-so they need not run at the same time.
+The partial sums are always added in the same order: the result does not depend on which program was last. No
+program waits for another, so they need not run at the same time.
 
-The last program also sets its counter back to zero: a launch finds the zeros that the one before it left, and CUDA graphs can be replayed
-without a memset (:func:`counters` says on which assumption).
+The last program also sets its counter back to zero: a launch finds the zeros that the one before it left, and
+CUDA graphs can be replayed without a memset (:func:`counters` says on which assumption).
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def sum_of(source, count, stride, e, valid, SPAN: tl.constexpr):
         i = (start + which)[:, None]
         at = source + (i * stride + e[None, :])
         # .cg: other multiprocessors wrote this, and the L1 cache is not kept up to date
-        total += tl.sum(tl.load(at, mask=(i < count) & valid[None, :], other=0.0, cache_modifier=".cg"), axis=0)
+        total += tl.sum(
+            tl.load(at, mask=(i < count) & valid[None, :], other=0.0, cache_modifier=".cg"), axis=0
+        )
     return total
 
 
@@ -57,9 +60,10 @@ _zeros: dict[tuple[torch.device, int], Tensor] = {}
 def counters(device: torch.device, count: int) -> Tensor:
     """Counters that are zero for the next launch on the current stream, and that this launch must leave zero.
 
-    They are one buffer for all launches on a stream: these come one after the other. A CUDA graph captured on a stream that has a buffer
-    (because it was warmed up there) uses it, so it must not run at the same time as others captured there, or as launches there; captured
-    on any other stream, it has a buffer and a memset for each launch.
+    They are one buffer for all launches on a stream: these come one after the other. A CUDA graph captured on
+    a stream that has a buffer (because it was warmed up there) uses it, so it must not run at the same time
+    as others captured there, or as launches there; captured on any other stream, it has a buffer and a memset
+    for each launch.
     """
     on_cuda = device.type == "cuda"
     key = (device, torch.cuda.current_stream(device).cuda_stream if on_cuda else 0)

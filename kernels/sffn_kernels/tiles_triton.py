@@ -1,4 +1,5 @@
-"""What the kernels share: a product of two tiles accumulated over the summed dimension, activations, the order of programs.
+"""What the kernels share: a product of two tiles accumulated over the summed dimension, activations, the
+order of programs.
 
 Everything is summed and activated in fp32; fp32 inputs are multiplied in fp32 ("ieee"), not TF32.
 """
@@ -17,13 +18,17 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def strides(tensor: Tensor) -> list[int]:
-    """A tensor's strides, 0 in dimensions of size 1: theirs say nothing, and an odd one would keep Triton from loading 16 bytes at once."""
+    """A tensor's strides, 0 in dimensions of size 1: theirs say nothing, and an odd one would keep Triton
+    from loading 16 bytes at once.
+    """
     return [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
 @triton.jit
 def in_groups(program, rows, columns, GROUP: tl.constexpr):
-    """(row, column) of a program's tile: GROUP rows of tiles go through all columns together, so that what they read stays in L2."""
+    """(row, column) of a program's tile: GROUP rows of tiles go through all columns together, so that what
+    they read stays in L2.
+    """
     size = GROUP * columns
     first = program // size * GROUP
     here = tl.minimum(rows - first, GROUP)

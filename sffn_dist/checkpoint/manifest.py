@@ -1,12 +1,14 @@
-"""What a checkpoint folder says of itself: one ``manifest.json`` beside the ranks' safetensors files. Standard library only.
+"""What a checkpoint folder says of itself: one ``manifest.json`` beside the ranks' safetensors files.
+
+Standard library only.
 
     run.dir/checkpoints/step_00000120/manifest.json
                                       tokenizer.json
                                       rank_00000.safetensors ...
 
-A folder gets its name by a rename after everything in it is on disk: a checkpoint is complete or not there. The manifest holds every file's
-size and sha256, and its own: what a disk did to a checkpoint later is seen before anything of it is used. ``step`` counts the steps taken,
-so the next step to run is ``step`` itself.
+A folder gets its name by a rename after everything in it is on disk: a checkpoint is complete or not there.
+The manifest holds every file's size and sha256, and its own: what a disk did to a checkpoint later is seen
+before anything of it is used. ``step`` counts the steps taken, so the next step to run is ``step`` itself.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class BrokenCheckpoint(ValueError):
 
 
 class UnreadableCheckpoint(BrokenCheckpoint):
-    """Of no use here, but maybe elsewhere or later: another version of this code wrote it, or the disk answers with errors."""
+    """Of no use here, but maybe elsewhere or later: another version of this code wrote it, or the disk
+    answers with errors.
+    """
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,12 @@ class Manifest:
 
     folder: Path
     step: int
-    optimizer_steps: int  # Adam's own count: behind ``step`` by the steps that were skipped for a non-finite gradient
-    guide_optimizer_steps: int | None  # the guide's own: it counts from where guidance begins; None without a guide
+    optimizer_steps: (
+        int  # Adam's own count: behind ``step`` by the steps that were skipped for a non-finite gradient
+    )
+    guide_optimizer_steps: (
+        int | None
+    )  # the guide's own: it counts from where guidance begins; None without a guide
     data_fingerprint: str | None
     tensor_parallel: int
     kinds: tuple[str, ...]  # of KINDS: an imported model has no moments
@@ -81,12 +89,16 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     revision: str | None = None
     origin: str | None = None  # what it was imported from
-    recent_losses: tuple[float, ...] = ()  # of the last accepted steps, nats: what the next ones are judged by
+    recent_losses: tuple[
+        float, ...
+    ] = ()  # of the last accepted steps, nats: what the next ones are judged by
     alpha: float | None = None  # of an import's guides; None: that of the run's schedule at ``step``
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises BrokenCheckpoint if the folder is not a checkpoint, or a file of it is missing or of another size."""
+        """Raises BrokenCheckpoint if the folder is not a checkpoint, or a file of it is missing or of
+        another size.
+        """
         try:
             tree = json.loads((folder / NAME).read_text(encoding="utf-8"))
             if tree["format"] != FORMAT or tree["version"] != VERSION:
@@ -104,9 +116,13 @@ class Manifest:
         except OSError as error:
             raise UnreadableCheckpoint(f"{folder}: cannot be read: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise BrokenCheckpoint(f"{folder}: not a complete checkpoint: {type(error).__name__}: {error}") from None
+            raise BrokenCheckpoint(
+                f"{folder}: not a complete checkpoint: {type(error).__name__}: {error}"
+            ) from None
         if (folder / MARK).exists():
-            raise BrokenCheckpoint(f"{folder}: marked as broken: {_text(folder / MARK)} (delete {MARK} to have it tried again)")
+            raise BrokenCheckpoint(
+                f"{folder}: marked as broken: {_text(folder / MARK)} (delete {MARK} to have it tried again)"
+            )
         return found
 
     @classmethod
@@ -139,14 +155,18 @@ class Manifest:
                 raise BrokenCheckpoint(f"{self.folder}: file {name!r} is not one of its own")
             found = (self.folder / name).stat().st_size
             if found != self.files[name].bytes:
-                raise BrokenCheckpoint(f"{self.folder / name}: {found} bytes, the manifest says {self.files[name].bytes}")
+                raise BrokenCheckpoint(
+                    f"{self.folder / name}: {found} bytes, the manifest says {self.files[name].bytes}"
+                )
 
     def write(self) -> None:
         """Put the manifest into its folder, whose other files are there and on disk."""
         tree = {
             "format": FORMAT,
             "version": VERSION,
-            **{key: value for key, value in asdict(self).items() if key not in ("folder", "shapes", "pieces")},
+            **{
+                key: value for key, value in asdict(self).items() if key not in ("folder", "shapes", "pieces")
+            },
             "tensors": {
                 name: {"shape": list(shape), "pieces": [asdict(piece) for piece in self.pieces[name]]}
                 for name, shape in self.shapes.items()
@@ -165,11 +185,16 @@ class Manifest:
                 problems.append(UnreadableCheckpoint(f"{path}: cannot be read: {error}"))
                 continue
             if found != stated:
-                problems.append(BrokenCheckpoint(f"{path}: sha256 {found[:12]}..., the manifest says {stated[:12]}..."))
+                problems.append(
+                    BrokenCheckpoint(f"{path}: sha256 {found[:12]}..., the manifest says {stated[:12]}...")
+                )
         return problems
 
     def mark(self, reason: str) -> None:
-        """Leave word in the folder that it is broken, so that no start tries it again. Where nothing can be written: none."""
+        """Leave word in the folder that it is broken, so that no start tries it again.
+
+        Where nothing can be written: none.
+        """
         try:
             write_text(self.folder / MARK, reason + "\n")
         except OSError as error:
@@ -197,7 +222,7 @@ def _text(path: Path) -> str:
         return str(error)
 
 
-# --------------------------------------------------------------------------------------------------------- a run's folder
+# --------------------------------------------------------------------------------------------- a run's folder
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -205,30 +230,43 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Folders that bear a checkpoint's name, oldest first. Raises OSError where they cannot be listed (a glob would find none)."""
+    """Folders that bear a checkpoint's name, oldest first.
+
+    Raises OSError where they cannot be listed (a glob would find none).
+    """
     try:
         names = os.listdir(run_dir / "checkpoints")
     except FileNotFoundError:
         return []
-    steps = {name: name.removeprefix("step_") for name in names if name.startswith("step_") and name.isascii()}
-    found = sorted((name for name, step in steps.items() if step.isdecimal()), key=lambda name: int(steps[name]))
+    steps = {
+        name: name.removeprefix("step_") for name in names if name.startswith("step_") and name.isascii()
+    }
+    found = sorted(
+        (name for name, step in steps.items() if step.isdecimal()), key=lambda name: int(steps[name])
+    )
     return [run_dir / "checkpoints" / name for name in found]
 
 
-def latest_checkpoint(run_dir: Path, besides: Container[Path] = (), up_to: int | None = None) -> Manifest | None:
-    """The newest complete checkpoint of a run; broken ones are skipped and named in a warning. Content is not read: see ``damage``.
+def latest_checkpoint(
+    run_dir: Path, besides: Container[Path] = (), up_to: int | None = None
+) -> Manifest | None:
+    """The newest complete checkpoint of a run; broken ones are skipped and named in a warning.
+
+    Content is not read: see ``damage``.
 
     ``up_to``: the last step that it may be of.
 
-    None if there is none at all. Raises ConfigError if there are some and all are broken (or among ``besides``, already known to be),
-    or if they cannot be listed: starting anew would overwrite the run.
+    None if there is none at all. Raises ConfigError if there are some and all are broken (or among
+    ``besides``, already known to be), or if they cannot be listed: starting anew would overwrite the run.
     """
     reasons: list[str] = []
     told = 0
     try:
         folders = checkpoints(run_dir)
     except OSError as error:
-        raise ConfigError([f"run.dir = {str(run_dir)!r}: its checkpoints cannot be listed: {error}"]) from None
+        raise ConfigError(
+            [f"run.dir = {str(run_dir)!r}: its checkpoints cannot be listed: {error}"]
+        ) from None
     for folder in reversed(folders):
         if up_to is not None and int(folder.name[5:]) > up_to:
             continue
@@ -245,12 +283,16 @@ def latest_checkpoint(run_dir: Path, besides: Container[Path] = (), up_to: int |
             log.warning("checkpoint skipped: %s", reason)
         return found
     if reasons:
-        raise ConfigError([f"run.dir = {str(run_dir)!r}: no checkpoint in it is complete: {reason}" for reason in reasons])
+        raise ConfigError(
+            [f"run.dir = {str(run_dir)!r}: no checkpoint in it is complete: {reason}" for reason in reasons]
+        )
     return None
 
 
 def find_checkpoint(key: str, path: str) -> Manifest:
-    """The checkpoint that ``path`` (a checkpoint, or a run whose newest is meant) names; raises ConfigError naming ``key``."""
+    """The checkpoint that ``path`` (a checkpoint, or a run whose newest is meant) names; raises
+    ConfigError naming ``key``.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError([f"{key} = {path!r}: no such folder; must be a checkpoint or a run.dir"])
@@ -280,8 +322,9 @@ def missing_tensors(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> I
 def prune(run_dir: Path, keep: int, keep_every: int, saved: Path) -> None:
     """Remove what is no longer wanted once ``saved``, which was just written, is there.
 
-    Kept: the ``keep`` newest complete ones up to ``saved``, those of steps that ``keep_every`` divides, what another version of this code
-    wrote or the disk does not read, and whatever lies beyond ``saved``: a start may have gone on from an older one for a disk's bad hour.
+    Kept: the ``keep`` newest complete ones up to ``saved``, those of steps that ``keep_every`` divides, what
+    another version of this code wrote or the disk does not read, and whatever lies beyond ``saved``: a start
+    may have gone on from an older one for a disk's bad hour.
     """
     complete, broken = [], []
     for folder in checkpoints(run_dir):
@@ -295,7 +338,11 @@ def prune(run_dir: Path, keep: int, keep_every: int, saved: Path) -> None:
             broken.append(folder)
             continue
         complete.append(folder)
-    kept = {saved, *complete[-keep:], *(folder for folder in complete if keep_every and int(folder.name[5:]) % keep_every == 0)}
+    kept = {
+        saved,
+        *complete[-keep:],
+        *(folder for folder in complete if keep_every and int(folder.name[5:]) % keep_every == 0),
+    }
     for folder in (*complete, *broken):
         if folder not in kept:
             remove(folder)

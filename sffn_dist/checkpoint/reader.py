@@ -1,4 +1,6 @@
-"""Read tensors of a checkpoint for any layout: from pieces to a rank's part to the full tensor to another rank's part."""
+"""Read tensors of a checkpoint for any layout: from pieces to a rank's part to the full tensor to another
+rank's part.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sffn_dist.checkpoint.manifest import KINDS, TOKENIZER, BrokenCheckpoint, Manifest, find_checkpoint, missing_tensors
+from sffn_dist.checkpoint.manifest import (
+    KINDS,
+    TOKENIZER,
+    BrokenCheckpoint,
+    Manifest,
+    find_checkpoint,
+    missing_tensors,
+)
 from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.checkpoint.writer import Fragment
 from sffn_dist.parallel.split import part_view, shard
@@ -37,7 +46,9 @@ class Reader:
         self._open: dict[str, Any] = {}
 
     def part(self, name: str, kind: str, tensor_rank: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements start .. stop of what one tensor-parallel rank of the saved run held, flat; only these are read."""
+        """Elements start .. stop of what one tensor-parallel rank of the saved run held, flat; only these
+        are read.
+        """
         spec, p = self.specs[name], self.manifest.tensor_parallel
         rank = tensor_rank if spec.cut is not None else 0
         stop = torch.Size(spec.local_shape(p)).numel() if stop is None else stop
@@ -49,7 +60,9 @@ class Reader:
                 flat[first - start : last - start] = read
                 covered += last - first
         if covered != stop - start:
-            raise BrokenCheckpoint(f"{self.manifest.folder}: {kind} of {name} has {covered} of {stop - start} elements")
+            raise BrokenCheckpoint(
+                f"{self.manifest.folder}: {kind} of {name} has {covered} of {stop - start} elements"
+            )
         return flat
 
     def _slice(self, file: str, key: str, start: int, stop: int) -> Tensor:
@@ -70,23 +83,36 @@ class Reader:
             part_view(full, spec, p, rank).copy_(self.part(name, kind, rank).view(spec.cut.local_view(p)))
         return full
 
-    def local(self, name: str, kind: str, tensor: int, tensor_rank: int, start: int = 0, stop: int | None = None) -> Tensor:
+    def local(
+        self, name: str, kind: str, tensor: int, tensor_rank: int, start: int = 0, stop: int | None = None
+    ) -> Tensor:
         """Elements start .. stop of the part of rank ``tensor_rank`` of ``tensor``, flat."""
         if tensor == self.manifest.tensor_parallel:
             return self.part(name, kind, tensor_rank, start, stop)
         return shard(self.full(name, kind), self.specs[name], tensor, tensor_rank).view(-1)[start:stop]
 
     @torch.no_grad()
-    def restore(self, fragments: Iterable[Fragment], topology: Topology, kinds: tuple[str, ...] = KINDS) -> None:
-        """Copy fp32 weights and moments (or only some ``kinds``) into the optimiser's fragments, bit for bit."""
+    def restore(
+        self, fragments: Iterable[Fragment], topology: Topology, kinds: tuple[str, ...] = KINDS
+    ) -> None:
+        """Copy fp32 weights and moments (or only some ``kinds``) into the optimiser's fragments, bit for
+        bit.
+        """
         for fragment in fragments:
             for kind in kinds:
-                place = (topology.tensor, topology.tensor_rank, fragment.start, fragment.start + fragment.numel)
+                place = (
+                    topology.tensor,
+                    topology.tensor_rank,
+                    fragment.start,
+                    fragment.start + fragment.numel,
+                )
                 fragment.tensors[kind].copy_(self.local(fragment.name, kind, *place))
 
     @torch.no_grad()
     def load(self, model: nn.Module, topology: Topology) -> None:
-        """Set this rank's part of a model without an engine: its parameters' weights, rounded to their type."""
+        """Set this rank's part of a model without an engine: its parameters' weights, rounded to their
+        type.
+        """
         for name, parameter in model.named_parameters():
             local = self.local(name, "weight", topology.tensor, topology.tensor_rank)
             parameter.copy_(local.view(parameter.shape))
@@ -95,7 +121,11 @@ class Reader:
         """The checkpoint's model, as it would be evaluated at its step."""
         manifest, clock = self.manifest, schedule.build_schedule(self.config)
         alpha = clock.alpha(manifest.step) if manifest.alpha is None else manifest.alpha
-        facts = {"data_fingerprint": manifest.data_fingerprint, "revision": manifest.revision, "versions": manifest.versions}
+        facts = {
+            "data_fingerprint": manifest.data_fingerprint,
+            "revision": manifest.revision,
+            "versions": manifest.versions,
+        }
         return Weights(
             config=self.config,
             full=self.full,

@@ -1,8 +1,8 @@
 """Write a checkpoint from full tensors, one at a time: for another layout, or from another format.
 
-Any layout reads any checkpoint, so what a conversion chooses is locality: a tensor-parallel rank's parts lie in ``data`` files of
-their own, what all ranks hold in the first one's. The ZeRO stage is no property of the files. In memory at once: a full tensor and a
-rank's part of it.
+Any layout reads any checkpoint, so what a conversion chooses is locality: a tensor-parallel rank's parts lie
+in ``data`` files of their own, what all ranks hold in the first one's. The ZeRO stage is no property of the
+files. In memory at once: a full tensor and a rank's part of it.
 """
 
 from __future__ import annotations
@@ -38,12 +38,19 @@ FullTensor = Callable[[str, str], Tensor]  # (name, kind) -> full fp32 tensor
 def reshard(source: Manifest, target: Path, *, tensor: int, data: int = 1) -> Manifest:
     """The checkpoint as ``tensor`` x ``data`` ranks would have written it, bit for bit the same tensors.
 
-    Raises ConfigError where the model does not fit ``tensor`` ranks, ``target`` exists, or the disk has no room; BrokenCheckpoint.
+    Raises ConfigError where the model does not fit ``tensor`` ranks, ``target`` exists, or the disk has no
+    room; BrokenCheckpoint.
     """
     reader = Reader(source)
     tree = {**source.config, "parallel": {**source.config["parallel"], "tensor": tensor}}
-    cut = dataclasses.replace(source, config=loading.from_tree(tree).model_dump(mode="json"), tensor_parallel=tensor)
-    texts = {name: (source.folder / name).read_text(encoding="utf-8") for name in (TOKENIZER, START) if name in source.files}
+    cut = dataclasses.replace(
+        source, config=loading.from_tree(tree).model_dump(mode="json"), tensor_parallel=tensor
+    )
+    texts = {
+        name: (source.folder / name).read_text(encoding="utf-8")
+        for name in (TOKENIZER, START)
+        if name in source.files
+    }
     return write(cut, reader.full, target, data=data, texts=texts)
 
 
@@ -55,7 +62,10 @@ def write_weights(weights: Weights, target: Path) -> Manifest:
 
 
 def start_config(weights: Weights, target: Path) -> dict[str, Any]:
-    """What a run's config must say to start from an imported checkpoint: its model and where it lies. ``train`` is the user's."""
+    """What a run's config must say to start from an imported checkpoint: its model and where it lies.
+
+    ``train`` is the user's.
+    """
     tree = weights.config.model_dump(mode="json", include={"model", "ffn"}, exclude_none=True)
     place = target.resolve()
     return {
@@ -68,7 +78,9 @@ def start_config(weights: Weights, target: Path) -> dict[str, Any]:
 
 def header(weights: Weights, target: Path) -> Manifest:
     """A manifest for weights alone, of one rank; tensors and files are filled in by :func:`write`."""
-    config = weights.config.model_copy(update={"parallel": weights.config.parallel.model_copy(update={"tensor": 1})})
+    config = weights.config.model_copy(
+        update={"parallel": weights.config.parallel.model_copy(update={"tensor": 1})}
+    )
     return Manifest(
         folder=target,
         step=weights.step,
@@ -88,13 +100,19 @@ def header(weights: Weights, target: Path) -> Manifest:
     )
 
 
-def write(like: Manifest, full: FullTensor, target: Path, *, data: int = 1, texts: Mapping[str, str] | None = None) -> Manifest:
-    """A checkpoint whose manifest is ``like`` but for tensors and files, which come from ``full``; ``texts``: files beside, by name."""
+def write(
+    like: Manifest, full: FullTensor, target: Path, *, data: int = 1, texts: Mapping[str, str] | None = None
+) -> Manifest:
+    """A checkpoint whose manifest is ``like`` but for tensors and files, which come from ``full``;
+    ``texts``: files beside, by name.
+    """
     config = loading.from_tree(like.config)
     specs = model_tensors(config, guide=like.guide_optimizer_steps is not None)
     p = like.tensor_parallel
     with fresh(target) as folder:
-        check_room(folder, sum(4 * math.prod(spec.local_shape(p)) * p for spec in specs.values()) * len(like.kinds))
+        check_room(
+            folder, sum(4 * math.prod(spec.local_shape(p)) * p for spec in specs.values()) * len(like.kinds)
+        )
         pieces, files = _write_tensors(folder, specs, like.kinds, full, p, data)
         for name, text in (texts or {}).items():
             write_text(folder / name, text)
@@ -122,7 +140,9 @@ def _write_tensors(
     entries: dict[str, dict[str, TensorEntry]] = {_file(rank): {} for rank in range(p * data)}
     for name, some in pieces.items():
         for piece in some:
-            entries[piece.file] |= {piece.key(kind, name): TensorEntry(torch.float32, (piece.numel,)) for kind in kinds}
+            entries[piece.file] |= {
+                piece.key(kind, name): TensorEntry(torch.float32, (piece.numel,)) for kind in kinds
+            }
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(TensorFile(folder / name, some)) for name, some in entries.items()}
         for name, spec in specs.items():
@@ -130,15 +150,21 @@ def _write_tensors(
                 tensor = full(name, kind)
                 flat = tensor
                 for rank, own in itertools.groupby(pieces[name], lambda piece: piece.tensor_rank):
-                    flat = (tensor if spec.cut is None or p == 1 else shard(tensor, spec, p, rank)).reshape(-1)
+                    flat = (tensor if spec.cut is None or p == 1 else shard(tensor, spec, p, rank)).reshape(
+                        -1
+                    )
                     for piece in own:
-                        files[piece.file].add(piece.key(kind, name), flat[piece.start : piece.start + piece.numel])
+                        files[piece.file].add(
+                            piece.key(kind, name), flat[piece.start : piece.start + piece.numel]
+                        )
                 del tensor, flat  # before the next one comes
         return pieces, {name: File(*file.close()) for name, file in files.items()}
 
 
 def _pieces(spec: TensorSpec, p: int, data: int) -> Iterator[Piece]:
-    """Each tensor-parallel rank's part in ``data`` ranges, as even as they come; what all of them hold is the first one's."""
+    """Each tensor-parallel rank's part in ``data`` ranges, as even as they come; what all of them hold is
+    the first one's.
+    """
     numel = math.prod(spec.local_shape(p))
     for tensor_rank in range(p if spec.cut is not None else 1):
         for data_rank in range(data):

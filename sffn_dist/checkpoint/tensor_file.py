@@ -1,7 +1,9 @@
-"""Write a safetensors file tensor by tensor, hashing on the way: what is in memory at once is one tensor, not the file.
+"""Write a safetensors file tensor by tensor, hashing on the way: what is in memory at once is one tensor, not
+the file.
 
-The format (https://github.com/huggingface/safetensors): 8 bytes little-endian length n, n bytes of JSON header, then the tensors' bytes one
-after another. The header comes first, so names, types and shapes must be known before the first tensor is. Reading is the library's.
+The format (https://github.com/huggingface/safetensors): 8 bytes little-endian length n, n bytes of JSON
+header, then the tensors' bytes one after another. The header comes first, so names, types and shapes must be
+known before the first tensor is. Reading is the library's.
 """
 
 from __future__ import annotations
@@ -40,7 +42,11 @@ def header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> b
     tree: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for key, entry in entries.items():
-        tree[key] = {"dtype": TYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [end, end + entry.bytes]}
+        tree[key] = {
+            "dtype": TYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [end, end + entry.bytes],
+        }
         end += entry.bytes
     text = json.dumps(tree, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -48,19 +54,32 @@ def header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> b
 
 
 class TensorFile:
-    """A safetensors file being written; a context manager, which on an exception closes the file as it is and leaves it incomplete."""
+    """A safetensors file being written; a context manager, which on an exception closes the file as it is
+    and leaves it incomplete.
+    """
 
-    def __init__(self, path: Path, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str] | None = None):
+    def __init__(
+        self, path: Path, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str] | None = None
+    ):
         self.path, self._left = path, dict(entries)
         self._hash, self._file = hashlib.sha256(), path.open("wb")
         self.bytes = 0
         self._write(memoryview(header(entries, metadata or {})))
 
     def add(self, key: str, tensor: Tensor) -> None:
-        """Append a tensor; they must come in the order of the entries. Raises ValueError if it is not what the header says."""
+        """Append a tensor; they must come in the order of the entries.
+
+        Raises ValueError if it is not what the header says.
+        """
         expected, entry = next(iter(self._left.items()), (None, None))
-        if key != expected or entry is None or (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
-            raise ValueError(f"{self.path}: {key} {tensor.dtype} {tuple(tensor.shape)} where {expected} {entry} is due")
+        if (
+            key != expected
+            or entry is None
+            or (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape)
+        ):
+            raise ValueError(
+                f"{self.path}: {key} {tensor.dtype} {tuple(tensor.shape)} where {expected} {entry} is due"
+            )
         del self._left[key]
         flat = tensor.detach().to("cpu").contiguous().view(-1)
         if flat.numel():
@@ -84,5 +103,7 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()

@@ -26,8 +26,8 @@ from sffn_dist.structured.functional import from_dense, to_dense
 class Weights:
     """A GPT in this project's terms.
 
-    ``full(name)`` reads a tensor anew at each call. With ``guide`` every structured linear has one, and the model is the mix of
-    ``alpha`` W x + (1 - alpha) U(V x).
+    ``full(name)`` reads a tensor anew at each call. With ``guide`` every structured linear has one, and the
+    model is the mix of ``alpha`` W x + (1 - alpha) U(V x).
     """
 
     config: Config
@@ -37,7 +37,9 @@ class Weights:
     alpha: float = 0.0
     step: int = 0  # steps of training behind it
     tokenizer: str | None = None  # the text of its tokenizer.json
-    facts: Mapping[str, Any] = field(default_factory=dict)  # for model cards: data fingerprint, revision, results, ...
+    facts: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # for model cards: data fingerprint, revision, results, ...
 
     def names(self) -> list[str]:
         """Every tensor's name, in the model's order."""
@@ -45,8 +47,12 @@ class Weights:
 
 
 def merged(weights: Weights) -> Weights:
-    """The same map with dense feed-forward layers: W = U V multiplied out, guides folded in with their alpha."""
-    sources = dict.fromkeys(weights.names())  # in order: to_dense reads the sizes from the factor applied first
+    """The same map with dense feed-forward layers: W = U V multiplied out, guides folded in with their
+    alpha.
+    """
+    sources = dict.fromkeys(
+        weights.names()
+    )  # in order: to_dense reads the sizes from the factor applied first
 
     def full(name: str) -> Tensor:
         if name in sources:
@@ -65,8 +71,9 @@ def merged(weights: Weights) -> Weights:
 def approximated(weights: Weights, ffn: Mapping[str, Any], *, guide: bool = False) -> Weights:
     """A dense model with its feed-forward matrices replaced by the nearest structured ones in Frobenius norm.
 
-    ``ffn`` are settings of the config's section of that name: kind, rank, blocks, dense_layers. With ``guide`` the dense matrices stay as
-    guides, so that self-guided training starts from the model as it is (alpha = 1). Raises ConfigError where the sizes do not fit.
+    ``ffn`` are settings of the config's section of that name: kind, rank, blocks, dense_layers. With
+    ``guide`` the dense matrices stay as guides, so that self-guided training starts from the model as it is
+    (alpha = 1). Raises ConfigError where the sizes do not fit.
     """
     tree = weights.config.model_dump(mode="json")
     tree["ffn"] = {**tree["ffn"], "width": weights.config.ffn_width, **ffn}
@@ -86,7 +93,12 @@ def approximated(weights: Weights, ffn: Mapping[str, Any], *, guide: bool = Fals
             last.clear()
             dense_matrix = weights.full(f"{prefix}.weight")
             if not torch.isfinite(dense_matrix).all():
-                raise ConfigError([f"{weights.origin}: {prefix}.weight holds values that are not finite: nothing is near it"])
+                raise ConfigError(
+                    [
+                        f"{weights.origin}: {prefix}.weight holds values that are not finite: nothing is "
+                        f"near it"
+                    ]
+                )
             last[prefix] = from_dense(ffn_structure(config, _layer(name)), dense_matrix)
         return last[prefix][leaf]
 

@@ -1,9 +1,11 @@
-"""Save: each rank writes the fragments it owns, in the background if wanted; a checkpoint is complete or not there.
+"""Save: each rank writes the fragments it owns, in the background if wanted; a checkpoint is complete or not
+there.
 
     main thread    copy of the rank's fragments to host memory                             (all that training waits for)
     thread         room? -> file of this rank, hashed on the way -> everyone's reports -> rank 0: manifest, rename, prune
 
-The thread's agreement between ranks goes over a gloo group of its own, so it meets no collective of the training's.
+The thread's agreement between ranks goes over a gloo group of its own, so it meets no collective of the
+training's.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ PARTIAL, OLDER = ".partial", ".older.partial"
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements start .. start+numel of a rank's flattened parameter, as writable views of the optimiser's own memory."""
+    """Elements start .. start+numel of a rank's flattened parameter, as writable views of the optimiser's
+    own memory.
+    """
 
     name: str
     start: int
@@ -89,8 +93,8 @@ class _Job:
 class Saver:
     """Writes a run's checkpoints; every rank has one and calls it alike.
 
-    ``tokenizer`` is a file that goes into each checkpoint, so that it can be exported without the data. Failures do not raise: they
-    are told by :meth:`news`, and :meth:`wait` gives None.
+    ``tokenizer`` is a file that goes into each checkpoint, so that it can be exported without the data.
+    Failures do not raise: they are told by :meth:`news`, and :meth:`wait` gives None.
     """
 
     def __init__(self, run_dir: Path, config: Config, topology: Topology, tokenizer: Path | None = None):
@@ -101,7 +105,9 @@ class Saver:
         self._news: list[str] = []
 
     def save(self, position: Position, fragments: Iterable[Fragment]) -> None:
-        """Start to write ``run_dir/checkpoints/step_...``; returns when the state may change again. Waits for the save before first.
+        """Start to write ``run_dir/checkpoints/step_...``; returns when the state may change again.
+
+        Waits for the save before first.
 
         ``fragments`` are those of this rank that no other rank also holds: see :func:`owned`.
         """
@@ -119,7 +125,9 @@ class Saver:
             self._finish(job)
 
     def wait(self, seconds: float | None = None) -> Path | None:
-        """The last save's folder once it is there; None if it failed, on every rank, or is still being written after ``seconds``."""
+        """The last save's folder once it is there; None if it failed, on every rank, or is still being
+        written after ``seconds``.
+        """
         if self._thread.ident is not None:
             self._thread.join(seconds)
         return self._saved
@@ -139,7 +147,9 @@ class Saver:
         for fragment in fragments:
             piece = Piece(self.topology.tensor_rank, fragment.start, fragment.numel, file)
             job.pieces.setdefault(fragment.name, []).append(piece)
-            views |= {piece.key(kind, fragment.name): view.detach() for kind, view in fragment.tensors.items()}
+            views |= {
+                piece.key(kind, fragment.name): view.detach() for kind, view in fragment.tensors.items()
+            }
         job.tensors = self._staging.copy(views) if self.config.checkpoint.asynchronous else views
 
     def _finish(self, job: _Job) -> None:
@@ -148,7 +158,9 @@ class Saver:
         except SaveError as error:
             self._news.append(str(error))
         except Exception as error:  # a rank is gone, say: training will hear of it by itself
-            self._news.append(f"checkpoint of step {job.position.step} not written: {type(error).__name__}: {error}")
+            self._news.append(
+                f"checkpoint of step {job.position.step} not written: {type(error).__name__}: {error}"
+            )
 
     def _commit(self, job: _Job) -> Path:
         target = folder_of(self.run_dir, job.position.step)
@@ -157,20 +169,36 @@ class Saver:
         def give_up() -> None:  # before the others hear of it: who is told finds nothing left, on any rank
             shutil.rmtree(temporary, ignore_errors=True)
 
-        self._agree(job, (job.bytes, job.problem), lambda reports: self._make_room(temporary, reports), give_up)
+        self._agree(
+            job, (job.bytes, job.problem), lambda reports: self._make_room(temporary, reports), give_up
+        )
         report, problem = None, None
         try:
-            report = self._write(temporary, job)  # in rank 0's folder: a rank that does not see it must not make its own
+            report = self._write(
+                temporary, job
+            )  # in rank 0's folder: a rank that does not see it must not make its own
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         job.tensors = {}
-        self._agree(job, (report, problem), lambda reports: self._publish(temporary, target, job.position, reports), give_up)
+        self._agree(
+            job,
+            (report, problem),
+            lambda reports: self._publish(temporary, target, job.position, reports),
+            give_up,
+        )
         return target
 
     def _agree(
-        self, job: _Job, report: tuple[Any, str | None], act: Callable[[list[Any]], None], give_up: Callable[[], None]
+        self,
+        job: _Job,
+        report: tuple[Any, str | None],
+        act: Callable[[list[Any]], None],
+        give_up: Callable[[], None],
     ) -> None:
-        """Gather (result, problem) of all ranks; rank 0 then acts on the results. Raises SaveError on every rank if anything failed."""
+        """Gather (result, problem) of all ranks; rank 0 then acts on the results.
+
+        Raises SaveError on every rank if anything failed.
+        """
         reports = [report] if self._group is None else all_gather_object(report, self._group)
         problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(reports) if problem]
         if self.topology.main and not problems:
@@ -203,7 +231,9 @@ class Saver:
     def _publish(self, temporary: Path, target: Path, position: Position, reports: list[Any]) -> None:
         """Manifest, sync, rename; then what is no longer wanted goes."""
         specs = model_tensors(self.config, guide=position.guide_optimizer_steps is not None)
-        pieces = {name: tuple(piece for report in reports for piece in report[2].get(name, ())) for name in specs}
+        pieces = {
+            name: tuple(piece for report in reports for piece in report[2].get(name, ())) for name in specs
+        }
         files = {name: file for name, file, _ in reports}
         if self.tokenizer is not None:
             files[TOKENIZER] = copy_in(self.tokenizer, temporary / TOKENIZER)
@@ -227,12 +257,16 @@ class Saver:
         manifest.write()
         sync(temporary)
         _replace(temporary, target)
-        with contextlib.suppress(OSError):  # the save is there; tidying up has its next chance with the next one
+        with contextlib.suppress(
+            OSError
+        ):  # the save is there; tidying up has its next chance with the next one
             prune(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every, target)
 
 
 def _replace(source: Path, target: Path) -> None:
-    """Give ``source`` the name ``target``. What bore it, the same step saved before and broken since, goes once that is done.
+    """Give ``source`` the name ``target``.
+
+    What bore it, the same step saved before and broken since, goes once that is done.
 
     What another version of this code wrote, or the disk does not read, stays, as ``step_....other``.
     """
@@ -286,7 +320,9 @@ class _Staging:
 
 
 def owned_fragments(fragments: Iterable[Fragment], config: Config, topology: Topology) -> Iterable[Fragment]:
-    """Those that this rank writes: of equal copies (ZeRO 0, tensors replicated over the tensor-parallel group) the first rank's."""
+    """Those that this rank writes: of equal copies (ZeRO 0, tensors replicated over the tensor-parallel
+    group) the first rank's.
+    """
     specs = model_tensors(config, guide=True)
     for fragment in fragments:
         if config.zero.stage == 0 and topology.data_rank > 0:
@@ -297,10 +333,14 @@ def owned_fragments(fragments: Iterable[Fragment], config: Config, topology: Top
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Raises OSError where the disk of ``folder`` has no room for ``needed`` bytes, and some for the manifest."""
+    """Raises OSError where the disk of ``folder`` has no room for ``needed`` bytes, and some for the
+    manifest.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed + (1 << 20):
-        raise OSError(f"{needed / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free on the disk of {folder.parent}")
+        raise OSError(
+            f"{needed / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free on the disk of {folder.parent}"
+        )
 
 
 def copy_in(source: Path, target: Path) -> File:
@@ -312,7 +352,9 @@ def copy_in(source: Path, target: Path) -> File:
 
 def remove_leftovers(run_dir: Path) -> None:
     """Remove what interrupted saves left; only the holder of the run's lock may."""
-    for folder in (run_dir / "checkpoints").glob(f".step_*{OLDER}"):  # killed between two renames: the name is its own again
+    for folder in (run_dir / "checkpoints").glob(
+        f".step_*{OLDER}"
+    ):  # killed between two renames: the name is its own again
         target = folder.with_name(folder.name[1:].removesuffix(OLDER))
         if not target.exists():
             folder.rename(target)
@@ -337,8 +379,12 @@ def revision() -> str | None:
     """The git revision of the code, "+" after it if it was changed since."""
     here = Path(__file__).parent
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        state = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10)
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
+        )
+        state = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10
+        )
         if head.returncode == 0:
             return head.stdout.strip() + ("+" if state.stdout.strip() else "")
     return None

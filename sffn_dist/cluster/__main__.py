@@ -1,4 +1,5 @@
-"""What slurm/pretrain.sbatch asks: where a run writes, how deepspeed's launcher is told of the nodes, what follows an end.
+"""What slurm/pretrain.sbatch asks: where a run writes, how deepspeed's launcher is told of the nodes, what
+follows an end.
 
 python -m sffn_dist.cluster run-dir ARGUMENTS-OF-PRETRAIN...         prints run.dir; exit code 2 where they are refused
 python -m sffn_dist.cluster world-info NODE RANKS HOST...            prints the launcher's --world_info, as node number NODE sees it
@@ -27,8 +28,8 @@ GO_ON, REFUSED, LEAVE = 0, 2, 3  # exit codes
 def world_info(node: int, ranks: int, hosts: Sequence[str], visible: str | None) -> str:
     """DeepSpeed's description of all nodes: host -> its devices, as base64 of JSON.
 
-    The launcher makes the devices of its own node, number ``node``, visible to the ranks. Where Slurm chose some (``visible``), those are
-    the ones.
+    The launcher makes the devices of its own node, number ``node``, visible to the ranks. Where Slurm chose
+    some (``visible``), those are the ones.
     """
     chosen = [name for name in (visible or "").split(",") if name]
     devices: list[str | int] = [int(name) if name.isdecimal() else name for name in chosen]
@@ -53,7 +54,9 @@ def _ended(arguments: Sequence[str]) -> int:
     for name in ("--record", "--history", "--run-dir"):
         parser.add_argument(name, type=Path, required=True)
     options = parser.parse_args(arguments)
-    verdict = requeue.record_end(options.code, options.asked, options.record, options.history, options.run_dir)
+    verdict = requeue.record_end(
+        options.code, options.asked, options.record, options.history, options.run_dir
+    )
     print(verdict.sentence, flush=True)
     return GO_ON if verdict.go_on else LEAVE
 

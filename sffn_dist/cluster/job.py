@@ -1,6 +1,8 @@
-"""Options of a job -> its batch script: #SBATCH lines and settings from here, the body of slurm/pretrain.sbatch. Imports no torch.
+"""Options of a job -> its batch script: #SBATCH lines and settings from here, the body of
+slurm/pretrain.sbatch. Imports no torch.
 
-The body is the same in every script: :func:`script` takes it from the file as it stands, from the line that begins with BODY on.
+The body is the same in every script: :func:`script` takes it from the file as it stands, from the line that
+begins with BODY on.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job finds things: the project, its Python environment, the folder that relative paths start from."""
+    """Where a job finds things: the project, its Python environment, the folder that relative paths start
+    from.
+    """
 
     repository: Path
     environment: Path
@@ -63,27 +67,38 @@ class Place:
 
 
 def seconds(time: str) -> int | None:
-    """A time limit as Slurm writes it (minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S) in seconds; None: no limit. Raises ConfigError."""
+    """A time limit as Slurm writes it (minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S) in seconds; None: no limit.
+
+    Raises ConfigError.
+    """
     if time.lower() in ("infinite", "unlimited"):
         return None
     match = _TIME.fullmatch(time)
     if not match:
-        raise ConfigError([f"--time = {time!r}: must read like 90 (minutes), 1:30:00, 2-12 or 2-12:00:00, or be unlimited"])
+        raise ConfigError(
+            [f"--time = {time!r}: must read like 90 (minutes), 1:30:00, 2-12 or 2-12:00:00, or be unlimited"]
+        )
     parts = [int(part) for part in match["rest"].split(":")]
     units = 3600, 60, 1
     if match["days"] is None and len(parts) < 3:  # the first number is minutes
         parts.insert(0, 0)
-    return int(match["days"] or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+    return int(match["days"] or 0) * 86400 + sum(
+        part * unit for part, unit in zip(parts, units, strict=False)
+    )
 
 
 def check(options: Options, arrays: bool) -> None:
-    """Refuse options that cannot be meant; raises ConfigError with every one. ``arrays``: a sweep is what they are for."""
+    """Refuse options that cannot be meant; raises ConfigError with every one.
+
+    ``arrays``: a sweep is what they are for.
+    """
     problems = list(_problems(options, arrays))
     try:
         limit = seconds(options.time)
         if limit is not None and limit <= options.grace + SWEEP_SECONDS:
             problems.append(
-                f"--time = {options.time!r}: must be more than --grace = {options.grace} s and the {SWEEP_SECONDS} s by which "
+                f"--time = {options.time!r}: must be more than --grace = {options.grace} s and the "
+                f"{SWEEP_SECONDS} s by which "
                 "Slurm may send the warning too early"
             )
     except ConfigError as error:
@@ -106,13 +121,19 @@ def _problems(options: Options, arrays: bool) -> Iterator[str]:
     if options.grace > MOST_GRACE:
         yield f"--grace = {options.grace}: must be at most {MOST_GRACE} seconds"
     if options.ranks_per_node < 1:
-        yield f"--ranks-per-node = {options.ranks_per_node}: must be at least 1; without GPUs it says how many ranks a node runs"
+        yield (
+            f"--ranks-per-node = {options.ranks_per_node}: must be at least 1; without GPUs it says how "
+            f"many ranks a node runs"
+        )
     if options.launcher not in LAUNCHERS:
         yield f"--launcher = {options.launcher!r}: must be one of {', '.join(LAUNCHERS)}"
     if options.max_parallel is not None and not arrays:
         yield f"--max-parallel = {options.max_parallel}: goes with --sweep"
     if options.chain > 1 and arrays:
-        yield f"--chain = {options.chain}: does not go with --sweep, whose runs go back into the queue by themselves"
+        yield (
+            f"--chain = {options.chain}: does not go with --sweep, whose runs go back into the queue by "
+            f"themselves"
+        )
     for name in ("partition", "account", "qos", "constraint", "container", "interface"):
         text = getattr(options, name)
         if text is not None and not re.fullmatch(r"[^\s\"'\\]+", text):
@@ -122,24 +143,37 @@ def _problems(options: Options, arrays: bool) -> Iterator[str]:
             yield f"--sbatch = {text!r}: must be an option of sbatch, such as --sbatch=--exclusive"
 
 
-# ------------------------------------------------------------------------------------------------------------------ rendering
+# -------------------------------------------------------------------------------------------------- rendering
 
 
-def script(options: Options, name: str, runs: Sequence[JobRun], place: Place, log: Path, body: str, chain: Path | None) -> str:
+def script(
+    options: Options,
+    name: str,
+    runs: Sequence[JobRun],
+    place: Place,
+    log: Path,
+    body: str,
+    chain: Path | None,
+) -> str:
     """The batch script of one run, or of an array of them.
 
-    ``log``: the folder of the jobs' own logs, which must exist when they start; ``body``: text of slurm/pretrain.sbatch;
-    ``chain``: file with the ids of a chain's jobs.
+    ``log``: the folder of the jobs' own logs, which must exist when they start; ``body``: text of
+    slurm/pretrain.sbatch; ``chain``: file with the ids of a chain's jobs.
     """
     array = len(runs) > 1
     lines = ["#!/bin/bash", *(f"#SBATCH {line}" for line in _directives(options, name, runs, place, log))]
     lines += [
-        f"# Written by tools/submit.py. Slurm makes no folders, and starts no job without: mkdir -p {shlex.quote(str(log))}",
+        f"# Written by tools/submit.py. Slurm makes no folders, and starts no job without: mkdir -p "
+        f"{shlex.quote(str(log))}",
         "",
     ]
     lines += _settings(options, place, chain)
     lines += ["MOUNTS=({})".format(" ".join(shlex.quote(folder) for folder in _mounts(options, runs, place)))]
-    lines += ["# shellcheck disable=SC2034  # all are read below", "case ${SLURM_ARRAY_TASK_ID:-0} in"] if array else []
+    lines += (
+        ["# shellcheck disable=SC2034  # all are read below", "case ${SLURM_ARRAY_TASK_ID:-0} in"]
+        if array
+        else []
+    )
     for number, run in enumerate(runs):
         setting = f"RUN_DIR={shlex.quote(run.run_dir)} ARGUMENTS=({shlex.join(run.arguments)})"
         lines.append(f"{number}) {setting} ;;" if array else setting)
@@ -150,7 +184,9 @@ def script(options: Options, name: str, runs: Sequence[JobRun], place: Place, lo
     return "\n".join(lines) + "\n" + body[start:]
 
 
-def _directives(options: Options, name: str, runs: Sequence[JobRun], place: Place, log: Path) -> Iterator[str]:
+def _directives(
+    options: Options, name: str, runs: Sequence[JobRun], place: Place, log: Path
+) -> Iterator[str]:
     array = len(runs) > 1
     yield f"--job-name={re.sub(r'[^A-Za-z0-9_.+-]', '_', name)}"
     yield f"--nodes={options.nodes}"
@@ -193,7 +229,9 @@ def _settings(options: Options, place: Place, chain: Path | None) -> Iterator[st
 
 
 def _mounts(options: Options, runs: Sequence[JobRun], place: Place) -> list[str]:
-    """Folders that a container must see: the project, where the runs write and read, and those asked for; none inside another."""
+    """Folders that a container must see: the project, where the runs write and read, and those asked for;
+    none inside another.
+    """
     wanted = [place.repository, place.folder, *(place.folder / path for run in runs for path in run.folders)]
     wanted += [place.folder / mount for mount in options.mounts]
     found: list[Path] = []

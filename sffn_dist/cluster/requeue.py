@@ -1,8 +1,10 @@
-"""What follows when the ranks of a job have ended: done, back into the queue, or given up. Standard library only.
+"""What follows when the ranks of a job have ended: done, back into the queue, or given up.
 
-The ranks' own record (sffn_dist/launch/exit_codes.py) says why the run ended and whether another start may help; no
-record means that a rank was
-killed or a node died. Whatever the reason, starts that bring no new checkpoint are counted, and after STARTS in a row it is given up.
+Standard library only.
+
+The ranks' own record (sffn_dist/launch/exit_codes.py) says why the run ended and whether another start may
+help; no record means that a rank was killed or a node died. Whatever the reason, starts that bring no new
+checkpoint are counted, and after STARTS in a row it is given up.
 """
 
 from __future__ import annotations
@@ -34,12 +36,17 @@ class RequeueDecision:
 def decide(code: int, asked: str, record: dict[str, Any] | None, newest: Sequence[str]) -> RequeueDecision:
     """What follows.
 
-    ``code``: exit code of the launcher. ``asked``: the signal that the batch script was given (USR1, TERM), PREEMPTED, or nothing.
-    ``record``: what the ranks left. ``newest``: the newest checkpoint's name after each start of this job, this one's last.
+    ``code``: exit code of the launcher. ``asked``: the signal that the batch script was given (USR1, TERM),
+    PREEMPTED, or nothing. ``record``: what the ranks left. ``newest``: the newest checkpoint's name after
+    each start of this job, this one's last.
     """
     cause = int(record["code"]) if record else code
     # where no rank spoke, the code is of whichever was ended last
-    why = f"({exit_codes.name(cause)}): {record['reason']}" if record else f"with exit code {code}, and no rank said why"
+    why = (
+        f"({exit_codes.name(cause)}): {record['reason']}"
+        if record
+        else f"with exit code {code}, and no rank said why"
+    )
     at = f"newest checkpoint: {newest[-1] or 'none'}"
     if code == 0:
         return RequeueDecision(False, "finished")
@@ -47,14 +54,18 @@ def decide(code: int, asked: str, record: dict[str, Any] | None, newest: Sequenc
         return RequeueDecision(False, f"ended {why}; another start would end the same way")
     if asked == "TERM":
         return RequeueDecision(
-            False, f"ended by Slurm; {at}; unless Slurm starts it again (a preemption, a lost node), submit it to continue"
+            False,
+            f"ended by Slurm; {at}; unless Slurm starts it again (a preemption, a lost node), submit it to "
+            f"continue",
         )
     warned = asked in ("USR1", "PREEMPTED") or cause == WARNING
     if not warned and record and not record["restart"]:
         return RequeueDecision(False, f"ended {why}; {at}; submit it again to continue")
     end = "stopped before its end" if warned else f"ended {why}"
     if len(newest) >= STARTS and len(set(newest[-STARTS:])) == 1:
-        return RequeueDecision(False, f"{end}; given up: {STARTS} starts in a row brought no new checkpoint, {at}")
+        return RequeueDecision(
+            False, f"{end}; given up: {STARTS} starts in a row brought no new checkpoint, {at}"
+        )
     return RequeueDecision(True, f"{end}; {at}; it goes on from there")
 
 
@@ -63,7 +74,14 @@ def record_end(code: int, asked: str, record: Path, history: Path, run_dir: Path
     found, newest = read_record(record), newest_checkpoint(run_dir)
     before = _newest_before(history)
     verdict = decide(code, asked, found, [*before, newest])
-    line = {"start": len(before), "time": time.time(), "code": code, "asked": asked, "newest": newest, "end": verdict.sentence}
+    line = {
+        "start": len(before),
+        "time": time.time(),
+        "code": code,
+        "asked": asked,
+        "newest": newest,
+        "end": verdict.sentence,
+    }
     with suppress(OSError), history.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     return verdict

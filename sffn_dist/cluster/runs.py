@@ -1,4 +1,7 @@
-"""A run that a job will train: its arguments, where it writes, and whether it can start at all. Imports no torch."""
+"""A run that a job will train: its arguments, where it writes, and whether it can start at all.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,13 @@ class JobRun:
     def folders(self) -> list[str]:
         """Paths that the run reads and writes, of those that are folders or files."""
         config = self.config
-        paths = [self.run_dir, config.data.dir, config.data.tokenizer, config.init_from, str(Path(self.file).absolute().parent)]
+        paths = [
+            self.run_dir,
+            config.data.dir,
+            config.data.tokenizer,
+            config.init_from,
+            str(Path(self.file).absolute().parent),
+        ]
         if config.data.source != "stdlib" and not config.data.source.startswith("hf:"):
             paths.append(config.data.source)
         return [path for path in paths if path]

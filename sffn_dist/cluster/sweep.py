@@ -1,4 +1,6 @@
-"""A sweep file -> its runs: every config with every combination of the grid, each in a folder of its own. Imports no torch.
+"""A sweep file -> its runs: every config with every combination of the grid, each in a folder of its own.
+
+Imports no torch.
 
     {
       "name": "sizes",
@@ -11,10 +13,10 @@
       "exclude": [{"structure": "dense", "train.learning_rate": 6e-4}]
     }
 
-Paths of configs start from the sweep file's folder. An axis of the grid is a key with a list of values, or a word with an object of
-labelled settings. A combination that has everything an entry of "exclude" names (axes, and "config" for a config's name; of a list any
-one) is left out.
-A run writes to runs/<name>/<label>, the label being put together from the config's name and what the axes say.
+Paths of configs start from the sweep file's folder. An axis of the grid is a key with a list of values, or a
+word with an object of labelled settings. A combination that has everything an entry of "exclude" names (axes,
+and "config" for a config's name; of a list any one) is left out. A run writes to runs/<name>/<label>, the
+label being put together from the config's name and what the axes say.
 """
 
 from __future__ import annotations
@@ -58,7 +60,10 @@ class Sweep:
 
 
 def read(path: Path, config: str | None = None) -> Sweep:
-    """Read a sweep file; ``config`` is the file to use where it names none. Raises ConfigError with every problem."""
+    """Read a sweep file; ``config`` is the file to use where it names none.
+
+    Raises ConfigError with every problem.
+    """
     says = f"sweep file {str(path)!r}"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -71,10 +76,14 @@ def read(path: Path, config: str | None = None) -> Sweep:
     problems = [f"{says}: {problem}" for problem in _shape(tree, config)]
     if problems:
         raise ConfigError(problems)
-    configs = tuple(str(path.parent / name) for name in tree["configs"]) if "configs" in tree else (str(config),)
+    configs = (
+        tuple(str(path.parent / name) for name in tree["configs"]) if "configs" in tree else (str(config),)
+    )
     grid = tree.get("grid", {})
     axes = tuple(tuple(_choices(axis, values)) for axis, values in grid.items())
-    return Sweep(tree["name"], configs, tuple(tree.get("overrides", {}).items()), axes, tuple(tree.get("exclude", ())))
+    return Sweep(
+        tree["name"], configs, tuple(tree.get("overrides", {}).items()), axes, tuple(tree.get("exclude", ()))
+    )
 
 
 def _shape(tree: Mapping[str, Any], config: str | None) -> Iterator[str]:
@@ -98,7 +107,9 @@ def _shape(tree: Mapping[str, Any], config: str | None) -> Iterator[str]:
     if not isinstance(exclude, list) or not all(isinstance(item, dict) and item for item in exclude):
         yield f"exclude = {json.dumps(exclude)}: must be a list of objects, axis: value"
     else:
-        yield from (f"exclude names {axis}, which is no axis" for item in exclude for axis in item if axis not in axes)
+        yield from (
+            f"exclude names {axis}, which is no axis" for item in exclude for axis in item if axis not in axes
+        )
     if not isinstance(grid, dict):
         yield f"grid = {json.dumps(grid)}: must be an object of axes"
         return
@@ -141,7 +152,9 @@ def combinations(sweep: Sweep) -> Iterator[tuple[str, str, tuple[Choice, ...]]]:
     for file in sweep.configs:
         for choices in itertools.product(*sweep.axes):
             named = {"config": Path(file).stem, **{choice.axis: choice.value for choice in choices}}
-            if any(all(_is_one(named[axis], value) for axis, value in item.items()) for item in sweep.exclude):
+            if any(
+                all(_is_one(named[axis], value) for axis, value in item.items()) for item in sweep.exclude
+            ):
                 continue
             parts = [Path(file).stem] if len(sweep.configs) > 1 or not choices else []
             yield "-".join([*parts, *(choice.label for choice in choices)]), file, choices
@@ -170,7 +183,9 @@ def expand(sweep: Sweep, overrides: Sequence[str], world: int, folder: str = "ru
             raise ConfigError([f"two runs would be called {label}: give the values labels that differ"])
         settings = [f"{key}={_text(value)}" for choice in choices for key, value in choice.settings]
         try:
-            found[label] = runs.read(label, file, [*fixed, *settings, f"run.dir={folder}/{sweep.name}/{label}"])
+            found[label] = runs.read(
+                label, file, [*fixed, *settings, f"run.dir={folder}/{sweep.name}/{label}"]
+            )
             checks.check_run(found[label].config, world)
         except ConfigError as error:
             for problem in error.problems:

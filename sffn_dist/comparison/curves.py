@@ -19,7 +19,8 @@ def can_draw() -> bool:
 def draw(curves: Mapping[str, Sequence[Point]], path: Path, title: str) -> None:
     """Write a PNG: a line for each variant, the range over its seeds as a band, a marker at its end.
 
-    Variants that share a kind share a colour, guided ones are dashed. Raises OSError where ``path`` cannot be written.
+    Variants that share a kind share a colour, guided ones are dashed. Raises OSError where ``path`` cannot be
+    written.
     """
     import matplotlib
 
@@ -27,14 +28,23 @@ def draw(curves: Mapping[str, Sequence[Point]], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8.0, 5.0), layout="constrained")
-    colours = {base: f"C{i}" for i, base in enumerate(dict.fromkeys(label.removesuffix("+guide") for label in curves))}
+    colours = {
+        base: f"C{i}"
+        for i, base in enumerate(dict.fromkeys(label.removesuffix("+guide") for label in curves))
+    }
     for label, points in curves.items():
         drawn = [point for point in points if math.isfinite(point.low) and math.isfinite(point.high)]
         if not drawn:
             continue
         flops, colour = [point.flops for point in drawn], colours[label.removesuffix("+guide")]
         style = "--" if label.endswith("+guide") else "-"
-        axes.plot(flops, [point.loss for point in drawn], style, color=colour, label=f"{label}  {drawn[-1].loss:.4f}")
+        axes.plot(
+            flops,
+            [point.loss for point in drawn],
+            style,
+            color=colour,
+            label=f"{label}  {drawn[-1].loss:.4f}",
+        )
         low, high = [point.low for point in drawn], [point.high for point in drawn]
         axes.fill_between(flops, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(flops[-1], drawn[-1].loss, "s" if style == "--" else "o", color=colour)
@@ -49,10 +59,15 @@ def draw(curves: Mapping[str, Sequence[Point]], path: Path, title: str) -> None:
 
 
 def loss_limits(curves: Iterable[Sequence[Point]]) -> tuple[float, float] | None:
-    """Lowest and highest loss shown: of all points past SHOWN_FROM of the most FLOPs, with a margin; None where that is no range."""
+    """Lowest and highest loss shown: of all points past SHOWN_FROM of the most FLOPs, with a margin; None
+    where that is no range.
+    """
     points = [point for curve in curves for point in curve if math.isfinite(point.high)]
     most = max((point.flops for point in points), default=0.0)
     late = [point for point in points if point.flops >= SHOWN_FROM * most]
-    low, high = min((point.low for point in late), default=0.0), max((point.high for point in late), default=0.0)
+    low, high = (
+        min((point.low for point in late), default=0.0),
+        max((point.high for point in late), default=0.0),
+    )
     margin = 0.05 * (high - low)
     return (low - margin, high + margin) if margin > 0 else None

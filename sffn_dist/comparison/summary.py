@@ -1,4 +1,7 @@
-"""What a comparison's runs came to: read from their folders, put into a table, rows and curves. Standard library only."""
+"""What a comparison's runs came to: read from their folders, put into a table, rows and curves.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ BASELINE = "dense"
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run. ``flops``: of all its training steps, guides as drawn; ``curve``: (step, FLOPs until then, held-out loss)."""
+    """A finished run.
+
+    ``flops``: of all its training steps, guides as drawn; ``curve``: (step, FLOPs until then, held-out loss).
+    """
 
     entry: PlannedVariant
     seed: int
@@ -53,7 +59,8 @@ class Point:
 
 
 def finished(run_dir: Path, config: Config) -> bool:
-    """True if the run in ``run_dir`` has ended, all its steps taken, evaluated on as many sequences as ``config`` asks for.
+    """True if the run in ``run_dir`` has ended, all its steps taken, evaluated on as many sequences as
+    ``config`` asks for.
 
     That the folder holds this run at all launch/run_identity.py checks.
     """
@@ -76,7 +83,9 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def read(entry: PlannedVariant, seed: int, run_dir: Path) -> Result:
-    """A finished run's result; raises OSError, ValueError or KeyError where its files are not what a run writes."""
+    """A finished run's result; raises OSError, ValueError or KeyError where its files are not what a run
+    writes.
+    """
     steps = metrics.read(run_dir / "metrics.jsonl")
     spent = [0.0, *itertools.accumulate(float(row["flops"]) for row in steps)]
     curve = [
@@ -89,7 +98,7 @@ def read(entry: PlannedVariant, seed: int, run_dir: Path) -> Result:
     return Result(entry, seed, run_dir, summary, origin, spent[-1], tuple(curve))
 
 
-# -------------------------------------------------------------------------------------------------------------------- rows
+# ------------------------------------------------------------------------------------------------------- rows
 
 
 def run_row(result: Result) -> dict[str, Any]:
@@ -120,7 +129,13 @@ def run_row(result: Result) -> dict[str, Any]:
 def curve_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
     """A row for each evaluation of each run."""
     return [
-        {"variant": one.entry.label, "seed": one.seed, "step": step, "flops": round(flops), "heldout_loss": loss}
+        {
+            "variant": one.entry.label,
+            "seed": one.seed,
+            "step": step,
+            "flops": round(flops),
+            "heldout_loss": loss,
+        }
         for one in results
         for step, flops, loss in one.curve
     ]
@@ -158,8 +173,8 @@ def _what(entry: PlannedVariant) -> dict[str, str]:
 def table_rows(results: Sequence[Result]) -> list[dict[str, str]]:
     """A row for each variant that has a finished run, seeds averaged.
 
-    Spreads are sample standard deviations over seeds. The difference to dense is taken seed by seed (both saw the same batches in the
-    same order), then averaged. Perplexity is that of the mean loss.
+    Spreads are sample standard deviations over seeds. The difference to dense is taken seed by seed (both saw
+    the same batches in the same order), then averaged. Perplexity is that of the mean loss.
     """
     by_label: dict[str, list[Result]] = {}
     for result in results:
@@ -212,21 +227,31 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
 def seconds_left(
     done: Sequence[tuple[int, float]], waiting: Sequence[int], begun: Sequence[tuple[int, float]], jobs: int
 ) -> float:
-    """Seconds until all runs have ended, ``jobs`` at a time, by the time that a FLOP took in those that are ``done``.
+    """Seconds until all runs have ended, ``jobs`` at a time, by the time that a FLOP took in those that are
+    ``done``.
 
-    ``done`` and ``begun``: FLOPs of a run, seconds since it was started; ``waiting``: FLOPs. Not finite before a run is done.
+    ``done`` and ``begun``: FLOPs of a run, seconds since it was started; ``waiting``: FLOPs. Not finite
+    before a run is done.
     """
     spent = sum(flops for flops, _ in done)
     rate = sum(seconds for _, seconds in done) / spent if spent else math.inf
-    rest = [flops * rate for flops in waiting] + [max(0.0, flops * rate - seconds) for flops, seconds in begun]
+    rest = [flops * rate for flops in waiting] + [
+        max(0.0, flops * rate - seconds) for flops, seconds in begun
+    ]
     return max(sum(rest) / jobs, max(rest, default=0.0))
 
 
 def curves(results: Sequence[Result]) -> dict[str, list[Point]]:
-    """Variant -> its held-out loss along the run, over seeds, at the steps that every seed was evaluated at."""
+    """Variant -> its held-out loss along the run, over seeds, at the steps that every seed was evaluated
+    at.
+    """
     found: dict[str, list[Point]] = {}
     for label in dict.fromkeys(result.entry.label for result in results):
-        seeds = [{step: (flops, loss) for step, flops, loss in one.curve} for one in results if one.entry.label == label]
+        seeds = [
+            {step: (flops, loss) for step, flops, loss in one.curve}
+            for one in results
+            if one.entry.label == label
+        ]
         points = []
         for step in sorted(set.intersection(*(set(seed) for seed in seeds))):
             flops, losses = zip(*(seed[step] for seed in seeds), strict=True)

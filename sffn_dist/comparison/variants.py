@@ -1,8 +1,9 @@
-"""Variants of one config that a comparison trains: what they are called, which sizes they get, for how many steps they run.
+"""Variants of one config that a comparison trains: what they are called, which sizes they get, for how many
+steps they run.
 
-A variant is written ``kind[:size=number ...][+guide]``. Sizes that are not written are those of the config's own structure, or the ones
-whose feed-forward layers have as many parameters, biases included, as nearly as can be. No formula for that stands here: candidate
-configs are counted. Standard library only.
+A variant is written ``kind[:size=number ...][+guide]``. Sizes that are not written are those of the config's
+own structure, or the ones whose feed-forward layers have as many parameters, biases included, as nearly as
+can be. No formula for that stands here: candidate configs are counted. Standard library only.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class PlannedVariant:
-    """A variant as it is trained: the config of its runs but for seed and folder, and the overrides that make it."""
+    """A variant as it is trained: the config of its runs but for seed and folder, and the overrides that
+    make it.
+    """
 
     variant: Variant
     config: Config
@@ -68,7 +71,9 @@ class PlannedVariant:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """ffn.width of a dense one, ffn.rank and ffn.blocks of a structured one, as far as its kind has them."""
+        """ffn.width of a dense one, ffn.rank and ffn.blocks of a structured one, as far as its kind has
+        them.
+        """
         keys = ("width",) if self.variant.kind in UNSTRUCTURED else SIZES[self.variant.kind]
         width = self.config.ffn_width
         return {key: width if key == "width" else getattr(self.config.ffn, key) for key in keys}
@@ -116,7 +121,9 @@ def _parse_one(word: str) -> Variant:
             can = " and ".join(SIZES[kind]) or "no size (dense_narrow:width=... does)"
             raise ConfigError([f"variant {word!r}: {kind} takes {can}, not {key!r}"])
         if key in sizes or not re.fullmatch(r"[1-9]\d{0,8}", number):
-            raise ConfigError([f"variant {word!r}: {key} must be given once, as a whole number above 0, not {number!r}"])
+            raise ConfigError(
+                [f"variant {word!r}: {key} must be given once, as a whole number above 0, not {number!r}"]
+            )
         sizes[key] = int(number)
     return Variant(kind, tuple((key, sizes[key]) for key in SIZES[kind] if key in sizes), bool(plus))
 
@@ -126,18 +133,22 @@ def seeds(text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
     wrong = [word for word in words if not re.fullmatch(r"\d{1,18}", word)]
     if wrong:
-        raise ConfigError([f"--seeds {text}: {wrong[0]!r} is no seed; must be whole numbers from 0 on, with commas between"])
+        raise ConfigError(
+            [f"--seeds {text}: {wrong[0]!r} is no seed; must be whole numbers from 0 on, with commas between"]
+        )
     numbers = [int(word) for word in words]
     if len(set(numbers)) < len(numbers):
         raise ConfigError([f"--seeds {text}: names a seed twice"])
     return numbers
 
 
-# ------------------------------------------------------------------------------------------------------------------- sizes
+# ------------------------------------------------------------------------------------------------------ sizes
 
 
 def ffn_parameters(config: Config) -> int:
-    """Parameters of all feed-forward layers, matrices and biases, dense layers among structured ones included."""
+    """Parameters of all feed-forward layers, matrices and biases, dense layers among structured ones
+    included.
+    """
     parts = counts.parameters_by_part(config)
     return parts["ffn_dense"] + parts["ffn_structured"]
 
@@ -148,7 +159,8 @@ def with_ffn(config: Config, **values: Any) -> Config:
 
 
 def sizes_of(variant: Variant, config: Config) -> dict[str, int]:
-    """The sizes that ``variant`` gets: written ones, the config's own, or those of the same number of feed-forward parameters.
+    """The sizes that ``variant`` gets: written ones, the config's own, or those of the same number of
+    feed-forward parameters.
 
     Raises ConfigError where sizes are to be found and the config is not structured, or where none fits.
     """
@@ -159,8 +171,10 @@ def sizes_of(variant: Variant, config: Config) -> dict[str, int]:
     if not config.structured:
         raise ConfigError(
             [
-                f"variant {variant.label}: ffn.kind = {config.ffn.kind!r} has no structured layer to take the number of parameters "
-                f"from; write {', '.join(missing)} (as in {variant.kind}:{missing[0]}=...), or set a structured ffn.kind"
+                f"variant {variant.label}: ffn.kind = {config.ffn.kind!r} has no structured layer to take "
+                f"the number of parameters "
+                f"from; write {', '.join(missing)} (as in {variant.kind}:{missing[0]}=...), or set a "
+                f"structured ffn.kind"
             ]
         )
     if variant.kind == config.ffn.kind and not sizes:
@@ -172,20 +186,32 @@ def _searched(variant: Variant, config: Config, sizes: dict[str, int]) -> dict[s
     target, smaller = ffn_parameters(config), min(config.model.width, config.ffn_width)
     if variant.kind == NARROW:
         p = config.parallel.tensor
-        return {"width": _nearest(with_ffn(config, kind=DENSE), "width", range(p, 2 * config.ffn_width + 1, p), target)}
+        return {
+            "width": _nearest(
+                with_ffn(config, kind=DENSE), "width", range(p, 2 * config.ffn_width + 1, p), target
+            )
+        }
     blank = with_ffn(config, kind=variant.kind, rank=None, blocks=None)
     if SIZES[variant.kind] == ("blocks",):
         # fewer blocks, more parameters
-        fitting = [b for b in range(smaller, 0, -1) if config.model.width % b == 0 and _fits(with_ffn(blank, blocks=b))]
+        fitting = [
+            b
+            for b in range(smaller, 0, -1)
+            if config.model.width % b == 0 and _fits(with_ffn(blank, blocks=b))
+        ]
         if not fitting:
-            raise ConfigError([f"variant {variant.label}: no ffn.blocks fits model.width, ffn.width and parallel.tensor"])
+            raise ConfigError(
+                [f"variant {variant.label}: no ffn.blocks fits model.width, ffn.width and parallel.tensor"]
+            )
         return {"blocks": _nearest(blank, "blocks", fitting, target)}
     blocks = 1
     if "blocks" in SIZES[variant.kind]:
         blocks = sizes["blocks"] = sizes.get("blocks") or config.ffn.blocks or USUAL_BLOCKS
         blank = with_ffn(blank, blocks=blocks)
     if blocks > smaller:
-        raise ConfigError([f"variant {variant.label}: blocks = {blocks}: must not exceed {smaller}, the smaller width"])
+        raise ConfigError(
+            [f"variant {variant.label}: blocks = {blocks}: must not exceed {smaller}, the smaller width"]
+        )
     return {"rank": _nearest_rank(blank, blocks, smaller, target), **sizes}
 
 
@@ -194,7 +220,9 @@ def _fits(config: Config) -> bool:
 
 
 def _nearest(config: Config, key: str, values: Sequence[int], target: int) -> int:
-    """Of ``values``, sorted by the parameters they give, the one for ffn.``key`` whose feed-forward parameters are nearest."""
+    """Of ``values``, sorted by the parameters they give, the one for ffn.``key`` whose feed-forward
+    parameters are nearest.
+    """
 
     def count(value: int) -> int:
         return ffn_parameters(with_ffn(config, **{key: value}))
@@ -213,14 +241,17 @@ def _nearest_rank(config: Config, blocks: int, limit: int, target: int) -> int:
     return rounded if miss[1] <= max(miss[0], SLACK * target) else best
 
 
-# ---------------------------------------------------------------------------------------------------------------- the plan
+# --------------------------------------------------------------------------------------------------- the plan
 
 
-def planned_variants(path: str, overrides: Iterable[str], variants: Iterable[Variant], equal: Equal) -> list[PlannedVariant]:
+def planned_variants(
+    path: str, overrides: Iterable[str], variants: Iterable[Variant], equal: Equal
+) -> list[PlannedVariant]:
     """Every variant as it is trained, in the order given.
 
-    ``equal`` "flops": as many training FLOPs as the dense model spends in train.steps; "steps": train.steps each. All are evaluated
-    on equally many held-out sequences. Raises ConfigError with the problems of all variants.
+    ``equal`` "flops": as many training FLOPs as the dense model spends in train.steps; "steps": train.steps
+    each. All are evaluated on equally many held-out sequences. Raises ConfigError with the problems of all
+    variants.
     """
     given, problems = tuple(overrides), []
     taken = {key: by for key, by in TAKEN.items() if any(text.partition("=")[0] == key for text in given)}
@@ -232,7 +263,9 @@ def planned_variants(path: str, overrides: Iterable[str], variants: Iterable[Var
             found.append(_planned_variant(path, given, variant, target, equal))
         except ConfigError as error:
             said = f"variant {variant.label}: "
-            problems += [problem if problem.startswith(said) else said + problem for problem in error.problems]
+            problems += [
+                problem if problem.startswith(said) else said + problem for problem in error.problems
+            ]
     problems += _twins(found)
     if problems:
         raise ConfigError(problems)
@@ -249,7 +282,9 @@ def _loaded(path: str, variant: Variant, overrides: tuple[str, ...]) -> PlannedV
     return PlannedVariant(variant, loading.load(path, overrides), overrides)
 
 
-def _planned_variant(path: str, given: tuple[str, ...], variant: Variant, target: Config, equal: Equal) -> PlannedVariant:
+def _planned_variant(
+    path: str, given: tuple[str, ...], variant: Variant, target: Config, equal: Equal
+) -> PlannedVariant:
     dense = variant.kind in UNSTRUCTURED
     own = [f"ffn.kind={DENSE if dense else variant.kind}"]
     own += [f"ffn.{key}={value}" for key, value in sizes_of(variant, target).items()]
@@ -262,12 +297,16 @@ def _planned_variant(path: str, given: tuple[str, ...], variant: Variant, target
     if variant.guide and not schedule.build_schedule(entry.config).guided_steps:
         raise ConfigError([f"guide.mode = {mode}: {validation.unused_settings(entry.config)['guide.mode']}"])
     if equal == "flops" and not variant.guide:
-        return _loaded(path, variant, (*entry.overrides, f"train.steps={equal_flops_steps(entry.config, target)}"))
+        return _loaded(
+            path, variant, (*entry.overrides, f"train.steps={equal_flops_steps(entry.config, target)}")
+        )
     return entry
 
 
 def equal_flops_steps(config: Config, target: Config) -> int:
-    """Steps of the unguided ``config`` that cost what train.steps of ``target``'s dense model cost, to half a step; at least 1."""
+    """Steps of the unguided ``config`` that cost what train.steps of ``target``'s dense model cost, to
+    half a step; at least 1.
+    """
     return max(1, round(reference_flops(target) / (counts.flops_per_token(config) * config.tokens_per_step)))
 
 

@@ -1,4 +1,5 @@
-"""DeepSpeed's universal checkpoint format (0.19): full fp32 weights and moments by name, which any ZeRO stage and size can load.
+"""DeepSpeed's universal checkpoint format (0.19): full fp32 weights and moments by name, which any ZeRO stage
+and size can load.
 
     latest_universal                            the newest tag
     <tag>/mp_rank_00_model_states.pt            counters (global_steps, skipped_steps, dp_world_size, mp_world_size); "module" is not read
@@ -10,8 +11,9 @@
                       exp_avg_sq.pt              of ZeRO 3 the flat tensor alone
                       step.pt                   Adam's count (ZeRO 1 and 2, one a parameter group; ZeRO 3 has one for all)
 
-It is what ``ds_to_universal`` makes of a DeepSpeed checkpoint and ``checkpoint.load_universal`` lets an engine load. Other cuts than
-chunks of an axis have no form in it, see :func:`uncut`; and ZeRO 3 loads none into tensor-parallel ranks.
+It is what ``ds_to_universal`` makes of a DeepSpeed checkpoint and ``checkpoint.load_universal`` lets an
+engine load. Other cuts than chunks of an axis have no form in it, see :func:`uncut`; and ZeRO 3 loads none
+into tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -46,25 +48,34 @@ CONFIG = "sffn_dist_config"  # a key of ours among the counters
 
 @dataclass(frozen=True)
 class Universal:
-    """Weights with the optimiser's state: ``full(name, kind)`` for kind weight, exp_avg or exp_avg_sq; ``steps`` are Adam's counts."""
+    """Weights with the optimiser's state: ``full(name, kind)`` for kind weight, exp_avg or exp_avg_sq;
+    ``steps`` are Adam's counts.
+    """
 
     weights: Weights
     full: Callable[[str, str], Tensor]
     steps: Mapping[str, int]
 
 
-# ------------------------------------------------------------------------------------------------------------------------ writing
+# ---------------------------------------------------------------------------------------------------- writing
 
 
 def chunks(spec: TensorSpec) -> tuple[int, int]:
-    """(axis, sub-parameters): how DeepSpeed is told to cut a tensor. A gated fc1 has two, its halves, along axis 0."""
+    """(axis, sub-parameters): how DeepSpeed is told to cut a tensor.
+
+    A gated fc1 has two, its halves, along axis 0.
+    """
     if spec.cut is None or not spec.cut.axes:
         return 0, 1
-    return max(0, spec.partition_dim(1)), 2 if len(spec.cut.view) > len(spec.shape) and spec.cut.view[0] == 2 else 1
+    return max(0, spec.partition_dim(1)), 2 if len(spec.cut.view) > len(spec.shape) and spec.cut.view[
+        0
+    ] == 2 else 1
 
 
 def chunk(full: Tensor, spec: TensorSpec, tensor: int, rank: int) -> Tensor:
-    """What DeepSpeed hands to one of ``tensor`` ranks, flat; a tensor of the rank's very shape it hands to all."""
+    """What DeepSpeed hands to one of ``tensor`` ranks, flat; a tensor of the rank's very shape it hands to
+    all.
+    """
     axis, parts = chunks(spec)
     if spec.cut is None:
         return full.flatten()
@@ -73,21 +84,28 @@ def chunk(full: Tensor, spec: TensorSpec, tensor: int, rank: int) -> Tensor:
 
 def uncut(config: Config, tensor: int, *, guide: bool) -> list[str]:
     """Names of the tensors that DeepSpeed would hand out wrongly to this many tensor-parallel ranks."""
-    return [name for name, spec in model_tensors(config, guide=guide).items() if not _alike(_narrowed(spec), tensor)]
+    return [
+        name
+        for name, spec in model_tensors(config, guide=guide).items()
+        if not _alike(_narrowed(spec), tensor)
+    ]
 
 
 def _alike(spec: TensorSpec, tensor: int) -> bool:
     index = torch.arange(spec.numel).view(spec.shape)
     try:
         return all(
-            torch.equal(chunk(index, spec, tensor, rank), shard(index, spec, tensor, rank).flatten()) for rank in range(tensor)
+            torch.equal(chunk(index, spec, tensor, rank), shard(index, spec, tensor, rank).flatten())
+            for rank in range(tensor)
         )
     except (IndexError, ValueError):  # it does not divide
         return False
 
 
 def _narrowed(spec: TensorSpec) -> TensorSpec:
-    """The same cut of a tensor that is 1 wide where it is not cut: what lies where can be tried without its memory."""
+    """The same cut of a tensor that is 1 wide where it is not cut: what lies where can be tried without
+    its memory.
+    """
     if spec.cut is None:
         return TensorSpec((1,))
     owners, cut = spec._dim_of_axes(), spec.cut
@@ -98,15 +116,25 @@ def _narrowed(spec: TensorSpec) -> TensorSpec:
 
 
 def write(
-    weights: Weights, moments: Callable[[str, str], Tensor], steps: Mapping[str, int], folder: Path, *, tensor: int = 1
+    weights: Weights,
+    moments: Callable[[str, str], Tensor],
+    steps: Mapping[str, int],
+    folder: Path,
+    *,
+    tensor: int = 1,
 ) -> Path:
-    """Write ``weights`` and ``moments(name, "exp_avg" | "exp_avg_sq")`` below ``folder``; returns the tag's folder.
+    """Write ``weights`` and ``moments(name, "exp_avg" | "exp_avg_sq")`` below ``folder``; returns the tag's
+    folder.
 
-    ``steps``: Adam's count of each parameter. Tensors are held one at a time. Raises ConfigError if ``tensor`` ranks could not load it.
+    ``steps``: Adam's count of each parameter. Tensors are held one at a time. Raises ConfigError if
+    ``tensor`` ranks could not load it.
     """
     if tensor > 1 and (wrong := uncut(weights.config, tensor, guide=weights.guide)):
         raise ConfigError(
-            [f"{folder}: {tensor} ranks cut {', '.join(wrong[:4])} in a way that a universal checkpoint cannot tell"]
+            [
+                f"{folder}: {tensor} ranks cut {', '.join(wrong[:4])} in a way that a universal checkpoint "
+                f"cannot tell"
+            ]
         )
     place = folder / f"global_step{weights.step}_universal"
     for name, spec in model_tensors(weights.config, guide=weights.guide).items():
@@ -170,7 +198,7 @@ def _counters(weights: Weights, steps: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 def read_weights(folder: Path, overrides: Sequence[str] = ()) -> Weights:
@@ -179,7 +207,9 @@ def read_weights(folder: Path, overrides: Sequence[str] = ()) -> Weights:
 
 
 def read(folder: Path, config: Config | None = None) -> Universal:
-    """A universal checkpoint: a tag's folder, or one with ``latest_universal``. Of one that was not written here ``config`` must be given.
+    """A universal checkpoint: a tag's folder, or one with ``latest_universal``.
+
+    Of one that was not written here ``config`` must be given.
 
     Raises ConfigError if it is none, or its tensors are not those of the config's model.
     """
@@ -193,8 +223,12 @@ def read(folder: Path, config: Config | None = None) -> Universal:
     names = {path.parent.name for path in (place / "zero").glob("*/fp32.pt")}
     guide = any(map(is_guide, names))
     specs = model_tensors(config, guide=guide)
-    files = {(name, kind): place / "zero" / name / f"{file}.pt" for name in names for kind, file in FILES.items()}
-    shapes = {name: _fitting(files[name, "weight"], specs[name].shape if name in specs else None) for name in names}
+    files = {
+        (name, kind): place / "zero" / name / f"{file}.pt" for name in names for kind, file in FILES.items()
+    }
+    shapes = {
+        name: _fitting(files[name, "weight"], specs[name].shape if name in specs else None) for name in names
+    }
     problems = inferred_config.mismatches(shapes, {name: spec.shape for name, spec in specs.items()})
     if problems:
         raise ConfigError([f"{place}: {problem}" for problem in problems])
@@ -206,11 +240,19 @@ def read(folder: Path, config: Config | None = None) -> Universal:
 
     one = _step_of_all(place)
     steps = {
-        name: _count(pickles.load(file)) if (file := place / "zero" / name / "step.pt").is_file() else one for name in specs
+        name: _count(pickles.load(file)) if (file := place / "zero" / name / "step.pt").is_file() else one
+        for name in specs
     }
     step = _count(counters.get("global_steps"))
     alpha = schedule.build_schedule(config).alpha(step) if guide else 0.0
-    weights = Weights(config=config, full=partial(full, kind="weight"), origin=str(place), guide=guide, alpha=alpha, step=step)
+    weights = Weights(
+        config=config,
+        full=partial(full, kind="weight"),
+        origin=str(place),
+        guide=guide,
+        alpha=alpha,
+        step=step,
+    )
     return Universal(weights, full, steps)
 
 
@@ -243,7 +285,9 @@ def _held(path: Path) -> Any:
 
 
 def _fitting(path: Path, expected: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The shape of the tensor in a file; a flat one (ZeRO 3) takes what is expected, if it has as many elements."""
+    """The shape of the tensor in a file; a flat one (ZeRO 3) takes what is expected, if it has as many
+    elements.
+    """
     held = _held(path)
     shape = pickles.shape_of(held)
     if shape is None:
@@ -265,5 +309,9 @@ def _step_of_all(place: Path) -> int:
 
 
 def _count(value: object) -> int:
-    number = float(value) if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1) else 0.0
+    number = (
+        float(value)
+        if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+        else 0.0
+    )
     return int(number) if 0 <= number < 2**53 else 0

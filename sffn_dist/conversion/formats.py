@@ -1,6 +1,9 @@
-"""Which format a folder or file is of, and its weights, whichever it is. Imports no torch until a model is read.
+"""Which format a folder or file is of, and its weights, whichever it is.
 
-Another format to import from is a module with a reader and a line in :data:`FORMATS`; tools/convert.py has a command for it then.
+Imports no torch until a model is read.
+
+Another format to import from is a module with a reader and a line in :data:`FORMATS`; tools/convert.py has a
+command for it then.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
 class ImportFormat:
     """A format that models come from: how it is recognized, and what reads it.
 
-    ``reader`` is the ``module:function`` to import when a model is read: (path, overrides) -> Weights, which raises ConfigError.
+    ``reader`` is the ``module:function`` to import when a model is read: (path, overrides) -> Weights, which
+    raises ConfigError.
     """
 
     name: str
@@ -47,8 +51,12 @@ CHECKPOINT, UNIVERSAL, HUGGING_FACE = "checkpoint", "deepspeed", "hf"
 # in this order, since a folder of one may hold what another is recognized by
 FORMATS: tuple[ImportFormat, ...] = (
     ImportFormat("official", Path.is_file, "sffn_dist.conversion.official:read", takes_overrides=True),
-    ImportFormat(CHECKPOINT, _holds(manifest.NAME, "checkpoints/"), "sffn_dist.checkpoint.reader:read_weights"),
-    ImportFormat(UNIVERSAL, _holds("zero/", "latest_universal"), "sffn_dist.conversion.deepspeed:read_weights"),
+    ImportFormat(
+        CHECKPOINT, _holds(manifest.NAME, "checkpoints/"), "sffn_dist.checkpoint.reader:read_weights"
+    ),
+    ImportFormat(
+        UNIVERSAL, _holds("zero/", "latest_universal"), "sffn_dist.conversion.deepspeed:read_weights"
+    ),
     ImportFormat(
         "megatron",
         _holds(".metadata", "common.pt", "latest_checkpointed_iteration.txt", "mp_rank_*"),
@@ -58,7 +66,9 @@ FORMATS: tuple[ImportFormat, ...] = (
     ),
     ImportFormat(HUGGING_FACE, _holds("config.json"), "sffn_dist.conversion.hf.source:read", dense=True),
 )
-IMPORTED = tuple(entry for entry in FORMATS if entry.name not in (CHECKPOINT, UNIVERSAL))  # become checkpoints for init_from
+IMPORTED = tuple(
+    entry for entry in FORMATS if entry.name not in (CHECKPOINT, UNIVERSAL)
+)  # become checkpoints for init_from
 
 
 def format_of(path: Path) -> ImportFormat:
@@ -69,7 +79,10 @@ def format_of(path: Path) -> ImportFormat:
         if entry.recognizes(path):
             return entry
     raise ConfigError(
-        [f"{path}: neither a checkpoint nor a run of sffn_dist, nor a Hugging Face, Megatron or universal DeepSpeed folder"]
+        [
+            f"{path}: neither a checkpoint nor a run of sffn_dist, nor a Hugging Face, Megatron or "
+            f"universal DeepSpeed folder"
+        ]
     )
 
 
@@ -79,5 +92,8 @@ def is_checkpoint(*paths: Path) -> bool:
 
 
 def weights_of(path: Path, overrides: Sequence[str] = ()) -> Weights:
-    """The model in ``path``, of any format; ``overrides`` say what the file itself does not. Raises ConfigError."""
+    """The model in ``path``, of any format; ``overrides`` say what the file itself does not.
+
+    Raises ConfigError.
+    """
     return format_of(path).read(path, overrides)

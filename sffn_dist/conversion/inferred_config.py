@@ -1,4 +1,6 @@
-"""What a model's tensors say of its config: every size but the number of heads, and which layers are structured in which way."""
+"""What a model's tensors say of its config: every size but the number of heads, and which layers are
+structured in which way.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,16 @@ TABLE, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 LAYERS = "decoder.layers."
 BATCHES = ("global_batch_size", "micro_batch_size")
 POSITIVE = ("learning_rate", "epsilon", "steps", *BATCHES)
-FLOATS = ("learning_rate", "epsilon", "weight_decay", "clip", "warmup_share", "min_learning_rate_ratio", "beta1", "beta2")
+FLOATS = (
+    "learning_rate",
+    "epsilon",
+    "weight_decay",
+    "clip",
+    "warmup_share",
+    "min_learning_rate_ratio",
+    "beta1",
+    "beta2",
+)
 
 
 def config_of(
@@ -26,19 +37,28 @@ def config_of(
     train: Mapping[str, Any],
     guide: Mapping[str, Any],
 ) -> Config:
-    """The config of a model with tensors of these shapes. ``told``: settings of the model section, which win over what shapes say, and
-    ``overrides`` win over all. Raises ConfigError where the shapes are of no model, or nothing tells ``model.heads``.
+    """The config of a model with tensors of these shapes.
+
+    ``told``: settings of the model section, which win over what shapes say, and ``overrides`` win over all.
+    Raises ConfigError where the shapes are of no model, or nothing tells ``model.heads``.
     """
     given: dict[str, Any] = {}
     loading.override(given, overrides)
     heads = given.get("model", {}).get("heads") or told.get("heads")
     if not isinstance(heads, int) or heads < 1:
-        raise ConfigError([f"{origin}: does not say how many heads attention has; give it as model.heads=..."])
+        raise ConfigError(
+            [f"{origin}: does not say how many heads attention has; give it as model.heads=..."]
+        )
     try:
         model, ffn = _model(shapes, heads), _ffn(shapes)
     except (KeyError, IndexError, StopIteration, ValueError, ZeroDivisionError) as error:
         raise ConfigError([f"{origin}: not all of a GPT is in it: {type(error).__name__}: {error}"]) from None
-    tree: dict[str, Any] = {"model": {**model, **told}, "ffn": ffn, "train": dict(train), "guide": dict(guide)}
+    tree: dict[str, Any] = {
+        "model": {**model, **told},
+        "ffn": ffn,
+        "train": dict(train),
+        "guide": dict(guide),
+    }
     loading.override(tree, overrides)
     return loading.from_tree(tree)
 
@@ -49,7 +69,10 @@ def _model(shapes: Shapes, heads: int) -> dict[str, Any]:
     vocab, width = shapes[TABLE]
     attention = shapes[f"{first}self_attention.linear_proj.weight"][1]
     rows = shapes[f"{first}self_attention.linear_qkv.weight"][0]
-    wide, inner = linear_of(shapes, f"{first}mlp.linear_fc1").outputs, linear_of(shapes, f"{first}mlp.linear_fc2").inputs
+    wide, inner = (
+        linear_of(shapes, f"{first}mlp.linear_fc1").outputs,
+        linear_of(shapes, f"{first}mlp.linear_fc2").inputs,
+    )
     return {
         "layers": 1 + max(layer_of(name) for name in shapes if name.startswith(LAYERS)),
         "width": width,
@@ -70,7 +93,11 @@ def layer_of(name: str) -> int:
 
 def linear_of(shapes: Shapes, linear: str) -> Factored:
     """Structure and sizes of a feed-forward linear; raises KeyError for factors of no structure."""
-    own = {name.removeprefix(f"{linear}."): shape for name, shape in shapes.items() if name.startswith(f"{linear}.")}
+    own = {
+        name.removeprefix(f"{linear}."): shape
+        for name, shape in shapes.items()
+        if name.startswith(f"{linear}.")
+    }
     factors = {leaf: shape for leaf, shape in own.items() if leaf not in ("guide", "bias")}
     try:
         return from_factor_shapes(factors)
@@ -79,7 +106,9 @@ def linear_of(shapes: Shapes, linear: str) -> Factored:
 
 
 def _ffn(shapes: Shapes) -> dict[str, Any]:
-    """The ffn section: kind, rank and blocks of the layers that are not dense; raises ValueError if they differ in kind."""
+    """The ffn section: kind, rank and blocks of the layers that are not dense; raises ValueError if they
+    differ in kind.
+    """
     layers = sorted({layer_of(name) for name in shapes if name.startswith(LAYERS)})
     structures = {layer: linear_of(shapes, f"{LAYERS}{layer}.mlp.linear_fc1").structure for layer in layers}
     structured = {layer: structure for layer, structure in structures.items() if not structure.dense}
@@ -91,11 +120,17 @@ def _ffn(shapes: Shapes) -> dict[str, Any]:
         return {**ffn, "kind": DENSE}
     structure = next(iter(structured.values()))
     settings = {name: getattr(structure, name) for name in structure.settings}
-    return {**ffn, "kind": structure.kind, "dense_layers": [layer for layer in layers if layer not in structured], **settings}
+    return {
+        **ffn,
+        "kind": structure.kind,
+        "dense_layers": [layer for layer in layers if layer not in structured],
+        **settings,
+    }
 
 
 def recipe(settings: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, Any]:
-    """Settings of the train section, by ``table`` (theirs -> ours), where they are numbers that ours can take.
+    """Settings of the train section, by ``table`` (theirs -> ours), where they are numbers that ours can
+    take.
 
     A recipe is worth keeping; but no model hangs on it, and so what does not fit is left at its default.
     """
@@ -103,7 +138,11 @@ def recipe(settings: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, A
     for theirs, ours in table.items():
         value = settings.get(theirs)
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if not (whole or (isinstance(value, float) and ours in FLOATS)) or value is None or not 0 <= value < 2**53:
+        if (
+            not (whole or (isinstance(value, float) and ours in FLOATS))
+            or value is None
+            or not 0 <= value < 2**53
+        ):
             continue
         share = ours in ("warmup_share", "min_learning_rate_ratio") and value > 1
         open_share = ours in ("beta1", "beta2") and not 0 < value < 1
@@ -115,7 +154,9 @@ def recipe(settings: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, A
 
 
 def mismatches(shapes: Shapes, expected: Shapes, *, spare: frozenset[str] = frozenset()) -> list[str]:
-    """A sentence for each tensor that is missing, of another shape, or one more than the model has (but for ``spare``)."""
+    """A sentence for each tensor that is missing, of another shape, or one more than the model has (but
+    for ``spare``).
+    """
     problems = [f"has nothing for {name}" for name in expected if name not in shapes]
     for name, shape in shapes.items():
         if name not in expected:

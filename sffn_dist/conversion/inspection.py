@@ -1,4 +1,6 @@
-"""What lies in a checkpoint: what it is, its phase and step, parameters by part, splits, spectrum of each structure, integrity."""
+"""What lies in a checkpoint: what it is, its phase and step, parameters by part, splits, spectrum of each
+structure, integrity.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ from sffn_dist.spec.split_table import ffn_linears, ffn_structure, layer_tensors
 class Spectrum:
     """Singular values s of a linear's matrix (outputs, inputs), with the guide where there is one.
 
-    stable_rank = sum s^2 / max s^2; effective_rank = exp of the entropy of s^2 / sum s^2. Both are at most ``bound``, the highest rank that
-    the structure can have.
+    stable_rank = sum s^2 / max s^2; effective_rank = exp of the entropy of s^2 / sum s^2. Both are at most
+    ``bound``, the highest rank that the structure can have.
     """
 
     layer: int
@@ -37,13 +39,19 @@ class Spectrum:
 
 
 def describe(manifest: Manifest, *, spectra: bool = True, integrity: bool = True) -> dict[str, Any]:
-    """All of it as one tree; of a damaged checkpoint what the manifest says and the damage. Reads every file twice if all is asked for.
+    """All of it as one tree; of a damaged checkpoint what the manifest says and the damage.
+
+    Reads every file twice if all is asked for.
 
     Raises ConfigError, BrokenCheckpoint.
     """
     reader = Reader(manifest)
     damage = [str(problem) for problem in manifest.damage(manifest.files)] if integrity else []
-    weights = Weights(reader.config, reader.full, str(manifest.folder), guide=reader.guide) if damage else reader.weights()
+    weights = (
+        Weights(reader.config, reader.full, str(manifest.folder), guide=reader.guide)
+        if damage
+        else reader.weights()
+    )
     found = {
         "checkpoint": str(manifest.folder),
         "origin": manifest.origin,
@@ -95,7 +103,9 @@ def model(weights: Weights, *, spectra: bool = True) -> dict[str, Any]:
 
 
 def splits(config: Config, p: int, *, guide: bool) -> dict[str, list[dict[str, Any]]]:
-    """Tensors of each kind of layer: full shape, one rank's, and along which dimension it is cut first (-1: replicated)."""
+    """Tensors of each kind of layer: full shape, one rank's, and along which dimension it is cut first
+    (-1: replicated).
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     for layer in range(config.model.layers):
         kind = config.kind_of_layer(layer)
@@ -120,7 +130,9 @@ def spectrum(weights: Weights) -> Iterator[Spectrum]:
         for linear, _, inputs, outputs in ffn_linears(weights.config):
             values = singular_values(dense.full(f"decoder.layers.{layer}.mlp.{linear}.weight"))
             most = min(inputs, outputs)
-            bound = most if structure.dense or weights.guide else min(most, structure.bottleneck(inputs, outputs))
+            bound = (
+                most if structure.dense or weights.guide else min(most, structure.bottleneck(inputs, outputs))
+            )
             share = (values / values.sum().clamp_min(1e-300)).clamp_min(1e-300)
             yield Spectrum(
                 layer=layer,
@@ -135,14 +147,16 @@ def spectrum(weights: Weights) -> Iterator[Spectrum]:
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Squares of the singular values, ascending, in float64, by the smaller Gram matrix: a tenth of an SVD's time. nan for nan."""
+    """Squares of the singular values, ascending, in float64, by the smaller Gram matrix: a tenth of an
+    SVD's time. nan for nan.
+    """
     if not torch.isfinite(matrix).all():
         return torch.full((min(matrix.shape),), math.nan, dtype=torch.float64)
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
     return torch.linalg.eigvalsh(wide.double() @ wide.double().t()).clamp_min(0.0)
 
 
-# --------------------------------------------------------------------------------------------------------------- as a page
+# -------------------------------------------------------------------------------------------------- as a page
 
 
 def render(found: dict[str, Any]) -> str:
@@ -152,13 +166,18 @@ def render(found: dict[str, Any]) -> str:
         split = found["splits"]
         lines += [
             "",
-            f"splits: {split['tensor_parallel']} tensor-parallel ranks, {split['files']} files, {split['bytes'] / 1e6:,.1f} MB",
+            f"splits: {split['tensor_parallel']} tensor-parallel ranks, {split['files']} files, "
+            f"{split['bytes'] / 1e6:,.1f} MB",
         ]
         for kind, tensors in split["layers"].items():
             lines.append(f"  a {kind} layer")
             lines += [_split(tensor) for tensor in tensors]
     if "spectra" in found:
-        lines += ["", "spectra: layer, linear, most ranks, largest and smallest singular value, stable and effective rank"]
+        lines += [
+            "",
+            "spectra: layer, linear, most ranks, largest and smallest singular value, stable and effective "
+            "rank",
+        ]
         lines += [
             f"  {s.layer:>3} {s.linear:<10} {s.kind:<13} {s.bound:>6} {s.largest:>10.4g} {s.smallest:>10.4g} "
             f"{s.stable_rank:>8.1f} {s.effective_rank:>8.1f}"
@@ -172,15 +191,27 @@ def render(found: dict[str, Any]) -> str:
 
 def _heading(found: dict[str, Any]) -> Iterator[str]:
     if "checkpoint" in found:
-        yield f"{found['checkpoint']}: {'+'.join(found['tensors'])}" + (f", from {found['origin']}" if found["origin"] else "")
+        yield f"{found['checkpoint']}: {'+'.join(found['tensors'])}" + (
+            f", from {found['origin']}" if found["origin"] else ""
+        )
         guide = f", alpha {found['alpha']:.4f}" if found["alpha"] else ""
-        yield f"  step {found['step']:,} of {found['total_steps']:,}, {found['phase']}{guide}; Adam's steps {found['optimizer_steps']:,}"
+        yield (
+            f"  step {found['step']:,} of {found['total_steps']:,}, {found['phase']}{guide}; Adam's steps "
+            f"{found['optimizer_steps']:,}"
+        )
         yield f"  data {found['data_fingerprint'] or 'unknown'}"
-        yield f"  code {found['revision'] or 'unknown'}; {', '.join(f'{k} {v}' for k, v in found['versions'].items())}"
+        yield (
+            f"  code {found['revision'] or 'unknown'}; "
+            f"{', '.join(f'{k} {v}' for k, v in found['versions'].items())}"
+        )
     else:
         yield found["origin"]
-    yield "  model  " + ", ".join(f"{key} {value}" for key, value in found["model"].items() if value is not None)
-    yield "  ffn    " + ", ".join(f"{key} {value}" for key, value in found["ffn"].items() if value is not None)
+    yield "  model  " + ", ".join(
+        f"{key} {value}" for key, value in found["model"].items() if value is not None
+    )
+    yield "  ffn    " + ", ".join(
+        f"{key} {value}" for key, value in found["ffn"].items() if value is not None
+    )
 
 
 def _numbers(parts: dict[str, int]) -> Iterator[str]:
@@ -190,4 +221,6 @@ def _numbers(parts: dict[str, int]) -> Iterator[str]:
 
 def _split(tensor: dict[str, Any]) -> str:
     shape, own = (" x ".join(map(str, tensor[key])) for key in ("shape", "rank_shape"))
-    return f"    {tensor['name']:<36} {shape:>16}  " + (f"cut to {own}" if tensor["cut"] >= 0 else "on every rank")
+    return f"    {tensor['name']:<36} {shape:>16}  " + (
+        f"cut to {own}" if tensor["cut"] >= 0 else "on every rank"
+    )

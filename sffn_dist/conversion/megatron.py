@@ -1,10 +1,12 @@
-"""Dense GPTs of megatron-core (Megatron-LM), as :class:`Weights`: what they are in the terms of the config here.
+"""Dense GPTs of megatron-core (Megatron-LM), as :class:`Weights`: what they are in the terms of the config
+here.
 
-Their tensors are ours by name and layout. Transformer Engine keeps a norm in the linear behind it; a norm ``1 + w`` becomes a plain one;
-linears without a bias, beside others with one, get zeros.
+Their tensors are ours by name and layout. Transformer Engine keeps a norm in the linear behind it; a norm ``1
++ w`` becomes a plain one; linears without a bias, beside others with one, get zeros.
 
-GELU: Megatron-LM's own is exact, but fused with the bias, which is its default, it is the tanh form
-0.5 x (1 + tanh(0.79788456 x (1 + 0.044715 x^2))): what such a model was trained with is "gelu" here, the exact form "gelu_erf".
+GELU: Megatron-LM's own is exact, but fused with the bias, which is its default, it is the tanh form 0.5 x (1
++ tanh(0.79788456 x (1 + 0.044715 x^2))): what such a model was trained with is "gelu" here, the exact form
+"gelu_erf".
 """
 
 from __future__ import annotations
@@ -73,10 +75,12 @@ FITS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Weights:
-    """The model in a Megatron checkpoint: an iteration's folder, or a root with ``latest_checkpointed_iteration.txt``.
+    """The model in a Megatron checkpoint: an iteration's folder, or a root with
+    ``latest_checkpointed_iteration.txt``.
 
-    Config from the tensors' shapes and Megatron-LM's ``args``; ``overrides`` (``key=value``) win. Where no args were kept, ``model.heads``
-    must be given, and ``model.activation`` unless it is gated. Raises ConfigError, with every reason, if the model cannot be built here.
+    Config from the tensors' shapes and Megatron-LM's ``args``; ``overrides`` (``key=value``) win. Where no
+    args were kept, ``model.heads`` must be given, and ``model.activation`` unless it is gated. Raises
+    ConfigError, with every reason, if the model cannot be built here.
     """
     found = open_checkpoint(path)
     entries = _named(found)
@@ -94,7 +98,9 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Weights:
     if config.model.bias:
         entries = {**_zero_biases(entries, shapes), **entries}
     spare = frozenset({inferred_config.OUTPUT} if config.model.tie_embeddings else ())
-    problems = inferred_config.mismatches({name: entry.shape for name, entry in entries.items()}, shapes, spare=spare)
+    problems = inferred_config.mismatches(
+        {name: entry.shape for name, entry in entries.items()}, shapes, spare=spare
+    )
     if problems:
         raise ConfigError([f"{found.folder}: {problem}" for problem in problems])
     shifted = found.arguments.get("apply_layernorm_1p") is True
@@ -109,7 +115,9 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Weights:
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What of the arguments is text and numbers."""
-    return {key: value for key, value in sorted(arguments.items()) if isinstance(value, str | int | float | bool)}
+    return {
+        key: value for key, value in sorted(arguments.items()) if isinstance(value, str | int | float | bool)
+    }
 
 
 def _named(found: Checkpoint) -> dict[str, MegatronTensor]:
@@ -124,7 +132,9 @@ def _named(found: Checkpoint) -> dict[str, MegatronTensor]:
             gate, up = (found.entries.get(name[:-2] + half) for half in HALVES)
             if gate is not None and up is not None:
                 shape = (gate.shape[0] + up.shape[0], *gate.shape[1:])
-                entries[name[:-2]] = MegatronTensor(shape, lambda g=gate, u=up: torch.cat([g.read(), u.read()]))  # type: ignore[misc]
+                entries[name[:-2]] = MegatronTensor(
+                    shape, lambda g=gate, u=up: torch.cat([g.read(), u.read()])
+                )  # type: ignore[misc]
                 continue
         entries[name] = entry
     return entries
@@ -134,20 +144,28 @@ def _representable(found: Checkpoint, entries: Mapping[str, MegatronTensor]) -> 
     """Raises ConfigError with everything about the model that has no counterpart here."""
     arguments, problems = found.arguments, []
     kind = arguments.get("position_embedding_type", "rope")
-    rope = kind == "rope" or (kind == "learned_absolute" and arguments.get("use_rotary_position_embeddings") is True)
+    rope = kind == "rope" or (
+        kind == "learned_absolute" and arguments.get("use_rotary_position_embeddings") is True
+    )
     if not rope or any("position_embeddings" in name for name in entries):
         problems.append(f"position_embedding_type = {kind!r}: models here have rotary embeddings")
     for key, (values, meaning) in FITS.items():
         value = arguments.get(key)
-        if value is not None and not any(value is fit or (type(value) is type(fit) and value == fit) for fit in values):
+        if value is not None and not any(
+            value is fit or (type(value) is type(fit) and value == fit) for fit in values
+        ):
             problems.append(f"{key} = {str(value)[:40]}: {meaning}")
-    if any(".experts." in name or ".router." in name for name in entries) and not arguments.get("num_experts"):
+    if any(".experts." in name or ".router." in name for name in entries) and not arguments.get(
+        "num_experts"
+    ):
         problems.append("routes tokens to experts; feed-forward layers here have one")
     if problems:
         raise ConfigError([f"{found.folder}: {problem}" for problem in problems])
 
 
-def _told(found: Checkpoint, entries: Mapping[str, MegatronTensor], overrides: Sequence[str]) -> dict[str, Any]:
+def _told(
+    found: Checkpoint, entries: Mapping[str, MegatronTensor], overrides: Sequence[str]
+) -> dict[str, Any]:
     """Settings of the model section that no shape tells; raises ConfigError if one of them is nowhere."""
     arguments = found.arguments
     names = {
@@ -160,13 +178,19 @@ def _told(found: Checkpoint, entries: Mapping[str, MegatronTensor], overrides: S
     for ours, theirs in names.items():
         value = next((arguments[key] for key in theirs if arguments.get(key) is not None), None)
         if value is not None:
-            told[ours] = int(value) if ours == "rope_base" and isinstance(value, float) and value.is_integer() else value
+            told[ours] = (
+                int(value)
+                if ours == "rope_base" and isinstance(value, float) and value.is_integer()
+                else value
+            )
     untied = arguments.get("untie_embeddings_and_output_weights")
     if isinstance(untied, bool):
         told["tie_embeddings"] = not untied
     if _gated(entries):
         if arguments.get("swiglu") is False:
-            raise ConfigError([f"{found.folder}: its gated activation is not swiglu, which alone models here have"])
+            raise ConfigError(
+                [f"{found.folder}: its gated activation is not swiglu, which alone models here have"]
+            )
     elif arguments:
         told["activation"] = "gelu" if _tanh(arguments) else "gelu_erf"
     given: dict[str, Any] = {}
@@ -176,26 +200,39 @@ def _told(found: Checkpoint, entries: Mapping[str, MegatronTensor], overrides: S
         needed["activation"] = "which GELU it has, gelu (the tanh form) or gelu_erf"
     unknown = [key for key in needed if key not in told and key not in given.get("model", {})]
     if unknown:
-        raise ConfigError([f"{found.folder}: does not say {needed[key]}; give it as model.{key}=..." for key in unknown])
+        raise ConfigError(
+            [f"{found.folder}: does not say {needed[key]}; give it as model.{key}=..." for key in unknown]
+        )
     return told
 
 
 def _gated(entries: Mapping[str, MegatronTensor]) -> bool:
     first, second = (entries.get(f"decoder.layers.0.mlp.linear_fc{which}.weight") for which in (1, 2))
-    return first is not None and second is not None and len(second.shape) == 2 and first.shape[0] == 2 * second.shape[1]
+    return (
+        first is not None
+        and second is not None
+        and len(second.shape) == 2
+        and first.shape[0] == 2 * second.shape[1]
+    )
 
 
 def _tanh(arguments: Mapping[str, Any]) -> bool:
-    """Whether GELU was computed in its tanh form: by name, or by the fusion with the bias, which needs one."""
+    """Whether GELU was computed in its tanh form: by name, or by the fusion with the bias, which needs
+    one.
+    """
     if arguments.get("openai_gelu") is True:
         return True
     return arguments.get("bias_gelu_fusion", True) is True and arguments.get("add_bias_linear", True) is True
 
 
 def _zero_biases(entries: Mapping[str, MegatronTensor], shapes: Shapes) -> dict[str, MegatronTensor]:
-    """Zeros for the biases of linears that have none in any layer: Megatron's ``add_qkv_bias`` gives them to linear_qkv alone."""
+    """Zeros for the biases of linears that have none in any layer: Megatron's ``add_qkv_bias`` gives them
+    to linear_qkv alone.
+    """
     bare = [linear for linear in LINEARS if not any(name.endswith(f"{linear}.bias") for name in entries)]
-    made: Callable[[tuple[int, ...]], MegatronTensor] = lambda shape: MegatronTensor(shape, lambda: torch.zeros(shape))  # noqa: E731
+    made: Callable[[tuple[int, ...]], MegatronTensor] = lambda shape: MegatronTensor(
+        shape, lambda: torch.zeros(shape)
+    )  # noqa: E731
     return {
         name: made(shape)
         for name, shape in shapes.items()

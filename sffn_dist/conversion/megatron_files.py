@@ -1,4 +1,5 @@
-"""The two formats that Megatron writes checkpoints in, as tensors by megatron-core's names with the layers numbered over the whole model.
+"""The two formats that Megatron writes checkpoints in, as tensors by megatron-core's names with the layers
+numbered over the whole model.
 
 ``torch_dist`` (torch.distributed.checkpoint):
 
@@ -6,15 +7,17 @@
                  __0_0.distcp     chunks, each as torch.save writes a tensor
                  common.pt        torch.save of what is no sharded tensor: args, iteration, ...
 
-    A layer's tensors lie under a key of their own, or all layers' as one tensor with a leading axis (decoder.layers.mlp.linear_fc2.weight).
-    Chunks are read without torch.distributed.checkpoint, whose planner unpickles what the metadata calls bytes, whatever it holds.
+    A layer's tensors lie under a key of their own, or all layers' as one tensor with a leading axis
+    (decoder.layers.mlp.linear_fc2.weight). Chunks are read without torch.distributed.checkpoint, whose
+    planner unpickles what the metadata calls bytes, whatever it holds.
 
 legacy (``torch``):
 
     iter_0000100/mp_rank_XX[_PPP]/model_optim_rng.pt    torch.save of {"model": state_dict, "args": Namespace, "iteration", ...}
 
-    XX is the tensor-parallel and PPP the pipeline-parallel rank; with interleaved stages "model0", "model1", ... in place of "model". Each
-    stage counts its layers from 0. Gated linear_fc1 parts are [gate; up] on each rank.
+    XX is the tensor-parallel and PPP the pipeline-parallel rank; with interleaved stages "model0", "model1",
+    ... in place of "model". Each stage counts its layers from 0. Gated linear_fc1 parts are [gate; up] on
+    each rank.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ LATEST = "latest_checkpointed_iteration.txt"
 STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
 NUMBERED = re.compile(r"decoder\.layers\.(\d{1,4})\.(.+)")
 RANK = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,4}))?")
-# beside the model: the optimiser, random states, the scheduler; and Transformer Engine's records of fp8 scales
+# beside the model: the optimiser, random states, the scheduler; and Transformer Engine's records of fp8
+# scales
 BESIDE = re.compile(
     r"(optimizer|chained_\d+|rng_state|opt_param_scheduler|rerun_state_machine\w*|param_groups)(\..*|/.*)?|.*_extra_state.*"
 )
@@ -75,18 +79,28 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a folder, or the latest one below it; raises ConfigError if there is none, or it is damaged."""
+    """The checkpoint in a folder, or the latest one below it; raises ConfigError if there is none, or it
+    is damaged.
+    """
     folder = _iteration_folder(path)
     if (folder / ".metadata").is_file():
         return _torch_dist(folder)
     ranks = {match: child for child in sorted(folder.iterdir()) if (match := RANK.fullmatch(child.name))}
     if ranks:
-        places = {(int(match[1]), int(match[2] or 0)): child / "model_optim_rng.pt" for match, child in ranks.items()}
+        places = {
+            (int(match[1]), int(match[2] or 0)): child / "model_optim_rng.pt"
+            for match, child in ranks.items()
+        }
         return _legacy(folder, places)
     if (folder / "metadata.json").is_file():
-        raise ConfigError([f"{folder}: a distributed checkpoint, but not of the kind torch_dist, which alone is read"])
+        raise ConfigError(
+            [f"{folder}: a distributed checkpoint, but not of the kind torch_dist, which alone is read"]
+        )
     raise ConfigError(
-        [f"{folder}: holds neither .metadata (torch_dist) nor mp_rank_* folders (torch); not a Megatron checkpoint"]
+        [
+            f"{folder}: holds neither .metadata (torch_dist) nor mp_rank_* folders (torch); not a Megatron "
+            f"checkpoint"
+        ]
     )
 
 
@@ -109,7 +123,7 @@ def _iteration(tree: Mapping[str, Any]) -> int:
     return value if isinstance(value := tree.get("iteration"), int) and 0 <= value < 2**53 else 0
 
 
-# --------------------------------------------------------------------------------------------------------------------- torch_dist
+# ------------------------------------------------------------------------------------------------- torch_dist
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,9 @@ def _torch_dist(folder: Path) -> Checkpoint:
     try:
         tensors = _parse(pickles.unpickle(folder / ".metadata"))
     except (KeyError, ValueError, TypeError) as error:
-        raise ConfigError([f"{folder / '.metadata'}: not what torch.distributed.checkpoint writes: {error}"]) from None
+        raise ConfigError(
+            [f"{folder / '.metadata'}: not what torch.distributed.checkpoint writes: {error}"]
+        ) from None
     wrapper = next((start for start in WRAPPERS if f"{start}embedding.word_embeddings.weight" in tensors), "")
     entries: dict[str, MegatronTensor] = {}
     for key, (shape, chunks) in tensors.items():
@@ -138,7 +154,9 @@ def _torch_dist(folder: Path) -> Checkpoint:
         name = key.removeprefix(wrapper)
         stacked = STACKED.fullmatch(name)
         if not stacked:
-            entries[name] = MegatronTensor(shape, partial(_box, folder, key, (0,) * len(shape), shape, chunks))
+            entries[name] = MegatronTensor(
+                shape, partial(_box, folder, key, (0,) * len(shape), shape, chunks)
+            )
             continue
         for layer in range(min(shape[0] if shape else 0, 10_000)):
             at, box = (layer, *(0,) * (len(shape) - 1)), (1, *shape[1:])
@@ -149,7 +167,10 @@ def _torch_dist(folder: Path) -> Checkpoint:
 
 
 def _parse(metadata: object) -> dict[str, tuple[tuple[int, ...], list[_Chunk]]]:
-    """Key -> (full shape, chunks), of tensors. Raises KeyError, TypeError or ValueError for what is no such metadata."""
+    """Key -> (full shape, chunks), of tensors.
+
+    Raises KeyError, TypeError or ValueError for what is no such metadata.
+    """
     if pickles.named(metadata) != f"{METADATA}Metadata":
         raise ValueError(f"holds {pickles.named(metadata) or type(metadata).__name__}")
     tree = pickles.attributes(metadata)
@@ -164,7 +185,10 @@ def _parse(metadata: object) -> dict[str, tuple[tuple[int, ...], list[_Chunk]]]:
             continue  # bytes, of no use here
         held = pickles.attributes(value)
         boxes = [pickles.attributes(chunk) for chunk in list(held["chunks"])]
-        chunks = [_chunk(places[key, _size(box["offsets"])], _size(box["offsets"]), _size(box["sizes"])) for box in boxes]
+        chunks = [
+            _chunk(places[key, _size(box["offsets"])], _size(box["offsets"]), _size(box["sizes"]))
+            for box in boxes
+        ]
         shape = _size(held["size"])
         if any(len(chunk.sizes) != len(shape) for chunk in chunks):
             raise ValueError(f"chunks of {key} that are none")
@@ -175,9 +199,13 @@ def _parse(metadata: object) -> dict[str, tuple[tuple[int, ...], list[_Chunk]]]:
 def _size(value: object) -> tuple[int, ...]:
     """A pickled torch.Size."""
     items = (
-        value.args[0] if isinstance(value, pickles.StandIn) and pickles.named(value) == "torch.Size" and value.args else value
+        value.args[0]
+        if isinstance(value, pickles.StandIn) and pickles.named(value) == "torch.Size" and value.args
+        else value
     )
-    if not isinstance(items, tuple | list) or not all(isinstance(size, int) and 0 <= size < 2**53 for size in items):
+    if not isinstance(items, tuple | list) or not all(
+        isinstance(size, int) and 0 <= size < 2**53 for size in items
+    ):
         raise ValueError("a size that is none")
     return tuple(items)
 
@@ -192,9 +220,18 @@ def _chunk(info: Mapping[str, Any], offsets: tuple[int, ...], sizes: tuple[int, 
 
 
 def _box(
-    folder: Path, key: str, at: tuple[int, ...], box: tuple[int, ...], chunks: list[_Chunk], layer: bool = False
+    folder: Path,
+    key: str,
+    at: tuple[int, ...],
+    box: tuple[int, ...],
+    chunks: list[_Chunk],
+    layer: bool = False,
 ) -> Tensor:
-    """Elements ``at`` .. ``at + box`` of a tensor, chunk by chunk; raises ConfigError if chunks are missing or not what they should be."""
+    """Elements ``at`` ..
+
+    ``at + box`` of a tensor, chunk by chunk; raises ConfigError if chunks are missing or not what they should
+    be.
+    """
     parts = []
     for chunk in chunks:
         low = [max(a, o) for a, o in zip(at, chunk.offsets, strict=True)]
@@ -206,35 +243,49 @@ def _box(
         math.prod(chunk.sizes) <= chunk.length for chunk, _, _ in parts
     )  # a byte an element at least, or the file is wrong
     if covered != math.prod(box) or not there:
-        raise ConfigError([f"{folder}: has {covered} of {math.prod(box)} elements of {key}, or chunks too short"])
+        raise ConfigError(
+            [f"{folder}: has {covered} of {math.prod(box)} elements of {key}, or chunks too short"]
+        )
     full = torch.zeros(box)
     for chunk, low, lengths in parts:
         held = pickles.load_part(folder / chunk.file, chunk.start, chunk.length)
         if pickles.shape_of(held) != chunk.sizes:
-            raise ConfigError([f"{folder / chunk.file}: holds no tensor of shape {list(chunk.sizes)} for {key}"])
+            raise ConfigError(
+                [f"{folder / chunk.file}: holds no tensor of shape {list(chunk.sizes)} for {key}"]
+            )
         target = tuple(slice(a - b, a - b + n) for a, b, n in zip(low, at, lengths, strict=True))
         source = tuple(slice(a - o, a - o + n) for a, o, n in zip(low, chunk.offsets, lengths, strict=True))
         full[target] = held.detach()[source]
     return full[0] if layer else full
 
 
-# ------------------------------------------------------------------------------------------------------------------------- legacy
+# ----------------------------------------------------------------------------------------------------- legacy
 
 
 def _legacy(folder: Path, places: Mapping[tuple[int, int], Path]) -> Checkpoint:
     tensor, pipeline = (1 + max(place[axis] for place in places) for axis in (0, 1))
-    lost = [f"mp_rank_{t:02d}_{s:03d}" for t in range(tensor) for s in range(pipeline) if (t, s) not in places]
+    lost = [
+        f"mp_rank_{t:02d}_{s:03d}" for t in range(tensor) for s in range(pipeline) if (t, s) not in places
+    ]
     if lost:
         raise ConfigError(
-            [f"{folder}: {', '.join(lost[:4])} of {tensor} x {pipeline} tensor- and pipeline-parallel ranks is missing"]
+            [
+                f"{folder}: {', '.join(lost[:4])} of {tensor} x {pipeline} tensor- and pipeline-parallel "
+                f"ranks is missing"
+            ]
         )
     files = {place: pickles.load(path) for place, path in places.items()}
     for place, file in files.items():
-        if not isinstance(file, dict) or not any(isinstance(file.get(key), dict) for key in ("model", "model0")):
+        if not isinstance(file, dict) or not any(
+            isinstance(file.get(key), dict) for key in ("model", "model0")
+        ):
             raise ConfigError([f"{places[place]}: holds no model"])
         if "language_model" in file.get("model", {}):
             raise ConfigError(
-                [f"{places[place]}: a model from before megatron-core (language_model); convert it with Megatron-LM first"]
+                [
+                    f"{places[place]}: a model from before megatron-core (language_model); convert it with "
+                    f"Megatron-LM first"
+                ]
             )
     first = files[0, 0]
     version = first.get("checkpoint_version", 3.0)
@@ -264,8 +315,12 @@ def _state(path: Path, state: object) -> dict[str, Tensor]:
     return found
 
 
-def _add(folder: Path, entries: dict[str, MegatronTensor], parts: list[dict[str, Tensor]], before: int) -> int:
-    """Enter one stage's tensors, put together from tensor-parallel ``parts``; returns how many layers the stage has."""
+def _add(
+    folder: Path, entries: dict[str, MegatronTensor], parts: list[dict[str, Tensor]], before: int
+) -> int:
+    """Enter one stage's tensors, put together from tensor-parallel ``parts``; returns how many layers the
+    stage has.
+    """
     layers = 0
     for key, tensor in parts[0].items():
         pieces = [part.get(key) for part in parts]

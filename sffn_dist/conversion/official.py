@@ -1,7 +1,8 @@
 """Checkpoints of the paper authors' code (github.com/CLAIRE-Labo/StructuredFFN), as :class:`Weights`.
 
-Their trainer saves ``<step>.pth``: a dictionary of ``model`` (a state_dict), ``step`` (of the last step taken, from 0), ``config``
-(OmegaConf), the optimiser's and the scheduler's state. Its names against ours, for a linear of h or f inputs:
+Their trainer saves ``<step>.pth``: a dictionary of ``model`` (a state_dict), ``step`` (of the last step
+taken, from 0), ``config`` (OmegaConf), the optimiser's and the scheduler's state. Its names against ours, for
+a linear of h or f inputs:
 
     model.wte, lm_head (the same storage where tied)      embedding.word_embeddings, output_layer
     model.layers.i.ln1, ln2; model.ln_f                   input_layernorm, pre_mlp_layernorm; decoder.final_layernorm
@@ -13,8 +14,9 @@ Their trainer saves ``<step>.pth``: a dictionary of ``model`` (a state_dict), ``
     guide_linear (M, N), in plain feature order           guide
     count, ratio                                          guided steps taken, alpha of the next one
 
-``ratio`` counts while ``method.kwargs.training.enabled`` does: their code leaves the guide in the model after its last step, unused.
-Rotary embeddings turn halves of a head, not pairs; GELU is the tanh form; norms add 1e-5: all as here.
+``ratio`` counts while ``method.kwargs.training.enabled`` does: their code leaves the guide in the model after
+its last step, unused. Rotary embeddings turn halves of a head, not pairs; GELU is the tanh form; norms add
+1e-5: all as here.
 """
 
 from __future__ import annotations
@@ -41,7 +43,11 @@ MODULES = {
     "mlp.fc1": "mlp.linear_fc1",
     "mlp.fc2": "mlp.linear_fc2",
 }
-TOP = {"model.wte": "embedding.word_embeddings", "model.ln_f": "decoder.final_layernorm", "lm_head": "output_layer"}
+TOP = {
+    "model.wte": "embedding.word_embeddings",
+    "model.ln_f": "decoder.final_layernorm",
+    "lm_head": "output_layer",
+}
 LEAVES = {
     "weight": "weight",
     "bias": "bias",
@@ -53,20 +59,25 @@ LEAVES = {
     "blkdiag2": "block_out",
     "guide_linear": "guide",
 }
-# neither weights nor needed: Transformer Engine's records of fp8 scales, and what older code kept of rotary embeddings
+# neither weights nor needed: Transformer Engine's records of fp8 scales, and what older code kept of rotary
+# embeddings
 IDLE = re.compile(r".*\._extra_state|.*\.inv_freq")
 LAYER = re.compile(r"model\.layers\.(\d{1,4})\.(.+)\.(\w+)")
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Weights:
-    """The model in a ``.pth`` of the authors' trainer; ``overrides`` (``key=value``) win over what the file says.
+    """The model in a ``.pth`` of the authors' trainer; ``overrides`` (``key=value``) win over what the file
+    says.
 
-    The sizes are read from the tensors. Of a file without its config, ``model.heads`` must be given, and the rest of ``model`` where it is
-    not the default. Raises ConfigError if the file is no such checkpoint, or its model is one that cannot be built here.
+    The sizes are read from the tensors. Of a file without its config, ``model.heads`` must be given, and the
+    rest of ``model`` where it is not the default. Raises ConfigError if the file is no such checkpoint, or
+    its model is one that cannot be built here.
     """
     found = pickles.load(path)
     if not isinstance(found, dict):
-        raise ConfigError([f"{path}: holds a {type(found).__name__}, not a dictionary with the model's state"])
+        raise ConfigError(
+            [f"{path}: holds a {type(found).__name__}, not a dictionary with the model's state"]
+        )
     state = found["model"] if isinstance(found.get("model"), dict) else found
     if not state or not all(isinstance(key, str) for key in state):
         raise ConfigError([f"{path}: holds no state_dict"])
@@ -94,10 +105,12 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Weights:
         "settings": settings,
         "guide_dropped": alpha == 0 and any(map(is_guide, tensors)),
     }
-    return Weights(config=config, full=full, origin=str(path), guide=alpha > 0, alpha=alpha, step=step, facts=facts)
+    return Weights(
+        config=config, full=full, origin=str(path), guide=alpha > 0, alpha=alpha, step=step, facts=facts
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- what the file says
+# ----------------------------------------------------------------------------------------- what the file says
 
 
 def _step(found: Mapping[str, Any]) -> int:
@@ -107,7 +120,10 @@ def _step(found: Mapping[str, Any]) -> int:
 
 
 def _alpha(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """The guide's weight in the next step; 0 without a guide, or after its time. Raises ConfigError if the linears do not agree."""
+    """The guide's weight in the next step; 0 without a guide, or after its time.
+
+    Raises ConfigError if the linears do not agree.
+    """
     guides = [key.removesuffix("guide_linear") for key in state if key.endswith(".guide_linear")]
     if not guides or settings.get("method.kwargs.training.enabled") is False:
         return 0.0
@@ -116,7 +132,9 @@ def _alpha(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) ->
         raise ConfigError([f"{path}: has guides, but not the ratio of each, which is their weight"])
     values = {float(ratio) for ratio in ratios if ratio is not None}
     if len(values) != 1 or not all(0 <= value <= 1 for value in values):
-        raise ConfigError([f"{path}: ratios of the guides are {sorted(values)[:4]}, must be one number between 0 and 1"])
+        raise ConfigError(
+            [f"{path}: ratios of the guides are {sorted(values)[:4]}, must be one number between 0 and 1"]
+        )
     return values.pop()
 
 
@@ -150,18 +168,24 @@ def _name(theirs: str) -> str:
     if module in TOP and leaf in ("weight", "bias"):
         return f"{TOP[module]}.{leaf}"
     match = LAYER.fullmatch(theirs)
-    if match and match[2] in MODULES and (leaf in ("weight", "bias") or (leaf in LEAVES and match[2].startswith("mlp."))):
+    if (
+        match
+        and match[2] in MODULES
+        and (leaf in ("weight", "bias") or (leaf in LEAVES and match[2].startswith("mlp.")))
+    ):
         return f"decoder.layers.{int(match[1])}.{MODULES[match[2]]}.{LEAVES[leaf]}"
     return ""
 
 
 def _tied(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the output layer is the embedding: the same storage, or the same numbers, or not there at all."""
+    """Whether the output layer is the embedding: the same storage, or the same numbers, or not there at
+    all.
+    """
     table, head = tensors[inferred_config.TABLE], tensors.get(inferred_config.OUTPUT)
     return head is None or table.data_ptr() == head.data_ptr() or torch.equal(table, head)
 
 
-# -------------------------------------------------------------------------------------------------------------------- the tensors
+# ------------------------------------------------------------------------------------------------ the tensors
 
 
 def _check(path: Path, tensors: Mapping[str, Tensor], config: Config, *, tied: bool, guide: bool) -> None:
@@ -180,9 +204,11 @@ def _check(path: Path, tensors: Mapping[str, Tensor], config: Config, *, tied: b
 
 
 def _grouped(tensor: Tensor, config: Config) -> Tensor:
-    """Rows [all queries; all keys; all values] -> by key/value head [its queries; its key; its value]; of a bias, its elements."""
+    """Rows [all queries; all keys; all values] -> by key/value head [its queries; its key; its value]; of
+    a bias, its elements.
+    """
     groups, size, tail = config.kv_heads, config.head_dim, tensor.shape[1:]
     parts = tensor.split([config.attention_dim, groups * size, groups * size])
-    return torch.cat([part.view(groups, math.prod(part.shape[:1]) // groups, *tail) for part in parts], dim=1).reshape(
-        tensor.shape
-    )
+    return torch.cat(
+        [part.view(groups, math.prod(part.shape[:1]) // groups, *tail) for part in parts], dim=1
+    ).reshape(tensor.shape)

@@ -1,4 +1,6 @@
-"""What the paper authors' pickled OmegaConf says of a model and how it was trained, in the terms of the config here."""
+"""What the paper authors' pickled OmegaConf says of a model and how it was trained, in the terms of the
+config here.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ GUIDE = "method.kwargs.training."
 
 
 def flat(node: object, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value of OmegaConf's pickled nodes, or of plain dictionaries and lists; interpolations as the text that they are."""
+    """Dotted key -> value of OmegaConf's pickled nodes, or of plain dictionaries and lists; interpolations
+    as the text that they are.
+    """
     inner = pickles.attributes(node) if isinstance(node, pickles.StandIn) else {}
     node = inner.get("_content", inner.get("_val")) if inner else node
     if len(prefix) > 200:  # a node can hold itself
@@ -33,7 +37,9 @@ def flat(node: object, prefix: str = "") -> dict[str, Any]:
     if isinstance(node, dict | list):
         items = list(dict.items(node)) if isinstance(node, dict) else list(enumerate(node))
         return {
-            name: leaf for key, value in items for name, leaf in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+            name: leaf
+            for key, value in items
+            for name, leaf in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
         }
     return {prefix: node} if isinstance(node, str | int | float | bool | None) else {}
 
@@ -57,8 +63,15 @@ def representable(path: Path, settings: Mapping[str, Any], names: Mapping[str, A
 
 
 def model(settings: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
-    """Settings of the model section that no shape tells. Without their config the defaults here, which are the values in all of theirs."""
-    names = {"heads": "num_q_heads", "sequence": "max_position_embeddings", "rope_base": "pos_emb.rotary_base"}
+    """Settings of the model section that no shape tells.
+
+    Without their config the defaults here, which are the values in all of theirs.
+    """
+    names = {
+        "heads": "num_q_heads",
+        "sequence": "max_position_embeddings",
+        "rope_base": "pos_emb.rotary_base",
+    }
     told = {ours: settings[MODEL + theirs] for ours, theirs in names.items() if MODEL + theirs in settings}
     return {**told, "norm_epsilon": 1e-5, "tie_embeddings": settings.get(f"{MODEL}tie_word_embeddings", tied)}
 

@@ -1,11 +1,13 @@
 """Read what others pickled, and run nothing of it.
 
-A pickle names callables and says what to call them with. Here each name stands for one of three things: what torch's own
-``weights_only`` unpickler rebuilds tensors of, an inert :class:`StandIn` that keeps what it is called with, or, for every other name, a
-refusal. No foreign module is imported. Stand-ins are classes made anew for each file, so that nothing a file does to them outlives it.
+A pickle names callables and says what to call them with. Here each name stands for one of three things: what
+torch's own ``weights_only`` unpickler rebuilds tensors of, an inert :class:`StandIn` that keeps what it is
+called with, or, for every other name, a refusal. No foreign module is imported. Stand-ins are classes made
+anew for each file, so that nothing a file does to them outlives it.
 
-:func:`load` reads torch.save's zip files, tensors mapped into memory; :func:`load_part` reads one that lies inside another file;
-:func:`unpickle` reads a bare pickle that holds no tensors. All raise ConfigError naming the file, and where it is a name, the name.
+:func:`load` reads torch.save's zip files, tensors mapped into memory; :func:`load_part` reads one that lies
+inside another file; :func:`unpickle` reads a bare pickle that holds no tensors. All raise ConfigError naming
+the file, and where it is a name, the name.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from torch import Tensor
 
 from sffn_dist.spec.config import ConfigError
 
-# Data that frameworks keep beside tensors: configs, arguments, enums, random states. As stand-ins all of them are inert, whatever they
-# do at home; the list says what is expected to be met, and anything else is a reason to distrust the file.
+# Data that frameworks keep beside tensors: configs, arguments, enums, random states. As stand-ins all of them
+# are inert, whatever they do at home; the list says what is expected to be met, and anything else is a reason
+# to distrust the file.
 INERT = re.compile(
     r"""
     omegaconf\.[\w.]+ | deepspeed\.[\w.]+ | megatron\.[\w.]+
@@ -42,8 +45,8 @@ INERT = re.compile(
     """,
     re.VERBOSE,
 )
-# What pickle.dump of data writes. Left out: the extension registry, persistent ids, calls by module and name, out-of-band buffers,
-# and sizes given ahead of bytes that need not be there
+# What pickle.dump of data writes. Left out: the extension registry, persistent ids, calls by module and name,
+# out-of-band buffers, and sizes given ahead of bytes that need not be there
 OPCODES = frozenset(
     """
     PROTO FRAME STOP MARK POP POP_MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET NONE NEWTRUE NEWFALSE
@@ -55,7 +58,9 @@ OPCODES = frozenset(
 
 
 class StandIn:
-    """An object of somebody else's class: what it was made with, in ``args``, and what it was then filled with, in ``state``."""
+    """An object of somebody else's class: what it was made with, in ``args``, and what it was then filled
+    with, in ``state``.
+    """
 
     __slots__ = ("args", "state")
     name = ""  # of the class, dotted
@@ -73,7 +78,9 @@ class StandIn:
 
 
 def named(value: object) -> str:
-    """The dotted name of the class that ``value`` is a stand-in of, or itself stands in for; "" of anything else."""
+    """The dotted name of the class that ``value`` is a stand-in of, or itself stands in for; "" of
+    anything else.
+    """
     if isinstance(value, StandIn):
         return type(value).name
     return value.name if isinstance(value, type) and issubclass(value, StandIn) else ""
@@ -88,23 +95,34 @@ def attributes(value: object) -> dict[str, Any]:
     """What a stand-in's instance dictionary was to be; a plain dictionary as it is; {} of anything else."""
     state = value.state if isinstance(value, StandIn) else value
     if isinstance(state, tuple) and len(state) == 2:  # (dictionary, slots)
-        state = {**(state[0] or {}), **(state[1] or {})} if all(isinstance(part, dict | None) for part in state) else {}
-    return {key: item for key, item in dict.items(state) if isinstance(key, str)} if isinstance(state, dict) else {}
+        state = (
+            {**(state[0] or {}), **(state[1] or {})}
+            if all(isinstance(part, dict | None) for part in state)
+            else {}
+        )
+    return (
+        {key: item for key, item in dict.items(state) if isinstance(key, str)}
+        if isinstance(state, dict)
+        else {}
+    )
 
 
 def _mapping(*_: Any) -> dict[Any, Any]:
-    """In place of collections.defaultdict: items are set on it, which torch allows on true dictionaries alone."""
+    """In place of collections.defaultdict: items are set on it, which torch allows on true dictionaries
+    alone.
+    """
     return OrderedDict()
 
 
 def _refuse(path: Path, names: Iterable[str]) -> None:
     if problems := [
-        f"{path}: names {name}, which a file of weights has no use for; nothing of it was run" for name in sorted(names)
+        f"{path}: names {name}, which a file of weights has no use for; nothing of it was run"
+        for name in sorted(names)
     ]:
         raise ConfigError(problems)
 
 
-# --------------------------------------------------------------------------------------------------------------- torch.save's files
+# ----------------------------------------------------------------------------------------- torch.save's files
 
 
 def load(path: Path) -> Any:
@@ -136,13 +154,22 @@ def _unreadable(path: Path, error: Exception) -> ConfigError:
     text = " ".join(str(error).split())[:200]
     if isinstance(error, OSError) and not isinstance(error, zipfile.BadZipFile):
         return ConfigError([f"{path}: cannot be read: {text}"])
-    return ConfigError([f"{path}: not a file that torch.save (1.6 or newer) wrote, or damaged: {type(error).__name__}: {text}"])
+    return ConfigError(
+        [
+            f"{path}: not a file that torch.save (1.6 or newer) wrote, or damaged: {type(error).__name__}: "
+            f"{text}"
+        ]
+    )
 
 
 def _globals(path: Path, file: BinaryIO) -> list[str]:
     """Names in the file that need a stand-in; raises ConfigError for one that is given none."""
-    with zipfile.ZipFile(file) as archive:  # torch.save stores; deflated entries could hold any amount, and cannot be mapped
-        if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in archive.infolist()):
+    with zipfile.ZipFile(
+        file
+    ) as archive:  # torch.save stores; deflated entries could hold any amount, and cannot be mapped
+        if any(
+            entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in archive.infolist()
+        ):
             raise ConfigError([f"{path}: has compressed entries, which torch.save does not write"])
     file.seek(0)
     with _allowed():
@@ -152,7 +179,8 @@ def _globals(path: Path, file: BinaryIO) -> list[str]:
 
 
 def _load(names: Iterable[str], source: str | BinaryIO, *, mmap: bool) -> Any:
-    # a pair's name is all that torch looks at: these stand for the names while this file is read, and import nothing
+    # a pair's name is all that torch looks at: these stand for the names while this file is read, and import
+    # nothing
     pairs = [(_mapping if name == "collections.defaultdict" else stand_in(name), name) for name in names]
     with _allowed(*pairs), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pickle protocols
@@ -161,7 +189,9 @@ def _load(names: Iterable[str], source: str | BinaryIO, *, mmap: bool) -> Any:
 
 @contextlib.contextmanager
 def _allowed(*pairs: tuple[Callable[..., Any], str]) -> Iterator[None]:
-    """Nothing but torch's own and ``pairs``: libraries (megatron-core is one) add classes of theirs to torch's list, for all readers."""
+    """Nothing but torch's own and ``pairs``: libraries (megatron-core is one) add classes of theirs to
+    torch's list, for all readers.
+    """
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -173,7 +203,10 @@ def _allowed(*pairs: tuple[Callable[..., Any], str]) -> Iterator[None]:
 
 
 class _Window(io.RawIOBase):
-    """Bytes ``start`` .. ``start + length`` of a file, as a file; raises OSError if they reach past its end."""
+    """Bytes ``start`` ..
+
+    ``start + length`` of a file, as a file; raises OSError if they reach past its end.
+    """
 
     def __init__(self, path: Path, start: int, length: int):
         self._file, self._start, self._length, self._at = path.open("rb", buffering=0), start, length, 0
@@ -202,7 +235,7 @@ class _Window(io.RawIOBase):
         super().close()
 
 
-# ------------------------------------------------------------------------------------------------------------------- bare pickles
+# ----------------------------------------------------------------------------------------------- bare pickles
 
 
 class _Unpickler(pickle.Unpickler):
@@ -225,8 +258,12 @@ def unpickle(path: Path) -> Any:
         data = path.read_bytes()
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name not in OPCODES:
-                raise ConfigError([f"{path}: has the pickle instruction {opcode.name}, which data needs none of"])
-            if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(data):  # the memo would grow to it
+                raise ConfigError(
+                    [f"{path}: has the pickle instruction {opcode.name}, which data needs none of"]
+                )
+            if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(
+                data
+            ):  # the memo would grow to it
                 raise ValueError(f"memo place {argument}")
         return _Unpickler(path, data).load()
     except ConfigError:
@@ -237,11 +274,13 @@ def unpickle(path: Path) -> Any:
         raise ConfigError([f"{path}: not a pickle, or damaged: {type(error).__name__}: {error}"]) from None
 
 
-# ------------------------------------------------------------------------------------------------------------------------ tensors
+# ---------------------------------------------------------------------------------------------------- tensors
 
 
 def shape_of(value: object) -> tuple[int, ...] | None:
-    """The shape of a tensor that can be read as numbers; None of anything else: packed, sparse, without data, no tensor at all."""
+    """The shape of a tensor that can be read as numbers; None of anything else: packed, sparse, without
+    data, no tensor at all.
+    """
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return None
     return tuple(value.shape) if value.dtype.is_floating_point and not value.is_quantized else None

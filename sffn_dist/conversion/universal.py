@@ -14,15 +14,20 @@ from sffn_dist.spec.split_table import is_guide
 
 
 def to_universal(source: Manifest, target: Path, *, tensor: int = 1) -> Path:
-    """A checkpoint in DeepSpeed's universal format, moments and step counts with it, for ``tensor`` tensor-parallel ranks.
+    """A checkpoint in DeepSpeed's universal format, moments and step counts with it, for ``tensor``
+    tensor-parallel ranks.
 
-    Raises ConfigError where the checkpoint has no moments, or the ranks cut a tensor in a way that the format cannot tell.
+    Raises ConfigError where the checkpoint has no moments, or the ranks cut a tensor in a way that the format
+    cannot tell.
     """
     from sffn_dist.conversion import deepspeed
 
     if source.kinds != KINDS:
         raise ConfigError(
-            [f"{source.folder}: holds {', '.join(source.kinds)} alone, a universal checkpoint needs {', '.join(KINDS)}"]
+            [
+                f"{source.folder}: holds {', '.join(source.kinds)} alone, a universal checkpoint needs "
+                f"{', '.join(KINDS)}"
+            ]
         )
     reader, guides = Reader(source), source.guide_optimizer_steps or 0
     steps = {name: guides if is_guide(name) else source.optimizer_steps for name in reader.specs}
@@ -33,14 +38,19 @@ def to_universal(source: Manifest, target: Path, *, tensor: int = 1) -> Path:
 
 
 def from_universal(source: Path, target: Path, config: Config | None = None) -> Manifest:
-    """A checkpoint of a universal one, to resume from; ``config`` where it was not written here. Raises ConfigError."""
+    """A checkpoint of a universal one, to resume from; ``config`` where it was not written here.
+
+    Raises ConfigError.
+    """
     from sffn_dist.conversion import deepspeed
 
     found = deepspeed.read(source, config)
     survivors = {count for name, count in found.steps.items() if not is_guide(name)}
     guides = {count for name, count in found.steps.items() if is_guide(name)}
     if len(survivors) != 1 or len(guides) > 1:
-        raise ConfigError([f"{source}: its parameters have taken different numbers of steps: {sorted(survivors | guides)}"])
+        raise ConfigError(
+            [f"{source}: its parameters have taken different numbers of steps: {sorted(survivors | guides)}"]
+        )
     header = dataclasses.replace(
         reshard.header(found.weights, target),
         kinds=KINDS,

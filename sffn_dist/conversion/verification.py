@@ -1,4 +1,6 @@
-"""Do two checkpoints hold the same? Tensor by tensor, bit for bit; or, of any two formats, by their logits on the same tokens."""
+"""Do two checkpoints hold the same? Tensor by tensor, bit for bit; or, of any two formats, by their logits
+on the same tokens.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from sffn_dist.spec.config import ConfigError
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor that is not the same in both; ``largest`` is of |a - b|, infinite where one is missing or of another shape."""
+    """A tensor that is not the same in both; ``largest`` is of |a - b|, infinite where one is missing or
+    of another shape.
+    """
 
     tensor: str
     largest: float
@@ -44,12 +48,18 @@ def differences(a: Manifest, b: Manifest) -> Iterator[Difference]:
 def positions_differ(a: Manifest, b: Manifest) -> list[str]:
     """Of what says where a run is, what differs."""
     keys = ("step", "optimizer_steps", "guide_optimizer_steps", "data_fingerprint")
-    return [f"{key}: {getattr(a, key)} and {getattr(b, key)}" for key in keys if getattr(a, key) != getattr(b, key)]
+    return [
+        f"{key}: {getattr(a, key)} and {getattr(b, key)}"
+        for key in keys
+        if getattr(a, key) != getattr(b, key)
+    ]
 
 
 @dataclass(frozen=True)
 class LogitsDifference:
-    """Over tokens (n, s): the largest |a - b|, the relative RMS |a - b| / |a|, and how often both have the same likeliest token."""
+    """Over tokens (n, s): the largest |a - b|, the relative RMS |a - b| / |a|, and how often both have the
+    same likeliest token.
+    """
 
     largest: float
     relative_rms: float
@@ -57,8 +67,12 @@ class LogitsDifference:
 
 
 def compare_logits(a: Path, b: Path, *, rows: int = 2, length: int = 64, seed: int = 0) -> LogitsDifference:
-    """Both models in fp32 on the same random tokens, one model in memory at a time; raises ConfigError where the vocabularies differ."""
-    sizes = [(weights.config.model.vocab, weights.config.model.sequence) for weights in map(weights_of, (a, b))]
+    """Both models in fp32 on the same random tokens, one model in memory at a time; raises ConfigError
+    where the vocabularies differ.
+    """
+    sizes = [
+        (weights.config.model.vocab, weights.config.model.sequence) for weights in map(weights_of, (a, b))
+    ]
     if sizes[0][0] != sizes[1][0]:
         raise ConfigError([f"{b}: a vocabulary of {sizes[1][0]}, {a} has {sizes[0][0]}: nothing to compare"])
     shape = (rows, min(length, sizes[0][1], sizes[1][1]))
@@ -71,7 +85,9 @@ def compare_logits(a: Path, b: Path, *, rows: int = 2, length: int = 64, seed: i
 
 @torch.no_grad()
 def logits_of(path: Path, tokens: Tensor) -> Tensor:
-    """(n, s, vocab) on the CPU: of a Hugging Face folder by transformers' own model, of every other format by ours."""
+    """(n, s, vocab) on the CPU: of a Hugging Face folder by transformers' own model, of every other format
+    by ours.
+    """
     from sffn_dist import model as models
 
     if format_of(path).name == HUGGING_FACE:
@@ -82,7 +98,10 @@ def logits_of(path: Path, tokens: Tensor) -> Tensor:
 
 
 def transformers_model(folder: Path) -> Any:
-    """The folder's model in fp32. No code of the folder is run: a structured export's classes are those of this package."""
+    """The folder's model in fp32.
+
+    No code of the folder is run: a structured export's classes are those of this package.
+    """
     from transformers import AutoModelForCausalLM
 
     from sffn_dist.conversion.hf.modeling_sffn import SffnForCausalLM
@@ -101,7 +120,9 @@ def build(weights: Weights) -> Any:
     from sffn_dist import model as models
     from sffn_dist.parallel import topology
 
-    config = weights.config.model_copy(update={"parallel": weights.config.parallel.model_copy(update={"tensor": 1})})
+    config = weights.config.model_copy(
+        update={"parallel": weights.config.parallel.model_copy(update={"tensor": 1})}
+    )
     here = topology.init_parallel(config)
     model = models.build(config, "fp32", here, guide=weights.guide)
     for name, parameter in model.named_parameters():

@@ -1,8 +1,9 @@
 """Step -> batch, with no state: which samples form a batch is a function of (seed, step) alone.
 
-A sample is a window of ``sequence`` tokens and one more for the last label; windows do not overlap. N windows, G samples a step:
-sample i of a step is number ``step * G + i`` of an endless sequence that visits, epoch after epoch, each window once, in an order
-given by a keyed permutation of 0..N-1. So a run resumed at any step, on any number of ranks, sees what it would have seen.
+A sample is a window of ``sequence`` tokens and one more for the last label; windows do not overlap. N
+windows, G samples a step: sample i of a step is number ``step * G + i`` of an endless sequence that visits,
+epoch after epoch, each window once, in an order given by a keyed permutation of 0..N-1. So a run resumed at
+any step, on any number of ranks, sees what it would have seen.
 """
 
 from __future__ import annotations
@@ -26,17 +27,20 @@ class TokenArray(Protocol):
     def __getitem__(self, index: slice, /) -> Any: ...
 
 
-# ------------------------------------------------------------------------------------------------------------- permutation
+# ------------------------------------------------------------------------------------------------ permutation
 
 
 def permute(indices: NDArray[np.uint64], size: int, seed: int, epoch: int) -> NDArray[np.uint64]:
     """Where a pseudo-random permutation of 0..size-1, keyed by (seed, epoch), sends the indices; same shape.
 
-    A Feistel network permutes the numbers of an even number of bits; a result outside 0..size-1 is sent through again until it
-    is inside ("cycle walking", fewer than four passes on average), which permutes the rest. No table, whatever the size.
+    A Feistel network permutes the numbers of an even number of bits; a result outside 0..size-1 is sent
+    through again until it is inside ("cycle walking", fewer than four passes on average), which permutes the
+    rest. No table, whatever the size.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), key=b"sffn_dist sample order", digest_size=8 * _ROUNDS).digest()
+    digest = hashlib.blake2b(
+        f"{seed}:{epoch}".encode(), key=b"sffn_dist sample order", digest_size=8 * _ROUNDS
+    ).digest()
     keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
     out = _feistel(indices, half, keys)
     while (outside := out >= np.uint64(size)).any():
@@ -59,7 +63,7 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-# ----------------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------------------- batches
 
 
 class Batches:
@@ -70,7 +74,12 @@ class Batches:
     """
 
     def __init__(self, tokens: TokenArray, sequence: int, global_batch_size: int, seed: int):
-        self.tokens, self.sequence, self.global_batch_size, self.seed = tokens, sequence, global_batch_size, seed
+        self.tokens, self.sequence, self.global_batch_size, self.seed = (
+            tokens,
+            sequence,
+            global_batch_size,
+            seed,
+        )
         self.windows = _windows(tokens, sequence, "training")
 
     def samples(self, step: int) -> NDArray[np.int64]:
@@ -87,11 +96,14 @@ class Batches:
             done += count
         return out
 
-    def at(self, step: int, rank: int = 0, world: int = 1, micro_batch_size: int | None = None) -> NDArray[np.int64]:
-        """What data-parallel rank ``rank`` of ``world`` trains on in a step: (micro_steps, micro_batch_size, sequence + 1).
+    def at(
+        self, step: int, rank: int = 0, world: int = 1, micro_batch_size: int | None = None
+    ) -> NDArray[np.int64]:
+        """What data-parallel rank ``rank`` of ``world`` trains on in a step: (micro_steps, micro_batch_size,
+        sequence + 1).
 
-        Inputs are ``[..., :-1]``, labels ``[..., 1:]``. A rank's share is a contiguous slice of the global batch, which does not
-        depend on ``world`` or ``micro_batch_size`` (default: the whole share in one).
+        Inputs are ``[..., :-1]``, labels ``[..., 1:]``. A rank's share is a contiguous slice of the global
+        batch, which does not depend on ``world`` or ``micro_batch_size`` (default: the whole share in one).
 
         Raises:
             ConfigError: the global batch does not divide into ranks and micro-batches.
@@ -102,7 +114,8 @@ class Batches:
         if self.global_batch_size % (world * micro):
             raise ConfigError(
                 [
-                    f"train.global_batch_size = {self.global_batch_size}: must be a multiple of train.micro_batch_size x "
+                    f"train.global_batch_size = {self.global_batch_size}: must be a multiple of "
+                    f"train.micro_batch_size x "
                     f"data-parallel ranks = {micro} x {world} = {micro * world}"
                 ]
             )
@@ -112,7 +125,8 @@ class Batches:
 
 
 def heldout_batches(tokens: TokenArray, sequence: int, count: int, batch: int) -> Iterator[NDArray[np.int64]]:
-    """Held-out batches, each (at most ``batch``, sequence + 1): ``count`` evenly spaced windows, or all if there are fewer.
+    """Held-out batches, each (at most ``batch``, sequence + 1): ``count`` evenly spaced windows, or all if
+    there are fewer.
 
     Raises:
         ConfigError: fewer tokens than one window needs.
@@ -133,7 +147,8 @@ def _windows(tokens: TokenArray, sequence: int, side: str) -> int:
     if windows < 1:
         raise ConfigError(
             [
-                f"model.sequence = {sequence}: must be below the number of {side} tokens of data.source, {len(tokens)} "
+                f"model.sequence = {sequence}: must be below the number of {side} tokens of data.source, "
+                f"{len(tokens)} "
                 "(a sample is model.sequence + 1 tokens)"
             ]
         )

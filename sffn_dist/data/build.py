@@ -1,4 +1,6 @@
-"""The contents of a prepared folder: documents are split, encoded and written, then described in meta.json."""
+"""The contents of a prepared folder: documents are split, encoded and written, then described in
+meta.json.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ _NEWS = 5.0  # seconds between lines of progress
 
 
 class _Piece(NamedTuple):
-    """Part of a document on its way to the encoder; ``last`` ends the document, whose UTF-8 length is ``size``."""
+    """Part of a document on its way to the encoder; ``last`` ends the document, whose UTF-8 length is
+    ``size``.
+    """
 
     text: str
     heldout: bool
@@ -63,7 +67,9 @@ class _Side:
             self.last_tokens, self.last_bytes, self._open_tokens = self._open_tokens, size, 0
 
     def split(self) -> Split:
-        return Split(documents=self.documents, tokens=self.writer.tokens, bytes=self.bytes, shards=self.writer.finish())
+        return Split(
+            documents=self.documents, tokens=self.writer.tokens, bytes=self.bytes, shards=self.writer.finish()
+        )
 
 
 def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOKENS) -> Meta:
@@ -77,10 +83,14 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
     lengths = token_bytes(tokenizer)
     np.save(folder / "token_bytes.npy", lengths)
     dtype = token_dtype(len(lengths))
-    train, heldout = (_Side(ShardWriter(folder, split, dtype, shard_tokens), lengths) for split in ("train", "heldout"))
+    train, heldout = (
+        _Side(ShardWriter(folder, split, dtype, shard_tokens), lengths) for split in ("train", "heldout")
+    )
     _write(config, tokenizer, train, heldout)
     if not train.documents and not heldout.documents:
-        raise ConfigError([f"data.source = {config.data.source!r}: must hold text; every document in it is empty"])
+        raise ConfigError(
+            [f"data.source = {config.data.source!r}: must hold text; every document in it is empty"]
+        )
     balance(train, heldout, config.data.heldout_share)
     if not train.writer.tokens or not heldout.writer.tokens:
         raise ConfigError([f"data.source = {config.data.source!r}: must hold at least two tokens of text"])
@@ -94,19 +104,25 @@ def _tokenizer(config: Config) -> Tokenizer:
         return load_tokenizer(config.data.tokenizer, config.model.vocab)
     started = time.monotonic()
     tokenizer = train_tokenizer(documents(config.data), config.model.vocab)
-    log.info("trained a byte-level BPE of %d entries in %.1f s", vocab_size(tokenizer), time.monotonic() - started)
+    log.info(
+        "trained a byte-level BPE of %d entries in %.1f s", vocab_size(tokenizer), time.monotonic() - started
+    )
     return tokenizer
 
 
 def is_heldout(text: bytes, share: float) -> bool:
-    """Whether a document is held out: by a keyed hash of its content, so copies of it fall on the same side, in any order."""
+    """Whether a document is held out: by a keyed hash of its content, so copies of it fall on the same
+    side, in any order.
+    """
     digest = hashlib.blake2b(text, digest_size=8, key=b"sffn_dist held-out").digest()
     return int.from_bytes(digest, "little") < share * 2.0**64
 
 
 def _pieces(texts: Iterable[str], share: float) -> Iterator[_Piece]:
     for text in texts:
-        raw = text.encode("utf-8", errors="replace")  # "replace": JSON may hold half a surrogate pair, which is no text
+        raw = text.encode(
+            "utf-8", errors="replace"
+        )  # "replace": JSON may hold half a surrogate pair, which is no text
         parts = list(pieces(raw.decode()))
         heldout = is_heldout(raw, share)
         for index, part in enumerate(parts, start=1):
@@ -140,14 +156,20 @@ def _write(config: Config, tokenizer: Tokenizer, train: _Side, heldout: _Side) -
         if now - said >= _NEWS:
             said = now
             done, tokens = train.bytes + heldout.bytes, train.writer.tokens + heldout.writer.tokens
-            log.info("encoded %.1f MB, %.1f M tokens, %.1f MB/s", done / 1e6, tokens / 1e6, done / 1e6 / (now - started))
+            log.info(
+                "encoded %.1f MB, %.1f M tokens, %.1f MB/s",
+                done / 1e6,
+                tokens / 1e6,
+                done / 1e6 / (now - started),
+            )
 
 
 def balance(train: _Side, heldout: _Side, share: float) -> None:
     """See that neither side is empty, which a corpus of few documents may come to.
 
-    The full side gives its last document to the empty one. The document of a corpus that has only one is cut by position: its
-    last tokens, a share of ``share``, are held out (and it counts as a document on each side).
+    The full side gives its last document to the empty one. The document of a corpus that has only one is cut
+    by position: its last tokens, a share of ``share``, are held out (and it counts as a document on each
+    side).
     """
     if train.documents and heldout.documents:
         return
@@ -169,13 +191,17 @@ def balance(train: _Side, heldout: _Side, share: float) -> None:
         full.bytes -= size
 
 
-def _describe(config: Config, folder: Path, name: str, tokenizer: Tokenizer, train: _Side, heldout: _Side) -> Meta:
+def _describe(
+    config: Config, folder: Path, name: str, tokenizer: Tokenizer, train: _Side, heldout: _Side
+) -> Meta:
     sides = {"train": train.split(), "heldout": heldout.split()}
     dtype = train.writer.dtype
     sha256 = hash_file(folder / "tokenizer.json")
     exact = is_byte_level(tokenizer) and (train.counted, heldout.counted) == (train.bytes, heldout.bytes)
     if not exact:
-        log.warning("with this tokenizer the bytes of a slice of tokens, and so bits per byte, are an estimate")
+        log.warning(
+            "with this tokenizer the bytes of a slice of tokens, and so bits per byte, are an estimate"
+        )
     vocab, separator = vocab_size(tokenizer), end_of_text(tokenizer)
     assert separator is not None  # load_tokenizer and train_tokenizer see to it
     packages = {package: version(package) for package in ("datasets", "numpy", "tokenizers")}

@@ -4,9 +4,10 @@ A prepared corpus is one folder in ``data.dir``::
 
     <readable key>-<hash>/    tokenizer.json   token_bytes.npy   train-00000.bin ...   heldout-00000.bin ...   meta.json
 
-The hash covers all that decides the content, so a changed source, tokenizer or setting means another folder and an existing
-folder never changes. This module answers "which folder?" and "is it whole?"; it imports neither numpy nor datasets nor
-tokenizers, because a run is identified and bad input refused before anything heavy is loaded.
+The hash covers all that decides the content, so a changed source, tokenizer or setting means another folder
+and an existing folder never changes. This module answers "which folder?" and "is it whole?"; it imports
+neither numpy nor datasets nor tokenizers, because a run is identified and bad input refused before anything
+heavy is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from sffn_dist.data.sources import forms, source_of
 from sffn_dist.data.sources.base import digest
 from sffn_dist.spec.config import Config, ConfigError, Data
 
-FORMAT: Final = 1  # of the prepared folder: raise it whenever the same source and settings would give other files
+FORMAT: Final = (
+    1  # of the prepared folder: raise it whenever the same source and settings would give other files
+)
 SMALLEST_VOCAB = 257  # 256 bytes and the end-of-text token
 
 
@@ -34,11 +37,12 @@ class CorpusError(RuntimeError):
     """A prepared folder cannot be used; the message says which and why."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- checking
+# --------------------------------------------------------------------------------------------------- checking
 
 
 def check_source(data: Data, vocab: int | None = None) -> None:
-    """The cheap check of ``data.source`` and ``data.tokenizer`` (and that ``model.vocab`` has room for all bytes).
+    """The cheap check of ``data.source`` and ``data.tokenizer`` (and that ``model.vocab`` has room for all
+    bytes).
 
     Raises:
         ConfigError: with every problem found.
@@ -46,7 +50,8 @@ def check_source(data: Data, vocab: int | None = None) -> None:
     problems = [text for text in (_source_problem(data), _tokenizer_problem(data)) if text]
     if vocab is not None and data.tokenizer is None and vocab < SMALLEST_VOCAB:
         problems.append(
-            f"model.vocab = {vocab}: must be at least {SMALLEST_VOCAB} (256 bytes and the end-of-text token), or name a data.tokenizer"
+            f"model.vocab = {vocab}: must be at least {SMALLEST_VOCAB} (256 bytes and the end-of-text "
+            f"token), or name a data.tokenizer"
         )
     if problems:
         raise ConfigError(problems)
@@ -68,14 +73,14 @@ def _tokenizer_problem(data: Data) -> str | None:
     return None
 
 
-# ----------------------------------------------------------------------------------------------------------------- locating
+# --------------------------------------------------------------------------------------------------- locating
 
 
 def locate(config: Config) -> Path:
     """The folder in which the corpus of ``config`` is, or will be, prepared.
 
-    Costs a listing of the source's files and a hash of the tokenizer file; reads no text. A dataset of the hub is known by its
-    name only: what it holds is settled when it is first prepared.
+    Costs a listing of the source's files and a hash of the tokenizer file; reads no text. A dataset of the
+    hub is known by its name only: what it holds is settled when it is first prepared.
 
     Raises:
         ConfigError: bad ``data.source``, ``data.tokenizer`` or ``model.vocab``.
@@ -94,7 +99,7 @@ def locate(config: Config) -> Path:
     return Path(config.data.dir).expanduser() / f"{label}-v{config.model.vocab}-{key}"
 
 
-# --------------------------------------------------------------------------------------------------------------- meta.json
+# -------------------------------------------------------------------------------------------------- meta.json
 
 Count = Annotated[int, Field(ge=0)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -122,7 +127,10 @@ class Split(_Record):
 
 
 class Meta(_Record):
-    """What meta.json says. ``unigram_entropy`` is in nats a token: the held-out tokens under their own frequencies."""
+    """What meta.json says.
+
+    ``unigram_entropy`` is in nats a token: the held-out tokens under their own frequencies.
+    """
 
     format: Literal[1]
     name: str
@@ -134,7 +142,9 @@ class Meta(_Record):
     end_of_text: Count
     dtype: Literal["uint16", "uint32"]
     heldout_share: float
-    byte_exact: Annotated[bool, Field(description="token_bytes.npy gives bytes of text exactly, not as an estimate")]
+    byte_exact: Annotated[
+        bool, Field(description="token_bytes.npy gives bytes of text exactly, not as an estimate")
+    ]
     unigram_entropy: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     train: Split
     heldout: Split
@@ -153,7 +163,9 @@ def fingerprint(tokenizer_sha256: str, train: tuple[Shard, ...], heldout: tuple[
 
 
 def dump_meta(meta: Meta) -> str:
-    """The text of meta.json: the record and a checksum of it, so that no changed digit passes for the truth."""
+    """The text of meta.json: the record and a checksum of it, so that no changed digit passes for the
+    truth.
+    """
     record = meta.model_dump(mode="json")
     return json.dumps({"meta": record, "checksum": _checksum(record)}, indent=1) + "\n"
 
@@ -171,14 +183,20 @@ def read_meta(folder: str | os.PathLike[str]) -> Meta:
     folder = Path(folder)
     try:
         tree = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if not isinstance(tree, dict) or set(tree) != {"meta", "checksum"} or tree["checksum"] != _checksum(tree["meta"]):
+        if (
+            not isinstance(tree, dict)
+            or set(tree) != {"meta", "checksum"}
+            or tree["checksum"] != _checksum(tree["meta"])
+        ):
             raise CorpusError(f"{folder}: meta.json is damaged (its checksum does not fit)")
         meta = Meta.model_validate_json(json.dumps(tree["meta"]))
     except FileNotFoundError:
         raise CorpusError(f"{folder}: holds no prepared corpus (no meta.json)") from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise CorpusError(f"{folder}: meta.json is not of this format: {first['loc']}: {first['msg']}") from None
+        raise CorpusError(
+            f"{folder}: meta.json is not of this format: {first['loc']}: {first['msg']}"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CorpusError(f"{folder}: meta.json is damaged: {error}") from None
     _check_files(folder, meta)
@@ -191,7 +209,11 @@ def _check_files(folder: Path, meta: Meta) -> None:
             raise CorpusError(f"{folder}: meta.json is damaged: its token counts do not add up")
     if not math.isfinite(meta.heldout_share) or meta.end_of_text >= meta.vocab:
         raise CorpusError(f"{folder}: meta.json is damaged: its values contradict each other")
-    sizes = {shard.file: shard.tokens * meta.token_size for split in (meta.train, meta.heldout) for shard in split.shards}
+    sizes = {
+        shard.file: shard.tokens * meta.token_size
+        for split in (meta.train, meta.heldout)
+        for shard in split.shards
+    }
     for name, size in {**sizes, "tokenizer.json": None, "token_bytes.npy": None}.items():
         try:
             there = (folder / name).stat().st_size

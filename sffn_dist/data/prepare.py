@@ -1,7 +1,8 @@
 """Prepare a corpus once: source -> tokenizer -> token shards, in a folder that appears whole or not at all.
 
-The work is done in a hidden sibling folder under a file lock and then renamed. Whoever comes while it is being done waits for
-it; a preparer that dies leaves a hidden folder that the next one removes, and a lock that the system has let go of.
+The work is done in a hidden sibling folder under a file lock and then renamed. Whoever comes while it is
+being done waits for it; a preparer that dies leaves a hidden folder that the next one removes, and a lock
+that the system has let go of.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def prepare(config: Config) -> Path:
                 _say_if_broken(folder)
                 _prepare(config, folder)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise ConfigError([f"data.dir = {json.dumps(config.data.dir)}: must be a folder to write to: {error}"]) from error
+        raise ConfigError(
+            [f"data.dir = {json.dumps(config.data.dir)}: must be a folder to write to: {error}"]
+        ) from error
     return folder
 
 
@@ -47,13 +50,20 @@ def _prepare(config: Config, folder: Path) -> None:
     from sffn_dist.data.build import build
 
     started = time.monotonic()
-    log.info("preparing data.source = %s for model.vocab = %d in %s", config.data.source, config.model.vocab, folder)
+    log.info(
+        "preparing data.source = %s for model.vocab = %d in %s",
+        config.data.source,
+        config.model.vocab,
+        folder,
+    )
     temporary = _temporary(folder)
     temporary.mkdir()
     try:
         meta = build(config, temporary, folder.name)
         if locate(config) != folder:
-            raise ConfigError([f"data.source = {json.dumps(config.data.source)}: changed while it was read; start again"])
+            raise ConfigError(
+                [f"data.source = {json.dumps(config.data.source)}: changed while it was read; start again"]
+            )
         _publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -87,7 +97,7 @@ def _publish(temporary: Path, folder: Path) -> None:
     sync(folder.parent)
 
 
-# ------------------------------------------------------------------------------------------------------------------ locking
+# ---------------------------------------------------------------------------------------------------- locking
 
 
 def _temporary(folder: Path, kind: str = "tmp") -> Path:

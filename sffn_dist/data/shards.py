@@ -1,7 +1,7 @@
 """Token streams on disk: written once, read through memory maps.
 
-A split is one sequence of tokens, cut into files of :data:`SHARD_TOKENS`. Tokens are little-endian uint16 where every id of the
-vocabulary fits, else uint32.
+A split is one sequence of tokens, cut into files of :data:`SHARD_TOKENS`. Tokens are little-endian uint16
+where every id of the vocabulary fits, else uint32.
 """
 
 from __future__ import annotations
@@ -77,16 +77,26 @@ class ShardWriter:
         shards = []
         for index, start in enumerate(range(0, self.tokens, self.shard_tokens)):
             path = self._path(index)
-            shards.append(Shard(file=path.name, tokens=min(self.shard_tokens, self.tokens - start), sha256=hash_file(path)))
+            shards.append(
+                Shard(
+                    file=path.name, tokens=min(self.shard_tokens, self.tokens - start), sha256=hash_file(path)
+                )
+            )
         return tuple(shards)
 
 
 class TokenStream:
-    """The tokens of one split as one read-only sequence, whatever files it lies in. Slices copy what they name and no more."""
+    """The tokens of one split as one read-only sequence, whatever files it lies in.
+
+    Slices copy what they name and no more.
+    """
 
     def __init__(self, folder: Path, split: Split, dtype: np.dtype[Any]):
         self.dtype = dtype
-        self._parts = [np.memmap(folder / shard.file, dtype=dtype, mode="r", shape=(shard.tokens,)) for shard in split.shards]
+        self._parts = [
+            np.memmap(folder / shard.file, dtype=dtype, mode="r", shape=(shard.tokens,))
+            for shard in split.shards
+        ]
         self._ends = np.cumsum([len(part) for part in self._parts])
 
     def __len__(self) -> int:
@@ -122,7 +132,10 @@ class TokenStream:
 
 
 class Corpus:
-    """A prepared corpus, opened. ``train`` and ``heldout`` are token streams; the rest is loaded when first asked for."""
+    """A prepared corpus, opened.
+
+    ``train`` and ``heldout`` are token streams; the rest is loaded when first asked for.
+    """
 
     def __init__(self, folder: Path, meta: Meta):
         self.folder, self.meta = folder, meta
@@ -136,7 +149,9 @@ class Corpus:
 
     @cached_property
     def token_bytes(self) -> NDArray[np.uint32]:
-        """UTF-8 bytes of text a token id stands for, (meta.vocab,); exact if ``meta.byte_exact``, else an estimate."""
+        """UTF-8 bytes of text a token id stands for, (meta.vocab,); exact if ``meta.byte_exact``, else an
+        estimate.
+        """
         lengths: NDArray[np.uint32] = np.load(self.folder / "token_bytes.npy", allow_pickle=False)
         return lengths
 
@@ -156,7 +171,10 @@ def open_corpus(folder: str | os.PathLike[str]) -> Corpus:
 
 
 def verify(folder: str | os.PathLike[str]) -> None:
-    """Read every file and compare it with its sha256 in meta.json; raises CorpusError. Costs a pass over the data."""
+    """Read every file and compare it with its sha256 in meta.json; raises CorpusError.
+
+    Costs a pass over the data.
+    """
     folder = Path(folder)
     meta = read_meta(folder)
     sums = {shard.file: shard.sha256 for split in (meta.train, meta.heldout) for shard in split.shards}
@@ -166,7 +184,9 @@ def verify(folder: str | os.PathLike[str]) -> None:
 
 
 def unigram_entropy(tokens: TokenStream | Tokens, vocab: int) -> float:
-    """Entropy in nats a token of the tokens' own frequencies: the loss of the best model that ignores context."""
+    """Entropy in nats a token of the tokens' own frequencies: the loss of the best model that ignores
+    context.
+    """
     counts = np.zeros(vocab, dtype=np.int64)
     for start in range(0, len(tokens), _CHUNK):
         counts += np.bincount(tokens[start : start + _CHUNK], minlength=vocab)

@@ -1,4 +1,6 @@
-"""Text <-> token ids: a byte-level BPE trained on the corpus, or a given tokenizer.json; and how many bytes a token stands for."""
+"""Text <-> token ids: a byte-level BPE trained on the corpus, or a given tokenizer.json; and how many
+bytes a token stands for.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,27 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from sffn_dist.spec.config import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
-SEPARATORS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")  # the first that a given tokenizer has is used
+SEPARATORS = (
+    END_OF_TEXT,
+    "</s>",
+    "<eos>",
+    "<|end_of_text|>",
+    "[SEP]",
+)  # the first that a given tokenizer has is used
 PIECE = 1 << 20  # characters that are encoded in one call
 
 
 def sample_size(vocab: int) -> int:
-    """Characters to train on: about a thousand an entry; more costs time and hardly changes the tokens' number."""
+    """Characters to train on: about a thousand an entry; more costs time and hardly changes the tokens'
+    number.
+    """
     return min(30_000_000, max(4_000_000, 1_000 * vocab))
 
 
 def train_tokenizer(documents: Iterable[str], vocab: int) -> Tokenizer:
-    """A byte-level BPE of at most ``vocab`` entries from the first :func:`sample_size` characters; id 0 is the end of text."""
+    """A byte-level BPE of at most ``vocab`` entries from the first :func:`sample_size` characters; id 0 is
+    the end of text.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,7 +62,8 @@ def _sample(documents: Iterable[str], size: int) -> Iterator[str]:
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
     """Cut a text into parts of at most ``size`` characters, after a line break where there is one.
 
-    An encoding takes many times the memory of its text, and pieces of a long document can be encoded side by side.
+    An encoding takes many times the memory of its text, and pieces of a long document can be encoded side by
+    side.
     """
     start = 0
     while start < len(text):
@@ -71,9 +84,13 @@ def load_tokenizer(path: str, vocab: int) -> Tokenizer:
     try:
         tokenizer = plain(Tokenizer.from_file(str(Path(path).expanduser())))
     except Exception as error:  # the library raises bare Exceptions
-        raise ConfigError([f"{says}: must be a tokenizer.json that the tokenizers library reads: {error}"]) from None
+        raise ConfigError(
+            [f"{says}: must be a tokenizer.json that the tokenizers library reads: {error}"]
+        ) from None
     if vocab_size(tokenizer) > vocab:
-        raise ConfigError([f"{says}: has {vocab_size(tokenizer)} entries, must have at most model.vocab = {vocab}"])
+        raise ConfigError(
+            [f"{says}: has {vocab_size(tokenizer)} entries, must have at most model.vocab = {vocab}"]
+        )
     if end_of_text(tokenizer) is None:
         raise ConfigError([f"{says}: must have an end-of-text token, one of {' '.join(SEPARATORS)}"])
     return tokenizer
@@ -82,7 +99,8 @@ def load_tokenizer(path: str, vocab: int) -> Tokenizer:
 def plain(tokenizer: Tokenizer) -> Tokenizer:
     """Make a tokenizer say all of the text and nothing else; changes and returns it.
 
-    Files from the hub may cut or pad what they encode. A document that quotes ``<|endoftext|>`` must not be taken for two.
+    Files from the hub may cut or pad what they encode. A document that quotes ``<|endoftext|>`` must not be
+    taken for two.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -117,8 +135,8 @@ def is_byte_level(tokenizer: Tokenizer) -> bool:
 def token_bytes(tokenizer: Tokenizer) -> NDArray[np.uint32]:
     """UTF-8 bytes of text that each token id stands for, (vocab,); the end of text stands for none.
 
-    Exact where :func:`is_byte_level`; else the bytes of the token decoded alone, an estimate (a decoder may drop a leading
-    space, or show part of a character as a replacement character).
+    Exact where :func:`is_byte_level`; else the bytes of the token decoded alone, an estimate (a decoder may
+    drop a leading space, or show part of a character as a replacement character).
     """
     lengths = np.zeros(vocab_size(tokenizer), dtype=np.uint32)
     alphabet, exact = set(pre_tokenizers.ByteLevel.alphabet()), is_byte_level(tokenizer)

@@ -1,13 +1,16 @@
-"""Every kind of collective tried once before a run relies on it: does it give the right values, and how fast is it?
+"""Every kind of collective tried once before a run relies on it: does it give the right values, and how fast
+is it?
 
-Bandwidths are counted as nccl-tests count them. With S the bytes of the buffer that has all the ranks' parts (the result of an
-all-gather, the input of a reduce-scatter or of an all-to-all) and t the slowest rank's seconds:
+Bandwidths are counted as nccl-tests count them. With S the bytes of the buffer that has all the ranks' parts
+(the result of an all-gather, the input of a reduce-scatter or of an all-to-all) and t the slowest rank's
+seconds:
 
     algorithm bandwidth = S / t          bus bandwidth = S / t x factor
 
     factor over n ranks:  all-reduce 2 (n-1)/n     all-gather, reduce-scatter, all-to-all (n-1)/n     broadcast, ring 1
 
-so that the bus bandwidth of a machine is about the same number whatever n is. All functions are called by all ranks together.
+so that the bus bandwidth of a machine is about the same number whatever n is. All functions are called by all
+ranks together.
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ from torch import Tensor
 
 from sffn_dist.parallel.object_collectives import all_gather_object
 
-BYTES = {"cuda": 64_000_000, "cpu": 4_000_000}  # of a buffer: what fills NVLink, and what gloo moves in some ms
+BYTES = {
+    "cuda": 64_000_000,
+    "cpu": 4_000_000,
+}  # of a buffer: what fills NVLink, and what gloo moves in some ms
 SECONDS, REPEATS = 0.05, 5  # that one collective is repeated for, and how often at most
 PERIOD = 251  # of the values sent: prime, so that a part in another's place has other values
 
@@ -34,7 +40,9 @@ CheckResult = Callable[[], bool]
 
 @dataclass(frozen=True)
 class CollectiveResult:
-    """One collective over one kind of group; ``wrong``: the ranks of the world whose result had wrong values."""
+    """One collective over one kind of group; ``wrong``: the ranks of the world whose result had wrong
+    values.
+    """
 
     collective: str
     group: str
@@ -46,7 +54,9 @@ class CollectiveResult:
     @property
     def factor(self) -> float:
         n = self.ranks
-        return {"all-reduce": 2 * (n - 1) / n, "broadcast": 1.0, "ring": 1.0}.get(self.collective, (n - 1) / n)
+        return {"all-reduce": 2 * (n - 1) / n, "broadcast": 1.0, "ring": 1.0}.get(
+            self.collective, (n - 1) / n
+        )
 
     @property
     def bus_bandwidth(self) -> float:
@@ -67,7 +77,7 @@ class CollectiveError(RuntimeError):
     """A collective could not be done at all; says which, and over which group."""
 
 
-# ----------------------------------------------------------------------------------------------------- what each one sends
+# ---------------------------------------------------------------------------------------- what each one sends
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,9 @@ def _all_reduce(at: _GroupView) -> tuple[RunCollective, CheckResult]:
 def _all_gather(at: _GroupView) -> tuple[RunCollective, CheckResult]:
     mine, out = at.pattern(0, at.chunk, at.me), torch.zeros(at.n * at.chunk, device=at.device)
     wanted = at.pattern(0, at.chunk) + torch.arange(at.n, device=at.device)[:, None]
-    return lambda: dist.all_gather_into_tensor(out, mine, group=at.group), lambda: torch.equal(out, wanted.view(-1))
+    return lambda: dist.all_gather_into_tensor(out, mine, group=at.group), lambda: torch.equal(
+        out, wanted.view(-1)
+    )
 
 
 def _reduce_scatter(at: _GroupView) -> tuple[RunCollective, CheckResult]:
@@ -112,14 +124,18 @@ def _reduce_scatter(at: _GroupView) -> tuple[RunCollective, CheckResult]:
 def _all_to_all(at: _GroupView) -> tuple[RunCollective, CheckResult]:
     whole, out = at.pattern(0, at.n * at.chunk, at.me), torch.zeros(at.n * at.chunk, device=at.device)
     wanted = at.pattern(at.me * at.chunk, at.chunk) + torch.arange(at.n, device=at.device)[:, None]
-    return lambda: dist.all_to_all_single(out, whole, group=at.group), lambda: torch.equal(out, wanted.view(-1))
+    return lambda: dist.all_to_all_single(out, whole, group=at.group), lambda: torch.equal(
+        out, wanted.view(-1)
+    )
 
 
 def _broadcast(at: _GroupView) -> tuple[RunCollective, CheckResult]:
     buffer = at.pattern(0, at.n * at.chunk, 7.0 if at.me == 0 else -at.me)
     wanted = at.pattern(0, at.n * at.chunk, 7.0)
     first = dist.get_global_rank(at.group, 0)
-    return lambda: _done(dist.broadcast(buffer, src=first, group=at.group)), lambda: torch.equal(buffer, wanted)
+    return lambda: _done(dist.broadcast(buffer, src=first, group=at.group)), lambda: torch.equal(
+        buffer, wanted
+    )
 
 
 def _ring(at: _GroupView) -> tuple[RunCollective, CheckResult]:
@@ -129,7 +145,10 @@ def _ring(at: _GroupView) -> tuple[RunCollective, CheckResult]:
     peers = [dist.get_global_rank(at.group, peer) for peer in (before, after)]
 
     def run() -> None:
-        pair = [dist.P2POp(dist.irecv, out, peers[0], at.group), dist.P2POp(dist.isend, mine, peers[1], at.group)]
+        pair = [
+            dist.P2POp(dist.irecv, out, peers[0], at.group),
+            dist.P2POp(dist.isend, mine, peers[1], at.group),
+        ]
         for work in dist.batch_isend_irecv(pair):
             work.wait()
 
@@ -151,16 +170,18 @@ KINDS: dict[str, Callable[[_GroupView], tuple[RunCollective, CheckResult]]] = {
 INNER = ("all-reduce", "all-gather")  # tried over the groups inside the world too
 
 
-# ---------------------------------------------------------------------------------------------------------------- trying
+# ----------------------------------------------------------------------------------------------------- trying
 
 
 def check_collectives(
     groups: Mapping[str, Any], device: torch.device, size: int | None = None
 ) -> tuple[list[CollectiveResult], list[float]]:
-    """(trials, bytes/s of each link of the ring) over "world" and the other groups given, those of one rank left out.
+    """(trials, bytes/s of each link of the ring) over "world" and the other groups given, those of one rank
+    left out.
 
-    Link r of the ring goes from rank r - 1 to rank r. A rank's exchange lasts as long as the slower of its two links, so a link is as
-    fast as the faster of the two ranks that it joins. Raises CollectiveError on a rank where a collective fails outright.
+    Link r of the ring goes from rank r - 1 to rank r. A rank's exchange lasts as long as the slower of its
+    two links, so a link is as fast as the faster of the two ranks that it joins. Raises CollectiveError on a
+    rank where a collective fails outright.
     """
     size, mine, plan = size or BYTES[device.type], [], []
     for name, group in groups.items():
@@ -179,7 +200,9 @@ def check_collectives(
     answers = all_gather_object(mine)
     trials = [
         CollectiveResult(
-            *planned, max(answer[i][0] for answer in answers), tuple(r for r, answer in enumerate(answers) if not answer[i][1])
+            *planned,
+            max(answer[i][0] for answer in answers),
+            tuple(r for r, answer in enumerate(answers) if not answer[i][1]),
         )
         for i, planned in enumerate(plan)
     ]
@@ -189,7 +212,9 @@ def check_collectives(
 
 
 def _timed(run: RunCollective, right: CheckResult, device: torch.device) -> tuple[float, bool]:
-    """This rank's median seconds, and whether the first result was right; the first run makes connections and is not timed."""
+    """This rank's median seconds, and whether the first result was right; the first run makes connections
+    and is not timed.
+    """
     run()
     good, seconds = right(), [_once(run, device)]
     longest = torch.tensor(seconds[0], device=device)
@@ -215,14 +240,17 @@ def _barrier(device: torch.device) -> None:
     torch_sum.item()
 
 
-# ----------------------------------------------------------------------------------------------------------------- clocks
+# ----------------------------------------------------------------------------------------------------- clocks
 
 
-def clocks(device: torch.device, now: Callable[[], float] = time.time, rounds: int = 3) -> list[tuple[float, float]]:
+def clocks(
+    device: torch.device, now: Callable[[], float] = time.time, rounds: int = 3
+) -> list[tuple[float, float]]:
     """(seconds by which each rank's clock is ahead of rank 0's, error at most), by rank.
 
-    The moment at which the last rank comes to a meeting lies, for each rank r, between its reading a_r before and b_r after it. So r is
-    ahead of rank 0 by at least a_r - b_0 and at most b_r - a_0; of some rounds the narrowest bounds are taken.
+    The moment at which the last rank comes to a meeting lies, for each rank r, between its reading a_r before
+    and b_r after it. So r is ahead of rank 0 by at least a_r - b_0 and at most b_r - a_0; of some rounds the
+    narrowest bounds are taken.
     """
     readings: list[Tensor] = []
     for _ in range(rounds + 1):  # the first one brings the ranks together
@@ -239,11 +267,15 @@ def clocks(device: torch.device, now: Callable[[], float] = time.time, rounds: i
     return [(float(a + b) / 2, float(b - a) / 2) for a, b in zip(low, high, strict=True)]
 
 
-def slow_links(rates: Sequence[float], hosts: Sequence[str], below: float = 0.5) -> list[tuple[list[int], float, float]]:
-    """(ranks, the faster of its links, median of the others') of each node whose links all are slower than ``below`` times the others.
+def slow_links(
+    rates: Sequence[float], hosts: Sequence[str], below: float = 0.5
+) -> list[tuple[list[int], float, float]]:
+    """(ranks, the faster of its links, median of the others') of each node whose links all are slower than
+    ``below`` times the others.
 
-    ``rates[r]``: bytes/s from rank r - 1 to rank r. Between nodes these are the links that leave it; where all ranks are on one
-    node, each rank stands for itself. With fewer than three no two links tell whose fault they are.
+    ``rates[r]``: bytes/s from rank r - 1 to rank r. Between nodes these are the links that leave it; where
+    all ranks are on one node, each rank stands for itself. With fewer than three no two links tell whose
+    fault they are.
     """
     world = len(rates)
     members: dict[Any, list[int]] = {}

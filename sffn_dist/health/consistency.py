@@ -1,8 +1,10 @@
-"""What must be the same on all ranks, compared before anything long starts: settings, code, versions, and the folder they write to.
+"""What must be the same on all ranks, compared before anything long starts: settings, code, versions, and the
+folder they write to.
 
-Every rank finds these by itself, so a node with another checkout, another torch or another file behind the same name would train
-another model and say nothing. All functions here but :func:`differences` are called by all ranks together, after the process group
-was joined; each rank comes to the same verdict, and one that is refused is refused everywhere.
+Every rank finds these by itself, so a node with another checkout, another torch or another file behind the
+same name would train another model and say nothing. All functions here but :func:`differences` are called by
+all ranks together, after the process group was joined; each rank comes to the same verdict, and one that is
+refused is refused everywhere.
 """
 
 from __future__ import annotations
@@ -31,19 +33,21 @@ from sffn_dist.parallel.object_collectives import all_gather_object, broadcast_o
 from sffn_dist.spec import machine
 from sffn_dist.spec.config import Config, ConfigError, flatten
 
-# facts: two hashes, of which the keys and the git revision are told; a name, of which others are odd and no more
+# facts: two hashes, of which the keys and the git revision are told; a name, of which others are odd and no
+# more
 CONFIG, CODE, DEVICE = "config", "code", "device"
-FOLDER_TIMEOUT = (
-    10.0  # seconds for a file to be seen on other nodes: NFS clients keep what they know of a folder for 3 s and more
-)
+# seconds for a file to be seen on other nodes: NFS clients keep what they know of a folder for 3 s and more
+FOLDER_TIMEOUT = 10.0
 MAX_NAMED_HOSTS = 4  # hosts named one by one; of more, the first ones and how many there are
 
 
-# ------------------------------------------------------------------------------------------------------------------ facts
+# ------------------------------------------------------------------------------------------------------ facts
 
 
 def facts(config: Config, precision: str) -> dict[str, str]:
-    """What is compared: versions, a hash of the code, sha256 of the config as canonical JSON, precision, CPU or CUDA, device."""
+    """What is compared: versions, a hash of the code, sha256 of the config as canonical JSON, precision,
+    CPU or CUDA, device.
+    """
     cuda = cpu_compat.has_cuda()
     found = {"host": socket.gethostname(), **writer.versions(), "triton": _version("triton")}
     if cuda:
@@ -66,12 +70,17 @@ def device_name() -> str:
     """Name and compute capability of this rank's CUDA device, or what its CPU is."""
     if not cpu_compat.has_cuda():
         return machine.device_name()
-    return "{}, compute capability {}.{}".format(torch.cuda.get_device_name(), *torch.cuda.get_device_capability())
+    return "{}, compute capability {}.{}".format(
+        torch.cuda.get_device_name(), *torch.cuda.get_device_capability()
+    )
 
 
 @functools.cache
 def code() -> str:
-    """A hash of the sources that run here. (Git is asked only where they differ: its answer may time out on a slow disk.)"""
+    """A hash of the sources that run here.
+
+    (Git is asked only where they differ: its answer may time out on a slow disk.)
+    """
     digest = hashlib.sha256()
     for package in (sffn_dist, sffn_kernels):
         assert package.__file__
@@ -82,18 +91,26 @@ def code() -> str:
 
 
 def check_consistency(mine: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(hosts by rank, warnings) where all ranks have the same :func:`facts`; their ``settings`` are asked for only where configs differ.
+    """(hosts by rank, warnings) where all ranks have the same :func:`facts`; their ``settings`` are asked for
+    only where configs differ.
 
-    Raises ConfigError on every rank, one problem for each fact and dotted key that differs, with the values and who has them.
+    Raises ConfigError on every rank, one problem for each fact and dotted key that differs, with the values
+    and who has them.
     """
     gathered = all_gather_object(dict(mine))
     hosts = [found.pop("host") for found in gathered]
     differing = differences(gathered, hosts)
     if differing.pop(CONFIG, None):
-        differing |= {f"config: {key}": text for key, text in differences(all_gather_object(dict(settings)), hosts).items()}
+        differing |= {
+            f"config: {key}": text
+            for key, text in differences(all_gather_object(dict(settings)), hosts).items()
+        }
     if CODE in differing:
         revisions = all_gather_object(writer.revision() or "unknown")
-        named = [{CODE: f"{held[CODE]}, git {revision}"} for held, revision in zip(gathered, revisions, strict=True)]
+        named = [
+            {CODE: f"{held[CODE]}, git {revision}"}
+            for held, revision in zip(gathered, revisions, strict=True)
+        ]
         differing |= differences(named, hosts)
     odd = differing.pop(DEVICE, None)
     if differing:
@@ -102,9 +119,11 @@ def check_consistency(mine: Mapping[str, str], settings: Mapping[str, Any]) -> t
 
 
 def differences(gathered: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> dict[str, str]:
-    """Of what ranks hold, each key whose values differ -> the values, who holds each, and which are the odd ones.
+    """Of what ranks hold, each key whose values differ -> the values, who holds each, and which are the odd
+    ones.
 
-    Values come by how many ranks hold them, most first; where one is held by more ranks than any other, all others are odd.
+    Values come by how many ranks hold them, most first; where one is held by more ranks than any other, all
+    others are odd.
     """
     found = {}
     for key in sorted({key for held in gathered for key in held}):
@@ -139,11 +158,12 @@ def name_ranks(ranks: Iterable[int], hosts: Sequence[str]) -> str:
     return f"{', '.join(names[:MAX_NAMED_HOSTS])}{more} (rank{'s' if len(ranks) > 1 else ''} {spans})"
 
 
-# ----------------------------------------------------------------------------------------------------------------- folder
+# ----------------------------------------------------------------------------------------------------- folder
 
 
 def check_shared_folder(folder: Path, hosts: Sequence[str], patience: float = FOLDER_TIMEOUT) -> None:
-    """Let every rank read a token that rank 0 writes into ``folder``, and rank 0 one of each other host; nothing is left there.
+    """Let every rank read a token that rank 0 writes into ``folder``, and rank 0 one of each other host;
+    nothing is left there.
 
     Raises ConfigError on every rank naming the folder and who does not see it, or cannot write there.
     """
@@ -162,21 +182,36 @@ def check_shared_folder(folder: Path, hosts: Sequence[str], patience: float = FO
         raise ConfigError(problems)
 
 
-def _both_ways(rank: int, files: Mapping[int, Path], token: str, hosts: Sequence[str], patience: float) -> list[str]:
-    """What is wrong, the same list on every rank: rank 0's file is looked for by all, and a file of each host by rank 0."""
+def _both_ways(
+    rank: int, files: Mapping[int, Path], token: str, hosts: Sequence[str], patience: float
+) -> list[str]:
+    """What is wrong, the same list on every rank: rank 0's file is looked for by all, and a file of each
+    host by rank 0.
+    """
     seen = _wait_for(files[0], token, patience)
     failed = _write(files[rank], token) if seen and rank in files and rank > 0 else None
     answers = all_gather_object((seen, failed))
     blind = [other for other, (saw, _) in enumerate(answers) if not saw]
     problems = []
     if blind:
-        problems.append(f"not the same folder on all nodes: a file of {hosts[0]} is not seen on {name_ranks(blind, hosts)}")
-    problems += [f"{problem} (on {name_ranks([other], hosts)})" for other, (_, problem) in enumerate(answers) if problem]
+        problems.append(
+            f"not the same folder on all nodes: a file of {hosts[0]} is not seen on "
+            f"{name_ranks(blind, hosts)}"
+        )
+    problems += [
+        f"{problem} (on {name_ranks([other], hosts)})"
+        for other, (_, problem) in enumerate(answers)
+        if problem
+    ]
     lost: list[int] = []
     if rank == 0:
         deadline = time.monotonic() + patience
         wrote = [other for other in files if other > 0 and answers[other] == (True, None)]
-        lost = [other for other in wrote if not _wait_for(files[other], token, max(0.0, deadline - time.monotonic()))]
+        lost = [
+            other
+            for other in wrote
+            if not _wait_for(files[other], token, max(0.0, deadline - time.monotonic()))
+        ]
     lost = broadcast_object(lost)
     if lost:
         problems.append(f"what {name_ranks(lost, hosts)} writes there is not seen on {hosts[0]}")

@@ -5,8 +5,9 @@
     verdict         {"code", "rank", "reason", "text"}; written once
     heard           how many ranks have read it
 
-A rank is lost when its beat stands still for guards.lost_seconds, or at once when its process on this very machine is gone. Who serves
-the store, rank 0 or torchrun's agent, may go or stop too: the thread that talks to it may then hang, so what others need of it is memory.
+A rank is lost when its beat stands still for guards.lost_seconds, or at once when its process on this very
+machine is gone. Who serves the store, rank 0 or torchrun's agent, may go or stop too: the thread that talks
+to it may then hang, so what others need of it is memory.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Verdict:
 class Heartbeat:
     """This rank's word to the others and theirs; one thread, the only one that uses the store."""
 
-    def __init__(self, store: Any, rank: int, world: int, patience: float, progress: Callable[[], dict[str, Any]]):
+    def __init__(
+        self, store: Any, rank: int, world: int, patience: float, progress: Callable[[], dict[str, Any]]
+    ):
         # a connection of its own: the groups' one may be busy waiting
         self._store = PrefixStore("watch", store.clone() if hasattr(store, "clone") else store)
         self.rank, self.world, self.host = rank, world, platform.node()
@@ -53,7 +56,9 @@ class Heartbeat:
         self._mine: Verdict | None = None
         self._places: dict[int, tuple[str, int, str]] = {}
         self._near: list[int] = []  # ranks whose processes can be seen from here
-        self._beats: dict[int, tuple[float, dict[str, Any]]] = {}  # when it last changed, by this rank's clock
+        self._beats: dict[
+            int, tuple[float, dict[str, Any]]
+        ] = {}  # when it last changed, by this rank's clock
         self._contact, self._broken = time.monotonic(), False
         self._gone: dict[int, float] = {}  # since when processes of this machine are seen to be gone
         self._heard = 0
@@ -62,7 +67,9 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._talk, name="heartbeat", daemon=True)
         self._number, self._asked, self.fault = 0, 0.0, ""
         self._all = rank == 0  # hear of every rank, not only of those of this machine
-        self.awake = 0.0  # when this process last came back from having been stopped: no silence counts from before
+        self.awake = (
+            0.0  # when this process last came back from having been stopped: no silence counts from before
+        )
 
     def start(self) -> None:
         """Tell where this rank is, wait until all have, and begin."""
@@ -73,14 +80,19 @@ class Heartbeat:
         self.run_id = self._store.get("run").decode()
         found = self._store.multi_get([f"place/{rank}" for rank in range(self.world)])
         self._places = {rank: self._visible(*json.loads(place)) for rank, place in enumerate(found)}
-        self._near = [rank for rank, (host, _, started) in self._places.items() if host == self.host and started]
+        self._near = [
+            rank for rank, (host, _, started) in self._places.items() if host == self.host and started
+        ]
         now = time.monotonic()
         self._beats = {rank: (now, {}) for rank in range(self.world)}
         self._contact = now
         self._thread.start()
 
     def stop(self, patience: float = 60.0) -> None:
-        """This rank is done. Rank 0 goes last, so that no other finds the store gone before it is done too."""
+        """This rank is done.
+
+        Rank 0 goes last, so that no other finds the store gone before it is done too.
+        """
         self._stopping.set()
         self._wake.set()
         self._thread.join(patience)
@@ -97,7 +109,9 @@ class Heartbeat:
                 time.sleep(0.05)
 
     def propose(self, verdict: Verdict) -> Verdict | None:
-        """Ask that this be the verdict; returns the one that stands, None while the store has not answered."""
+        """Ask that this be the verdict; returns the one that stands, None while the store has not
+        answered.
+        """
         if self._mine is None:
             self._mine = verdict
             self._wake.set()
@@ -120,10 +134,16 @@ class Heartbeat:
             time.sleep(0.02)
 
     def _visible(self, host: str, pid: int, started: str) -> tuple[str, int, str]:
-        """A rank's place; without start time where its process cannot be seen from here, though it lives: in another container, say."""
-        return host, pid, started if host == self.host and process_state(pid, started) not in ("gone", None) else ""
+        """A rank's place; without start time where its process cannot be seen from here, though it lives:
+        in another container, say.
+        """
+        return (
+            host,
+            pid,
+            started if host == self.host and process_state(pid, started) not in ("gone", None) else "",
+        )
 
-    # ----------------------------------------------------------------------------------------------------------------- asking
+    # ------------------------------------------------------------------------------------------------- asking
 
     def lost(self) -> str | None:
         """Which rank is lost, and how that shows; None if all are there. From memory alone."""
@@ -136,7 +156,11 @@ class Heartbeat:
         if self._broken or self._out_of_contact():
             if self.rank == 0:
                 return "the rendezvous store does not answer: the process that serves it is gone"
-            return None if self._done(0) else self._describe(0, "cannot be reached: the rendezvous store does not answer")
+            return (
+                None
+                if self._done(0)
+                else self._describe(0, "cannot be reached: the rendezvous store does not answer")
+            )
         now = time.monotonic()
         for rank in range(self.world) if self.rank == 0 else (0,):
             silence = now - max(self._beats[rank][0], self.awake)
@@ -146,7 +170,9 @@ class Heartbeat:
         return None
 
     def _near_and_gone(self) -> int | None:
-        """A rank of this machine whose process is gone though it never said that it was done, asked after it was gone."""
+        """A rank of this machine whose process is gone though it never said that it was done, asked after
+        it was gone.
+        """
         for rank in self._near:
             _, pid, started = self._places[rank]
             if rank == self.rank or self._done(rank) or process_state(pid, started) != "gone":
@@ -162,17 +188,26 @@ class Heartbeat:
         state = process_state(pid, started)
         what = {"gone": "; its process is gone", "T": "; its process is stopped"}.get(state or "", "")
         doing = self._beats[rank][1].get("doing")
-        return f"rank {rank} (pid {pid}) on {host}: {how}{what}" + (f"; it was last at {doing}" if doing else "")
+        return f"rank {rank} (pid {pid}) on {host}: {how}{what}" + (
+            f"; it was last at {doing}" if doing else ""
+        )
 
     def progress_by_rank(self) -> str:
         """Who is how far, as far as it is known here; furthest behind first."""
-        beats = {rank: beat for rank, (_, beat) in self._beats.items() if beat} | {self.rank: self._progress()}
+        beats = {rank: beat for rank, (_, beat) in self._beats.items() if beat} | {
+            self.rank: self._progress()
+        }
         order = sorted(beats, key=lambda rank: (beats[rank].get("ticks", 0), rank))
-        words = [f"rank {rank} on {self._places[rank][0]} at {beats[rank].get('doing', 'start')}" for rank in order[:8]]
+        words = [
+            f"rank {rank} on {self._places[rank][0]} at {beats[rank].get('doing', 'start')}"
+            for rank in order[:8]
+        ]
         return ", ".join(words) + (", ..." if len(order) > 8 else "")
 
     def is_spokesman(self, folder: Path) -> bool:
-        """True if this rank is to tell the reason: always, unless nobody could be asked and another one has told it."""
+        """True if this rank is to tell the reason: always, unless nobody could be asked and another one
+        has told it.
+        """
         if not self._broken and not self._out_of_contact():
             return True
         time.sleep(min(0.2 * self.rank, 5.0))
@@ -186,10 +221,14 @@ class Heartbeat:
         return True
 
     def wait_for_others(self, verdict: Verdict, linger: float) -> None:
-        """Wait until the others have read the verdict, where this rank wrote it or serves the store; end what cannot end by itself."""
+        """Wait until the others have read the verdict, where this rank wrote it or serves the store; end
+        what cannot end by itself.
+        """
         for rank, (_, pid, started) in self._places.items():
             if rank != self.rank and process_state(pid, started) == "T":
-                with suppress(OSError):  # stopped: no signal but this one reaches it, and launchers wait for it
+                with suppress(
+                    OSError
+                ):  # stopped: no signal but this one reaches it, and launchers wait for it
                     os.kill(pid, signal.SIGKILL)
         if self._broken or (verdict.rank != self.rank and self.rank):
             return
@@ -200,7 +239,10 @@ class Heartbeat:
 
     def _silent(self, rank: int) -> bool:
         _, pid, started = self._places[rank]
-        return process_state(pid, started) in ("gone", "T") or time.monotonic() - self._beats[rank][0] > 4 * self.interval
+        return (
+            process_state(pid, started) in ("gone", "T")
+            or time.monotonic() - self._beats[rank][0] > 4 * self.interval
+        )
 
     def _done(self, rank: int) -> bool:
         return bool(self._beats[rank][1].get("done"))
@@ -208,7 +250,7 @@ class Heartbeat:
     def _out_of_contact(self) -> bool:
         return bool(self._patience) and time.monotonic() - max(self._contact, self.awake) > self._patience
 
-    # ---------------------------------------------------------------------------------------------------------- the line itself
+    # ---------------------------------------------------------------------------------------- the line itself
 
     def _talk(self) -> None:
         told = False
@@ -228,14 +270,18 @@ class Heartbeat:
             except RuntimeError:  # what the store raises once it is gone
                 self._broken = not self._stopping.is_set()
                 return
-            except Exception:  # not the store's: again at the next beat; should it last, the others miss this rank's word
+            except (
+                Exception
+            ):  # not the store's: again at the next beat; should it last, the others miss this rank's word
                 self.fault = traceback.format_exc()
             self._wake.wait(0.05 if self.verdict else self.interval)
             self._wake.clear()
 
     def _beat(self, done: bool = False) -> None:
         self._number += 1
-        self._store.set(f"beat/{self.rank}", json.dumps({"n": self._number, "done": done, **self._progress()}))
+        self._store.set(
+            f"beat/{self.rank}", json.dumps({"n": self._number, "done": done, **self._progress()})
+        )
 
     def _read_beats(self) -> None:
         """Rank 0 reads everyone's, the others those of rank 0 and of this machine."""

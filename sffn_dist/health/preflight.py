@@ -1,4 +1,5 @@
-"""Before the first step: do all ranks agree, does every collective give the right values, whose clock, device or link is off?
+"""Before the first step: do all ranks agree, does every collective give the right values, whose clock, device
+or link is off?
 
     agreed = agree(config, precision)               once the process group is joined, before any data are prepared: may refuse
     report = measure(agreed, topology, precision)   once there are Megatron's groups: may refuse; names who is slow
@@ -91,14 +92,17 @@ class PreflightReport:
         world, nodes = len(self.hosts), len(set(self.hosts))
         right = f"{len(self.trials)} collectives right, " if self.trials else ""
         lines = [
-            f"pre-flight: {world} rank{'s' * (world > 1)} on {nodes} node{'s' * (nodes > 1)}, {self.backend}, {self.device}: "
+            f"pre-flight: {world} rank{'s' * (world > 1)} on {nodes} node{'s' * (nodes > 1)}, "
+            f"{self.backend}, {self.device}: "
             f"{right}{self.seconds:.1f} s"
         ]
         if self.trials:
             lines.append(f"  {'collective':<16}{'group':<8}{'ranks':>6}{'MB':>8}{'ms':>9}{'bus GB/s':>10}")
         for trial in self.trials:
             lines.append(
-                f"  {trial.collective:<16}{trial.group:<8}{trial.ranks:>6}{trial.bytes / 1e6:>8.3g}{trial.seconds * 1e3:>9.3g}"
+                f" "
+                f" "
+                f"{trial.collective:<16}{trial.group:<8}{trial.ranks:>6}{trial.bytes / 1e6:>8.3g}{trial.seconds * 1e3:>9.3g}"
                 f"{trial.bus_bandwidth / 1e9:>10.3g}"
             )
         if self.flops:
@@ -112,7 +116,10 @@ class PreflightReport:
 
 
 def preflight_only(config: Config, watch: Watchdog) -> None:
-    """The pre-flight and nothing else, for ``pretrain.py --preflight``; rank 0 prints the table. Raises as the parts do."""
+    """The pre-flight and nothing else, for ``pretrain.py --preflight``; rank 0 prints the table.
+
+    Raises as the parts do.
+    """
     precision, run_dir, made = machine.precision(config.precision), Path(config.run.dir), False
     store = topology.init_process_group()
     main = dist.get_rank() == 0
@@ -146,7 +153,10 @@ def check_ranks(config: Config, precision: str) -> RankFacts:
 
 
 def run(facts: RankFacts, topology: Topology, precision: str, *, measures: bool) -> PreflightReport:
-    """The pre-flight of a run: collectives, clocks and speed where ``measures`` and there are several ranks. All ranks must call it."""
+    """The pre-flight of a run: collectives, clocks and speed where ``measures`` and there are several ranks.
+
+    All ranks must call it.
+    """
     return measure(facts, topology, precision) if measures and topology.world > 1 else facts.report()
 
 
@@ -160,8 +170,9 @@ def measure(
 ) -> PreflightReport:
     """Collectives, clocks and speed of all ranks, which all call it; under 2 s on two CPU ranks.
 
-    ``now`` reads the wall clock, ``rate`` measures FLOP/s of matrix products. Raises ConfigError on every rank where a
-    collective's result is wrong, naming it and the ranks that had it wrong; collective_check.CollectiveError where one fails outright.
+    ``now`` reads the wall clock, ``rate`` measures FLOP/s of matrix products. Raises ConfigError on every
+    rank where a collective's result is wrong, naming it and the ranks that had it wrong;
+    collective_check.CollectiveError where one fails outright.
     """
     began, device = time.perf_counter(), here.device
     report = agreed.report(dist.get_backend() if dist.is_initialized() else "no process group")
@@ -178,7 +189,8 @@ def measure(
         torch.cuda.empty_cache()
     report.seconds = time.perf_counter() - began
     if wrong := [
-        f"pre-flight: {trial.collective} over the {trial.group} group gives wrong values on {name_ranks(trial.wrong, agreed.hosts)}"
+        f"pre-flight: {trial.collective} over the {trial.group} group gives wrong values on "
+        f"{name_ranks(trial.wrong, agreed.hosts)}"
         for trial in report.trials
         if trial.wrong
     ]:
@@ -195,7 +207,8 @@ def _late_clocks(report: PreflightReport) -> list[str]:
         if abs(offset) - error > CLOCK_SECONDS:
             side = "ahead of" if offset > 0 else "behind"
             found.append(
-                f"the clock of {name} is {abs(offset):.1f} s {side} that of {hosts[0]}: their logs and events do not line up"
+                f"the clock of {name} is {abs(offset):.1f} s {side} that of {hosts[0]}: their logs and "
+                f"events do not line up"
             )
     return found
 
@@ -205,8 +218,10 @@ def _slow(report: PreflightReport) -> list[str]:
     usual = statistics.median_high(report.flops)
     for rank in slow(report.flops):
         found.append(
-            f"slow: {name_ranks([rank], hosts)} multiplies matrices at {report.flops[rank] / 1e12:.3g} TFLOP/s, "
-            f"{report.flops[rank] / usual:.2f} x the median of {usual / 1e12:.3g}; all wait for it in every step"
+            f"slow: {name_ranks([rank], hosts)} multiplies matrices at {report.flops[rank] / 1e12:.3g} "
+            f"TFLOP/s, "
+            f"{report.flops[rank] / usual:.2f} x the median of {usual / 1e12:.3g}; all wait for it in every "
+            f"step"
         )
     for ranks, best, others in collective_check.slow_links(report.links, hosts, SLOW_LINK):
         found.append(
@@ -218,7 +233,9 @@ def _slow(report: PreflightReport) -> list[str]:
 
 
 def slow(rates: Sequence[float], below: float = SLOW_COMPUTE) -> list[int]:
-    """Ranks whose rate is under ``below`` times the median, the upper one of an even number: of two, the faster rank's."""
+    """Ranks whose rate is under ``below`` times the median, the upper one of an even number: of two, the
+    faster rank's.
+    """
     if not rates:
         return []
     usual = statistics.median_high(rates)

@@ -1,4 +1,5 @@
-"""Do ranks that should hold the same weights hold the same bits? A device that computes wrongly, or a lost sum, shows nowhere else.
+"""Do ranks that should hold the same weights hold the same bits? A device that computes wrongly, or a lost
+sum, shows nowhere else.
 
 Compared are, by a checksum each:
 
@@ -7,10 +8,11 @@ Compared are, by a checksum each:
     ZeRO 3's part of an uncut weight    over the tensor-parallel group; over the data-parallel one nobody else has it
     fp32 masters, where there are any   of uncut weights over the tensor-parallel group; under ZeRO 0 all, over the data-parallel one too
 
-The checksum of a tensor, seen as 64-bit integers w_i modulo 2^64, is sum_i c_(i mod 256) w_i with odd c: any one flipped bit changes
-it, and so does nearly every exchange of values. It reads each tensor once and makes no copy (of one that does not lie at a multiple of
-8 bytes, a piece at a time); then 8 bytes a tensor are reduced over each group, and the host waits once. Of 110 M parameters on two
-ranks with a CPU core each it took 38 ms in bf16 and 44 ms in fp32 (ZeRO 1), and 85 ms in bf16 under ZeRO 0, with the masters.
+The checksum of a tensor, seen as 64-bit integers w_i modulo 2^64, is sum_i c_(i mod 256) w_i with odd c: any
+one flipped bit changes it, and so does nearly every exchange of values. It reads each tensor once and makes
+no copy (of one that does not lie at a multiple of 8 bytes, a piece at a time); then 8 bytes a tensor are
+reduced over each group, and the host waits once. Of 110 M parameters on two ranks with a CPU core each it
+took 38 ms in bf16 and 44 ms in fp32 (ZeRO 1), and 85 ms in bf16 under ZeRO 0, with the masters.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ MAX_NAMED_PARAMETERS = 3  # parameters that a message names
 
 
 class ReplicasDifferError(RuntimeError):
-    """Replicas are none any more: ``parameters`` that differ, and the ``ranks`` that are odd, or that nobody can tell apart."""
+    """Replicas are none any more: ``parameters`` that differ, and the ``ranks`` that are odd, or that
+    nobody can tell apart.
+    """
 
     exit_code = exit_codes.REPLICAS_DIFFER
 
@@ -60,16 +64,23 @@ class _Compared:
 def check_replicas(model: nn.Module, masters: Iterable[Fragment], config: Config, topology: Topology) -> None:
     """Compare replicas of the weights between two steps; all ranks must call it.
 
-    ``masters``: what this rank holds of the fp32 weights, where they are not the model's own (engine_state.fragments).
+    ``masters``: what this rank holds of the fp32 weights, where they are not the model's own
+    (engine_state.fragments).
 
-    Raises ReplicasDifferError on every rank: which parameters, over which group, and whose are the odd ones where more ranks agree on
-    others.
+    Raises ReplicasDifferError on every rank: which parameters, over which group, and whose are the odd ones
+    where more ranks agree on others.
     """
     if topology.world == 1:
         return
-    # those over the data-parallel group come first, those over the tensor-parallel one last: slices, for an index would make the host wait
-    held = sorted(_compared(model, masters, config, topology), key=lambda item: ("tensor" in item.over) - ("data" in item.over))
-    sums = torch.stack([checksum(item.tensor) for item in held]) if held else torch.zeros(0, dtype=torch.int64)
+    # those over the data-parallel group come first, those over the tensor-parallel one last: slices, for an
+    # index would make the host wait
+    held = sorted(
+        _compared(model, masters, config, topology),
+        key=lambda item: ("tensor" in item.over) - ("data" in item.over),
+    )
+    sums = (
+        torch.stack([checksum(item.tensor) for item in held]) if held else torch.zeros(0, dtype=torch.int64)
+    )
     sums, differ = sums.to(topology.device), {}
     many = {name: sum(name in item.over for item in held) for name in ("data", "tensor")}
     for name, group, own in (
@@ -86,13 +97,18 @@ def check_replicas(model: nn.Module, masters: Iterable[Fragment], config: Config
         raise _error(held, sums, differ, topology)
 
 
-def _compared(model: nn.Module, masters: Iterable[Fragment], config: Config, topology: Topology) -> Iterator[_Compared]:
+def _compared(
+    model: nn.Module, masters: Iterable[Fragment], config: Config, topology: Topology
+) -> Iterator[_Compared]:
     """What is compared on this rank, in an order that all ranks share."""
     named = list(model.named_parameters())
     specs = model_tensors(config, guide=any(is_guide(name) for name, _ in named))
 
     def over(name: str, *, data: bool) -> tuple[str, ...]:
-        groups = {"data": data and topology.data > 1, "tensor": specs[name].cut is None and topology.tensor > 1}
+        groups = {
+            "data": data and topology.data > 1,
+            "tensor": specs[name].cut is None and topology.tensor > 1,
+        }
         return tuple(group for group, wanted in groups.items() if wanted)
 
     def all_of_them() -> Iterator[_Compared]:
@@ -113,12 +129,14 @@ def _compared(model: nn.Module, masters: Iterable[Fragment], config: Config, top
     return (item for item in all_of_them() if item.over)
 
 
-# --------------------------------------------------------------------------------------------------------------- checksum
+# --------------------------------------------------------------------------------------------------- checksum
 
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> Tensor:
-    """A tensor's bits as one int64 scalar on its device; equal for equal bits, wherever in memory they lie. NaNs are bits too.
+    """A tensor's bits as one int64 scalar on its device; equal for equal bits, wherever in memory they lie.
+
+    NaNs are bits too.
 
     (A sum of int32 in int64 would copy all of it in int64 first: 30 times slower, on CPU.)
     """
@@ -135,7 +153,12 @@ def checksum(tensor: Tensor) -> Tensor:
         lanes += words[:full].view(-1, LANES).sum(0)
         lanes[: words.numel() - full] += words[full:]
     factors = _factors(flat.device)
-    rest = flat[whole:].clone().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]).to(torch.int64)
+    rest = (
+        flat[whole:]
+        .clone()
+        .view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+        .to(torch.int64)
+    )
     return (lanes * factors).sum() + (rest * factors[LANES // 2 : LANES // 2 + rest.numel()]).sum()
 
 
@@ -145,10 +168,12 @@ def _factors(device: torch.device) -> Tensor:
     return (torch.arange(LANES, device=device) * 2 + 1) * (0x9E3779B97F4A7C15 - 2**64)
 
 
-# ----------------------------------------------------------------------------------------------------------- what is told
+# ----------------------------------------------------------------------------------------------- what is told
 
 
-def _error(held: Sequence[_Compared], sums: Tensor, differ: Mapping[str, Tensor], topology: Topology) -> ReplicasDifferError:
+def _error(
+    held: Sequence[_Compared], sums: Tensor, differ: Mapping[str, Tensor], topology: Topology
+) -> ReplicasDifferError:
     """Names what differs, the same on every rank."""
     mine: dict[str, Any] = {"host": socket.gethostname(), "compared": len(held)}
     for name, group in (("data", topology.data_group), ("tensor", topology.tensor_group)):
@@ -157,11 +182,17 @@ def _error(held: Sequence[_Compared], sums: Tensor, differ: Mapping[str, Tensor]
         values = {held[i].name: int(sums[i]) for i in chosen}
         mine[name] = (tuple(dist.get_process_group_ranks(group)), values)
     gathered = all_gather_object(mine)
-    return describe([found["host"] for found in gathered], [found["compared"] for found in gathered], gathered)
+    return describe(
+        [found["host"] for found in gathered], [found["compared"] for found in gathered], gathered
+    )
 
 
-def describe(hosts: Sequence[str], compared: Sequence[int], found: Sequence[Mapping[str, Any]]) -> ReplicasDifferError:
-    """The error of what ranks found: ``found[rank]["data" or "tensor"]`` is (ranks of its group, differing name -> its checksum)."""
+def describe(
+    hosts: Sequence[str], compared: Sequence[int], found: Sequence[Mapping[str, Any]]
+) -> ReplicasDifferError:
+    """The error of what ranks found: ``found[rank]["data" or "tensor"]`` is (ranks of its group, differing
+    name -> its checksum).
+    """
     lines: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[str]] = {}
     for kind in ("data", "tensor"):
         for members, values in dict.fromkeys((held[kind][0], tuple(held[kind][1])) for held in found):
@@ -173,7 +204,11 @@ def describe(hosts: Sequence[str], compared: Sequence[int], found: Sequence[Mapp
         some = ", ".join(names[:MAX_NAMED_PARAMETERS]) + (
             f" and {len(names) - MAX_NAMED_PARAMETERS} more" if len(names) > MAX_NAMED_PARAMETERS else ""
         )
-        whose = f"odd: {name_ranks(odd, hosts)}" if len(odd) < len(members) else f"between {name_ranks(odd, hosts)}"
+        whose = (
+            f"odd: {name_ranks(odd, hosts)}"
+            if len(odd) < len(members)
+            else f"between {name_ranks(odd, hosts)}"
+        )
         texts.append(
             f"{len(names)} of {compared[members[0]]} tensors over the {kind}-parallel group of ranks "
             f"{', '.join(map(str, members))}, {whose}: {some}"
@@ -183,11 +218,15 @@ def describe(hosts: Sequence[str], compared: Sequence[int], found: Sequence[Mapp
     if len(suspects) == 1:
         texts.append(f"so it is {name_ranks(suspects, hosts)}")
     parameters = dict.fromkeys(name.split(" ")[0] for names in lines.values() for name in names)
-    return ReplicasDifferError("replicas of the weights differ: " + "; ".join(texts), list(parameters), sorted(suspects))
+    return ReplicasDifferError(
+        "replicas of the weights differ: " + "; ".join(texts), list(parameters), sorted(suspects)
+    )
 
 
 def _odd(values: Mapping[int, int]) -> tuple[int, ...]:
-    """Ranks whose value is not the one that most have; all of them where no value is held by more ranks than any other."""
+    """Ranks whose value is not the one that most have; all of them where no value is held by more ranks
+    than any other.
+    """
     held = list(values.values())
     counts = sorted(((held.count(value), value) for value in set(held)), reverse=True)
     if len(counts) > 1 and counts[0][0] == counts[1][0]:

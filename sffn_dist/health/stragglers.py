@@ -1,4 +1,5 @@
-"""Which rank is the slow one, and what is it that the others wait for? Told on demand, of all ranks, while the run goes on.
+"""Which rank is the slow one, and what is it that the others wait for? Told on demand, of all ranks, while
+the run goes on.
 
 Each rank notes of its last steps (seconds)
 
@@ -8,13 +9,14 @@ Each rank notes of its last steps (seconds)
     wait     in the agreement with the others at the step's end
     step     all of it
 
-which costs some calls of a clock; :func:`report` gathers the medians when somebody asks. What levels ``compute`` too: tensor-parallel
-ranks exchange activations in every layer, so a group is as slow as its slowest rank; so is everybody under ZeRO 3, which gathers weights
-in the forward pass, and under ZeRO 2 with several micro-steps, whose gradients are exchanged in each. There the rate of matrix
-products, measured then and there, tells the ranks apart.
+which costs some calls of a clock; :func:`report` gathers the medians when somebody asks. What levels
+``compute`` too: tensor-parallel ranks exchange activations in every layer, so a group is as slow as its
+slowest rank; so is everybody under ZeRO 3, which gathers weights in the forward pass, and under ZeRO 2 with
+several micro-steps, whose gradients are exchanged in each. There the rate of matrix products, measured then
+and there, tells the ranks apart.
 
-On CUDA the host runs ahead of the device, and ``compute`` means something only in steps that were synchronised
-(``Recorder.precise``): one of these is enough, and the others are left out of that column.
+On CUDA the host runs ahead of the device, and ``compute`` means something only in steps that were
+synchronised (``Recorder.precise``): one of these is enough, and the others are left out of that column.
 """
 
 from __future__ import annotations
@@ -41,7 +43,11 @@ from sffn_dist.telemetry.peak import measured_flops
 WINDOW = 64  # steps
 REQUEST = "report"  # a file of this name in run_dir asks for a report
 LOG = "ranks.jsonl"
-DEVIATIONS, COMPUTE, PRODUCTS = 3.0, 1.15, 0.85  # of a straggler: robust standard deviations, x median seconds; x median rate
+DEVIATIONS, COMPUTE, PRODUCTS = (
+    3.0,
+    1.15,
+    0.85,
+)  # of a straggler: robust standard deviations, x median seconds; x median rate
 ROBUST = 1.4826  # x the median absolute deviation is the standard deviation, of a normal distribution
 MEASURED_SECONDS = 0.05
 
@@ -59,15 +65,20 @@ class Row:
     compute: float | None
     wait: float | None
     step: float | None
-    tokens_per_s: float | None  # of the rank's share of a step's tokens, those of a tensor-parallel group shared out
+    tokens_per_s: (
+        float | None
+    )  # of the rank's share of a step's tokens, those of a tensor-parallel group shared out
     peak_bytes: int  # of the device's memory; on CPU, resident
     flops: float  # FLOP/s of matrix products, now
 
 
 class Recorder:
-    """A rank's last steps. In each step: begin, data while a batch is waited for, forwarded after each forward pass, waiting, end.
+    """A rank's last steps.
 
-    ``precise``: set before a step's begin, it waits for the device at every mark of that step; on CPU every step is precise.
+    In each step: begin, data while a batch is waited for, forwarded after each forward pass, waiting, end.
+
+    ``precise``: set before a step's begin, it waits for the device at every mark of that step; on CPU every
+    step is precise.
     """
 
     def __init__(self, device: torch.device, window: int = WINDOW):
@@ -128,11 +139,13 @@ class Recorder:
         return time.perf_counter()
 
 
-# ----------------------------------------------------------------------------------------------------------------- report
+# ----------------------------------------------------------------------------------------------------- report
 
 
 def report(recorder: Recorder, topology: Topology, tokens_per_step: int, precision: str) -> list[Row]:
-    """One row a rank, the same list on all, which all call between two steps; takes some 0.3 s, for the matrix products."""
+    """One row a rank, the same list on all, which all call between two steps; takes some 0.3 s, for the
+    matrix products.
+    """
     device = topology.device
     seen = recorder.medians()
     step = seen["step"]
@@ -159,9 +172,11 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def stragglers(rows: Sequence[Row]) -> dict[int, str]:
-    """Slow ranks -> why: ``compute`` above median + 3 x 1.4826 MAD and above 1.15 x median, or matrix products below 0.85 x median.
+    """Slow ranks -> why: ``compute`` above median + 3 x 1.4826 MAD and above 1.15 x median, or matrix
+    products below 0.85 x median.
 
-    MAD is the median distance from the median. The rate's median is the upper one of an even number: of two ranks, the faster's.
+    MAD is the median distance from the median. The rate's median is the upper one of an even number: of two
+    ranks, the faster's.
     """
     found: dict[int, list[str]] = {}
     known = [(row.rank, row.compute) for row in rows if row.compute is not None]
@@ -170,7 +185,9 @@ def stragglers(rows: Sequence[Row]) -> dict[int, str]:
         spread = ROBUST * statistics.median(abs(seconds - usual) for _, seconds in known)
         for rank, seconds in known:
             if seconds > usual + DEVIATIONS * spread and seconds > COMPUTE * usual:
-                found.setdefault(rank, []).append(f"computes for {seconds:.3g} s a step, the median is {usual:.3g} s")
+                found.setdefault(rank, []).append(
+                    f"computes for {seconds:.3g} s a step, the median is {usual:.3g} s"
+                )
     rate = statistics.median_high(row.flops for row in rows) if rows else 0.0
     for row in rows:
         if row.flops < PRODUCTS * rate:
@@ -185,14 +202,23 @@ def render(rows: Sequence[Row]) -> str:
     device = max([6, *(len(row.device) for row in rows)])
     head = f"{'rank':>5}  {'host':<{host}}  {'device':<{device}}"
     lines = [
-        head + "".join(f"{name:>10}" for name in ("data s", "compute s", "wait s", "step s", "tokens/s", "peak GB", "TFLOP/s"))
+        head
+        + "".join(
+            f"{name:>10}"
+            for name in ("data s", "compute s", "wait s", "step s", "tokens/s", "peak GB", "TFLOP/s")
+        )
     ]
     for row in rows:
         cells = [_cell(value) for value in (row.data, row.compute, row.wait, row.step, row.tokens_per_s)]
         cells += [_cell(row.peak_bytes / 1e9), _cell(row.flops / 1e12)]
-        lines.append(f"{row.rank:>5}  {row.host:<{host}}  {row.device:<{device}}" + "".join(f"{cell:>10}" for cell in cells))
+        lines.append(
+            f"{row.rank:>5}  {row.host:<{host}}  {row.device:<{device}}"
+            + "".join(f"{cell:>10}" for cell in cells)
+        )
     hosts = {row.rank: row.host for row in rows}
-    lines += [f"straggler: rank {rank} on {hosts[rank]} {reason}" for rank, reason in stragglers(rows).items()]
+    lines += [
+        f"straggler: rank {rank} on {hosts[rank]} {reason}" for rank, reason in stragglers(rows).items()
+    ]
     return "\n".join(lines)
 
 
@@ -203,13 +229,19 @@ def _cell(value: float | None) -> str:
 
 
 def write(run_dir: Path, step: int, rows: Sequence[Row]) -> None:
-    """Append the report to run_dir/ranks.jsonl as one line; a disk that cannot be written is a warning. Rank 0 calls it."""
+    """Append the report to run_dir/ranks.jsonl as one line; a disk that cannot be written is a warning.
+
+    Rank 0 calls it.
+    """
     late = {str(rank): reason for rank, reason in stragglers(rows).items()}
     EventLog(run_dir / LOG).write("report", step, ranks=[asdict(row) for row in rows], stragglers=late)
 
 
 def requested(run_dir: Path) -> bool:
-    """Whether somebody has made the file run_dir/report; it is removed. Rank 0 asks, every 2 s at most: on a network disk it takes 1 ms."""
+    """Whether somebody has made the file run_dir/report; it is removed.
+
+    Rank 0 asks, every 2 s at most: on a network disk it takes 1 ms.
+    """
     try:
         (run_dir / REQUEST).unlink()
     except OSError:

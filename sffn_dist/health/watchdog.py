@@ -1,11 +1,13 @@
-"""The watch beside a run: who is alive, who makes progress, and one reason for all when it ends before its time.
+"""The watch beside a run: who is alive, who makes progress, and one reason for all when it ends before its
+time.
 
     main thread   tick("training", 12) whenever it gets on             fail(error) when it cannot
     line          every beat: own progress to the ranks' store, the others' and the verdict from it (heartbeat.py)
     watch         every half second, from memory alone: a rank lost? no progress? a verdict? -> stacks, one message, exit
 
-The first verdict in the store stands for all ranks: whoever wrote it says it, the others leave with the same code. So an exception on one
-rank is told once, not with the broken connections that it leaves behind on the others. Exit codes: launch/exit_codes.py.
+The first verdict in the store stands for all ranks: whoever wrote it says it, the others leave with the same
+code. So an exception on one rank is told once, not with the broken connections that it leaves behind on the
+others. Exit codes: launch/exit_codes.py.
 """
 
 from __future__ import annotations
@@ -31,16 +33,20 @@ from sffn_dist.spec.config import ConfigError, Guards
 from sffn_dist.telemetry.events import EventLog
 
 POLL_SECONDS = 0.5  # seconds between looks
-LINGER_SECONDS = 5.0  # seconds that who serves the store, or wrote the verdict, waits for the others to have read it
+LINGER_SECONDS = (
+    5.0  # seconds that who serves the store, or wrote the verdict, waits for the others to have read it
+)
 STARTUP_FACTOR = 3  # times guards.hang_seconds until the first progress: weights are read, kernels compiled
 SLOW_FACTOR = 10  # times the longest wait for progress lately is no hang yet, however long a step takes
-LONGEST_DECAY = (
-    0.98  # what is left of it after one progress more: a kernel that compiled for minutes counts for some steps only
+# what is left of it after one progress more: a kernel that compiled for minutes counts for some steps only
+LONGEST_DECAY = 0.98
+EXPLANATION_SECONDS = (
+    10.0  # seconds beyond guards.lost_seconds that a broken connection waits for who knows why
 )
-EXPLANATION_SECONDS = 10.0  # seconds beyond guards.lost_seconds that a broken connection waits for who knows why
 REARM, BEYOND = 30.0, 120.0  # the last resort is set so often, to so many seconds beyond a hang
 EXIT_SECONDS = 30.0  # seconds that an end may take: a pipe or a file system may block for ever
-STARVED_SECONDS = 3.0  # seconds for a wait of GLANCE beyond which this process itself was stopped (Ctrl-Z) or kept from running
+# seconds for a wait of GLANCE beyond which this process itself was stopped (Ctrl-Z) or kept from running
+STARVED_SECONDS = 3.0
 
 
 class Watchdog:
@@ -85,21 +91,31 @@ class Watchdog:
     def fail(self, error: BaseException) -> int:
         """The main thread ends with ``error``: the exit code, once the reason is told by whoever has it.
 
-        A broken connection is what another rank's end looks like from here: such an error waits for the verdict of who knows more.
+        A broken connection is what another rank's end looks like from here: such an error waits for the
+        verdict of who knows more.
         """
-        code = _own_code(error) or (exit_codes.REFUSED if isinstance(error, ConfigError) else exit_codes.FAILED)
+        code = _own_code(error) or (
+            exit_codes.REFUSED if isinstance(error, ConfigError) else exit_codes.FAILED
+        )
         if self._heartbeat and self._thread and not self._ended.is_set():
             if is_consequence(error):
                 self._heartbeat.check_now()  # no beat from a rank that has gone: see who, now
                 self._ended.wait(self._guards.lost_seconds + EXPLANATION_SECONDS)
-            self._heartbeat.propose(Verdict(code, self._rank, f"{self._where()}{_short(error)}", self._text(error)))
-            self._thread.join(EXIT_SECONDS + LINGER_SECONDS)  # it ends this process, unless it waits for the store
+            self._heartbeat.propose(
+                Verdict(code, self._rank, f"{self._where()}{_short(error)}", self._text(error))
+            )
+            self._thread.join(
+                EXIT_SECONDS + LINGER_SECONDS
+            )  # it ends this process, unless it waits for the store
         _write_stderr(self._text(error))
         exit_codes.record(code, _short(error))
         return code
 
     def stop(self) -> None:
-        """The rank's part is done: nobody need miss it. Rank 0, which may serve the store, waits for the others' word."""
+        """The rank's part is done: nobody need miss it.
+
+        Rank 0, which may serve the store, waits for the others' word.
+        """
         if self._thread is None or self._ended.is_set():
             return
         assert self._heartbeat
@@ -113,7 +129,7 @@ class Watchdog:
                 os.close(descriptor)
             self._wakeup = None
 
-    # ------------------------------------------------------------------------------------------------------ the watch thread
+    # --------------------------------------------------------------------------------------- the watch thread
 
     def _look(self) -> None:
         assert self._heartbeat
@@ -127,7 +143,9 @@ class Watchdog:
                 self._ended.wait(POLL_SECONDS)
             if fault and not told:
                 told = True
-                _write_stderr(f"rank {self._rank}: warning: the watchdog raised an error and continues:\n{fault}")
+                _write_stderr(
+                    f"rank {self._rank}: warning: the watchdog raised an error and continues:\n{fault}"
+                )
 
     def _glance(self) -> None:
         assert self._heartbeat
@@ -137,7 +155,8 @@ class Watchdog:
         if now - before > STARVED_SECONDS:
             self._heartbeat.awake = now  # nobody is late for that
         if self._guards.hang_seconds and now - self._armed > REARM:
-            # where this thread cannot run either, because somebody keeps the interpreter's lock: C code, which needs none
+            # where this thread cannot run either, because somebody keeps the interpreter's lock: C code,
+            # which needs none
             self._armed = now
             faulthandler.dump_traceback_later(self._limit() + BEYOND, exit=True)
         verdict = self._heartbeat.verdict or self._lost() or self._hung()
@@ -162,7 +181,10 @@ class Watchdog:
         """No progress here for too long: everybody waits for the rank that is furthest behind."""
         assert self._heartbeat
         limit = self._limit()
-        if not self._guards.hang_seconds or time.monotonic() - max(self._ticked, self._heartbeat.awake) < limit:
+        if (
+            not self._guards.hang_seconds
+            or time.monotonic() - max(self._ticked, self._heartbeat.awake) < limit
+        ):
             return None
         self._heartbeat.refresh_all()
         reason = (
@@ -172,7 +194,9 @@ class Watchdog:
         return self._heartbeat.propose(Verdict(exit_codes.HUNG, self._rank, reason, ""))
 
     def _end(self, verdict: Verdict) -> None:
-        """The reason if it is this rank's to say, stacks, and out: the main thread may be in a collective for ever."""
+        """The reason if it is this rank's to say, stacks, and out: the main thread may be in a collective
+        for ever.
+        """
         assert self._heartbeat
         faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
         folder = self._run_dir / "stacks" / self._heartbeat.run_id
@@ -214,12 +238,14 @@ class Watchdog:
             faulthandler.dump_traceback(all_threads=True)
             return None
 
-    # --------------------------------------------------------------------------------------------------------------- signals
+    # ------------------------------------------------------------------------------------------------ signals
 
     def _catch_wakeups(self) -> None:
-        """Python's handlers run in the main thread only, which may wait in a collective: the numbers of signals come through a pipe too.
+        """Python's handlers run in the main thread only, which may wait in a collective: the numbers of
+        signals come through a pipe too.
 
-        A run is asked for stacks from now on, also before it handles the signal: unhandled, it would end this process.
+        A run is asked for stacks from now on, also before it handles the signal: unhandled, it would end this
+        process.
         """
         if threading.current_thread() is not threading.main_thread():
             return
@@ -250,7 +276,9 @@ class Watchdog:
         """What is printed: problems of the input as they are, anything else with its traceback."""
         where = self._where() if self._heartbeat and self._heartbeat.world > 1 else ""
         if isinstance(error, ConfigError):
-            return "".join(f"pretrain.py: error: {where if self._rank else ''}{problem}\n" for problem in error.problems)
+            return "".join(
+                f"pretrain.py: error: {where if self._rank else ''}{problem}\n" for problem in error.problems
+            )
         if _own_code(error):
             return f"pretrain.py: error: {error}\n"
         trace = "".join(traceback.format_exception(error))
@@ -261,13 +289,21 @@ def is_consequence(error: BaseException) -> bool:
     """True for what a collective or the store raises: most often because another rank has gone."""
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "ProcessGroup")
     kinds = {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError"}
-    return type(error).__name__ in kinds or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+    return type(error).__name__ in kinds or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
 
 
 def _own_code(error: BaseException) -> int | None:
-    """The exit code that an error of this package brings along; others' exceptions have an attribute of that name too."""
+    """The exit code that an error of this package brings along; others' exceptions have an attribute of
+    that name too.
+    """
     code = getattr(error, "exit_code", None)
-    return code if isinstance(code, int) and type(error).__module__.startswith(__name__.partition(".")[0] + ".") else None
+    return (
+        code
+        if isinstance(code, int) and type(error).__module__.startswith(__name__.partition(".")[0] + ".")
+        else None
+    )
 
 
 def _short(error: BaseException) -> str:
@@ -276,7 +312,9 @@ def _short(error: BaseException) -> str:
 
 
 def _write_stderr(text: str) -> None:
-    """Straight to the descriptor: the main thread may hold the stream's lock, and a full pipe that nobody reads would block."""
+    """Straight to the descriptor: the main thread may hold the stream's lock, and a full pipe that nobody
+    reads would block.
+    """
     _flush()
     with suppress(OSError, ValueError):
         data = text.encode(errors="replace")
@@ -285,7 +323,9 @@ def _write_stderr(text: str) -> None:
 
 
 def _flush() -> None:
-    """Write out what is buffered for standard output, if that takes no longer than a second: it may be a full pipe."""
+    """Write out what is buffered for standard output, if that takes no longer than a second: it may be a
+    full pipe.
+    """
 
     def flush() -> None:
         with suppress(Exception):

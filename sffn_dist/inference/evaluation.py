@@ -46,7 +46,8 @@ def evaluate(
 ) -> Evaluation:
     """Mean loss over ``windows`` (n, S+1), shared among the data-parallel ranks.
 
-    Every rank does the same number of forward passes (ZeRO-3 gathers weights in each): missing rows repeat the first window, weight 0.
+    Every rank does the same number of forward passes (ZeRO-3 gathers weights in each): missing rows repeat
+    the first window, weight 0.
     """
     was_training = model.training
     model.eval()
@@ -55,8 +56,15 @@ def evaluate(
     nats = torch.zeros((), dtype=torch.float64)
     for start in range(0, per_rank, micro_batch):
         rows = list(mine[start : start + micro_batch])
-        batch = torch.from_numpy(windows[[row if row < len(windows) else 0 for row in rows]]).to(topology.device)
-        losses = token_losses(model, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).double().sum(dim=1).cpu()
+        batch = torch.from_numpy(windows[[row if row < len(windows) else 0 for row in rows]]).to(
+            topology.device
+        )
+        losses = (
+            token_losses(model, batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
+            .double()
+            .sum(dim=1)
+            .cpu()
+        )
         weight = torch.tensor([row < len(windows) for row in rows], dtype=torch.float64)
         nats += (losses * weight).sum()
     total = nats.to(topology.device)

@@ -29,8 +29,9 @@ def sample(
 ) -> list[int]:
     """``prompt`` and up to ``tokens`` more ids (fewer at ``stop``); temperature 0 takes the likeliest.
 
-    ``logits(model, ids (1, s))`` gives this rank's (1, s, vocab/p) slice. The context is computed anew for every token: fine for a
-    sample of some dozens. Every rank must call it: ids from ``vocab`` on (rows that no token uses) are never drawn.
+    ``logits(model, ids (1, s))`` gives this rank's (1, s, vocab/p) slice. The context is computed anew for
+    every token: fine for a sample of some dozens. Every rank must call it: ids from ``vocab`` on (rows that
+    no token uses) are never drawn.
     """
     was_training = model.training
     model.eval()
@@ -38,9 +39,13 @@ def sample(
     ids = list(prompt)
     for _ in range(tokens):
         window = ids[-context:]
-        padded = math.ceil(len(window) / topology.tensor) * topology.tensor  # sequence parallelism wants equal parts
+        padded = (
+            math.ceil(len(window) / topology.tensor) * topology.tensor
+        )  # sequence parallelism wants equal parts
         batch = torch.tensor([window + [0] * (padded - len(window))], device=topology.device)
-        local = logits(model, batch)[0, len(window) - 1].float()  # what stands right of it is not seen by causal attention
+        local = logits(model, batch)[
+            0, len(window) - 1
+        ].float()  # what stands right of it is not seen by causal attention
         full = _gather(local, topology)[:vocab].cpu()
         following = torch.tensor([_draw(full, temperature, generator)], device=topology.device)
         if topology.world > 1:

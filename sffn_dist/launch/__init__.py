@@ -1,1 +1,4 @@
-"""Who started this process, and how it ends: launcher variables, signals, exit codes, run lock, run identity. No torch."""
+"""Who started this process, and how it ends: launcher variables, signals, exit codes, run lock, run identity.
+
+No torch.
+"""

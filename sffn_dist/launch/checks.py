@@ -1,4 +1,7 @@
-"""What is refused before a run starts, by pretrain.py, by tools/submit.py and by tools/compare.py. Imports no torch."""
+"""What is refused before a run starts, by pretrain.py, by tools/submit.py and by tools/compare.py.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from sffn_dist.telemetry.trackers import check_trackers
 
 
 def check_run(config: Config, ranks: int, *, starts: bool = True) -> None:
-    """Everything between a config and its surroundings that is cheap to see and the same on every machine; raises ConfigError.
+    """Everything between a config and its surroundings that is cheap to see and the same on every machine;
+    raises ConfigError.
 
     ``starts``: the run is to be started, not only planned, so run.dir must hold no other one.
     """

@@ -1,4 +1,7 @@
-"""The command line of pretrain.py: what is refused and who says so, the plan, the run lock, exit codes. No torch before the run itself."""
+"""The command line of pretrain.py: what is refused and who says so, the plan, the run lock, exit codes.
+
+No torch before the run itself.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ from sffn_dist.spec.config import Config, ConfigError
 if TYPE_CHECKING:
     from sffn_dist.health.watchdog import Watchdog
 
-REFUSAL_DELAY = (
-    3.0  # seconds that other ranks wait before they end: a launcher ends all ranks once one has, and rank 0 speaks first
-)
+# seconds that other ranks wait before they end: a launcher ends all ranks once one has, and rank 0 speaks
+# first
+REFUSAL_DELAY = 3.0
 
 
 def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog], int]) -> int:
@@ -36,8 +39,8 @@ def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog], int]
         options = arguments(argv)
         config = load_config(options)
         if config.parallel.tensor > 1:
-            # Megatron's linears count on one queue: a collective started before a product then runs before it, and overlaps.
-            # The driver reads it once, when the plan first asks for devices.
+            # Megatron's linears count on one queue: a collective started before a product then runs before
+            # it, and overlaps. The driver reads it once, when the plan first asks for devices.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if options.plan or main_rank:
             print_plan(config, options)
@@ -72,7 +75,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON config of the run")
     parser.add_argument("--plan", action="store_true", help="print what the run will be, and stop")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
-    parser.add_argument("--preflight", action="store_true", help="compare all ranks, try every collective, and stop")
+    parser.add_argument(
+        "--preflight", action="store_true", help="compare all ranks, try every collective, and stop"
+    )
     # launchers add it
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
@@ -90,7 +95,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def started_ranks(default: int) -> int:
-    """Ranks that the launcher started; ``default`` without one. Raises ConfigError if WORLD_SIZE is no number of ranks."""
+    """Ranks that the launcher started; ``default`` without one.
+
+    Raises ConfigError if WORLD_SIZE is no number of ranks.
+    """
     text = os.environ.get("WORLD_SIZE", str(default))
     if not text.isdecimal() or not int(text):
         raise ConfigError([f"environment variable WORLD_SIZE = {text!r}: must be the number of ranks"])

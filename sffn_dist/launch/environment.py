@@ -1,7 +1,10 @@
-"""Who started this rank, and what it says of the others: torchrun's variables, or Slurm's put into them. Standard library only.
+"""Who started this rank, and what it says of the others: torchrun's variables, or Slurm's put into them.
 
-torchrun and deepspeed set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE (deepspeed: LOCAL_SIZE), MASTER_ADDR and MASTER_PORT. Slurm's
-srun sets names of its own, which :func:`adopt` translates, so that ``srun --ntasks-per-node=8 python sffn_dist/pretrain.py ...`` is enough.
+Standard library only.
+
+torchrun and deepspeed set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE (deepspeed: LOCAL_SIZE), MASTER_ADDR
+and MASTER_PORT. Slurm's srun sets names of its own, which :func:`adopt` translates, so that ``srun
+--ntasks-per-node=8 python sffn_dist/pretrain.py ...`` is enough.
 """
 
 from __future__ import annotations
@@ -16,22 +19,26 @@ from collections.abc import Iterator, MutableMapping, Sequence
 
 from sffn_dist.spec.config import ConfigError
 
-_RESERVED_STEPS = 0xFFFFFFF0  # from here on step ids are Slurm's names for the batch script, an allocation's shell, ...
+_RESERVED_STEPS = (
+    0xFFFFFFF0  # from here on step ids are Slurm's names for the batch script, an allocation's shell, ...
+)
 _FIRST_PORT, _PORTS = 20000, 12000  # below those that the kernel gives out by itself, from 32768 on
 _MOST_HOSTS = 1_000_000
 _SIOCGIFADDR = 0x8915
 
-# ------------------------------------------------------------------------------------------------------------------- adopting
+# --------------------------------------------------------------------------------------------------- adopting
 
 
 def set_rank_variables(environ: MutableMapping[str, str] = os.environ) -> bool:
     """Describe this rank by torchrun's variables where srun started it; True if it did so.
 
-    Nothing is translated where RANK is set already, outside of a step of srun (the batch script and the shell of an allocation have
-    SLURM_PROCID too), and in a step of one task, which is a process by itself. MASTER_ADDR and MASTER_PORT stay if they are set.
+    Nothing is translated where RANK is set already, outside of a step of srun (the batch script and the shell
+    of an allocation have SLURM_PROCID too), and in a step of one task, which is a process by itself.
+    MASTER_ADDR and MASTER_PORT stay if they are set.
 
-    With more than one node, whoever started the rank, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME are set where they are not, to the
-    interface that leads to the other nodes: gloo otherwise takes the address that the host's own name stands for, on Debian 127.0.1.1.
+    With more than one node, whoever started the rank, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME are set where
+    they are not, to the interface that leads to the other nodes: gloo otherwise takes the address that the
+    host's own name stands for, on Debian 127.0.1.1.
 
     Raises:
         ConfigError: a SLURM_ variable is missing or holds what it cannot.
@@ -57,7 +64,9 @@ def _in_a_step(environ: MutableMapping[str, str]) -> bool:
     """True in a task of srun that is one of several."""
     if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
         return False
-    return _number(environ, "SLURM_STEP_ID") < _RESERVED_STEPS and _number(environ, "SLURM_STEP_NUM_TASKS") > 1
+    return (
+        _number(environ, "SLURM_STEP_ID") < _RESERVED_STEPS and _number(environ, "SLURM_STEP_NUM_TASKS") > 1
+    )
 
 
 def _translate(environ: MutableMapping[str, str]) -> None:
@@ -70,7 +79,10 @@ def _translate(environ: MutableMapping[str, str]) -> None:
         raise ConfigError([f"environment variable SLURM_STEP_TASKS_PER_NODE = {text!r}: {error}"]) from None
     if node >= len(tasks):
         raise ConfigError(
-            [f"environment variable SLURM_NODEID = {node}: SLURM_STEP_TASKS_PER_NODE = {text!r} has no such node"]
+            [
+                f"environment variable SLURM_NODEID = {node}: SLURM_STEP_TASKS_PER_NODE = {text!r} has no "
+                f"such node"
+            ]
         )
     found = {
         "RANK": str(rank),
@@ -87,14 +99,19 @@ def _translate(environ: MutableMapping[str, str]) -> None:
 
 
 def rendezvous_port(job: int, step: int) -> int:
-    """A port that all ranks of a step find by themselves; steps of one job and jobs that follow one another have different ones."""
+    """A port that all ranks of a step find by themselves; steps of one job and jobs that follow one
+    another have different ones.
+    """
     return _FIRST_PORT + (job * 16 + step) % _PORTS
 
 
 def _text(environ: MutableMapping[str, str], name: str) -> str:
     if name not in environ:
         raise ConfigError(
-            [f"environment variable {name}: missing; srun sets it, start the ranks with srun or set RANK yourself"]
+            [
+                f"environment variable {name}: missing; srun sets it, start the ranks with srun or set RANK "
+                f"yourself"
+            ]
         )
     return environ[name]
 
@@ -114,7 +131,7 @@ def _hosts(environ: MutableMapping[str, str], name: str) -> list[str]:
         raise ConfigError([f"environment variable {name} = {text!r}: {error}"]) from None
 
 
-# ---------------------------------------------------------------------------------------------------------- Slurm's notations
+# ------------------------------------------------------------------------------------------ Slurm's notations
 
 
 def tasks_per_node(text: str) -> list[int]:
@@ -129,7 +146,9 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def hosts(text: str) -> list[str]:
-    """Names from Slurm's short form: ``n[01-03,7],m2`` is n01, n02, n03, n7, m2. Brackets may stand anywhere, also twice.
+    """Names from Slurm's short form: ``n[01-03,7],m2`` is n01, n02, n03, n7, m2.
+
+    Brackets may stand anywhere, also twice.
 
     Raises ValueError if it cannot be read.
     """
@@ -185,11 +204,12 @@ def _range(item: str) -> Iterator[str]:
     yield from (str(number).zfill(len(match[1])) for number in range(first, last + 1))
 
 
-# ----------------------------------------------------------------------------------------------------------------- interfaces
+# ------------------------------------------------------------------------------------------------- interfaces
 
 
 def interface_to(names: Sequence[str]) -> str | None:
-    """The network interface from which the first of ``names`` is reached that is not this very machine's loopback; None if none is.
+    """The network interface from which the first of ``names`` is reached that is not this very machine's
+    loopback; None if none is.
 
     An interface name, such as eth0. Asking sends nothing: a datagram socket only looks up the route.
     """

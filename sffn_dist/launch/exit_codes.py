@@ -5,8 +5,9 @@
     2  input refused                 5  hung: no progress, stacks were written     6  a rank was lost, or did not come
     128 + n  stopped by signal n after its state was saved: 130 SIGINT, 138 SIGUSR1, 143 SIGTERM
 
-Where several ranks end, launchers give the code of one of them, or their own. So the rank that knows why the run ends also leaves a
-record, in the file that the environment variable SFFN_EXIT_FILE names: the first one stays.
+Where several ranks end, launchers give the code of one of them, or their own. So the rank that knows why the
+run ends also leaves a record, in the file that the environment variable SFFN_EXIT_FILE names: the first one
+stays.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""No rank without its launcher: a rank whose launcher is gone stops. Standard library only; runs before torch is imported."""
+"""No rank without its launcher: a rank whose launcher is gone stops.
+
+Standard library only; runs before torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ from sffn_dist.launch import processes
 
 
 def watch_launcher(exit_code: int = 1, interval: float = 1.0) -> threading.Thread | None:
-    """Stop this process, with ``exit_code``, when the launcher that started it is gone; polls every ``interval`` seconds.
+    """Stop this process, with ``exit_code``, when the launcher that started it is gone; polls every
+    ``interval`` seconds.
 
-    The watched launcher is the parent process. DeepSpeed has two: the ``deepspeed`` command and, below it, its ``launch.py``,
-    which goes on without the first; so under it that command is watched as well. Nothing is watched, and None returned, where
-    no launcher started this process (no LOCAL_RANK in the environment, or an interactive shell as the parent).
+    The watched launcher is the parent process. DeepSpeed has two: the ``deepspeed`` command and, below it,
+    its ``launch.py``, which goes on without the first; so under it that command is watched as well. Nothing
+    is watched, and None returned, where no launcher started this process (no LOCAL_RANK in the environment,
+    or an interactive shell as the parent).
     """
     if "LOCAL_RANK" not in os.environ:
         return None
@@ -24,7 +29,9 @@ def watch_launcher(exit_code: int = 1, interval: float = 1.0) -> threading.Threa
     if processes.is_shell(command) and not any(not word.startswith("-") for word in command[1:]):
         return None  # LOCAL_RANK set by hand, and a shell that the user may leave
     runner = _deepspeed_runner(parent, command)
-    thread = threading.Thread(target=_watch, args=(parent, runner, exit_code, interval), name="watch-launcher", daemon=True)
+    thread = threading.Thread(
+        target=_watch, args=(parent, runner, exit_code, interval), name="watch-launcher", daemon=True
+    )
     thread.start()
     return thread
 
@@ -44,7 +51,8 @@ def _stop(name: str, exit_code: int) -> None:
     try:
         rank = os.environ.get("RANK", os.environ["LOCAL_RANK"])
         line = f"rank {rank}: its launcher, {name}, is gone; this process stops\n".encode(errors="replace")
-        # straight to the descriptor: sys.stderr's lock may be held, and a full pipe that nobody reads would block
+        # straight to the descriptor: sys.stderr's lock may be held, and a full pipe that nobody reads would
+        # block
         if select.select([], [2], [], 0)[1]:
             os.write(2, line)
     except (OSError, ValueError, KeyError):
@@ -54,7 +62,9 @@ def _stop(name: str, exit_code: int) -> None:
 
 
 def _deepspeed_runner(launch: int, command: list[str]) -> int | None:
-    """Process id of the ``deepspeed`` command above a DeepSpeed ``launch.py``; None where that is not the chain."""
+    """Process id of the ``deepspeed`` command above a DeepSpeed ``launch.py``; None where that is not the
+    chain.
+    """
     line = " ".join(command)
     if "deepspeed.launcher.launch" not in line and "deepspeed/launcher/launch.py" not in line:
         return None
@@ -62,5 +72,6 @@ def _deepspeed_runner(launch: int, command: list[str]) -> int | None:
     if runner is None:
         return None
     above = processes.command_line(runner)
-    # a shell may name deepspeed too (`bash -c "... deepspeed.launcher.launch ... &"`), and its end means nothing
+    # a shell may name deepspeed too (`bash -c "... deepspeed.launcher.launch ... &"`), and its end means
+    # nothing
     return runner if "deepspeed" in " ".join(above) and not processes.is_shell(above) else None

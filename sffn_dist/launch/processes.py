@@ -29,7 +29,9 @@ def described(pid: int) -> str:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/<pid>/stat after the name, which may hold anything: state, parent, ..., start at 19. Raises OSError."""
+    """The fields of /proc/<pid>/stat after the name, which may hold anything: state, parent, ..., start at
+    19. Raises OSError.
+    """
     words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode("ascii", "replace").split()
     if len(words) < 20:
         raise OSError(f"/proc/{pid}/stat holds {words}")
@@ -45,7 +47,10 @@ def parent_of(pid: int) -> int | None:
 
 
 def start_time(pid: int) -> str:
-    """When a process began, in ticks since boot: a number given to another process later has another start. Empty if unknown."""
+    """When a process began, in ticks since boot: a number given to another process later has another start.
+
+    Empty if unknown.
+    """
     try:
         return _stat(pid)[19]
     except OSError:
@@ -53,7 +58,8 @@ def start_time(pid: int) -> str:
 
 
 def process_state(pid: int, started: str) -> str | None:
-    """The word "gone", or the letter of its state; None where it cannot be told, because it lives in another namespace, say.
+    """The word "gone", or the letter of its state; None where it cannot be told, because it lives in another
+    namespace, say.
 
     ``started`` is its :func:`start_time` when it was known to live.
     """

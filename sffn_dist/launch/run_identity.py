@@ -1,7 +1,8 @@
 """Is this the run that ``run.dir`` holds? Compared before anything long starts. Standard library only.
 
-``run.dir/run.json`` records, at the first start, every setting that makes a run what it is (validation.identity) and the fingerprint of its
-data. Layout, ZeRO stage, micro batch, recomputation, precision and logging may change between restarts.
+``run.dir/run.json`` records, at the first start, every setting that makes a run what it is
+(validation.identity) and the fingerprint of its data. Layout, ZeRO stage, micro batch, recomputation,
+precision and logging may change between restarts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ NAME = "run.json"
 
 
 def read_record(run_dir: Path) -> dict[str, Any] | None:
-    """What run.dir holds; None if no run has started there. Raises ConfigError if the record cannot be read."""
+    """What run.dir holds; None if no run has started there.
+
+    Raises ConfigError if the record cannot be read.
+    """
     try:
         tree = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
         return {"identity": translate_flat(tree["identity"]), "data_fingerprint": tree["data_fingerprint"]}
@@ -46,15 +50,22 @@ def check_identity(config: Config, data_fingerprint: str | None = None) -> None:
     # a key that is newer than the record stands for its default
     now, held["identity"] = validation.identity(config), {**_defaults(config), **held["identity"]}
     problems = [
-        f"{key} = {json.dumps(now.get(key))}: run.dir = {str(run_dir)!r} holds a run with {json.dumps(held['identity'].get(key))}; "
+        f"{key} = {json.dumps(now.get(key))}: run.dir = {str(run_dir)!r} holds a run with "
+        f"{json.dumps(held['identity'].get(key))}; "
         "it must stay as it was, or run.dir must name another folder"
         for key in sorted(now.keys() | held["identity"].keys())
         if now.get(key) != held["identity"].get(key)
     ]
-    if not problems and data_fingerprint and held["data_fingerprint"] and data_fingerprint != held["data_fingerprint"]:
+    if (
+        not problems
+        and data_fingerprint
+        and held["data_fingerprint"]
+        and data_fingerprint != held["data_fingerprint"]
+    ):
         problems = [
             f"data.source = {config.data.source!r}: run.dir = {str(run_dir)!r} was trained on other data "
-            f"(fingerprint {held['data_fingerprint'][:12]}, now {data_fingerprint[:12]}); use the data it had, or another run.dir"
+            f"(fingerprint {held['data_fingerprint'][:12]}, now {data_fingerprint[:12]}); use the data it "
+            f"had, or another run.dir"
         ]
     if problems:
         raise ConfigError(problems)
@@ -72,7 +83,16 @@ def check_source_of_weights(config: Config) -> None:
     problems = list(itertools.islice(missing_tensors(found, wanted), 5))
     # what shapes do not show
     there, here = validation.identity(loading.from_tree(found.config)), validation.identity(config)
-    for key in ("heads", "kv_heads", "norm", "norm_epsilon", "activation", "bias", "tie_embeddings", "rope_base"):
+    for key in (
+        "heads",
+        "kv_heads",
+        "norm",
+        "norm_epsilon",
+        "activation",
+        "bias",
+        "tie_embeddings",
+        "rope_base",
+    ):
         key = f"model.{key}"
         if not problems and there[key] != here[key]:
             problems.append(f"its {key} is {json.dumps(there[key])}, {json.dumps(here[key])} here")

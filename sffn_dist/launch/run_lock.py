@@ -28,7 +28,9 @@ _held: set[int] = set()
 
 
 def _drop_inherited_locks() -> None:
-    """In a forked child: close the descriptors, so that a data worker that outlives a killed rank does not keep its lock."""
+    """In a forked child: close the descriptors, so that a data worker that outlives a killed rank does not
+    keep its lock.
+    """
     while _held:
         os.close(_held.pop())
 
@@ -39,8 +41,8 @@ os.register_at_fork(after_in_child=_drop_inherited_locks)
 class RunLock:
     """Exclusive hold on a run directory, through ``flock`` on ``run_dir/lock``.
 
-    The file holds one JSON line (host, pid, started, user, command) about its holder. The kernel drops the lock when the holder
-    ends, however it ends; the file itself stays and says who held it last.
+    The file holds one JSON line (host, pid, started, user, command) about its holder. The kernel drops the
+    lock when the holder ends, however it ends; the file itself stays and says who held it last.
     """
 
     def __init__(self, run_dir: Path):
@@ -48,7 +50,9 @@ class RunLock:
         self._fd: int | None = None
 
     def acquire(self) -> None:
-        """Take the lock, or raise ConfigError naming ``run.dir``: held by another process, or not a writable folder."""
+        """Take the lock, or raise ConfigError naming ``run.dir``: held by another process, or not a
+        writable folder.
+        """
         if self._fd is not None:
             return
         fd = self._open()
@@ -63,7 +67,12 @@ class RunLock:
             if error.errno not in _NO_FLOCK:
                 os.close(fd)
                 raise ConfigError([self._message(f"cannot be locked: {error.strerror}")]) from None
-            _log.warning("%s", self._message(f"its file system has no locks ({error.strerror}), a second run is not kept away"))
+            _log.warning(
+                "%s",
+                self._message(
+                    f"its file system has no locks ({error.strerror}), a second run is not kept away"
+                ),
+            )
         try:
             _write_holder(fd)
         except OSError as error:
@@ -85,14 +94,18 @@ class RunLock:
         self.acquire()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()
 
     def _message(self, rule: str) -> str:
         return f"run.dir = {str(self.run_dir)!r}: {rule}"
 
     def _open(self) -> int:
-        """Descriptor of the lock file: read and write, not truncated (the holder's line is in it), closed on exec."""
+        """Descriptor of the lock file: read and write, not truncated (the holder's line is in it), closed
+        on exec.
+        """
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             if not os.access(self.run_dir, os.W_OK | os.X_OK):
@@ -107,7 +120,8 @@ class RunLock:
 def _flock(fd: int, deadline: float) -> None:
     """Take the lock; raises BlockingIOError if it is still held at the deadline.
 
-    Ranks notice within two seconds that their launcher was killed: a restart at once should find the run free, not held by them.
+    Ranks notice within two seconds that their launcher was killed: a restart at once should find the run
+    free, not held by them.
     """
     while True:
         try:
@@ -138,11 +152,15 @@ def _write_holder(fd: int) -> None:
 
 
 def _describe_holder(fd: int) -> str:
-    """Who holds the lock, as far as its file tells (through the same descriptor: on NFS closing another would drop locks)."""
+    """Who holds the lock, as far as its file tells (through the same descriptor: on NFS closing another
+    would drop locks).
+    """
     for _ in range(5):
         try:
             holder: Any = json.loads(os.pread(fd, 65536, 0).split(b"\n", 1)[0])
-            return f"pid {holder['pid']} on {holder['host']}, since {holder['started']} (user {holder['user']})"
+            return (
+                f"pid {holder['pid']} on {holder['host']}, since {holder['started']} (user {holder['user']})"
+            )
         except (ValueError, KeyError, TypeError, OSError):
             time.sleep(0.05)  # it has the lock and is about to write
     return "a process that has not said which"

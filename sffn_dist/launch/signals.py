@@ -1,9 +1,10 @@
-"""Signals that stop a run: noted when they come, acted on after the step at which all ranks know of them (step_agreement.py).
+"""Signals that stop a run: noted when they come, acted on after the step at which all ranks know of them
+(step_agreement.py).
 
     SIGUSR1  the warning before a time limit (Slurm's --signal)     SIGTERM  scancel, a preemption, a launcher     SIGINT  Ctrl-C
 
-Launchers signal ranks one after the other, or one of them only; a second signal, while the state is saved, changes nothing. Standard
-library only.
+Launchers signal ranks one after the other, or one of them only; a second signal, while the state is saved,
+changes nothing. Standard library only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # where several came, the first of these gives the exit code
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGINT,
+)  # where several came, the first of these gives the exit code
 REPORT_SIGNAL = signal.SIGUSR2  # for stacks, and for a report of all ranks
 _Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -28,7 +33,9 @@ class SignalHandler:
         self._before: dict[int, _Handler] = {}
 
     def catch(self) -> None:
-        """Handle the signals from now on; nothing happens outside of the main thread, where Python allows no handlers."""
+        """Handle the signals from now on; nothing happens outside of the main thread, where Python allows
+        no handlers.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (*STOP_SIGNALS, REPORT_SIGNAL):

@@ -1,12 +1,14 @@
-"""How a collective is done: explicit group, out of place, started now and waited for later. The layers say where.
+"""How a collective is done: explicit group, out of place, started now and waited for later.
+
+The layers say where.
 
 A bottleneck z of n equal chunks of features moves between two states:
 
     narrow   all chunks, of the rank's own tokens: (n, rows/p, ..., w)
     wide     the rank's own chunk, of all tokens: (rows, ..., w)
 
-:meth:`Exchange.spread` takes narrow to wide, :meth:`Exchange.collect` wide to narrow, summing what ranks with the same chunk hold. Each is
-the other's adjoint, so the forward of one is the backward of the other:
+:meth:`Exchange.spread` takes narrow to wide, :meth:`Exchange.collect` wide to narrow, summing what ranks with
+the same chunk hold. Each is the other's adjoint, so the forward of one is the backward of the other:
 
     tokens      (sequence parallelism)   spread                      collect
       n = 1                              all-gather                  reduce-scatter
@@ -91,7 +93,9 @@ def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Pending:
 
 @dataclass(frozen=True)
 class Exchange:
-    """The two ways between a narrow and a wide bottleneck in ``group``; rank j computes with the features of chunk ``chunks[j]``."""
+    """The two ways between a narrow and a wide bottleneck in ``group``; rank j computes with the features
+    of chunk ``chunks[j]``.
+    """
 
     group: dist.ProcessGroup
     tokens: Tokens
@@ -129,12 +133,18 @@ class Exchange:
         return all_to_all(_in_order(z, self.chunks), self.group).then(_flat)
 
     def collect(self, z: Tensor) -> Pending:
-        """Wide (rows, ..., w) -> narrow (n, rows/p, ..., w), summed; ``z`` is used up. Raises ValueError if p does not divide the rows."""
+        """Wide (rows, ..., w) -> narrow (n, rows/p, ..., w), summed; ``z`` is used up.
+
+        Raises ValueError if p does not divide the rows.
+        """
         if self.ranks == 1:
             return Pending(z.unsqueeze(0))
         if self.tokens == "tokens":
             if z.shape[0] % self.ranks:
-                raise ValueError(f"{z.shape[0]} rows of the sequence cannot be split over {self.ranks} tensor-parallel ranks")
+                raise ValueError(
+                    f"{z.shape[0]} rows of the sequence cannot be split over {self.ranks} tensor-parallel "
+                    f"ranks"
+                )
             by_rank = z.unflatten(0, (self.ranks, -1))
             if self.count == 1:
                 return reduce_scatter(by_rank, self.group).then(lambda out: out.unsqueeze(0))
@@ -143,8 +153,12 @@ class Exchange:
             return all_gather(z, self.group).then(self._sum_chunks)
         if self.tokens == "replicated" and self.count > 1 and z.numel() % self.ranks == 0:
             # each rank sums one p-th part of every chunk: r/n, then r; a zero-padded all-reduce would be 2r
-            summed = all_to_all(z.reshape(self.ranks, -1), self.group).then(self._sum_chunks).wait()  # (n, numel/p)
-            return all_gather(summed, self.group).then(lambda parts: parts.movedim(0, 1).reshape(self.count, *z.shape))
+            summed = (
+                all_to_all(z.reshape(self.ranks, -1), self.group).then(self._sum_chunks).wait()
+            )  # (n, numel/p)
+            return all_gather(summed, self.group).then(
+                lambda parts: parts.movedim(0, 1).reshape(self.count, *z.shape)
+            )
         padded = z.unsqueeze(0)
         if self.count > 1:
             padded = z.new_zeros(self.count, *z.shape)
@@ -152,7 +166,9 @@ class Exchange:
         return all_reduce(padded, self.group) if self.tokens == "replicated" else Pending(padded)
 
     def _sum_chunks(self, parts: Tensor) -> Tensor:
-        """(p, ...) by rank -> (n, ...), the parts of each chunk summed in the order of ranks: always the same bits."""
+        """(p, ...) by rank -> (n, ...), the parts of each chunk summed in the order of ranks: always the
+        same bits.
+        """
         parts = _in_order(parts, self._by_chunk)
         return parts if self.count == self.ranks else parts.unflatten(0, (self.count, -1)).sum(1)
 
@@ -173,11 +189,12 @@ def sum_gradient(gradient: Tensor, group: dist.ProcessGroup) -> Pending:
 
 
 def sum_partial_gradients(module: nn.Module, group: dist.ProcessGroup) -> list[str]:
-    """Sum the gradient of every parameter marked ``sequence_parallel`` over the tensor-parallel group; returns their names.
+    """Sum the gradient of every parameter marked ``sequence_parallel`` over the tensor-parallel group;
+    returns their names.
 
-    Such a parameter is held by every rank but sees only the rank's own tokens: norms, biases of row-parallel linears. (Replicated factors
-    are not marked: their linear sums them itself.) A hook on the leaf does the sum before any ZeRO stage sees the gradient, once a
-    backward pass.
+    Such a parameter is held by every rank but sees only the rank's own tokens: norms, biases of row-parallel
+    linears. (Replicated factors are not marked: their linear sums them itself.) A hook on the leaf does the
+    sum before any ZeRO stage sees the gradient, once a backward pass.
     """
     if group.size() == 1:
         return []

@@ -1,8 +1,8 @@
 """The host without CUDA: what megatron-core and DeepSpeed need so that the same model runs on gloo.
 
-megatron-core asks ``torch.cuda.current_device()`` for its buffers, forks a CUDA random state and waits for CUDA before it writes a
-checkpoint; :func:`prepare` answers for the CPU.
-With CUDA it chooses the rank's device.
+megatron-core asks ``torch.cuda.current_device()`` for its buffers, forks a CUDA random state and waits for
+CUDA before it writes a checkpoint; :func:`prepare` answers for the CPU. With CUDA it chooses the rank's
+device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from sffn_dist.spec.config import ConfigError
 
 
 class CpuRandomTracker:
-    """Megatron's random-state tracker over torch's CPU generator: named states, one swapped in while forked."""
+    """Megatron's random-state tracker over torch's CPU generator: named states, one swapped in while
+    forked.
+    """
 
     def __init__(self) -> None:
         self._states: dict[str, torch.Tensor] = {}
@@ -43,7 +45,9 @@ class CpuRandomTracker:
     def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
         """Draw from the named state inside; an unknown name starts from torch's initial seed."""
         outside = torch.get_rng_state()
-        torch.set_rng_state(self._states.get(name, torch.Generator().manual_seed(torch.initial_seed()).get_state()))
+        torch.set_rng_state(
+            self._states.get(name, torch.Generator().manual_seed(torch.initial_seed()).get_state())
+        )
         try:
             yield
         finally:
@@ -53,7 +57,9 @@ class CpuRandomTracker:
 
 def has_cuda() -> bool:
     """True if this rank runs on a CUDA device."""
-    return torch.cuda.is_available() and machine.devices_suffice(torch.cuda.device_count(), machine.ranks_here())
+    return torch.cuda.is_available() and machine.devices_suffice(
+        torch.cuda.device_count(), machine.ranks_here()
+    )
 
 
 def device() -> torch.device:
@@ -64,11 +70,15 @@ def device() -> torch.device:
 
 
 def prepare() -> None:
-    """Make megatron-core run without CUDA; idempotent. Raises ConfigError where the driver offers CUDA and torch cannot use it."""
+    """Make megatron-core run without CUDA; idempotent.
+
+    Raises ConfigError where the driver offers CUDA and torch cannot use it.
+    """
     if machine.cuda_capability() and not has_cuda():
         raise ConfigError(
             [
-                f"torch {torch.__version__} cannot use the CUDA device(s) that the driver shows; install a build for this driver, "
+                f"torch {torch.__version__} cannot use the CUDA device(s) that the driver shows; install a "
+                f"build for this driver, "
                 "or hide them: CUDA_VISIBLE_DEVICES= "
             ]
         )
@@ -80,7 +90,9 @@ def prepare() -> None:
     cpu = torch.device("cpu")
     cuda: Any = torch.cuda
     cuda.current_device = lambda: cpu
-    cuda.synchronize = lambda device=None: None  # its checkpoint writer waits for copies; here they are done when they return
+    cuda.synchronize = lambda device=None: (
+        None
+    )  # its checkpoint writer waits for copies; here they are done when they return
     state: Any = megatron_random
     if not isinstance(state._CUDA_RNG_STATE_TRACKER, CpuRandomTracker):
         state._CUDA_RNG_STATE_TRACKER = CpuRandomTracker()

@@ -1,16 +1,19 @@
 """Megatron's MLP over two structured linears, which can keep only the bottlenecks for backward.
 
-Kept for backward, elements a token and rank (f inner width, p ranks, r_1 and r_2 the bottlenecks, sequence parallelism):
+Kept for backward, elements a token and rank (f inner width, p ranks, r_1 and r_2 the bottlenecks, sequence
+parallelism):
 
     recompute   none         h/p + r_1 (block_shuffle: r_1/B, at least r_1/p) + 2f/p (gated: 3f/p, with a guide 5f/p) + r_2/p
                 bottleneck   h/p + r_1/p + r_2/p
 
-With ``bottleneck`` the f-wide activations are rebuilt in backward: z_1 is spread again where the wide one is larger, and one more product
-with the first linear's second factor (and with its guide, where that takes part) is done.
+With ``bottleneck`` the f-wide activations are rebuilt in backward: z_1 is spread again where the wide one is
+larger, and one more product with the first linear's second factor (and with its guide, where that takes part)
+is done.
 
-From wide bottleneck to wide bottleneck a rank needs nobody: second factor, bias, activation and the next first factor are one operation on
-its shard, sffn_kernels.bottleneck. Where a guide takes part, the activation is none of that operation's, or features change ranks between
-the linears (structured/cut.py, Cut.many), they are operations of their own, with Megatron's code between the linears.
+From wide bottleneck to wide bottleneck a rank needs nobody: second factor, bias, activation and the next
+first factor are one operation on its shard, sffn_kernels.bottleneck. Where a guide takes part, the activation
+is none of that operation's, or features change ranks between the linears (structured/cut.py, Cut.many), they
+are operations of their own, with Megatron's code between the linears.
 """
 
 from __future__ import annotations
@@ -43,8 +46,9 @@ Recompute = Literal["none", "bottleneck"]
 class StructuredMLP(MLP):
     """y = fc2(activation(fc1(x))).
 
-    ``recompute`` "bottleneck" keeps x and the two bottlenecks for backward, "none" what autograd keeps. Raises ValueError where the two
-    linears do not agree on the order of the features between them, or ``recompute`` is asked of linears that have no bottleneck.
+    ``recompute`` "bottleneck" keeps x and the two bottlenecks for backward, "none" what autograd keeps.
+    Raises ValueError where the two linears do not agree on the order of the features between them, or
+    ``recompute`` is asked of linears that have no bottleneck.
     """
 
     linear_fc1: StructuredLinear
@@ -56,15 +60,20 @@ class StructuredMLP(MLP):
             raise ValueError(f"recompute = {recompute!r}: must be none or bottleneck")
         for linear in (self.linear_fc1, self.linear_fc2):
             if not isinstance(linear, StructuredLinear):
-                raise ValueError(f"a structured feed-forward layer takes structured linears, not {type(linear).__name__}")
+                raise ValueError(
+                    f"a structured feed-forward layer takes structured linears, not {type(linear).__name__}"
+                )
         if self.linear_fc1.layout != self.linear_fc2.layout:
             raise ValueError(
-                f"linear_fc1 writes features as {self.linear_fc1.layout}, linear_fc2 reads them as {self.linear_fc2.layout}"
+                f"linear_fc1 writes features as {self.linear_fc1.layout}, linear_fc2 reads them as "
+                f"{self.linear_fc2.layout}"
             )
         self.recompute = recompute
 
     def between(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        """What Megatron does between the two linears: bias and activation, fused or not as its config says."""
+        """What Megatron does between the two linears: bias and activation, fused or not as its config
+        says.
+        """
         done = SimpleNamespace(
             config=self.config,
             activation_func=self.activation_func,
@@ -76,7 +85,8 @@ class StructuredMLP(MLP):
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """x (S or S/p, batch, h) -> y of the same shape, and the second linear's bias, left to the caller as Megatron does.
+        """x (S or S/p, batch, h) -> y of the same shape, and the second linear's bias, left to the caller as
+        Megatron does.
 
         With ``per_token_scale`` (an expert's) all that autograd keeps is kept, whatever ``recompute`` says.
         """
@@ -101,7 +111,9 @@ class StructuredMLP(MLP):
         alone = self.linear_fc1.ranks == 1
         return alone and not torch.is_grad_enabled() and x.shape[:-1].numel() <= decode.MOST_TOKENS
 
-    def _decode(self, x: Tensor, bias: Tensor | None, weights: Sequence[Tensor], activation: Activation) -> Tensor:
+    def _decode(
+        self, x: Tensor, bias: Tensor | None, weights: Sequence[Tensor], activation: Activation
+    ) -> Tensor:
         half = len(self.linear_fc1.weights)
         first, second = _weights(weights, half, (None, None))
         bias = None if bias is None else bias.to(x.dtype)
@@ -113,10 +125,13 @@ class StructuredMLP(MLP):
     def _one_operation(self) -> Activation | None:
         """The activation, if all between the bottlenecks is one operation on the rank's shard; else None.
 
-        It is not where a guide takes part, features change ranks, or somebody put other modules, or hooks, in the place of the linears.
+        It is not where a guide takes part, features change ranks, or somebody put other modules, or hooks, in
+        the place of the linears.
         """
         activation, linears = activation_of(self.config), (self.linear_fc1, self.linear_fc2)
-        if activation is None or not all(isinstance(linear, StructuredLinear) and _unhooked(linear) for linear in linears):
+        if activation is None or not all(
+            isinstance(linear, StructuredLinear) and _unhooked(linear) for linear in linears
+        ):
             return None
         if not all(linear.structure.fused_kernels for linear in linears):
             return None
@@ -130,9 +145,18 @@ class StructuredMLP(MLP):
 
 
 def _unhooked(linear: StructuredLinear) -> bool:
-    """True if nobody waits for the linear to be called: but the ledger, which knows, and data parallelism (:func:`_bring_weights`)."""
-    hooks = [linear._forward_pre_hooks, linear._forward_hooks, linear._backward_hooks, linear._backward_pre_hooks]
-    return all(_from(hook, "megatron.core.distributed", ledger.__name__) for some in hooks for hook in some.values())
+    """True if nobody waits for the linear to be called: but the ledger, which knows, and data parallelism
+    (:func:`_bring_weights`).
+    """
+    hooks = [
+        linear._forward_pre_hooks,
+        linear._forward_hooks,
+        linear._backward_hooks,
+        linear._backward_pre_hooks,
+    ]
+    return all(
+        _from(hook, "megatron.core.distributed", ledger.__name__) for some in hooks for hook in some.values()
+    )
 
 
 def _from(hook: Any, *modules: str) -> bool:
@@ -140,7 +164,9 @@ def _from(hook: Any, *modules: str) -> bool:
 
 
 def _bring_weights(linear: StructuredLinear) -> None:
-    """The linear is not called, so call what Megatron's data parallelism hooked before it: it may still be gathering the weights."""
+    """The linear is not called, so call what Megatron's data parallelism hooked before it: it may still be
+    gathering the weights.
+    """
     for hook in list(linear._forward_pre_hooks.values()):
         if _from(hook, "megatron.core.distributed"):
             hook(linear)
@@ -202,7 +228,13 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mlp: StructuredMLP, activation: Activation, keep: bool, x: Tensor, bias: Tensor | None, *parameters: Tensor
+        ctx: Any,
+        mlp: StructuredMLP,
+        activation: Activation,
+        keep: bool,
+        x: Tensor,
+        bias: Tensor | None,
+        *parameters: Tensor,
     ) -> Tensor:
         ctx.mlp, ctx.activation, ctx.half = mlp, activation, len(mlp.linear_fc1.weights)
         ctx.shapes = [parameter.shape for parameter in parameters]
@@ -213,7 +245,12 @@ class _Direct(torch.autograd.Function):
             wide = column.exchange.spread(narrow).wait()
         rows = column.rows(wide)
         out, kept = shard.forward(
-            _flat(wide, rows), first.second, None if bias is None else bias.to(wide.dtype), second.first, activation, keep=keep
+            _flat(wide, rows),
+            first.second,
+            None if bias is None else bias.to(wide.dtype),
+            second.first,
+            activation,
+            keep=keep,
         )
         with ledger.inside(mlp.linear_fc2):
             y, z = row.complete(out.unflatten(0, rows), second.second)
@@ -239,7 +276,9 @@ class _Direct(torch.autograd.Function):
         own_bias = None if bias is None else bias.to(wide.dtype)
         rows = column.rows(wide)
         tokens = rows.numel()
-        if kept is None and row.exchange.ranks > 1 and tokens <= shard.at_a_time(tokens):  # while dz travels, if all at once
+        if (
+            kept is None and row.exchange.ranks > 1 and tokens <= shard.at_a_time(tokens)
+        ):  # while dz travels, if all at once
             kept = shard.rebuild(_flat(wide, rows), first.second, own_bias, second.first, ctx.activation)
         grad_z, grad_second = wait_for(begun.grad_z), begun.grad_second
         travelling: list[Pending] = []
@@ -267,10 +306,21 @@ class _Direct(torch.autograd.Function):
             with ledger.inside(mlp.linear_fc1):
                 grad_x, grad_first = column.narrow_backward(grad, x, first.first, of_first)
         of_weights = (
-            *gradients_of(Gradients(grad_x, wait_for(grad_first), made.second, None), ctx.shapes[:half], of_first, x),
-            *gradients_of(Gradients(None, made.first, wait_for(grad_second), None), ctx.shapes[half:], of_second, x),
+            *gradients_of(
+                Gradients(grad_x, wait_for(grad_first), made.second, None), ctx.shapes[:half], of_first, x
+            ),
+            *gradients_of(
+                Gradients(None, made.first, wait_for(grad_second), None), ctx.shapes[half:], of_second, x
+            ),
         )
-        return None, None, None, grad_x, None if made.bias is None or bias is None else made.bias.to(bias.dtype), *of_weights
+        return (
+            None,
+            None,
+            None,
+            grad_x,
+            None if made.bias is None or bias is None else made.bias.to(bias.dtype),
+            *of_weights,
+        )
 
 
 def _flat(tensor: Tensor, rows: torch.Size) -> Tensor:
@@ -282,7 +332,11 @@ def activation_of(config: TransformerConfig) -> Activation | None:
     """The activation that Megatron's settings ask for, by the name it has here; None for another one."""
     function: Any = config.activation_func
     approximate = "none"
-    if isinstance(function, functools.partial) and not function.args and set(function.keywords) == {"approximate"}:
+    if (
+        isinstance(function, functools.partial)
+        and not function.args
+        and set(function.keywords) == {"approximate"}
+    ):
         function, approximate = function.func, function.keywords["approximate"]
     if config.use_te_activation_func or config.activation_func_fp8_input_store:
         return None
@@ -295,7 +349,9 @@ def activation_of(config: TransformerConfig) -> Activation | None:
     return "gelu" if approximate == "tanh" or config.bias_activation_fusion else "gelu_erf"
 
 
-def _weights(parameters: Sequence[Tensor], half: int, alphas: Sequence[float | None]) -> tuple[Weights, Weights]:
+def _weights(
+    parameters: Sequence[Tensor], half: int, alphas: Sequence[float | None]
+) -> tuple[Weights, Weights]:
     return weights_of(parameters[:half], alphas[0]), weights_of(parameters[half:], alphas[1])
 
 

@@ -1,7 +1,7 @@
 """Autograd over split_linear.py: what a structured linear keeps for backward.
 
-The weights themselves are saved, never a view of them: a saved view would keep ZeRO-3's gathered copy alive until backward. Backward is
-written by hand with collectives in it, so it has no derivative of its own.
+The weights themselves are saved, never a view of them: a saved view would keep ZeRO-3's gathered copy alive
+until backward. Backward is written by hand with collectives in it, so it has no derivative of its own.
 """
 
 from __future__ import annotations
@@ -68,7 +68,10 @@ def weights_of(parameters: Sequence[Tensor], alpha: float | None) -> Weights:
 def gradients_of(
     gradients: Gradients, shapes: Sequence[torch.Size], wanted: NeedsGrad, like: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of a linear's parameters. An undrawn guide's is zero, not absent: ZeRO-3 would apply the last step's again."""
+    """Gradients in the order of a linear's parameters.
+
+    An undrawn guide's is zero, not absent: ZeRO-3 would apply the last step's again.
+    """
     found = (gradients.first, gradients.second)
     if len(shapes) == 2:
         return found
@@ -76,8 +79,12 @@ def gradients_of(
     return *found, like.new_zeros(()).expand(shapes[2]) if undrawn else gradients.guide
 
 
-def autocast(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], contextlib.AbstractContextManager[Any]]:
-    """Under torch.autocast, x and weights in its precision, as it casts a linear's, and a context in which it is off."""
+def autocast(
+    x: Tensor, weights: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], contextlib.AbstractContextManager[Any]]:
+    """Under torch.autocast, x and weights in its precision, as it casts a linear's, and a context in which
+    it is off.
+    """
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return x, list(weights), contextlib.nullcontext()

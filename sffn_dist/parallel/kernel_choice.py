@@ -1,4 +1,6 @@
-"""Which kernels a run uses, alike on every rank: replicas that computed with different ones would drift apart."""
+"""Which kernels a run uses, alike on every rank: replicas that computed with different ones would drift
+apart.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,11 @@ from sffn_dist.parallel.topology import Topology
 
 
 def start(setting: str, topology: Topology) -> None:
-    """Use ``setting`` (auto, torch or triton); where kernels are timed, the first rank's table and the mean of all ranks' times decide.
+    """Use ``setting`` (auto, torch or triton); where kernels are timed, the first rank's table and the mean
+    of all ranks' times decide.
 
-    Every rank comes to the same operations on the same sizes in the same order, so each such sum is met by all. Raises RuntimeError if
-    Triton is asked for and cannot run.
+    Every rank comes to the same operations on the same sizes in the same order, so each such sum is met by
+    all. Raises RuntimeError if Triton is asked for and cannot run.
     """
     dispatch.use(setting)
     if topology.world == 1 or topology.device.type != "cuda":

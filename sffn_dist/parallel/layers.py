@@ -1,4 +1,6 @@
-"""The norm and the core attention that the layer specs use: both run on any device and under sequence parallelism."""
+"""The norm and the core attention that the layer specs use: both run on any device and under sequence
+parallelism.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,11 @@ class Norm(nn.Module):
         self.shape, self.eps = (hidden_size,), eps
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.bias = None if self.rms else nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device=device))
+        self.bias = (
+            None
+            if self.rms
+            else nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device=device))
+        )
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -43,9 +49,14 @@ class Norm(nn.Module):
 
 
 class NormLayer:
-    """apex's fused norm where apex imports, else torch's. A class, since Megatron's specs call classes and keep functions."""
+    """apex's fused norm where apex imports, else torch's.
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> nn.Module:  # type: ignore[misc]
+    A class, since Megatron's specs call classes and keep functions.
+    """
+
+    def __new__(
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
+    ) -> nn.Module:  # type: ignore[misc]
         if not HAVE_APEX or not cpu_compat.has_cuda():
             return Norm(config, hidden_size, eps, **kwargs)
         fused = FusedRMSNorm if config.normalization == "RMSNorm" else FusedLayerNorm
@@ -56,7 +67,9 @@ class NormLayer:
 
 
 class CoreAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v, causal, by torch's scaled_dot_product_attention (flash on CUDA): no score matrix is kept."""
+    """softmax(q k^T / sqrt(d)) v, causal, by torch's scaled_dot_product_attention (flash on CUDA): no
+    score matrix is kept.
+    """
 
     def __init__(
         self,
@@ -72,12 +85,16 @@ class CoreAttention(nn.Module):
             raise ValueError(f"attn_mask_type = {attn_mask_type}: this core attention is causal")
         self.scale = softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    ) -> Tensor:
         """query (S, batch, heads, d), key and value (S, batch, kv_heads, d) -> (S, batch, heads*d)."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # (batch, heads, S, d)
         group = q.shape[1] // k.shape[1]
         grouped = group > 1 and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-        if group > 1 and not grouped:  # only flash attention knows grouped heads; without it the scores would be kept
+        if (
+            group > 1 and not grouped
+        ):  # only flash attention knows grouped heads; without it the scores would be kept
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

@@ -1,10 +1,12 @@
-"""The communication ledger: every collective that this rank issues, by kind, group, place in the model and purpose.
+"""The communication ledger: every collective that this rank issues, by kind, group, place in the model and
+purpose.
 
     with Ledger(model, {"tensor": tensor_group, "data": data_group}) as ledger:
         model(x).sum().backward()
     ledger.elements(group="tensor", place="decoder.layers.1.mlp", purpose="forward")
 
-Elements received by one of p ranks; its own do not travel. n counts the elements of what stands in parentheses:
+Elements received by one of p ranks; its own do not travel. n counts the elements of what stands in
+parentheses:
 
     all_reduce (tensor)         2 n (p-1)/p: a reduce-scatter, then an all-gather
     all_gather (own part)       n (p-1); of a list: the other ranks' parts
@@ -14,7 +16,8 @@ Elements received by one of p ranks; its own do not travel. n counts the element
     gather, reduce (own)        n (p-1) at the root, elsewhere 0: what p of them with a root each cost is one all_gather, reduce_scatter
     recv (tensor)               n; send and barrier 0
 
-Collectives are seen where torch.distributed enters torch's dispatcher; what calls a communication library itself is not.
+Collectives are seen where torch.distributed enters torch's dispatcher; what calls a communication library
+itself is not.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Purpose = Literal["forward", "backward", "gradient", "other"]
 Counts = list[Fraction | int]  # elements received, a tensor each
-Rule = Callable[[list[Tensor], dict[str, Any], int, int], Counts]  # tensors of the first argument, all arguments, p, own rank
+Rule = Callable[
+    [list[Tensor], dict[str, Any], int, int], Counts
+]  # tensors of the first argument, all arguments, p, own rank
 
 _c10d: Any = dist.distributed_c10d  # type: ignore[attr-defined]
 _autograd: Any = torch._C._autograd
@@ -66,7 +71,7 @@ def inside(module: nn.Module) -> Iterator[None]:
         _PLACE.reset(token)
 
 
-# ------------------------------------------------------------------------------------------- what is received, by operator
+# ------------------------------------------------------------------------------ what is received, by operator
 
 
 def _times(factor: Callable[[int], Fraction | int]) -> Rule:
@@ -95,7 +100,9 @@ def _at_root(tensors: list[Tensor], values: dict[str, Any], p: int, rank: int) -
 
 
 def _from_root(tensors: list[Tensor], values: dict[str, Any], p: int, rank: int) -> Counts:
-    return (_NOTHING if rank == values.get("root_rank", values.get("src")) else _WHOLE)(tensors, values, p, rank)
+    return (_NOTHING if rank == values.get("root_rank", values.get("src")) else _WHOLE)(
+        tensors, values, p, rank
+    )
 
 
 # kind, rule, operators; c10d's begin with their output, the functional ones have only an input
@@ -103,7 +110,11 @@ _C10D: tuple[tuple[str, Rule, str], ...] = (
     ("all_reduce", _SUMMED, "allreduce_ allreduce_coalesced_"),
     ("all_gather", _parts, "allgather_"),
     ("all_gather", _SHARE, "_allgather_base_ allgather_coalesced_ allgather_into_tensor_coalesced_"),
-    ("reduce_scatter", _FROM_OTHERS, "reduce_scatter_ _reduce_scatter_base_ reduce_scatter_tensor_coalesced_"),
+    (
+        "reduce_scatter",
+        _FROM_OTHERS,
+        "reduce_scatter_ _reduce_scatter_base_ reduce_scatter_tensor_coalesced_",
+    ),
     ("all_to_all", _parts, "alltoall_"),
     ("all_to_all", _splits, "alltoall_base_"),
     ("broadcast", _from_root, "broadcast_"),
@@ -116,8 +127,16 @@ _C10D: tuple[tuple[str, Rule, str], ...] = (
 )
 _FUNCTIONAL: tuple[tuple[str, Rule, str], ...] = (
     ("all_reduce", _SUMMED, "all_reduce all_reduce_ all_reduce_coalesced all_reduce_coalesced_"),
-    ("all_gather", _FROM_OTHERS, "all_gather_into_tensor all_gather_into_tensor_out all_gather_into_tensor_coalesced"),
-    ("reduce_scatter", _SHARE, "reduce_scatter_tensor reduce_scatter_tensor_out reduce_scatter_tensor_coalesced"),
+    (
+        "all_gather",
+        _FROM_OTHERS,
+        "all_gather_into_tensor all_gather_into_tensor_out all_gather_into_tensor_coalesced",
+    ),
+    (
+        "reduce_scatter",
+        _SHARE,
+        "reduce_scatter_tensor reduce_scatter_tensor_out reduce_scatter_tensor_coalesced",
+    ),
     ("all_to_all", _splits, "all_to_all_single"),
     ("broadcast", _from_root, "broadcast broadcast_"),
 )
@@ -141,7 +160,9 @@ def _tensors(value: Any) -> list[Tensor]:
 
 @functools.cache
 def _collective(operator: Any) -> _Collective | None:
-    """None for what is no collective, that is for an operator that takes no process group; raises NotImplementedError."""
+    """None for what is no collective, that is for an operator that takes no process group; raises
+    NotImplementedError.
+    """
     schema = operator._schema
     arguments = [argument.name for argument in schema.arguments]
     if schema.name in _RULES:
@@ -159,7 +180,7 @@ def _group(values: dict[str, Any]) -> dist.ProcessGroup:
     return group if isinstance(group, dist.ProcessGroup) else dist.ProcessGroup.unbox(group)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the ledger
+# ------------------------------------------------------------------------------------------------- the ledger
 
 
 @dataclass(frozen=True)
@@ -181,9 +202,12 @@ class _Frame(NamedTuple):
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the collectives issued while it is open; opened again later, it goes on counting. It changes no result.
+    """Counts the collectives issued while it is open; opened again later, it goes on counting.
 
-    ``groups`` names process groups; another one is called by its ranks, "ranks 0,2". ValueError if two labels name one group.
+    It changes no result.
+
+    ``groups`` names process groups; another one is called by its ranks, "ranks 0,2". ValueError if two labels
+    name one group.
 
     place     the module of :func:`inside`, else
               the innermost module of ``model`` in whose forward, or in the backward of whose forward, the collective was issued;
@@ -192,8 +216,9 @@ class Ledger(TorchDispatchMode):
     purpose   "forward": in a module's forward; "backward": in an autograd node of a backward pass, or in a forward recomputed there;
               "gradient": under :func:`purpose`; "other": outside of all these, and in hooks on leaves and at the end of a backward pass
 
-    A collective that it cannot count raises NotImplementedError. Nodes are told by their sequence number, which is a thread's own:
-    in a reentrant checkpoint places are right where backward runs on the calling thread (on CPUs).
+    A collective that it cannot count raises NotImplementedError. Nodes are told by their sequence number,
+    which is a thread's own: in a reentrant checkpoint places are right where backward runs on the calling
+    thread (on CPUs).
     """
 
     def __init__(self, model: nn.Module, groups: Mapping[str, dist.ProcessGroup]):
@@ -203,7 +228,9 @@ class Ledger(TorchDispatchMode):
         self._parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self._labels = {group.group_name: label for label, group in groups.items()}
         if len(self._labels) < len(groups):
-            raise ValueError(f"the labels {', '.join(groups)} name {len(self._labels)} groups, some of them twice")
+            raise ValueError(
+                f"the labels {', '.join(groups)} name {len(self._labels)} groups, some of them twice"
+            )
         self._sums: dict[tuple[str, str, str, Purpose], tuple[int, Fraction, Fraction]] = {}
         self._hooks: list[Any] = []
         self._stack: list[_Frame] = []
@@ -217,13 +244,24 @@ class Ledger(TorchDispatchMode):
         return [LedgerEntry(*key, *sums) for key, sums in self._sums.items()]
 
     def select(
-        self, *, kind: str | None = None, group: str | None = None, place: str | None = None, purpose: Purpose | None = None
+        self,
+        *,
+        kind: str | None = None,
+        group: str | None = None,
+        place: str | None = None,
+        purpose: Purpose | None = None,
     ) -> list[LedgerEntry]:
-        """The rows that match all that is given. A place stands for all below it, but "" only for what has no place."""
+        """The rows that match all that is given.
+
+        A place stands for all below it, but "" only for what has no place.
+        """
 
         def matches(entry: LedgerEntry) -> bool:
             own = (entry.kind, entry.group, entry.purpose)
-            if any(want is not None and want != have for want, have in zip((kind, group, purpose), own, strict=True)):
+            if any(
+                want is not None and want != have
+                for want, have in zip((kind, group, purpose), own, strict=True)
+            ):
                 return False
             return place in (None, entry.place) or bool(place and entry.place.startswith(f"{place}."))
 
@@ -237,8 +275,13 @@ class Ledger(TorchDispatchMode):
         if self._hooks:
             raise RuntimeError("the ledger is open already")
         self._thread = threading.get_ident()
-        for name, module in self._modules.items():  # outermost of the module's hooks: theirs may communicate too (ZeRO 3)
-            self._hooks.append(module.register_forward_pre_hook(functools.partial(self._enter, name), prepend=True))
+        for (
+            name,
+            module,
+        ) in self._modules.items():  # outermost of the module's hooks: theirs may communicate too (ZeRO 3)
+            self._hooks.append(
+                module.register_forward_pre_hook(functools.partial(self._enter, name), prepend=True)
+            )
             self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
         super().__enter__()
         return self
@@ -262,7 +305,10 @@ class Ledger(TorchDispatchMode):
         group = _group(values)
         tensors = _tensors(values[collective.arguments[0]])
         counts = collective.rule(tensors, values, group.size(), group.rank())
-        label = self._labels.get(group.group_name) or f"ranks {','.join(map(str, dist.get_process_group_ranks(group)))}"
+        label = (
+            self._labels.get(group.group_name)
+            or f"ranks {','.join(map(str, dist.get_process_group_ranks(group)))}"
+        )
         place, running = self._where()
         marked = _PLACE.get()
         key = (collective.kind, label, self._names.get(id(marked), place), _MARK.get() or running)

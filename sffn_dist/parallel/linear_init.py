@@ -1,4 +1,6 @@
-"""What a structured linear sees to by itself in a model that no run of ours sets up: that its sizes fit, and its first weights."""
+"""What a structured linear sees to by itself in a model that no run of ours sets up: that its sizes fit,
+and its first weights.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from sffn_dist.structured.cut import Role, TensorSpec
 from sffn_dist.structured.registry import structured_kinds
 from sffn_dist.structured.structure import Size, Structure, refuse
 
-_NEXT_EXPERT_RANK = 0x9E3779B97F4A7C15  # between the seeds of expert-parallel ranks: odd and far from small numbers
+_NEXT_EXPERT_RANK = (
+    0x9E3779B97F4A7C15  # between the seeds of expert-parallel ranks: odd and far from small numbers
+)
 
 
 def check_structure(structure: Structure) -> None:
@@ -26,10 +30,17 @@ def check_structure(structure: Structure) -> None:
 
 
 def check_sizes(structure: Structure, role: Role, inputs: int, outputs: int, ranks: int) -> None:
-    """Raise ValueError if an (outputs, inputs) matrix, of a gated pair one half, cannot have this structure, or on so many ranks."""
+    """Raise ValueError if an (outputs, inputs) matrix, of a gated pair one half, cannot have this
+    structure, or on so many ranks.
+    """
     sizes = Size("input size", inputs), Size("output size", outputs)
     outer, inner = sizes if role == "column" else sizes[::-1]
-    refuse([*structure.size_problems(outer, inner), *structure.rank_problems(inner, Size("tensor-parallel ranks", ranks))])
+    refuse(
+        [
+            *structure.size_problems(outer, inner),
+            *structure.rank_problems(inner, Size("tensor-parallel ranks", ranks)),
+        ]
+    )
 
 
 @torch.no_grad()
@@ -43,11 +54,13 @@ def draw_replicated(
     *,
     expert: bool = False,
 ) -> dict[str, Tensor]:
-    """Full factors (and guide) of a linear of ``sizes`` (inputs, outputs), the same bits on every rank of ``group``.
+    """Full factors (and guide) of a linear of ``sizes`` (inputs, outputs), the same bits on every rank of
+    ``group``.
 
-    The group's first rank draws and the others receive: neither their random states nor their libraries, which choose the signs of
-    singular vectors, need agree. Every rank draws a seed, so that ``generator`` (None: torch's own) moves on alike everywhere and the
-    next linear's weights are others. Experts of different expert-parallel ranks get different weights.
+    The group's first rank draws and the others receive: neither their random states nor their libraries,
+    which choose the signs of singular vectors, need agree. Every rank draws a seed, so that ``generator``
+    (None: torch's own) moves on alike everywhere and the next linear's weights are others. Experts of
+    different expert-parallel ranks get different weights.
     """
     device = generator.device if generator is not None else torch.device("cpu")
     seed = int(torch.randint(2**62, (), generator=generator, device=device))
@@ -58,7 +71,9 @@ def draw_replicated(
         own = torch.Generator(device).manual_seed(seed)
         full = functional.draw(structure, *sizes, std, own, guide="guide" in specs)
     else:
-        full = {name: torch.empty(spec.shape, device=device) for name, spec in specs.items() if name != "bias"}
+        full = {
+            name: torch.empty(spec.shape, device=device) for name, spec in specs.items() if name != "bias"
+        }
     if group.size() > 1:
         for name in specs:
             if name in full:

@@ -1,8 +1,9 @@
-"""Structured parallel linears: Megatron's ColumnParallelLinear and RowParallelLinear with factors in place of the matrix.
+"""Structured parallel linears: Megatron's ColumnParallelLinear and RowParallelLinear with factors in place of
+the matrix.
 
-They take the constructor arguments of Megatron's linears and return ``(output, bias)``, so ``MLPSubmodules(linear_fc1=...,
-linear_fc2=...)`` takes them. What a rank computes and what travels is in split_linear.py; here are the parameters, cut by the split table,
-and the state of the guide.
+They take the constructor arguments of Megatron's linears and return ``(output, bias)``, so
+``MLPSubmodules(linear_fc1=..., linear_fc2=...)`` takes them. What a rank computes and what travels is in
+split_linear.py; here are the parameters, cut by the split table, and the state of the guide.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from sffn_dist.structured.structure import Structure
 class StructuredLinear(nn.Module, abc.ABC):
     """What the column- and the row-parallel linear share: parameters by the split table, the guide's state.
 
-    ``guide_weight`` is alpha while this linear computes its guide, None while it does not; the run sets it once a step.
+    ``guide_weight`` is alpha while this linear computes its guide, None while it does not; the run sets it
+    once a step.
     """
 
     role: Role
@@ -63,7 +65,9 @@ class StructuredLinear(nn.Module, abc.ABC):
         check_structure(structure)
         check_sizes(structure, self.role, input_size, output_size // self.halves, self.ranks)
         self._guide_weight: float | None = None
-        self.specs = linear_tensors(structure, self.role, input_size, output_size, gated=gated, bias=bias, guide=guide)
+        self.specs = linear_tensors(
+            structure, self.role, input_size, output_size, gated=gated, bias=bias, guide=guide
+        )
         for name, spec in self.specs.items():
             self.register_parameter(name, self._parameter(name, spec))
         for name in ("guide", "bias"):
@@ -75,9 +79,12 @@ class StructuredLinear(nn.Module, abc.ABC):
     def _parameter(self, name: str, spec: TensorSpec) -> nn.Parameter:
         on_host = self.config.use_cpu_initialization
         device = "cpu" if on_host else torch.cuda.current_device()
-        parameter = nn.Parameter(torch.zeros(spec.local_shape(self.ranks), dtype=self.config.params_dtype, device=device))
-        # read by gradient norms (a replicated parameter counts once) and by whoever sums what is sequence_parallel: the bias alone, which
-        # is added to the rank's own tokens; a factor's gradient leaves backward complete
+        parameter = nn.Parameter(
+            torch.zeros(spec.local_shape(self.ranks), dtype=self.config.params_dtype, device=device)
+        )
+        # read by gradient norms (a replicated parameter counts once) and by whoever sums what is
+        # sequence_parallel: the bias alone, which is added to the rank's own tokens; a factor's gradient
+        # leaves backward complete
         marks: dict[str, Any] = {
             "tensor_model_parallel": spec.cut is not None,
             "partition_dim": spec.partition_dim(self.ranks),
@@ -92,15 +99,22 @@ class StructuredLinear(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None, std: float | None = None) -> None:
-        """The paper's initialisation, one full draw cut for every tensor-parallel rank; ``std`` is config.init_method_std, or 0.02."""
+        """The paper's initialisation, one full draw cut for every tensor-parallel rank; ``std`` is
+        config.init_method_std, or 0.02.
+        """
         std = getattr(self.config, "init_method_std", 0.02) if std is None else std
         sizes = self.input_size, self.output_size
-        full = draw_replicated(self.structure, self.specs, sizes, std, generator, self.group, expert=self.is_expert)
+        full = draw_replicated(
+            self.structure, self.specs, sizes, std, generator, self.group, expert=self.is_expert
+        )
         for name, tensor in full.items():
             getattr(self, name).copy_(shard(tensor, self.specs[name], self.ranks, self.rank))
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: sharded_state.Offsets = (), metadata: dict[str, Any] | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: sharded_state.Offsets = (),
+        metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """For megatron-core's ``dist_checkpointing``: see :mod:`sffn_dist.parallel.sharded_state`."""
         return sharded_state.linear_sharded_state_dict(self, prefix, sharded_offsets, metadata)
@@ -133,7 +147,9 @@ class StructuredLinear(nn.Module, abc.ABC):
 
     @property
     def explicit_expert_comm(self) -> bool:
-        """Megatron's word for it: tokens are brought and results are summed by the caller, the dispatcher of experts."""
+        """Megatron's word for it: tokens are brought and results are summed by the caller, the dispatcher
+        of experts.
+        """
         return self.split.exchange.tokens == "caller"
 
     @explicit_expert_comm.setter
@@ -142,7 +158,9 @@ class StructuredLinear(nn.Module, abc.ABC):
         self.split = self._split(self._tokens(by_caller=value))
 
     def _tokens(self, *, by_caller: bool) -> Tokens:
-        """Which tokens a rank has; sequence parallelism and experts exclude each other unless the caller says so later."""
+        """Which tokens a rank has; sequence parallelism and experts exclude each other unless the caller
+        says so later.
+        """
         if by_caller:
             return "caller"
         return "tokens" if self.sequence_parallel else "replicated"
@@ -154,7 +172,9 @@ class StructuredLinear(nn.Module, abc.ABC):
 
     @property
     def layout(self) -> Layout:
-        """How the inner features lie over ranks: what a first linear writes, a second one must have been built to read."""
+        """How the inner features lie over ranks: what a first linear writes, a second one must have been
+        built to read.
+        """
         inner = self.input_size if self.role == "row" else self.output_size // self.halves
         return self.structure.layout(inner)
 
@@ -169,7 +189,8 @@ class StructuredLinear(nn.Module, abc.ABC):
 class StructuredColumnParallelLinear(StructuredLinear):
     """The first linear of a feed-forward layer: outputs are cut over the tensor-parallel ranks.
 
-    ``stride`` 2 says that the outputs are the two halves of a gated pair, each cut by itself (Megatron's convention).
+    ``stride`` 2 says that the outputs are the two halves of a gated pair, each cut by itself (Megatron's
+    convention).
     """
 
     role = "column"
@@ -211,7 +232,9 @@ class StructuredColumnParallelLinear(StructuredLinear):
             self.reset_parameters()
 
     def _split(self, tokens: Tokens) -> ColumnSplit:
-        return ColumnSplit(self.structure, Exchange(self.group, tokens, wide_factor(self.specs).block_groups(self.ranks)))
+        return ColumnSplit(
+            self.structure, Exchange(self.group, tokens, wide_factor(self.specs).block_groups(self.ranks))
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (S or S/p, batch, h) -> (S, batch, f/p), and the bias if it is left to the caller."""
@@ -222,7 +245,9 @@ class StructuredColumnParallelLinear(StructuredLinear):
 
 
 class StructuredRowParallelLinear(StructuredLinear):
-    """The second linear of a feed-forward layer: inputs are cut over the tensor-parallel ranks, as the first one left them."""
+    """The second linear of a feed-forward layer: inputs are cut over the tensor-parallel ranks, as the
+    first one left them.
+    """
 
     role = "row"
 
@@ -244,7 +269,10 @@ class StructuredRowParallelLinear(StructuredLinear):
         guide: bool = False,
     ):
         if not input_is_parallel:
-            raise ValueError("input_is_parallel = False: a structured row-parallel linear takes features that are cut already")
+            raise ValueError(
+                "input_is_parallel = False: a structured row-parallel linear takes features that are cut "
+                "already"
+            )
         super().__init__(
             input_size,
             output_size,
@@ -263,7 +291,9 @@ class StructuredRowParallelLinear(StructuredLinear):
     def _split(self, tokens: Tokens) -> RowSplit:
         wrote = wide_factor(self.specs)
         needs_exchange = wrote.cut is not None and wrote.cut.exchanges_features(self.ranks)
-        return RowSplit(self.structure, Exchange(self.group, tokens, wrote.block_groups(self.ranks)), needs_exchange)
+        return RowSplit(
+            self.structure, Exchange(self.group, tokens, wrote.block_groups(self.ranks)), needs_exchange
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (S, batch, f/p) -> (S or S/p, batch, h), and the bias if it is left to the caller."""

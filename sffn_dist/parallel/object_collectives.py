@@ -1,4 +1,7 @@
-"""Collectives of Python objects. Without a process group, or in a group of one, the result is what this rank has."""
+"""Collectives of Python objects.
+
+Without a process group, or in a group of one, the result is what this rank has.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ def all_gather_object(value: Any, group: dist.ProcessGroup | None = None) -> lis
     return gathered
 
 
-def broadcast_object(value: Any, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> Any:
+def broadcast_object(
+    value: Any, group: dist.ProcessGroup | None = None, device: torch.device | None = None
+) -> Any:
     """Rank 0's value, on every rank of ``group`` (None: all ranks). All its ranks must call it.
 
     ``device``: where the pickled bytes travel from, for backends that send from one kind of device alone.

@@ -1,7 +1,8 @@
-"""How ranks find each other: one key-value store, at MASTER_ADDR:MASTER_PORT, and word from every rank that it is there.
+"""How ranks find each other: one key-value store, at MASTER_ADDR:MASTER_PORT, and word from every rank that
+it is there.
 
-Rank 0 serves the store; under torchrun its agent does. The process group is made over it, and the watch (health/watchdog.py) keeps
-word through it of who is alive, beside the collectives.
+Rank 0 serves the store; under torchrun its agent does. The process group is made over it, and the watch
+(health/watchdog.py) keeps word through it of who is alive, beside the collectives.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 from sffn_dist.launch import exit_codes
 from sffn_dist.spec.config import ConfigError
 
-# seconds that a rank may come later than the first: nodes boot containers and read an environment from a slow disk
+# seconds that a rank may come later than the first: nodes boot containers and read an environment from a slow
+# disk
 RENDEZVOUS_TIMEOUT = 600.0
 
 
@@ -31,8 +33,8 @@ class RendezvousError(ConfigError):
 def connect(rank: int, world: int, patience: float = RENDEZVOUS_TIMEOUT) -> Any:
     """The store, once all ``world`` ranks are there.
 
-    Raises RendezvousError where the port is taken, the address cannot be reached in ``patience`` seconds, or ranks are missing by then:
-    with their numbers, on rank 0. ConfigError where MASTER_PORT is no port.
+    Raises RendezvousError where the port is taken, the address cannot be reached in ``patience`` seconds, or
+    ranks are missing by then: with their numbers, on rank 0. ConfigError where MASTER_PORT is no port.
     """
     if world == 1:
         return HashStore()
@@ -40,7 +42,9 @@ def connect(rank: int, world: int, patience: float = RENDEZVOUS_TIMEOUT) -> Any:
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError([f"environment variable MASTER_PORT = {port!r}: must be a port number"])
     store = _connect(host, int(port), rank, patience)
-    if _agent_serves():  # it outlives the ranks: those that it starts again must not read the words of those before
+    if (
+        _agent_serves()
+    ):  # it outlives the ranks: those that it starts again must not read the words of those before
         store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     try:
         _wait_for_all(store, rank, world, patience)
@@ -89,9 +93,7 @@ def _wait_for_all(store: Any, rank: int, world: int, patience: float) -> None:
 def _absent(missing: list[int], world: int, patience: float, store: Any) -> str:
     hosts = sorted({store.get(f"here/{rank}").decode() for rank in range(world) if rank not in missing})
     names = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
-    return (
-        f"rank {names} of {world} did not come in {patience:g} seconds; there are {world - len(missing)}, on {', '.join(hosts)}"
-    )
+    return f"rank {names} of {world} did not come in {patience:g} seconds; there are {world - len(missing)}, on {', '.join(hosts)}"
 
 
 def _first_line(error: BaseException) -> str:

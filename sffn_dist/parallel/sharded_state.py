@@ -1,13 +1,16 @@
-"""Structured linears in megatron-core's distributed checkpoints: saved on some number of tensor-parallel ranks, loaded on any other.
+"""Structured linears in megatron-core's distributed checkpoints: saved on some number of tensor-parallel
+ranks, loaded on any other.
 
-megatron-core describes a rank's part of a tensor as one box of a regular grid over the full tensor. A cut of the split table is such a
-grid only in the cut's *view* of the tensor, so the checkpoint holds the view: its global shape is ``(*sharded_offsets, *cut.view)``
-whatever the number of ranks p, a rank's box is ``cut.local_view(p)`` large, and a factory reshapes between that and the parameter:
+megatron-core describes a rank's part of a tensor as one box of a regular grid over the full tensor. A cut of
+the split table is such a grid only in the cut's *view* of the tensor, so the checkpoint holds the view: its
+global shape is ``(*sharded_offsets, *cut.view)`` whatever the number of ranks p, a rank's box is
+``cut.local_view(p)`` large, and a factory reshapes between that and the parameter:
 
     save   parameter, local shape -> reshape(cut.local_view(p)) -> box at cut.starts(p, rank)
     load   box -> reshape(local shape) -> load_state_dict
 
-Replicated tensors are stored as they are. ``sharded_offsets`` are the axes that enclosing modules prepend: layers, experts.
+Replicated tensors are stored as they are. ``sharded_offsets`` are the axes that enclosing modules prepend:
+layers, experts.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ HALVES = "bias_halves"
 
 
 class ShardedLinear(Protocol):
-    """What is asked of a linear: its parameters by the split table, its place in the tensor-parallel group."""
+    """What is asked of a linear: its parameters by the split table, its place in the tensor-parallel
+    group.
+    """
 
     specs: dict[str, TensorSpec]
     halves: int
@@ -36,16 +41,22 @@ class ShardedLinear(Protocol):
 
 
 def linear_sharded_state_dict(
-    linear: ShardedLinear, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    linear: ShardedLinear,
+    prefix: str = "",
+    sharded_offsets: Offsets = (),
+    metadata: dict[str, Any] | None = None,
 ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
-    """Every tensor of ``linear`` as megatron-core's checkpoints take it, under the checkpoint key ``prefix + name``.
+    """Every tensor of ``linear`` as megatron-core's checkpoints take it, under the checkpoint key ``prefix +
+    name``.
 
-    replica_id is (0, tensor-parallel rank of a replicated tensor, data-parallel rank), of the linear's own tensor-parallel group (for
-    an expert its expert group; SequentialMLP puts in the experts' data-parallel rank itself). ``metadata`` may hold ``dp_cp_group``.
+    replica_id is (0, tensor-parallel rank of a replicated tensor, data-parallel rank), of the linear's own
+    tensor-parallel group (for an expert its expert group; SequentialMLP puts in the experts' data-parallel
+    rank itself). ``metadata`` may hold ``dp_cp_group``.
 
-    A gated pair's bias stands in the dictionary as ``bias_halves``: what megatron-core's MLP finds there as ``linear_fc1.bias`` it cuts
-    into halves itself, as if every rank held one run of features from each, which a strided cut does not.
-    :func:`restore_names` gives the name back on loading; in the checkpoint the key is ``bias``.
+    A gated pair's bias stands in the dictionary as ``bias_halves``: what megatron-core's MLP finds there as
+    ``linear_fc1.bias`` it cuts into halves itself, as if every rank held one run of features from each, which
+    a strided cut does not. :func:`restore_names` gives the name back on loading; in the checkpoint the key is
+    ``bias``.
     """
     data_rank = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"].rank()
     entries: dict[str, ShardedTensor | ShardedTensorFactory] = {}
@@ -62,23 +73,38 @@ def linear_sharded_state_dict(
             )
         else:
             entries[prefix + entry] = _in_view(
-                prefix + name, parameter, spec, linear.ranks, linear.rank, tuple(sharded_offsets), (0, 0, data_rank)
+                prefix + name,
+                parameter,
+                spec,
+                linear.ranks,
+                linear.rank,
+                tuple(sharded_offsets),
+                (0, 0, data_rank),
             )
     return entries
 
 
 def _in_view(
-    key: str, parameter: Tensor, spec: TensorSpec, p: int, rank: int, prepended: Offsets, replica_id: tuple[int, ...]
+    key: str,
+    parameter: Tensor,
+    spec: TensorSpec,
+    p: int,
+    rank: int,
+    prepended: Offsets,
+    replica_id: tuple[int, ...],
 ) -> ShardedTensorFactory:
     """A cut parameter, saved as its box of the view. The optimizer's moments go through the same factory."""
     cut = spec.cut
     assert cut is not None
     offsets = [
-        (axis + len(prepended), start // length, cut.view[axis] // length) for axis, start, length in cut.starts(p, rank)
+        (axis + len(prepended), start // length, cut.view[axis] // length)
+        for axis, start, length in cut.starts(p, rank)
     ]
 
     @torch.no_grad()
-    def build(key: str, tensor: Tensor, replica_id: tuple[int, ...], flattened_range: slice | None) -> list[ShardedTensor]:
+    def build(
+        key: str, tensor: Tensor, replica_id: tuple[int, ...], flattened_range: slice | None
+    ) -> list[ShardedTensor]:
         box = ShardedTensor.from_rank_offsets(
             key,
             tensor.reshape(cut.local_view(p)),

@@ -1,4 +1,6 @@
-"""Cut a full tensor into a rank's part and put parts together again, as the split table of spec/split_table.py says."""
+"""Cut a full tensor into a rank's part and put parts together again, as the split table of
+spec/split_table.py says.
+"""
 
 from __future__ import annotations
 

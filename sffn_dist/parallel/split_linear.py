@@ -1,18 +1,22 @@
-"""How a structured linear is computed on p tensor-parallel ranks, forward and backward: only the bottleneck z is exchanged.
+"""How a structured linear is computed on p tensor-parallel ranks, forward and backward: only the bottleneck z
+is exchanged.
 
     column (h -> f)   z = A x, A replicated, on the rank's tokens; spread z; y = U z, U the rank's part
     row (f -> h)      z = A x, A the rank's part, on the rank's features; collect z; y = U z, U replicated, on the rank's tokens
 
-(A, U: first and second factor; spread, collect: collectives.Exchange.) With the guide: y = alpha W x + (1 - alpha) U z (paper, section 4),
-where W is split as Megatron splits a dense linear, at its price. Both weights of the mix are scale factors of the matrix products, which
-accumulate onto one another, so the mix makes no pass over y or dy of its own. Two things are added in a pass where they had to travel: a
-column's dx of the guide, and W x of a row whose second factor is block_shuffle's.
+(A, U: first and second factor; spread, collect: collectives.Exchange.) With the guide: y = alpha W x + (1 -
+alpha) U z (paper, section 4), where W is split as Megatron splits a dense linear, at its price. Both weights
+of the mix are scale factors of the matrix products, which accumulate onto one another, so the mix makes no
+pass over y or dy of its own. Two things are added in a pass where they had to travel: a column's dx of the
+guide, and W x of a row whose second factor is block_shuffle's.
 
-Backward is written by hand so that products run while collectives do: U's gradient while dz travels, dx while the gradient of a
-replicated factor is summed. That gradient is partial wherever a rank saw only some tokens; no factor leaves with it so.
+Backward is written by hand so that products run while collectives do: U's gradient while dz travels, dx while
+the gradient of a replicated factor is summed. That gradient is partial wherever a rank saw only some tokens;
+no factor leaves with it so.
 
-Shapes: x (rows, ..., inputs) and y (rows, ..., outputs), rows being S, or S/p with sequence parallelism; z narrow (n, rows, ..., w) or
-wide (rows, ..., w), where w is (l, r), a row for each block, if block_shuffle's second factor is to read it.
+Shapes: x (rows, ..., inputs) and y (rows, ..., outputs), rows being S, or S/p with sequence parallelism; z
+narrow (n, rows, ..., w) or wide (rows, ..., w), where w is (l, r), a row for each block, if block_shuffle's
+second factor is to read it.
 """
 
 from __future__ import annotations
@@ -69,7 +73,9 @@ _DENSE = MatrixProduct()
 
 @dataclass(frozen=True)
 class SplitLinear:
-    """What both linears of a feed-forward layer are told: their structure, and how the bottleneck is exchanged."""
+    """What both linears of a feed-forward layer are told: their structure, and how the bottleneck is
+    exchanged.
+    """
 
     structure: Structure
     exchange: Exchange
@@ -124,7 +130,9 @@ class ColumnSplit(SplitLinear):
         """A x of the rank's tokens, as a narrow z: a view, not laid out yet."""
         z, n = self.first.forward(x, first), self.exchange.count
         if self.shuffled:  # feature (r, l): a chunk holds some blocks l
-            return z.unflatten(-1, (-1, n, self.structure.needed_blocks // n)).movedim(-2, 0).transpose(-1, -2)
+            return (
+                z.unflatten(-1, (-1, n, self.structure.needed_blocks // n)).movedim(-2, 0).transpose(-1, -2)
+            )
         return _chunked(z, n)
 
     def rows(self, wide: Tensor) -> torch.Size:
@@ -149,7 +157,9 @@ class ColumnSplit(SplitLinear):
             return ColumnOutput(_mixed(whole, weights.guide, wide, weights.second, alpha), wide, whole)
         y = self.second.forward(wide, weights.second)
         whole = gathering.wait()
-        return ColumnOutput(_DENSE.add_forward(y, whole, weights.guide, keep=1 - alpha, scale=alpha), wide, whole)
+        return ColumnOutput(
+            _DENSE.add_forward(y, whole, weights.guide, keep=1 - alpha, scale=alpha), wide, whole
+        )
 
     def backward(
         self,
@@ -161,7 +171,9 @@ class ColumnSplit(SplitLinear):
         wanted: NeedsGrad,
         whole: Tensor | None = None,
     ) -> Gradients:
-        """Gradients of x and of the weights from that of y; ``z`` is wide; x of all tokens is ``whole``, or gathered for the guide."""
+        """Gradients of x and of the weights from that of y; ``z`` is wide; x of all tokens is ``whole``,
+        or gathered for the guide.
+        """
         grad_x, grad_x_guide, grad_guide, share = None, None, None, 1.0
         if alpha is not None and weights.guide is not None:
             share = 1 - alpha
@@ -174,8 +186,12 @@ class ColumnSplit(SplitLinear):
                 grad_guide = _DENSE.scaled_weight_gradient(grad, read, scale=alpha)
         travelling = None
         if wanted.x or wanted.first:
-            travelling = self.exchange.collect(_times(self.second.input_gradient(grad, weights.second), share))
-        grad_second = _times(self.second.weight_gradient(grad, z, weights.second), share) if wanted.second else None
+            travelling = self.exchange.collect(
+                _times(self.second.input_gradient(grad, weights.second), share)
+            )
+        grad_second = (
+            _times(self.second.weight_gradient(grad, z, weights.second), share) if wanted.second else None
+        )
         grad_first = None
         if travelling is not None:
             grad_x, grad_first = self.narrow_backward(travelling, x, weights.first, wanted)
@@ -188,7 +204,9 @@ class ColumnSplit(SplitLinear):
     def narrow_backward(
         self, grad_z: Pending, x: Tensor, first: Tensor, wanted: NeedsGrad
     ) -> tuple[Tensor | None, Pending | None]:
-        """Gradients of x and, on its way, of the first factor, from that of the narrow z, which is on its way too."""
+        """Gradients of x and, on its way, of the first factor, from that of the narrow z, which is on its
+        way too.
+        """
         came = self._join(grad_z.wait())
         grad_first = self._replicated_gradient(self.first, came, x, first, wanted.first)
         return self.first.input_gradient(came, first) if wanted.x else None, grad_first
@@ -232,7 +250,8 @@ class PendingBackward(NamedTuple):
 class RowSplit(SplitLinear):
     """The second linear.
 
-    ``needs_exchange`` says that the wide features are exchanged for whole blocks before the first factor (cut.Cut.many).
+    ``needs_exchange`` says that the wide features are exchanged for whole blocks before the first factor
+    (cut.Cut.many).
     """
 
     role = "row"
@@ -243,7 +262,9 @@ class RowSplit(SplitLinear):
         if not self.needs_exchange:
             return Pending(x)
         p, blocks = self.exchange.ranks, self.structure.needed_blocks
-        parts = x.unflatten(-1, (p, -1, blocks // p)).movedim(-3, 0)  # by groups of k: (p, rows, ..., k s', own l)
+        parts = x.unflatten(-1, (p, -1, blocks // p)).movedim(
+            -3, 0
+        )  # by groups of k: (p, rows, ..., k s', own l)
         return all_to_all(parts, self.exchange.group).then(lambda came: came.movedim(0, -2).flatten(-3))
 
     def _exchange_features_back(self, x: Tensor) -> Pending:
@@ -272,11 +293,15 @@ class RowSplit(SplitLinear):
         return shuffle(joined, self.structure.needed_blocks).contiguous() if self.shuffled else joined
 
     def complete(self, wide: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Y and z of the rank's tokens, from the wide z that the rank's features make: :meth:`forward` after the first factor."""
+        """Y and z of the rank's tokens, from the wide z that the rank's features make: :meth:`forward`
+        after the first factor.
+        """
         z = self._read(self.exchange.collect(wide))
         return self.second.forward(z, second), z
 
-    def _mix(self, x: Tensor, z: Tensor, second: Tensor, guide: Tensor, alpha: float, guided: Pending | None) -> Tensor:
+    def _mix(
+        self, x: Tensor, z: Tensor, second: Tensor, guide: Tensor, alpha: float, guided: Pending | None
+    ) -> Tensor:
         """Alpha W x + (1 - alpha) U z; ``guided`` is W x where it had to travel."""
         if guided is None and isinstance(self.second, MatrixProduct):
             return _mixed(x, guide, z, second, alpha)
@@ -289,7 +314,9 @@ class RowSplit(SplitLinear):
     def begin_backward(
         self, grad: Tensor, z: Tensor, weights: Weights, alpha: float | None, wanted: NeedsGrad
     ) -> PendingBackward:
-        """What needs only dy and z: dz goes out, the replicated second factor's gradient is computed and goes out to be summed."""
+        """What needs only dy and z: dz goes out, the replicated second factor's gradient is computed and
+        goes out to be summed.
+        """
         grad_y, share = None, 1.0
         if alpha is not None and weights.guide is not None:
             grad_y = self.dense.spread(grad.unsqueeze(0)) if wanted.x or wanted.guide else None
@@ -301,7 +328,10 @@ class RowSplit(SplitLinear):
                 grad_z = unshuffle(grad_z)
             travelling = self.exchange.spread(_chunked(grad_z, self.exchange.count))
         return PendingBackward(
-            travelling, self._replicated_gradient(self.second, grad, z, weights.second, wanted.second, share), grad_y, alpha
+            travelling,
+            self._replicated_gradient(self.second, grad, z, weights.second, wanted.second, share),
+            grad_y,
+            alpha,
         )
 
     def finish_backward(
@@ -311,7 +341,11 @@ class RowSplit(SplitLinear):
         grad_x, grad_first, grad_guide = None, None, None
         if begun.grad_z is not None:
             grad_z = begun.grad_z.wait()
-            travelling = self._exchange_features_back(self.first.input_gradient(grad_z, weights.first)) if wanted.x else None
+            travelling = (
+                self._exchange_features_back(self.first.input_gradient(grad_z, weights.first))
+                if wanted.x
+                else None
+            )
             grad_first = self.first.weight_gradient(grad_z, read, weights.first) if wanted.first else None
             grad_x = wait_for(travelling)
         if begun.grad_y is not None and weights.guide is not None and begun.alpha is not None:

@@ -1,4 +1,6 @@
-"""Which rank this is and which groups it belongs to: world = data x tensor, tensor-parallel ranks adjacent."""
+"""Which rank this is and which groups it belongs to: world = data x tensor, tensor-parallel ranks
+adjacent.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ class Topology:
         return self.rank == 0
 
     def background_group(self) -> Any:
-        """A gloo group of all ranks for threads beside the training's; made once. All ranks must call it at the same place."""
+        """A gloo group of all ranks for threads beside the training's; made once.
+
+        All ranks must call it at the same place.
+        """
         if not _background:
             # hours: ranks' disks may differ by that much, and what hangs is seen by the training's own groups
             _background.append(dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12)))
@@ -51,7 +56,9 @@ _background: list[Any] = []
 
 
 class ModelParallelUnit:
-    """``megatron.core.parallel_state`` as DeepSpeed's ``mpu``, with the older names that DeepSpeed also asks for."""
+    """``megatron.core.parallel_state`` as DeepSpeed's ``mpu``, with the older names that DeepSpeed also
+    asks for.
+    """
 
     def __getattr__(self, name: str) -> Any:
         return getattr(parallel_state, name)
@@ -74,7 +81,8 @@ def init_parallel(config: Config) -> Topology:
 
 
 def init_process_group(timeout: float = 1800.0) -> Any:
-    """Join the process group that the launcher describes (RANK, WORLD_SIZE, ...), or be alone; returns the rendezvous store.
+    """Join the process group that the launcher describes (RANK, WORLD_SIZE, ...), or be alone; returns the
+    rendezvous store.
 
     ``timeout``: seconds that a collective may take. Raises ConfigError where ranks do not find each other.
     """
@@ -87,18 +95,24 @@ def init_process_group(timeout: float = 1800.0) -> Any:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = rendezvous.connect(rank, world)
     backend, limit = "nccl" if cpu_compat.has_cuda() else "gloo", datetime.timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=limit)
+    dist.init_process_group(
+        backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=limit
+    )
     return store
 
 
 def groups(tensor: int) -> Topology:
-    """Megatron's groups over the processes there are; made anew only if the tensor-parallel size is another one."""
+    """Megatron's groups over the processes there are; made anew only if the tensor-parallel size is
+    another one.
+    """
     made = parallel_state.model_parallel_is_initialized()
     if made and parallel_state.get_tensor_model_parallel_world_size() != tensor:
         parallel_state.destroy_model_parallel()
         made = False
     if not made:
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, create_gloo_process_groups=False
+        )
     return Topology(
         rank=dist.get_rank(),
         world=dist.get_world_size(),
@@ -115,14 +129,17 @@ def groups(tensor: int) -> Topology:
 def require_equal(facts: dict[str, Any]) -> None:
     """Compare ``facts`` between all ranks; raises ConfigError on every rank where nodes differ.
 
-    Each rank finds them by itself, and a folder that is not shared, another Python or another processor would split the run silently.
+    Each rank finds them by itself, and a folder that is not shared, another Python or another processor would
+    split the run silently.
     """
     by_rank = all_gather_object((socket.gethostname(), facts))
     problems = []
     for key, value in by_rank[0][1].items():
         other = next(((hostname, values[key]) for hostname, values in by_rank if values[key] != value), None)
         if other:
-            problems.append(f"ranks disagree: {key} is {value!r} on {by_rank[0][0]} and {other[1]!r} on {other[0]}")
+            problems.append(
+                f"ranks disagree: {key} is {value!r} on {by_rank[0][0]} and {other[1]!r} on {other[0]}"
+            )
     if problems:
         raise ConfigError(problems)
 

@@ -1,1 +1,3 @@
-"""What a config means, without torch: keys, validation, tensors and their split, counts, schedule, memory, plan."""
+"""What a config means, without torch: keys, validation, tensors and their split, counts, schedule, memory,
+plan.
+"""

@@ -1,7 +1,7 @@
 """The one config tree: typed, frozen, validated.
 
-Sections and keys are declared here, each with its type, its default and the rule that it keeps by itself; rules between keys stand in
-spec/validation.py, and spec/loading.py makes the tree from a file and overrides.
+Sections and keys are declared here, each with its type, its default and the rule that it keeps by itself;
+rules between keys stand in spec/validation.py, and spec/loading.py makes the tree from a file and overrides.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ class Model(Section):
     kv_heads: PositiveInt | None = Field(None, description="key/value heads (GQA); default: heads")
     attention_dim: PositiveInt | None = Field(None, description="heads x head size; default: width")
     sequence: PositiveInt = Field(1024, description="tokens of context")
-    vocab: PositiveInt = Field(32_000, description="rows of the embedding, whatever the tokenizer uses of them")
+    vocab: PositiveInt = Field(
+        32_000, description="rows of the embedding, whatever the tokenizer uses of them"
+    )
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_epsilon: PositiveFloat = 1e-5
     activation: Literal["gelu", "gelu_erf", "swiglu"] = Field(
@@ -98,11 +100,17 @@ class Guide(Section):
     """Self-guided training (paper, section 4): o = alpha W x + (1 - alpha) U(V x)."""
 
     mode: Literal["off", "fixed_step", "fixed_flop", "window"] = Field(
-        "off", description="fixed_flop: guided steps, repeated at the end, such that the run costs what the dense model's costs"
+        "off",
+        description="fixed_flop: guided steps, repeated at the end, such that the run costs what the dense "
+        "model's costs",
     )
-    fraction: Fraction = Field(0.5, description="of train.steps that are guided, from the first on (fixed_step)")
+    fraction: Fraction = Field(
+        0.5, description="of train.steps that are guided, from the first on (fixed_step)"
+    )
     begin: NaturalInt = Field(0, description="first guided step (window)")
-    end: PositiveInt | None = Field(None, description="the step after the last guided one (window); default: train.steps")
+    end: PositiveInt | None = Field(
+        None, description="the step after the last guided one (window); default: train.steps"
+    )
     schedule: Decay = Field("cosine", description="how the guide's weight falls from 1 to 0")
     stochastic: bool = Field(False, description="compute the guide only with probability alpha")
 
@@ -111,22 +119,33 @@ class Data(Section):
     """Text, tokenizer, token shards."""
 
     dir: str = Field("data", description="prepared token shards, shared by runs")
-    source: str = Field("stdlib", description='"stdlib", a file or folder of .txt/.jsonl/.parquet, or "hf:<dataset>"')
-    text_field: str = Field("text", description="column that holds the text, of jsonl, parquet and hf sources")
-    tokenizer: str | None = Field(None, description="a tokenizer.json; default: a byte-level BPE trained on the source")
+    source: str = Field(
+        "stdlib", description='"stdlib", a file or folder of .txt/.jsonl/.parquet, or "hf:<dataset>"'
+    )
+    text_field: str = Field(
+        "text", description="column that holds the text, of jsonl, parquet and hf sources"
+    )
+    tokenizer: str | None = Field(
+        None, description="a tokenizer.json; default: a byte-level BPE trained on the source"
+    )
     heldout_share: OpenFraction = Field(0.02, description="of the documents")
 
 
 class Train(Section):
     """Recipe (paper, appendix): AdamW, linear warm-up, cosine to a tenth."""
 
-    steps: Annotated[int, Field(gt=0, le=10_000_000, description="over new data; guide.mode = fixed_flop repeats some of them")]
+    steps: Annotated[
+        int,
+        Field(gt=0, le=10_000_000, description="over new data; guide.mode = fixed_flop repeats some of them"),
+    ]
     global_batch_size: PositiveInt = Field(512, description="sequences a step, over all ranks")
     micro_batch_size: PositiveInt = Field(8, description="sequences a forward pass, a rank")
     seed: Seed = 0
     optimizer: OptimizerName = "adamw"
     learning_rate: PositiveFloat = 6e-4
-    learning_rate_schedule: Decay = Field("cosine", description="how the learning rate falls after the warm-up")
+    learning_rate_schedule: Decay = Field(
+        "cosine", description="how the learning rate falls after the warm-up"
+    )
     min_learning_rate_ratio: Fraction = 0.1
     warmup_share: Fraction = 0.1
     weight_decay: NonNegativeFloat = 0.1
@@ -140,7 +159,9 @@ class Parallel(Section):
     """How the model is split over ranks; what is left of them is data parallel."""
 
     tensor: PositiveInt = 1
-    sequence: bool = Field(False, description="split the residual stream by tokens over the tensor-parallel group")
+    sequence: bool = Field(
+        False, description="split the residual stream by tokens over the tensor-parallel group"
+    )
 
 
 class Zero(Section):
@@ -154,7 +175,9 @@ class Checkpoint(Section):
 
     interval: NaturalInt = Field(500, description="steps between saves; 0: only at the end")
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
-    keep_every: NaturalInt = Field(0, description="checkpoints of steps that are its multiples are kept for good; 0: none")
+    keep_every: NaturalInt = Field(
+        0, description="checkpoints of steps that are its multiples are kept for good; 0: none"
+    )
     asynchronous: bool = Field(
         True, description="write while training goes on, from a copy in host memory: 12 bytes a parameter"
     )
@@ -164,7 +187,9 @@ class Evaluation(Section):
     """When the held-out loss is measured, and on how much."""
 
     interval: NaturalInt = Field(0, description="steps between evaluations; 0: only at the end")
-    sequences: PositiveInt = Field(128, description="held-out sequences, at most, and at most as many as are trained on")
+    sequences: PositiveInt = Field(
+        128, description="held-out sequences, at most, and at most as many as are trained on"
+    )
 
 
 class Guards(Section):
@@ -176,13 +201,23 @@ class Guards(Section):
     hang_seconds: NonNegativeFloat = Field(
         600.0, description="no progress for so long ends the run with every rank's stack; 0: never"
     )
-    lost_seconds: NonNegativeFloat = Field(30.0, description="no heartbeat of a rank for so long ends the run; 0: never")
-    replicas_interval: NaturalInt = Field(100, description="steps between comparisons of the replicas' weights; 0: none")
-    spike_deviations: NonNegativeFloat = Field(
-        10.0, description="a loss so many robust standard deviations above the median of the last ones is a spike; 0: none is"
+    lost_seconds: NonNegativeFloat = Field(
+        30.0, description="no heartbeat of a rank for so long ends the run; 0: never"
     )
-    spike_margin: NonNegativeFloat = Field(0.5, description="nats above that median that a spike has at least")
-    spike_window: Annotated[int, Field(ge=8, le=10_000)] = Field(128, description="losses that the median is taken over")
+    replicas_interval: NaturalInt = Field(
+        100, description="steps between comparisons of the replicas' weights; 0: none"
+    )
+    spike_deviations: NonNegativeFloat = Field(
+        10.0,
+        description="a loss so many robust standard deviations above the median of the last ones is a "
+        "spike; 0: none is",
+    )
+    spike_margin: NonNegativeFloat = Field(
+        0.5, description="nats above that median that a spike has at least"
+    )
+    spike_window: Annotated[int, Field(ge=8, le=10_000)] = Field(
+        128, description="losses that the median is taken over"
+    )
     rollback_after: NaturalInt = Field(
         3, description="skipped steps in a row that send the run back to a checkpoint; 0: none do"
     )
@@ -224,7 +259,9 @@ class Config(Section):
     kernels: Literal["auto", "torch", "triton"] = Field(
         "auto", description="auto: whichever was measured to be faster, on CUDA devices"
     )
-    init_from: str | None = Field(None, min_length=1, description="checkpoint, or run, whose weights this run starts from")
+    init_from: str | None = Field(
+        None, min_length=1, description="checkpoint, or run, whose weights this run starts from"
+    )
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
     guards: Guards = Guards()
@@ -258,7 +295,9 @@ class Config(Section):
 
     @property
     def evaluation_sequences(self) -> int:
-        """Held-out sequences of an evaluation: no more than the whole run trains on, so that a trial run stays short."""
+        """Held-out sequences of an evaluation: no more than the whole run trains on, so that a trial run
+        stays short.
+        """
         return min(self.evaluation.sequences, self.train.steps * self.train.global_batch_size)
 
     @property

@@ -1,4 +1,7 @@
-"""What a config means in numbers: parameters by part and by rank, FLOPs. From the split table; standard library only."""
+"""What a config means in numbers: parameters by part and by rank, FLOPs.
+
+From the split table; standard library only.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +43,18 @@ def guide_parameters(config: Config) -> int:
 def all_dense(config: Config) -> Config:
     """The same model with dense feed-forward layers."""
     recompute = "none" if config.recompute == "bottleneck" else config.recompute
-    return config.model_copy(update={"ffn": config.ffn.model_copy(update={"kind": DENSE}), "recompute": recompute})
+    return config.model_copy(
+        update={"ffn": config.ffn.model_copy(update={"kind": DENSE}), "recompute": recompute}
+    )
 
 
 def _multiplications(config: Config) -> int:
-    """Multiplications a token in one forward pass by all matrices: one for each parameter, but where a structure says otherwise."""
-    matrices = {name: spec for name, spec in model_tensors(config, guide=False).items() if len(spec.shape) > 1}
+    """Multiplications a token in one forward pass by all matrices: one for each parameter, but where a
+    structure says otherwise.
+    """
+    matrices = {
+        name: spec for name, spec in model_tensors(config, guide=False).items() if len(spec.shape) > 1
+    }
     others = sum(spec.numel for name, spec in matrices.items() if ".mlp." not in name)
     structures = [ffn_structure(config, layer) for layer in range(config.model.layers)]
     linears = [(inputs, outputs) for _, _, inputs, outputs in ffn_linears(config)]
@@ -58,9 +67,11 @@ def _embedding_lookup(config: Config) -> int:
 
 
 def flops_per_token(config: Config) -> int:
-    """Forward and backward FLOPs a token without the guide (the authors' formula): 6 x multiplications by matrices + 12 L A S.
+    """Forward and backward FLOPs a token without the guide (the authors' formula): 6 x multiplications by
+    matrices + 12 L A S.
 
-    The tied embedding counts once (its product with the hidden state), causal attention is not halved, recomputation does not count.
+    The tied embedding counts once (its product with the hidden state), causal attention is not halved,
+    recomputation does not count.
     """
     attention = 12 * config.model.layers * config.attention_dim * config.model.sequence
     return 6 * (_multiplications(config) - _embedding_lookup(config)) + attention

@@ -1,7 +1,9 @@
-"""Curves that fall from 1 at x = 0 to 0 at x = 1: the guide's weight, the learning rate after warm-up. Standard library only.
+"""Curves that fall from 1 at x = 0 to 0 at x = 1: the guide's weight, the learning rate after warm-up.
 
-Each is antisymmetric about its middle, f(x) + f(1 - x) = 1: so the sum of alpha over n guided steps is (n + 1)/2, on which the FLOPs of a
-stochastic guide are counted (spec/schedule.py).
+Standard library only.
+
+Each is antisymmetric about its middle, f(x) + f(1 - x) = 1: so the sum of alpha over n guided steps is (n +
+1)/2, on which the FLOPs of a stochastic guide are counted (spec/schedule.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Config files and overrides -> the config tree, or one error that lists *all* problems.
 
-A run is described by one JSON file (which may name a ``base`` and say only what differs) plus overrides ``key.path=value``. Each
-problem is told with its dotted key, its value and the rule it broke. Nothing here imports torch: a refusal takes well under a second.
+A run is described by one JSON file (which may name a ``base`` and say only what differs) plus overrides
+``key.path=value``. Each problem is told with its dotted key, its value and the rule it broke. Nothing here
+imports torch: a refusal takes well under a second.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from sffn_dist.spec import validation
 from sffn_dist.spec.config import Config, ConfigError, key_fields
 from sffn_dist.spec.renamed_keys import RENAMED, translate
 
-START = "start.json"  # written beside imported weights, perhaps by an earlier version: a record, not a user's file
+# written beside imported weights, perhaps by an earlier version: a record, not a user's file
+START = "start.json"
 
 
 def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
@@ -62,7 +64,9 @@ def _apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> list[str
 
 
 def from_tree(tree: Mapping[str, Any]) -> Config:
-    """Validate a nested mapping; raises ConfigError with every problem, of single keys and of keys together."""
+    """Validate a nested mapping; raises ConfigError with every problem, of single keys and of keys
+    together.
+    """
     try:
         config = _parsed(tree)
     except ValidationError as error:
@@ -74,13 +78,16 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 
 
 def _parsed(tree: Mapping[str, Any]) -> Config:
-    return Config.model_validate_json(json.dumps(tree))  # JSON mode: lists stand for tuples, all else is strict
+    return Config.model_validate_json(
+        json.dumps(tree)
+    )  # JSON mode: lists stand for tuples, all else is strict
 
 
 def _problems_of_the_rest(tree: Mapping[str, Any], error: ValidationError) -> list[str]:
     """Rules between keys that are broken whatever the refused keys will be set to.
 
-    The refused keys take their defaults; a rule that mentions one of them is left for the next try, as all are where one has no default.
+    The refused keys take their defaults; a rule that mentions one of them is left for the next try, as all
+    are where one has no default.
     """
     rest: dict[str, Any] = json.loads(json.dumps(tree))
     refused = []
@@ -150,7 +157,11 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     except (ValueError, RecursionError):
         value = raw
     # run.dir=2024 names a folder: a text field takes what is not already quoted as it stands
-    if "str" in str(fields[key]) and not isinstance(value, str) and not (value is None and "None" in str(fields[key])):
+    if (
+        "str" in str(fields[key])
+        and not isinstance(value, str)
+        and not (value is None and "None" in str(fields[key]))
+    ):
         value = raw
     *sections, leaf = key.split(".")
     node = tree
@@ -201,5 +212,9 @@ def _message(problem: Any, tree: Mapping[str, Any]) -> str:
         elif isinstance(node, (list, tuple)) and part.isdigit() and int(part) < len(node):
             node = node[int(part)]
     rule = str(problem["msg"])
-    rule = rule.replace("Input should be", "must be").replace("a valid ", "a ").replace("a integer", "an integer")
+    rule = (
+        rule.replace("Input should be", "must be")
+        .replace("a valid ", "a ")
+        .replace("a integer", "an integer")
+    )
     return f"{key} = {json.dumps(node, default=str)}: {rule}"

@@ -18,7 +18,9 @@ _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 
 @cache
 def cuda() -> tuple[int, int, int] | None:
-    """(visible devices, compute capability of the first: major, minor) by the driver, None without CUDA or with a CPU build of torch."""
+    """(visible devices, compute capability of the first: major, minor) by the driver, None without CUDA or
+    with a CPU build of torch.
+    """
     try:
         if "+cpu" in importlib.metadata.version("torch"):
             return None
@@ -40,7 +42,8 @@ def ranks_here(otherwise: int = 1) -> int:
 
 
 def devices_suffice(devices: int, ranks: int) -> bool:
-    """True if every one of a node's ranks has a CUDA device: its own among them, or the one that Slurm shows to each task.
+    """True if every one of a node's ranks has a CUDA device: its own among them, or the one that Slurm shows
+    to each task.
 
     Ranks that would share devices run on the CPU, and the plan says so: the demo's two ranks run anywhere.
     """
@@ -83,7 +86,9 @@ def triton_unavailable(ranks: int | None = None) -> str | None:
     if capability is None:
         return f"needs a CUDA device for each rank, and this is {device_name(ranks)}"
     if capability < _BF16_CAPABILITY:
-        return "needs compute capability {}.{}, and this device has {}.{}".format(*_BF16_CAPABILITY, *capability)
+        return "needs compute capability {}.{}, and this device has {}.{}".format(
+            *_BF16_CAPABILITY, *capability
+        )
     return None
 
 

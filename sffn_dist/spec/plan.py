@@ -1,4 +1,7 @@
-"""What a run will be, before it starts: parameters, FLOPs, memory, tokens, phases, unused settings. Standard library only."""
+"""What a run will be, before it starts: parameters, FLOPs, memory, tokens, phases, unused settings.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,12 @@ from sffn_dist.structured.registry import DENSE
 
 
 def plan(config: Config, world: int) -> dict[str, Any]:
-    """One JSON-ready object. Parameters and FLOPs without the guide stand under ``parameters`` and ``flops_per_step``.
+    """One JSON-ready object.
 
-    FLOPs are those of forward and backward (counts.flops_per_token), not of recomputation; ``memory_per_rank`` is an estimate in bytes.
+    Parameters and FLOPs without the guide stand under ``parameters`` and ``flops_per_step``.
+
+    FLOPs are those of forward and backward (counts.flops_per_token), not of recomputation;
+    ``memory_per_rank`` is an estimate in bytes.
     """
     parts = counts.parameters_by_part(config)
     ffn = parts["ffn_dense"] + parts["ffn_structured"]
@@ -55,7 +61,9 @@ def plan(config: Config, world: int) -> dict[str, Any]:
 
 
 def checkpoint_bytes(config: Config, *, guide: bool) -> int:
-    """Of one checkpoint, and while it is written in the background of host memory over all ranks: fp32 weight and two moments."""
+    """Of one checkpoint, and while it is written in the background of host memory over all ranks: fp32
+    weight and two moments.
+    """
     return 12 * (counts.parameters(config) + (counts.guide_parameters(config) if guide else 0))
 
 
@@ -63,8 +71,8 @@ def communication(config: Config, precision: str, data_parallel: int) -> dict[st
     """What a rank receives from its tensor-parallel group (spec/traffic.py):
     elements and bytes of a micro-batch by layer, of a step in all.
 
-    ``guide`` is what the guides add where they are drawn, ``all_dense`` what the same model with dense feed-forward layers receives.
-    ZeRO's own traffic, over the data-parallel group, is not in it.
+    ``guide`` is what the guides add where they are drawn, ``all_dense`` what the same model with dense
+    feed-forward layers receives. ZeRO's own traffic, over the data-parallel group, is not in it.
     """
     size, steps = 2 if precision == "bf16" else 4, config.accumulation_steps(data_parallel)
     layers = range(config.model.layers)
@@ -75,7 +83,10 @@ def communication(config: Config, precision: str, data_parallel: int) -> dict[st
             {
                 "layer": layer,
                 "ffn": config.kind_of_layer(layer),
-                **{place: _received(some, size) for place, some in _by_linear(traffic.layer_traffic(config, layer)).items()},
+                **{
+                    place: _received(some, size)
+                    for place, some in _by_linear(traffic.layer_traffic(config, layer)).items()
+                },
             }
             for layer in layers
         ],
@@ -87,16 +98,28 @@ def communication(config: Config, precision: str, data_parallel: int) -> dict[st
 
 def _by_linear(moved: list[traffic.Transfer]) -> dict[str, list[traffic.Transfer]]:
     """Attention's, both feed-forward linears', and the rest, which is the norms' gradients."""
-    places: dict[str, list[traffic.Transfer]] = {"attention": [], "linear_fc1": [], "linear_fc2": [], "norms": []}
+    places: dict[str, list[traffic.Transfer]] = {
+        "attention": [],
+        "linear_fc1": [],
+        "linear_fc2": [],
+        "norms": [],
+    }
     for one in moved:
-        part = "attention" if one.place.startswith("self_attention") else one.place.removeprefix("mlp.").split(".")[0]
+        part = (
+            "attention"
+            if one.place.startswith("self_attention")
+            else one.place.removeprefix("mlp.").split(".")[0]
+        )
         places[part if part in places else "norms"].append(one)
     return places
 
 
 def _received(moved: list[traffic.Transfer], size: int, times: int = 1) -> dict[str, float]:
     """Elements by purpose, and bytes."""
-    elements = {purpose: float(times * traffic.total(moved, purpose)) for purpose in ("forward", "backward", "gradient")}
+    elements = {
+        purpose: float(times * traffic.total(moved, purpose))
+        for purpose in ("forward", "backward", "gradient")
+    }
     return {**elements, "bytes": float(times * sum(one.elements * (one.size or size) for one in moved))}
 
 
@@ -106,7 +129,9 @@ def _dense_ffn(config: Config) -> int:
 
 
 def _phases(config: Config, precision: str, data_parallel: int) -> list[dict[str, Any]]:
-    """The phases in order: steps, tokens, expected FLOPs over all ranks, and a rank's memory, the guide's included while it lasts."""
+    """The phases in order: steps, tokens, expected FLOPs over all ranks, and a rank's memory, the guide's
+    included while it lasts.
+    """
     return [
         {
             "phase": phase.name,
@@ -115,7 +140,9 @@ def _phases(config: Config, precision: str, data_parallel: int) -> list[dict[str
             "steps": phase.end - phase.first,
             "tokens": (phase.end - phase.first) * config.tokens_per_step,
             "flops": schedule.flops(config, phase),
-            "memory": memory_per_rank(config, precision, data_parallel, guide=phase.name == "guided")["total"],
+            "memory": memory_per_rank(config, precision, data_parallel, guide=phase.name == "guided")[
+                "total"
+            ],
         }
         for phase in schedule.build_schedule(config).phases()
     ]
@@ -139,13 +166,17 @@ def _checkpoint_line(plan: dict[str, Any]) -> str:
     when = f"every {settings['interval']} steps" if settings["interval"] else "at the end"
     forever = f", and every {settings['keep_every']} steps for good" if settings["keep_every"] else ""
     disk = f"{settings['keep']} kept{forever}, {si((settings['keep'] + 1) * size, 'B')} of disk while one is written"
-    return f"{si(size, 'B')} {when}; {disk}" + (", as much host memory as one" if settings["asynchronous"] else "")
+    return f"{si(size, 'B')} {when}; {disk}" + (
+        ", as much host memory as one" if settings["asynchronous"] else ""
+    )
 
 
 def _layer_line(plan: dict[str, Any]) -> str:
     """What the feed-forward linears of one layer of each kind receive in a micro-batch."""
     kinds = {layer["ffn"]: layer for layer in plan["communication"]["layers"]}
-    sums = {kind: layer["linear_fc1"]["bytes"] + layer["linear_fc2"]["bytes"] for kind, layer in kinds.items()}
+    sums = {
+        kind: layer["linear_fc1"]["bytes"] + layer["linear_fc2"]["bytes"] for kind, layer in kinds.items()
+    }
     return "a micro-batch's FFN: " + ", ".join(f"{kind} {si(amount, 'B')}" for kind, amount in sums.items())
 
 
@@ -160,13 +191,16 @@ def si(number: float, unit: str = "") -> str:
 def render(plan: dict[str, Any]) -> str:
     """The plan as a page for a terminal."""
     ffn, memory, ranks = plan["ffn"], plan["memory_per_rank"], plan["ranks"]
-    sizes = ", ".join(f"{key} {ffn[key]}" for key in ("rank", "blocks") if key in ffn and f"ffn.{key}" not in plan["unused"])
+    sizes = ", ".join(
+        f"{key} {ffn[key]}" for key in ("rank", "blocks") if key in ffn and f"ffn.{key}" not in plan["unused"]
+    )
     parts = ", ".join(f"{part} {si(count)}" for part, count in plan["parameters_by_part"].items() if count)
     guide = f" (+ guide {si(plan['guide_parameters'])} while it lasts)" if plan["guide_parameters"] else ""
     lines = [
         (
             "feed-forward",
-            f"{ffn['kind']}{', ' + sizes if sizes else ''}: {plan['ffn_parameters_of_dense']:.0%} of the dense parameters",
+            f"{ffn['kind']}{', ' + sizes if sizes else ''}: {plan['ffn_parameters_of_dense']:.0%} of the "
+            f"dense parameters",
         ),
         ("parameters", f"{si(plan['parameters'])}{guide}: {parts}"),
         ("structured", f"{plan['structured_share_of_ffn']:.0%} of the feed-forward parameters"),
@@ -183,12 +217,14 @@ def render(plan: dict[str, Any]) -> str:
         ),
         (
             "ranks",
-            f"{ranks['world']} = tensor {ranks['tensor']} x data {ranks['data']}, {plan['accumulation_steps']} micro-steps a step",
+            f"{ranks['world']} = tensor {ranks['tensor']} x data {ranks['data']}, "
+            f"{plan['accumulation_steps']} micro-steps a step",
         ),
         ("precision", f"{plan['precision']} on {plan['device']}"),
         (
             "memory a rank",
-            f"about {si(memory['total'], 'B')}: " + ", ".join(f"{k} {si(v, 'B')}" for k, v in memory.items() if k != "total"),
+            f"about {si(memory['total'], 'B')}: "
+            + ", ".join(f"{k} {si(v, 'B')}" for k, v in memory.items() if k != "total"),
         ),
     ]
     if ranks["tensor"] > 1:

@@ -1,7 +1,8 @@
 """Config keys that had another name in earlier versions. Standard library only.
 
-A config file or an override that uses an old name is refused, naming the new one. What earlier versions recorded (run.json, manifests,
-start.json of an import) keeps its names on disk and is translated when it is read.
+A config file or an override that uses an old name is refused, naming the new one. What earlier versions
+recorded (run.json, manifests, start.json of an import) keeps its names on disk and is translated when it is
+read.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ def translate(tree: Mapping[str, Any]) -> dict[str, Any]:
     for section, settings in tree.items():
         if isinstance(settings, Mapping):
             prefix = f"{section}."
-            settings = {RENAMED.get(prefix + key, prefix + key).removeprefix(prefix): value for key, value in settings.items()}
+            settings = {
+                RENAMED.get(prefix + key, prefix + key).removeprefix(prefix): value
+                for key, value in settings.items()
+            }
         translated[section] = settings
     return translated

@@ -1,6 +1,7 @@
 """One clock: everything about a step as pure functions of (config, step). Imports no torch.
 
-The optimiser's global step is the only state of a run besides weights and moments; resuming is loading those three.
+The optimiser's global step is the only state of a run besides weights and moments; resuming is loading those
+three.
 
     alpha(step)  over the guided steps [begin, end), x = (step - begin) / (end - begin); 0 outside             (paper, section 4)
                  decay(x): guide.schedule, a curve of spec/decay.py
@@ -50,7 +51,8 @@ class Phase:
 class Schedule:
     """The run's clock; build it with :func:`of`.
 
-    ``first_pass`` steps read new data; the rest of ``total_steps`` repeats that of the guided ones, ``guide_begin`` to ``guide_end`` - 1.
+    ``first_pass`` steps read new data; the rest of ``total_steps`` repeats that of the guided ones,
+    ``guide_begin`` to ``guide_end`` - 1.
     """
 
     total_steps: int
@@ -68,7 +70,9 @@ class Schedule:
         """Raises ValueError outside [0, total_steps)."""
         if not 0 <= step < self.total_steps:
             raise ValueError(f"step {step} is outside the run's 0..{self.total_steps - 1}")
-        return StepSchedule(step, self.alpha(step), self._phase(step), self.learning_rate_factor(step), self._data_step(step))
+        return StepSchedule(
+            step, self.alpha(step), self._phase(step), self.learning_rate_factor(step), self._data_step(step)
+        )
 
     def guided(self, step: int) -> bool:
         """True if the guide's parameters exist in this step; False at ``total_steps``, the end of the run."""
@@ -101,8 +105,9 @@ class Schedule:
     def guide_weight(self, now: StepSchedule, layer: int, linear: int) -> float | None:
         """alpha where this linear computes its guide in this step, None where it does not.
 
-        Stochastic (paper, section 4): with probability alpha the linear uses the mix, still weighted by alpha, else U(V x) alone.
-        ``linear`` is 0 for the first and 1 for the second projection of the feed-forward layer.
+        Stochastic (paper, section 4): with probability alpha the linear uses the mix, still weighted by
+        alpha, else U(V x) alone. ``linear`` is 0 for the first and 1 for the second projection of the
+        feed-forward layer.
         """
         if now.phase != "guided":
             return None
@@ -119,13 +124,17 @@ class Schedule:
         return low + (1.0 - low) * DECAYS[self.learning_rate_schedule](done)
 
     def expected_drawn_fraction(self, step: int) -> float:
-        """Expected share of linears that compute their guide in a step: all while guided, alpha of them with the coin."""
+        """Expected share of linears that compute their guide in a step: all while guided, alpha of them
+        with the coin.
+        """
         if not self.guided(step):
             return 0.0
         return self.alpha(step) if self.stochastic else 1.0
 
     def expected_drawn_steps(self) -> float:
-        """The same summed over the run: guided steps n, or with the coin the sum of alpha, (n + 1)/2 for every curve."""
+        """The same summed over the run: guided steps n, or with the coin the sum of alpha, (n + 1)/2 for
+        every curve.
+        """
         n = self.guided_steps
         return (n + 1) / 2 if self.stochastic and n else float(n)
 
@@ -163,8 +172,9 @@ def _guided(config: Config) -> tuple[int, int]:
 def equal_flops_fraction(config: Config) -> float:
     """The share r of train.steps that ``fixed_flop`` guides and repeats: r = (D - S) / (S + c G)   (paper, section 4).
 
-    FLOPs a token of the structured model S, of the same model with dense feed-forward layers D, of all guides G; c is 1/2 with the coin,
-    else 1. So steps (1 + r) S + c r steps G = steps D: the whole run costs what the dense one costs. Not above 0 where D <= S.
+    FLOPs a token of the structured model S, of the same model with dense feed-forward layers D, of all guides
+    G; c is 1/2 with the coin, else 1. So steps (1 + r) S + c r steps G = steps D: the whole run costs what
+    the dense one costs. Not above 0 where D <= S.
     """
     dense, own = counts.flops_per_token(counts.all_dense(config)), counts.flops_per_token(config)
     guide = counts.guide_flops_per_token(config) * (0.5 if config.guide.stochastic else 1.0)
@@ -186,6 +196,8 @@ def due(step: int, interval: int, total: int) -> bool:
 
 
 def uniform(seed: int, step: int, layer: int, linear: int) -> float:
-    """The coin: a counter-based hash of its arguments in [0, 1), the same on every rank, micro-step and recomputation."""
+    """The coin: a counter-based hash of its arguments in [0, 1), the same on every rank, micro-step and
+    recomputation.
+    """
     key = struct.pack("<qqqq", seed & (2**63 - 1), step, layer, linear)
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") / 2**64

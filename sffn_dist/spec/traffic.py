@@ -5,10 +5,11 @@ Counted are elements *received* by one rank, exactly, p ranks, a tensor of n ele
     all_gather (n gathered), reduce_scatter (n given), all_to_all (n given)   n (p-1)/p
     all_reduce                                                               2n (p-1)/p
 
-A bottleneck z of r features in ``count`` chunks (TensorSpec.block_groups) is spread or collected as parallel/collectives.py says. With
-sequence parallelism, T tokens: spread and collect are T r / count; without: spread is nothing, collect an all-gather of T r if there are as
-many chunks as ranks, an all-reduce of it if there is one, else an all-to-all of T r / count and then an all-gather of T r.
-parallel/ledger.py counts what is really sent.
+A bottleneck z of r features in ``count`` chunks (TensorSpec.block_groups) is spread or collected as
+parallel/collectives.py says. With sequence parallelism, T tokens: spread and collect are T r / count;
+without: spread is nothing, collect an all-gather of T r if there are as many chunks as ranks, an all-reduce
+of it if there is one, else an all-to-all of T r / count and then an all-gather of T r. parallel/ledger.py
+counts what is really sent.
 """
 
 from __future__ import annotations
@@ -18,14 +19,24 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from sffn_dist.spec.config import Config
-from sffn_dist.spec.split_table import ffn_linears, ffn_structure, layer_tensors, linear_tensors, model_tensors, wide_factor
+from sffn_dist.spec.split_table import (
+    ffn_linears,
+    ffn_structure,
+    layer_tensors,
+    linear_tensors,
+    model_tensors,
+    wide_factor,
+)
 from sffn_dist.structured.cut import Role, TensorSpec
 from sffn_dist.structured.structure import Structure
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Elements that a rank receives in one micro-batch. ``purpose``: forward, backward, or gradient (of what every rank holds)."""
+    """Elements that a rank receives in one micro-batch.
+
+    ``purpose``: forward, backward, or gradient (of what every rank holds).
+    """
 
     purpose: str
     kind: str
@@ -36,7 +47,9 @@ class Transfer:
 
 @dataclass(frozen=True)
 class TrafficGroup:
-    """A tensor-parallel group of ``ranks`` and what it shares: ``tokens`` of a micro-batch, split among it with ``sequence``."""
+    """A tensor-parallel group of ``ranks`` and what it shares: ``tokens`` of a micro-batch, split among it
+    with ``sequence``.
+    """
 
     ranks: int
     tokens: int
@@ -46,7 +59,9 @@ class TrafficGroup:
         """Nothing, in a group of one."""
         if self.ranks > 1:
             yield Transfer(
-                purpose, kind, Fraction((2 if kind == "all_reduce" else 1) * elements * (self.ranks - 1), self.ranks)
+                purpose,
+                kind,
+                Fraction((2 if kind == "all_reduce" else 1) * elements * (self.ranks - 1), self.ranks),
             )
 
     def spread(self, purpose: str, width: int, count: int = 1) -> Iterator[Transfer]:
@@ -66,7 +81,9 @@ class TrafficGroup:
                 yield from self.moved(purpose, "all_to_all", elements // count)
                 yield from self.moved(purpose, "all_gather", elements)
             else:
-                yield from self.moved(purpose, "all_gather" if 1 < count == self.ranks else "all_reduce", elements)
+                yield from self.moved(
+                    purpose, "all_gather" if 1 < count == self.ranks else "all_reduce", elements
+                )
 
     def sum_gradient(self, spec: TensorSpec) -> Iterator[Transfer]:
         """The gradient of a tensor that every rank holds and computes from its own tokens."""
@@ -94,7 +111,9 @@ def structured_linear(
     specs: dict[str, TensorSpec],
     narrow: bool = False,
 ) -> Iterator[Transfer]:
-    """One linear without its guide and bias; ``narrow``: with ``recompute: bottleneck``, which moves some of it once more."""
+    """One linear without its guide and bias; ``narrow``: with ``recompute: bottleneck``, which moves some
+    of it once more.
+    """
     wide = wide_factor(specs)
     count = max(wide.block_groups(group.ranks)) + 1
     width = structure.bottleneck(inputs, outputs)
@@ -108,7 +127,9 @@ def structured_linear(
         yield from _times(turns, group.moved("forward", "all_to_all", group.tokens * inputs // group.ranks))
         yield from group.collect("forward", width, count)
         yield from group.spread("backward", width, count)
-        yield from _times(turns * (1 + narrow), group.moved("backward", "all_to_all", group.tokens * inputs // group.ranks))
+        yield from _times(
+            turns * (1 + narrow), group.moved("backward", "all_to_all", group.tokens * inputs // group.ranks)
+        )
     for name, spec in specs.items():
         if name not in ("guide", "bias"):  # of the factors, the one that every rank holds
             yield from group.sum_gradient(spec)
@@ -138,13 +159,15 @@ def total(moved: Iterable[Transfer], purpose: str | None = None) -> Fraction:
     return sum((one.elements for one in moved if purpose in (None, one.purpose)), Fraction(0))
 
 
-# ---------------------------------------------------------------------------------------------------------- the whole model
+# -------------------------------------------------------------------------------------------- the whole model
 
 
 def group_of(config: Config) -> TrafficGroup:
     """The run's tensor-parallel group and one micro-batch."""
     tokens = config.train.micro_batch_size * config.model.sequence
-    return TrafficGroup(config.parallel.tensor, tokens, config.parallel.sequence and config.parallel.tensor > 1)
+    return TrafficGroup(
+        config.parallel.tensor, tokens, config.parallel.sequence and config.parallel.tensor > 1
+    )
 
 
 def layer_traffic(config: Config, layer: int, *, guide: bool = False) -> list[Transfer]:
@@ -164,11 +187,18 @@ def layer_traffic(config: Config, layer: int, *, guide: bool = False) -> list[Tr
             at(name, dense_linear(group, role, inputs, outputs))
         else:
             own = {key.rpartition(".")[2]: spec for key, spec in specs.items() if key.startswith(f"{name}.")}
-            at(name, structured_linear(group, structure, role, inputs, outputs, own, config.recompute == "bottleneck"))
+            at(
+                name,
+                structured_linear(
+                    group, structure, role, inputs, outputs, own, config.recompute == "bottleneck"
+                ),
+            )
     if not guide:
         at("self_attention.linear_qkv", dense_linear(group, "column", h, h))
         at("self_attention.linear_proj", dense_linear(group, "row", h, h))
-    if config.recompute == "full":  # forward again, up to the last tensor that backward reads: a dense layer's last sum is not
+    if (
+        config.recompute == "full"
+    ):  # forward again, up to the last tensor that backward reads: a dense layer's last sum is not
         moved += [
             replace(one, purpose="backward")
             for one in moved
@@ -188,14 +218,17 @@ def model_traffic(config: Config) -> list[Transfer]:
     def at(place: str, some: Iterable[Transfer]) -> None:
         moved.extend(replace(one, place=f"{place}.{one.place}" if one.place else place) for one in some)
 
-    at("embedding.word_embeddings", dense_linear(group, "row", h, h))  # rows of the vocabulary are cut: partial sums
+    at(
+        "embedding.word_embeddings", dense_linear(group, "row", h, h)
+    )  # rows of the vocabulary are cut: partial sums
     for layer in range(config.model.layers):
         at(f"decoder.layers.{layer}", layer_traffic(config, layer))
     for name, spec in model_tensors(config, guide=False).items():
         if name.startswith("decoder.final_layernorm."):
             at(name, group.sum_gradient(spec))
     at("output_layer", dense_linear(group, "column", h, h))
-    # the vocabulary-parallel loss: each token's largest logit, its label's, and the sum of exponentials, in fp32
+    # the vocabulary-parallel loss: each token's largest logit, its label's, and the sum of exponentials, in
+    # fp32
     for _ in range(3):
         moved.extend(replace(one, size=4) for one in group.moved("forward", "all_reduce", group.tokens))
     return moved

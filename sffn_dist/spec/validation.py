@@ -1,4 +1,5 @@
-"""What joins several keys of a config: rules between them, which of them a run uses, which make it the run it is.
+"""What joins several keys of a config: rules between them, which of them a run uses, which make it the run it
+is.
 
 Imports no torch.
 """
@@ -22,7 +23,10 @@ def problems(config: Config) -> Iterable[str]:
     if not sizes and config.structured:  # FLOPs are those of sizes that fit
         yield from _guide_rules(config)
     if config.recompute == "bottleneck" and not config.structured:
-        yield "recompute = bottleneck: there is no structured feed-forward layer, whose bottleneck could be kept; use none or full"
+        yield (
+            "recompute = bottleneck: there is no structured feed-forward layer, whose bottleneck could be "
+            "kept; use none or full"
+        )
     if config.train.global_batch_size % config.train.micro_batch_size:
         yield (
             f"train.micro_batch_size = {config.train.micro_batch_size}: must divide "
@@ -42,7 +46,8 @@ def _attention_rules(config: Config) -> Iterable[str]:
     yield from _divides("model.kv_heads", config.kv_heads, "model.heads", model.heads)
     if config.attention_dim % model.heads == 0 and config.head_dim % 2:
         yield (
-            f"{dim_key} = {config.attention_dim}: head size {config.head_dim} ({dim_key} / model.heads) must be even, "
+            f"{dim_key} = {config.attention_dim}: head size {config.head_dim} ({dim_key} / model.heads) "
+            f"must be even, "
             "rotary embeddings turn pairs"
         )
 
@@ -60,7 +65,11 @@ def _ffn_rules(config: Config) -> Iterable[str]:
 
 def _tensor_parallel_rules(config: Config) -> Iterable[str]:
     p = config.parallel.tensor
-    sizes = {"model.heads": config.model.heads, "model.kv_heads": config.kv_heads, "model.vocab": config.model.vocab}
+    sizes = {
+        "model.heads": config.model.heads,
+        "model.kv_heads": config.kv_heads,
+        "model.vocab": config.model.vocab,
+    }
     if config.parallel.sequence and p > 1:
         sizes["model.sequence"] = config.model.sequence
     for key, value in sizes.items():
@@ -81,12 +90,14 @@ def _guide_rules(config: Config) -> Iterable[str]:
         share = schedule.equal_flops_fraction(config)
         if share <= 0:
             yield (
-                'guide.mode = "fixed_flop": the structured model costs as many FLOPs as the dense one, which leaves none for a guide; '
+                'guide.mode = "fixed_flop": the structured model costs as many FLOPs as the dense one, '
+                "which leaves none for a guide; "
                 "lower ffn.rank, raise ffn.blocks, or use fixed_step"
             )
         elif share > 1:
             yield (
-                f'guide.mode = "fixed_flop": what the structured model saves guides {share:.2f} x train.steps, must be at most 1; '
+                f'guide.mode = "fixed_flop": what the structured model saves guides {share:.2f} x '
+                f"train.steps, must be at most 1; "
                 "use fixed_step, or guide.stochastic=false"
             )
 
@@ -105,7 +116,8 @@ def check_world(config: Config, world: int) -> None:
     if train.global_batch_size % per_pass:
         raise ConfigError(
             [
-                f"train.global_batch_size = {train.global_batch_size}: must be a multiple of train.micro_batch_size x "
+                f"train.global_batch_size = {train.global_batch_size}: must be a multiple of "
+                f"train.micro_batch_size x "
                 f"data-parallel ranks = {train.micro_batch_size} x {world // p} = {per_pass}"
             ]
         )
@@ -131,7 +143,9 @@ def _why_no_step_is_guided(config: Config) -> str:
         return "a dense FFN has nothing to guide"
     if not config.structured:
         return "ffn.dense_layers leaves no structured layer"
-    fraction = config.guide.fraction if config.guide.mode == "fixed_step" else schedule.equal_flops_fraction(config)
+    fraction = (
+        config.guide.fraction if config.guide.mode == "fixed_step" else schedule.equal_flops_fraction(config)
+    )
     return f"a fraction of {fraction:.3g} of train.steps = {config.train.steps} guides no step"
 
 
@@ -158,7 +172,8 @@ def _used_guide_keys(config: Config) -> set[str]:
     return {"guide.schedule", "guide.stochastic", *by_mode.get(config.guide.mode, ())}
 
 
-# Restarting a run with another value of these would continue another run: they are compared with what run.dir holds.
+# Restarting a run with another value of these would continue another run: they are compared with what run.dir
+# holds.
 IDENTITY = ("model", "ffn", "guide", "data", "train", "init_from")
 FREE = ("train.micro_batch_size", "data.dir")
 
@@ -166,13 +181,24 @@ FREE = ("train.micro_batch_size", "data.dir")
 def identity(config: Config) -> dict[str, Any]:
     """Dotted key -> value of everything that must stay equal between restarts of one run.
 
-    What the run does not use is left out, whatever its value: sizes of another feed-forward kind, a guide that guides nothing.
+    What the run does not use is left out, whatever its value: sizes of another feed-forward kind, a guide
+    that guides nothing.
     """
     idle = set(FREE)
-    idle |= {f"ffn.{name}" for name in ("rank", "blocks") if name not in structure_class(config.ffn.kind).settings}
-    flat = {key: value for key, value in flatten(config).items() if key.split(".")[0] in IDENTITY and key not in idle}
+    idle |= {
+        f"ffn.{name}" for name in ("rank", "blocks") if name not in structure_class(config.ffn.kind).settings
+    }
+    flat = {
+        key: value
+        for key, value in flatten(config).items()
+        if key.split(".")[0] in IDENTITY and key not in idle
+    }
     # what a default stands for: naming it makes no other run
-    flat |= {"model.kv_heads": config.kv_heads, "model.attention_dim": config.attention_dim, "ffn.width": config.ffn_width}
+    flat |= {
+        "model.kv_heads": config.kv_heads,
+        "model.attention_dim": config.attention_dim,
+        "ffn.width": config.ffn_width,
+    }
     used, usual = _used_guide_keys(config), defaults()
     flat |= {key: usual[key] for key in GUIDE_KEYS - used}
     if not used:

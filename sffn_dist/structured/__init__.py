@@ -1,1 +1,4 @@
-"""What a structured matrix is: factors, the map, its dense meaning, its best approximation, initialisation. Single device."""
+"""What a structured matrix is: factors, the map, its dense meaning, its best approximation, initialisation.
+
+Single device.
+"""

@@ -1,7 +1,9 @@
-"""BlockDense, y = U (V_b x): ``block_in`` V (B, R/B, N/B) block-diagonal, ``up`` U (M, R) dense. Standard library only.
+"""BlockDense, y = U (V_b x): ``block_in`` V (B, R/B, N/B) block-diagonal, ``up`` U (M, R) dense.
 
-Over ranks the inner features lie as (block, feature in it): blocks are cut first, then what is inside a block. Column use cuts the rows of
-``up``, row use the blocks of ``block_in``, then its columns.
+Standard library only.
+
+Over ranks the inner features lie as (block, feature in it): blocks are cut first, then what is inside a
+block. Column use cuts the rows of ``up``, row use the blocks of ``block_in``, then its columns.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class BlockDense(Structure):
     def layout(self, features: int) -> Layout:
         return Layout((self.needed_blocks, features // self.needed_blocks), (0, 1))
 
-    def wide_factor(self, role: Role, inputs: int, outputs: int, gate: tuple[int, ...] = ()) -> tuple[str, Cut]:
+    def wide_factor(
+        self, role: Role, inputs: int, outputs: int, gate: tuple[int, ...] = ()
+    ) -> tuple[str, Cut]:
         if role == "column":
             layout = self.layout(inner_features(role, inputs, outputs, gate))
             return "up", layout.within(gate, (self.needed_rank,))

@@ -24,5 +24,10 @@ class BlockDenseOps(StructureOps):
 
     def from_dense(self, matrix: Tensor) -> dict[str, Tensor]:
         blocks = self.structure.needed_blocks
-        pairs = [truncated_svd(part, self.structure.needed_rank // blocks) for part in matrix.chunk(blocks, dim=1)]
-        return {"block_in": torch.stack([right for _, right in pairs]), "up": torch.cat([left for left, _ in pairs], dim=1)}
+        pairs = [
+            truncated_svd(part, self.structure.needed_rank // blocks) for part in matrix.chunk(blocks, dim=1)
+        ]
+        return {
+            "block_in": torch.stack([right for _, right in pairs]),
+            "up": torch.cat([left for left, _ in pairs], dim=1),
+        }

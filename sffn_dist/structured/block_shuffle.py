@@ -1,10 +1,12 @@
-"""BlockShuffle, y = f^-1(U_b f(V_b x)): ``block_in`` V (B, n/B, N/B), ``block_out`` U (B, M/B, n/B), n = min(N, M). Standard library only.
+"""BlockShuffle, y = f^-1(U_b f(V_b x)): ``block_in`` V (B, n/B, N/B), ``block_out`` U (B, M/B, n/B), n =
+min(N, M). Standard library only.
 
-Both factors are block-diagonal, with Monarch's shuffle f between them. z[k, q] = sum_p V[k, q, p] x[k*N/B + p]; z flattened is read as
-(r, l) with l fastest; y[s*B + l] = sum_r U[l, s, r] z[r*B + l].
+Both factors are block-diagonal, with Monarch's shuffle f between them. z[k, q] = sum_p V[k, q, p] x[k*N/B +
+p]; z flattened is read as (r, l) with l fastest; y[s*B + l] = sum_r U[l, s, r] z[r*B + l].
 
-Over ranks the inner features lie as (k, s', l) = (B, f/B^2, B): l is cut first, then k, then s'. Column use cuts ``block_out`` so; row use
-cuts ``block_in``, whose block k reads the features (k, s', l), or exchanges the features for whole blocks k where less is then received.
+Over ranks the inner features lie as (k, s', l) = (B, f/B^2, B): l is cut first, then k, then s'. Column use
+cuts ``block_out`` so; row use cuts ``block_in``, whose block k reads the features (k, s', l), or exchanges
+the features for whole blocks k where less is then received.
 """
 
 from __future__ import annotations
@@ -13,7 +15,15 @@ import math
 from collections.abc import Iterator
 
 from sffn_dist.structured.cut import Cut, Layout, Role
-from sffn_dist.structured.structure import Factored, Shapes, Size, Structure, blocks_among_ranks, inner_features, must_divide
+from sffn_dist.structured.structure import (
+    Factored,
+    Shapes,
+    Size,
+    Structure,
+    blocks_among_ranks,
+    inner_features,
+    must_divide,
+)
 
 
 class BlockShuffle(Structure):
@@ -43,8 +53,13 @@ class BlockShuffle(Structure):
             return Layout((features // blocks, blocks), ())  # cannot be cut: one rank only
         return Layout((blocks, features // blocks**2, blocks), (2, 0, 1))
 
-    def wide_factor(self, role: Role, inputs: int, outputs: int, gate: tuple[int, ...] = ()) -> tuple[str, Cut]:
-        shapes, layout = self.factor_shapes(inputs, outputs), self.layout(inner_features(role, inputs, outputs, gate))
+    def wide_factor(
+        self, role: Role, inputs: int, outputs: int, gate: tuple[int, ...] = ()
+    ) -> tuple[str, Cut]:
+        shapes, layout = (
+            self.factor_shapes(inputs, outputs),
+            self.layout(inner_features(role, inputs, outputs, gate)),
+        )
         if role == "column":
             return "block_out", self._block_out(layout, gate, shapes["block_out"][2])
         return "block_in", self._block_in(layout, shapes["block_in"])
@@ -60,15 +75,18 @@ class BlockShuffle(Structure):
     def _block_in(self, layout: Layout, shape: tuple[int, ...]) -> Cut:
         """(B, n/B, f/B): block k reads features (k, s', l).
 
-        Two routes to z, h wide; elements received a token and rank, x (p-1)/p. With the features as they lie every rank has a part of all
-        of z (of h/q where the blocks k are cut q ways): to sum, h/q. Or the wide features are exchanged for whole blocks k first, f/p, and
-        every rank has its h/p of z complete: f/p + h/p, which is less where f + h < p h and p divides the blocks (then q = 1).
+        Two routes to z, h wide; elements received a token and rank, x (p-1)/p. With the features as they lie
+        every rank has a part of all of z (of h/q where the blocks k are cut q ways): to sum, h/q. Or the wide
+        features are exchanged for whole blocks k first, f/p, and every rank has its h/p of z complete: f/p +
+        h/p, which is less where f + h < p h and p divides the blocks (then q = 1).
         """
         if not layout.axes:
             return Cut(shape, ())
         blocks, rows, _ = shape
         width, inner = blocks * rows, math.prod(layout.view)
-        return Cut((blocks, rows, layout.view[1], layout.view[2]), (3, 0, 2), many=0, many_from=inner // width + 2)
+        return Cut(
+            (blocks, rows, layout.view[1], layout.view[2]), (3, 0, 2), many=0, many_from=inner // width + 2
+        )
 
     def size_problems(self, outer: Size, inner: Size, prefix: str = "") -> Iterator[str]:
         yield from must_divide(f"{prefix}blocks", self.blocks, outer, inner)
@@ -77,7 +95,8 @@ class BlockShuffle(Structure):
         blocks = self.needed_blocks
         if (blocks % ranks.value == 0 or ranks.value % blocks == 0) and inner.value % blocks**2:
             yield (
-                f"{prefix}blocks = {blocks}: its square must divide {inner.name} = {inner.value} under tensor parallelism "
+                f"{prefix}blocks = {blocks}: its square must divide {inner.name} = {inner.value} under "
+                f"tensor parallelism "
                 "(the shuffled features of a block must fall into whole blocks of the next factor)"
             )
         else:

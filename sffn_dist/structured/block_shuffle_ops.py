@@ -1,4 +1,6 @@
-"""BlockShuffle, computed: y = f^-1(U_b f(V_b x)) with ``block_in`` V (B, n/B, N/B) and ``block_out`` U (B, M/B, n/B)."""
+"""BlockShuffle, computed: y = f^-1(U_b f(V_b x)) with ``block_in`` V (B, n/B, N/B) and ``block_out`` U (B,
+M/B, n/B).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from sffn_dist.structured.structure_ops import Factors, StructureOps
 class BlockShuffleOps(StructureOps):
     """A grid of B x B independent low-rank blocks: rows s*B + l of one l, columns of one input block k.
 
-    Each has as many ranks as bottleneck features join l and k, and the truncated SVD of each is the nearest matrix: the Monarch projection.
+    Each has as many ranks as bottleneck features join l and k, and the truncated SVD of each is the nearest
+    matrix: the Monarch projection.
     """
 
     @property
@@ -35,9 +38,11 @@ class BlockShuffleOps(StructureOps):
         block_in, block_out = matrix.new_zeros(shapes["block_in"]), matrix.new_zeros(shapes["block_out"])
         for k in range(blocks):
             for l in range(blocks):
-                # bottleneck features of input block k (i // per_block = k) that output block l reads (i % blocks = l)
+                # bottleneck features of input block k (i // per_block = k) that output block l reads (i %
+                # blocks = l)
                 joint = torch.tensor(
-                    [i for i in range(k * per_block, (k + 1) * per_block) if i % blocks == l], dtype=torch.long
+                    [i for i in range(k * per_block, (k + 1) * per_block) if i % blocks == l],
+                    dtype=torch.long,
                 )
                 if joint.numel() == 0:
                     continue

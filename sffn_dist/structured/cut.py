@@ -1,8 +1,9 @@
 """How a tensor is cut over tensor-parallel ranks. Standard library only.
 
-A cut names axes of a *view* of the full tensor. BlockShuffle shows why: its output feature s*B + l belongs to block l, so a cut over
-blocks is contiguous in the factor (B, M/B, n/B) and strided in the activation, the bias and the guide. With the inner features seen as
-(k, s', l) = (B, f/B^2, B), one layout serves them all: cut l first, then (more ranks than blocks) k, then s'.
+A cut names axes of a *view* of the full tensor. BlockShuffle shows why: its output feature s*B + l belongs to
+block l, so a cut over blocks is contiguous in the factor (B, M/B, n/B) and strided in the activation, the
+bias and the guide. With the inner features seen as (k, s', l) = (B, f/B^2, B), one layout serves them all:
+cut l first, then (more ranks than blocks) k, then s'.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ Role = Literal["column", "row"]
 
 @dataclass(frozen=True)
 class Cut:
-    """Split ``view`` (which refines a tensor's shape) along ``axes``: each in turn takes as many ways as divide it.
+    """Split ``view`` (which refines a tensor's shape) along ``axes``: each in turn takes as many ways as
+    divide it.
 
-    ``many`` names one axis that is cut instead, into p parts, where it can be and p is at least ``many_from``.
+    ``many`` names one axis that is cut instead, into p parts, where it can be and p is at least
+    ``many_from``.
     """
 
     view: tuple[int, ...]
@@ -99,10 +102,14 @@ class TensorSpec:
         return next((owners[axis] for axis, ways in self.cut.ways(p) if ways > 1), owners[self.cut.axes[0]])
 
     def block_groups(self, p: int) -> tuple[int, ...]:
-        """For each of p ranks, which group of blocks of a block factor (blocks, outputs, inputs) it holds; all 0 for a matrix."""
+        """For each of p ranks, which group of blocks of a block factor (blocks, outputs, inputs) it holds;
+        all 0 for a matrix.
+        """
         if self.cut is None or len(self.shape) < 3 or p == 1:
             return (0,) * p
-        parts = [{axis: (start, length) for axis, start, length in self.cut.starts(p, rank)} for rank in range(p)]
+        parts = [
+            {axis: (start, length) for axis, start, length in self.cut.starts(p, rank)} for rank in range(p)
+        ]
         return tuple(part[0][0] // part[0][1] if 0 in part else 0 for part in parts)
 
 

@@ -25,5 +25,7 @@ class Dense(Structure):
         outputs, inputs = shapes["weight"]
         return Factored(cls(), outputs, inputs)
 
-    def wide_factor(self, role: Role, inputs: int, outputs: int, gate: tuple[int, ...] = ()) -> tuple[str, Cut]:
+    def wide_factor(
+        self, role: Role, inputs: int, outputs: int, gate: tuple[int, ...] = ()
+    ) -> tuple[str, Cut]:
         return "weight", self.dense_cut(role, inputs, outputs, gate)

@@ -29,7 +29,13 @@ def from_dense(structure: Structure, matrix: Tensor) -> dict[str, Tensor]:
 
 
 def draw(
-    structure: Structure, inputs: int, outputs: int, std: float, generator: torch.Generator | None, *, guide: bool = False
+    structure: Structure,
+    inputs: int,
+    outputs: int,
+    std: float,
+    generator: torch.Generator | None,
+    *,
+    guide: bool = False,
 ) -> dict[str, Tensor]:
     """Full fp32 factors of a fresh (outputs, inputs) linear, on the generator's device (paper, appendix).
 

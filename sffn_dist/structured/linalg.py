@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(left (M, rank), right (rank, N)) with left @ right the best rank-``rank`` approximation (Eckart-Young), sqrt(S) in each."""
+    """(left (M, rank), right (rank, N)) with left @ right the best rank-``rank`` approximation
+    (Eckart-Young), sqrt(S) in each.
+    """
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     kept = min(rank, s.shape[0])
     root = s[:kept].sqrt()

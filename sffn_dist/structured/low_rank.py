@@ -1,6 +1,7 @@
 """LowRank, y = U (V x): ``down`` V (R, N), ``up`` U (M, R). Standard library only.
 
-Over ranks: column use cuts the rows of ``up``, row use the columns of ``down``, both along f in contiguous parts.
+Over ranks: column use cuts the rows of ``up``, row use the columns of ``down``, both along f in contiguous
+parts.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class LowRank(Structure):
         rank, inputs = shapes["down"]
         return Factored(cls(rank=rank), shapes["up"][0], inputs)
 
-    def wide_factor(self, role: Role, inputs: int, outputs: int, gate: tuple[int, ...] = ()) -> tuple[str, Cut]:
+    def wide_factor(
+        self, role: Role, inputs: int, outputs: int, gate: tuple[int, ...] = ()
+    ) -> tuple[str, Cut]:
         layout = self.layout(inner_features(role, inputs, outputs, gate))
         if role == "column":
             return "up", layout.within(gate, (self.needed_rank,))

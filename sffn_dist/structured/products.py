@@ -2,7 +2,8 @@
 
 Whoever splits a linear over ranks writes its backward by hand, to put collectives between these products.
 
-Shapes: x (..., inputs), y (..., outputs), any leading dimensions; the sizes are read from the weight, so a shard serves as the whole does.
+Shapes: x (..., inputs), y (..., outputs), any leading dimensions; the sizes are read from the weight, so a
+shard serves as the whole does.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class MatrixProduct:
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return grad.flatten(0, -2).t().mm(x.flatten(0, -2))
 
-    # The same, scaled and added within the product itself: none of these reads or writes its output in a pass of its own.
+    # The same, scaled and added within the product itself: none of these reads or writes its output in a pass
+    # of its own.
 
     def add_forward(self, y: Tensor, x: Tensor, weight: Tensor, *, keep: float, scale: float) -> Tensor:
         """Keep y + scale A x, in the place of y."""
@@ -69,11 +71,15 @@ class BlockDiagonalProduct:
         return block_diagonal.input_gradient(grad.unflatten(-1, (weight.shape[0], -1)), weight).flatten(-2)
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return block_diagonal.weight_gradient(grad.unflatten(-1, weight.shape[:2]), x.unflatten(-1, (weight.shape[0], -1)))
+        return block_diagonal.weight_gradient(
+            grad.unflatten(-1, weight.shape[:2]), x.unflatten(-1, (weight.shape[0], -1))
+        )
 
 
 class InterleavedProduct:
-    """weight (K, O, R), Monarch's second factor: z (..., K, R), a row for each block -> y (..., O*K), the blocks interleaved (s, l)."""
+    """weight (K, O, R), Monarch's second factor: z (..., K, R), a row for each block -> y (..., O*K), the
+    blocks interleaved (s, l).
+    """
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return shaped(block_diagonal.interleaved_product(x, weight), *x.shape[:-2], -1)
@@ -91,12 +97,16 @@ class InterleavedProduct:
 
 
 def shaped(result: Tensor, *shape: int) -> Tensor:
-    """A new tensor that nobody else holds, in another shape; no view to autograd, which would forbid its users to write into it."""
+    """A new tensor that nobody else holds, in another shape; no view to autograd, which would forbid its
+    users to write into it.
+    """
     return torch.ops.aten._unsafe_view(result, shape)
 
 
 def shuffle(z: Tensor, blocks: int) -> Tensor:
-    """Monarch's shuffle: feature r*B + l of z (..., R*B) -> place (l, r) of (..., B, R), a view: row l feeds block l."""
+    """Monarch's shuffle: feature r*B + l of z (..., R*B) -> place (l, r) of (..., B, R), a view: row l
+    feeds block l.
+    """
     return z.unflatten(-1, (-1, blocks)).transpose(-1, -2)
 
 

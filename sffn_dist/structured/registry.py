@@ -1,4 +1,6 @@
-"""Which structures there are: ``ffn.kind`` -> the class that declares it and the one that computes it. Imports no torch by itself.
+"""Which structures there are: ``ffn.kind`` -> the class that declares it and the one that computes it.
+
+Imports no torch by itself.
 
 Another structure is two files and a line in ``BUILT_IN``, or :func:`register` called before a config is read.
 """
@@ -32,12 +34,15 @@ _registered: dict[str, tuple[type[Structure], str | type[StructureOps]]] = {}
 
 
 def register(structure: type[Structure], ops: str | type[StructureOps]) -> None:
-    """Make ``structure.kind`` a value of ``ffn.kind``; ``ops`` is a class, or ``module:Class`` to import when it is needed.
+    """Make ``structure.kind`` a value of ``ffn.kind``; ``ops`` is a class, or ``module:Class`` to import when
+    it is needed.
 
     Raises ValueError if the kind is taken.
     """
     if structure.kind in _registered:
-        raise ValueError(f"kind = {structure.kind!r}: registered already, by {_registered[structure.kind][0].__module__}")
+        raise ValueError(
+            f"kind = {structure.kind!r}: registered already, by {_registered[structure.kind][0].__module__}"
+        )
     _registered[structure.kind] = (structure, ops)
 
 
@@ -63,7 +68,10 @@ def structure_class(kind: str) -> type[Structure]:
 
 
 def build_structure(kind: str, rank: int | None = None, blocks: int | None = None) -> Structure:
-    """A structure with its settings, which are not checked. Raises ValueError for a kind that is not registered."""
+    """A structure with its settings, which are not checked.
+
+    Raises ValueError for a kind that is not registered.
+    """
     return structure_class(kind)(rank, blocks)
 
 
@@ -79,7 +87,9 @@ def ops(structure: Structure) -> StructureOps:
 
 
 def from_factor_shapes(shapes: Shapes) -> Factored:
-    """The structure and matrix that factors of these names and shapes belong to; raises KeyError if they belong to none."""
+    """The structure and matrix that factors of these names and shapes belong to; raises KeyError if they
+    belong to none.
+    """
     for structure, _ in _registered.values():
         if set(shapes) == set(structure.factors):
             return structure.from_factor_shapes(shapes)

@@ -1,7 +1,9 @@
-"""What a structure declares without torch: its settings, factor shapes, cuts over ranks, and the rules that its sizes keep.
+"""What a structure declares without torch: its settings, factor shapes, cuts over ranks, and the rules that
+its sizes keep.
 
-A structure is a subclass of :class:`Structure` in ``<kind>.py``, a subclass of :class:`~sffn_dist.structured.structure_ops.StructureOps`
-beside it in ``<kind>_ops.py``, which computes, and a line in registry.py. Standard library only.
+A structure is a subclass of :class:`Structure` in ``<kind>.py``, a subclass of
+:class:`~sffn_dist.structured.structure_ops.StructureOps` beside it in ``<kind>_ops.py``, which computes, and
+a line in registry.py. Standard library only.
 
 Shapes: h width, f inner width, R rank, B blocks, p tensor-parallel ranks; matrices are (outputs, inputs).
 """
@@ -38,9 +40,10 @@ class Factored(NamedTuple):
 class Structure(abc.ABC):
     """A structure with its settings: ``rank`` R and ``blocks`` B, as far as ``settings`` names them.
 
-    An (outputs, inputs) matrix W of a structure is applied as y = U (V x): the factor applied first makes the bottleneck z, the other one
-    makes y (paper, section 3.1). Of the two linears of a feed-forward layer the first is column-parallel (h -> f, its outputs are cut), the
-    second row-parallel (f -> h, its inputs are cut). Only the factor that touches f is cut; every rank holds the other one whole.
+    An (outputs, inputs) matrix W of a structure is applied as y = U (V x): the factor applied first makes the
+    bottleneck z, the other one makes y (paper, section 3.1). Of the two linears of a feed-forward layer the
+    first is column-parallel (h -> f, its outputs are cut), the second row-parallel (f -> h, its inputs are
+    cut). Only the factor that touches f is cut; every rank holds the other one whole.
     """
 
     rank: int | None = None
@@ -51,7 +54,9 @@ class Structure(abc.ABC):
     factors: ClassVar[tuple[str, ...]]  # names, the one applied first before the other
     dense: ClassVar[bool] = False  # a plain matrix: no bottleneck, and nothing to guide
     fused_kernels: ClassVar[bool] = False  # sffn_kernels.bottleneck and .decode know its factors
-    in_modeling_file: ClassVar[bool] = False  # conversion/hf/modeling_sffn.py, which travels with a structured export, knows it
+    in_modeling_file: ClassVar[bool] = (
+        False  # conversion/hf/modeling_sffn.py, which travels with a structured export, knows it
+    )
 
     @property
     def needed_rank(self) -> int:
@@ -63,7 +68,7 @@ class Structure(abc.ABC):
         assert self.blocks is not None, f"{self.kind} needs blocks"
         return self.blocks
 
-    # ---------------------------------------------------------------------------------------------------------------- shapes
+    # ------------------------------------------------------------------------------------------------- shapes
 
     @abc.abstractmethod
     def factor_shapes(self, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
@@ -78,7 +83,9 @@ class Structure(abc.ABC):
         """Features of z, which lies between the two factors."""
 
     def multiplications(self, inputs: int, outputs: int) -> int:
-        """Multiplications a token in y = W x: one for each weight, unless a structure uses its weights more often."""
+        """Multiplications a token in y = W x: one for each weight, unless a structure uses its weights
+        more often.
+        """
         return sum(math.prod(shape) for shape in self.factor_shapes(inputs, outputs).values())
 
     @classmethod
@@ -86,25 +93,36 @@ class Structure(abc.ABC):
     def from_factor_shapes(cls, shapes: Shapes) -> Factored:
         """The structure and matrix that factors of these shapes belong to; their names are ``factors``."""
 
-    # ------------------------------------------------------------------------------------------------------------------ cuts
+    # --------------------------------------------------------------------------------------------------- cuts
 
     def layout(self, features: int) -> Layout:
-        """How the f inner features of a feed-forward layer lie over ranks: in p contiguous parts, unless overridden."""
+        """How the f inner features of a feed-forward layer lie over ranks: in p contiguous parts, unless
+        overridden.
+        """
         return Layout((features,), (0,))
 
     @abc.abstractmethod
-    def wide_factor(self, role: Role, inputs: int, outputs: int, gate: tuple[int, ...] = ()) -> tuple[str, Cut]:
-        """Name and cut of the factor that touches f. ``gate`` is (2,) where ``outputs`` are the two halves of a gated pair."""
+    def wide_factor(
+        self, role: Role, inputs: int, outputs: int, gate: tuple[int, ...] = ()
+    ) -> tuple[str, Cut]:
+        """Name and cut of the factor that touches f.
+
+        ``gate`` is (2,) where ``outputs`` are the two halves of a gated pair.
+        """
 
     def dense_cut(self, role: Role, inputs: int, outputs: int, gate: tuple[int, ...] = ()) -> Cut:
-        """Cut of a dense (outputs, inputs) matrix between the same features: a guide's, as Megatron cuts a linear's weight."""
+        """Cut of a dense (outputs, inputs) matrix between the same features: a guide's, as Megatron cuts a
+        linear's weight.
+        """
         layout = self.layout(inner_features(role, inputs, outputs, gate))
         return layout.within(gate, (inputs,)) if role == "column" else layout.within((outputs,))
 
-    # ----------------------------------------------------------------------------------------------------------------- rules
+    # -------------------------------------------------------------------------------------------------- rules
 
     def setting_problems(self, prefix: str = "") -> Iterator[str]:
-        """What is wrong with ``rank`` and ``blocks`` by themselves; ``prefix`` stands before their names in messages."""
+        """What is wrong with ``rank`` and ``blocks`` by themselves; ``prefix`` stands before their names
+        in messages.
+        """
         for name in ("rank", "blocks"):
             value = getattr(self, name)
             if name in self.settings and value is None:
@@ -115,7 +133,9 @@ class Structure(abc.ABC):
                 yield f"{prefix}{name} = {value!r}: must be a positive whole number"
 
     def size_problems(self, outer: Size, inner: Size, prefix: str = "") -> Iterator[str]:
-        """Why no matrix between ``outer`` (h) and ``inner`` (f) features has this structure; a missing setting breaks no rule here."""
+        """Why no matrix between ``outer`` (h) and ``inner`` (f) features has this structure; a missing
+        setting breaks no rule here.
+        """
         yield from ()
 
     def rank_problems(self, inner: Size, ranks: Size, prefix: str = "") -> Iterator[str]:
@@ -162,7 +182,10 @@ def blocks_among_ranks(blocks: int, inner: Size, ranks: Size, prefix: str) -> It
     if blocks % ranks.value and ranks.value % blocks:
         yield f"{prefix}blocks = {blocks}: must be divisible by {ranks.name} = {ranks.value}, or divide it"
     elif ranks.value > blocks and (inner.value // blocks) % (ranks.value // blocks):
-        yield f"{inner.name} / {prefix}blocks = {inner.value // blocks}: must be divisible by {ranks.value // blocks}"
+        yield (
+            f"{inner.name} / {prefix}blocks = {inner.value // blocks}: must be divisible by "
+            f"{ranks.value // blocks}"
+        )
 
 
 def refuse(problems: Iterable[str]) -> None:

@@ -1,6 +1,8 @@
-"""What a structure computes: y = W x as two products, its dense meaning, its best approximation, its initialisation. Single device.
+"""What a structure computes: y = W x as two products, its dense meaning, its best approximation, its
+initialisation. Single device.
 
-One subclass of :class:`StructureOps` in ``<kind>_ops.py`` for each structure, beside what it declares in ``<kind>.py``.
+One subclass of :class:`StructureOps` in ``<kind>_ops.py`` for each structure, beside what it declares in
+``<kind>.py``.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class StructureOps(abc.ABC):
 
     @property
     def second_blocks(self) -> int | None:
-        """B if the second factor's block l reads the features r*B + l of z, as Monarch's does; None if it reads z as it is."""
+        """B if the second factor's block l reads the features r*B + l of z, as Monarch's does; None if it
+        reads z as it is.
+        """
         return None
 
     @abc.abstractmethod
@@ -43,7 +47,9 @@ class StructureOps(abc.ABC):
         """W (M, N): the map applied to the identity."""
         some = next(iter(factors.values()))
         shapes = {name: tuple(factor.shape) for name, factor in factors.items()}
-        identity = torch.eye(self.structure.from_factor_shapes(shapes).inputs, dtype=some.dtype, device=some.device)
+        identity = torch.eye(
+            self.structure.from_factor_shapes(shapes).inputs, dtype=some.dtype, device=some.device
+        )
         return self.apply(identity, factors).t().contiguous()
 
     @abc.abstractmethod
@@ -51,7 +57,8 @@ class StructureOps(abc.ABC):
         """Factors of the nearest matrix of this structure to ``matrix`` (M, N) in Frobenius norm."""
 
     def draw(self, inputs: int, outputs: int, std: float, gaussian: Gaussian) -> dict[str, Tensor]:
-        """First factors (paper, appendix): each block a Gaussian replaced by the nearest orthonormal matrix, unless overridden.
+        """First factors (paper, appendix): each block a Gaussian replaced by the nearest orthonormal matrix,
+        unless overridden.
 
         ``std`` is that of a dense matrix's entries.
         """

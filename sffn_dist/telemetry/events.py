@@ -1,6 +1,7 @@
 """What happened to a run besides its steps: ``run_dir/events.jsonl``, one JSON line an event, for good.
 
-Unlike the metrics it is never cut: a step that was skipped, undone and taken again is told three times. Standard library only.
+Unlike the metrics it is never cut: a step that was skipped, undone and taken again is told three times.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ KEPT = 1000  # lines kept in memory while the disk is full
 
 
 class EventLog:
-    """Append-only; a line is ``{"time": seconds since 1970, "step": ..., "event": kind, ...}``. Never raises for a disk's sake."""
+    """Append-only; a line is ``{"time": seconds since 1970, "step": ..., "event": kind, ...}``.
+
+    Never raises for a disk's sake.
+    """
 
     def __init__(self, path: Path, *, warns: bool = True):
         self.path = path
@@ -37,7 +41,9 @@ class EventLog:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                _log.warning("%s cannot be written (%s); training goes on", self.path, error.strerror or error)
+                _log.warning(
+                    "%s cannot be written (%s); training goes on", self.path, error.strerror or error
+                )
         return row
 
     def _flush(self) -> None:

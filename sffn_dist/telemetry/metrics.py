@@ -1,8 +1,8 @@
 """The record of a run: one JSON line a step, each step once, also after kills, resumes and full disks.
 
-``metrics.jsonl`` (training) and ``evaluations.jsonl`` are written by the same class. The lines are strict JSON; JSON has no
-NaN or infinities, so those stand as the strings "nan", "inf" and "-inf", and :func:`read` turns them back into floats.
-Standard library only.
+``metrics.jsonl`` (training) and ``evaluations.jsonl`` are written by the same class. The lines are strict
+JSON; JSON has no NaN or infinities, so those stand as the strings "nan", "inf" and "-inf", and :func:`read`
+turns them back into floats. Standard library only.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class MetricsLog:
     """Append-only log of rows, each with an integer ``step``.
 
-    Opening drops every line of ``resume_step`` or later and what a kill left torn; the other lines stay byte for byte. So
-    ``step`` is the index of the optimiser's step a row belongs to, and ``resume_step`` the first index still to be done: with s
-    steps done the last row has step s - 1 and the run resumes at s.
+    Opening drops every line of ``resume_step`` or later and what a kill left torn; the other lines stay byte
+    for byte. So ``step`` is the index of the optimiser's step a row belongs to, and ``resume_step`` the first
+    index still to be done: with s steps done the last row has step s - 1 and the run resumes at s.
 
-    A disk that cannot be written never raises from :meth:`write`: it warns once, keeps the newest ``PENDING_LINES`` lines in
-    memory and tries again with every later row. Reading an existing file may raise OSError.
+    A disk that cannot be written never raises from :meth:`write`: it warns once, keeps the newest
+    ``PENDING_LINES`` lines in memory and tries again with every later row. Reading an existing file may raise
+    OSError.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int):
@@ -64,7 +65,9 @@ class MetricsLog:
         if not isinstance(step, int) or isinstance(step, bool):
             raise ValueError(f"step = {step!r} in a row of {self.path}: must be an integer")
         if self._last is not None and step <= self._last:
-            raise ValueError(f"step = {step} in a row of {self.path}: must be above the last one, {self._last}")
+            raise ValueError(
+                f"step = {step} in a row of {self.path}: must be above the last one, {self._last}"
+            )
         if self._closed:
             raise ValueError(f"{self.path} is closed")
         self._pending.append((json.dumps(strict(row), allow_nan=False) + "\n").encode())
@@ -91,7 +94,7 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # ------------------------------------------------------------------------------------------------------------ opening
+    # ------------------------------------------------------------------------------------------------ opening
 
     def _scan(self) -> tuple[int | None, bool]:
         """Last step that stays, and whether the file is already as it should be."""
@@ -104,7 +107,10 @@ class MetricsLog:
         return last, clean
 
     def _kept(self, line: bytes) -> tuple[bytes, int | None]:
-        """What stays of a line (all of it, or nothing), and its step. A line whole but for its end of line gets that."""
+        """What stays of a line (all of it, or nothing), and its step.
+
+        A line whole but for its end of line gets that.
+        """
         row = _parse(line)
         if row is None:
             return b"", None
@@ -128,7 +134,7 @@ class MetricsLog:
         self._size = os.fstat(fd).st_size
         return fd
 
-    # ------------------------------------------------------------------------------------------------------------ writing
+    # ------------------------------------------------------------------------------------------------ writing
 
     def _flush(self) -> None:
         try:
@@ -144,7 +150,8 @@ class MetricsLog:
             if not self._warned:
                 self._warned = True
                 _log.warning(
-                    "%s cannot be written (%s); training goes on; the newest %d lines are kept and written once it can",
+                    "%s cannot be written (%s); training goes on; the newest %d lines are kept and written "
+                    "once it can",
                     self.path,
                     error.strerror or error,
                     PENDING_LINES,
@@ -163,7 +170,9 @@ class MetricsLog:
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a log, "nan", "inf" and "-inf" as floats. A torn last line (a run writing, or killed) is left out.
+    """The rows of a log, "nan", "inf" and "-inf" as floats.
+
+    A torn last line (a run writing, or killed) is left out.
 
     Raises:
         OSError: the file cannot be read.

@@ -20,7 +20,8 @@ PEAK_BF16 = {
     "RTX 4090": 165e12,
 }
 
-# Bytes/s of the device's memory, from the same data sheets; A100s differ by more than their name's first part.
+# Bytes/s of the device's memory, from the same data sheets; A100s differ by more than their name's first
+# part.
 PEAK_MEMORY = {
     "H200": 4.8e12,
     "H100 PCIe": 2.0e12,
@@ -37,7 +38,9 @@ PEAK_MEMORY = {
 
 
 def _of(device_name: str, table: dict[str, float]) -> float | None:
-    return next((peak for name, peak in table.items() if re.search(rf"\b{re.escape(name)}\b", device_name)), None)
+    return next(
+        (peak for name, peak in table.items() if re.search(rf"\b{re.escape(name)}\b", device_name)), None
+    )
 
 
 def peak_memory(device_name: str) -> float | None:

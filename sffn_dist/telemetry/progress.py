@@ -1,7 +1,7 @@
 """What a run says while it runs, and how long it still takes.
 
-:class:`Progress` draws a bar on a terminal and prints a plain line now and then anywhere else (log file, CI, batch system).
-:class:`Estimate` turns measured durations into remaining seconds. Only rank 0 uses them.
+:class:`Progress` draws a bar on a terminal and prints a plain line now and then anywhere else (log file, CI,
+batch system). :class:`Estimate` turns measured durations into remaining seconds. Only rank 0 uses them.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ def format_duration(seconds: float) -> str:
 class Estimate:
     """Remaining seconds of a run, from measured durations.
 
-    A step counts with the median of the newest ``window`` ones; the first of a process (compilation, cold caches) only while it
-    is the only one. Evaluations, checkpoints and samples count with the median of those seen; before one was seen, ``extra``
-    says how long it takes in units of a step, e.g. ``{"evaluation": 0.3}`` (a forward pass is a third of a step); a kind named
-    in neither costs nothing. ``assumed`` does the same in seconds. ``costs``, if given, holds the relative cost of each step of
-    the run: guided ones cost more.
+    A step counts with the median of the newest ``window`` ones; the first of a process (compilation, cold
+    caches) only while it is the only one. Evaluations, checkpoints and samples count with the median of those
+    seen; before one was seen, ``extra`` says how long it takes in units of a step, e.g. ``{"evaluation":
+    0.3}`` (a forward pass is a third of a step); a kind named in neither costs nothing. ``assumed`` does the
+    same in seconds. ``costs``, if given, holds the relative cost of each step of the run: guided ones cost
+    more.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Estimate:
         self._seen: dict[str, deque[float]] = {kind: deque(maxlen=window) for kind in get_args(Kind)}
 
     def observe(self, kind: Kind, seconds: float, count: int = 1, step: int | None = None) -> None:
-        """``count`` events of a kind took ``seconds`` together. Negative and non-finite durations are left out.
+        """``count`` events of a kind took ``seconds`` together.
+
+        Negative and non-finite durations are left out.
 
         ``step`` says which step it was, so that its own cost is taken into account.
         """
@@ -90,14 +93,24 @@ class Estimate:
         return self._left[min(max(step, self.start_step), self.total_steps)]
 
     def remaining(
-        self, step: int, remaining_evaluations: int = 0, remaining_checkpoints: int = 0, remaining_samples: int = 0
+        self,
+        step: int,
+        remaining_evaluations: int = 0,
+        remaining_checkpoints: int = 0,
+        remaining_samples: int = 0,
     ) -> float | None:
-        """Seconds left when ``step`` steps of the run are done (counted from its beginning); None until a step was observed."""
+        """Seconds left when ``step`` steps of the run are done (counted from its beginning); None until a
+        step was observed.
+        """
         each = self.step_seconds()
         if each is None:
             return None
         left = self.cost_left(step) * each
-        counts = {"evaluation": remaining_evaluations, "checkpoint": remaining_checkpoints, "sample": remaining_samples}
+        counts = {
+            "evaluation": remaining_evaluations,
+            "checkpoint": remaining_checkpoints,
+            "sample": remaining_samples,
+        }
         for kind, count in counts.items():
             seen = self._seen[kind]
             unseen = self._extra.get(kind, 0.0) * each + self._assumed.get(kind, 0.0)
@@ -106,11 +119,12 @@ class Estimate:
 
 
 class Progress:
-    """The progress of a run with ``total`` steps of which ``start`` are done; one call of :meth:`step` for each further one.
+    """The progress of a run with ``total`` steps of which ``start`` are done; one call of :meth:`step` for
+    each further one.
 
-    ``flops_per_step``: floating-point operations of a step over all ranks; ``peak_flops``: what all devices together can do
-    in a second, None where unknown (then no MFU is shown). Not ``enabled``: silent. A stream that cannot be written any more
-    never raises.
+    ``flops_per_step``: floating-point operations of a step over all ranks; ``peak_flops``: what all devices
+    together can do in a second, None where unknown (then no MFU is shown). Not ``enabled``: silent. A stream
+    that cannot be written any more never raises.
     """
 
     FIRST = 3  # steps that always get a plain line
@@ -139,14 +153,18 @@ class Progress:
     def step(self, row: Mapping[str, Any], remaining: float | None = None) -> None:
         """Show one finished step.
 
-        Of the row are shown, where present: loss, alpha, lr, grad_norm, tokens_per_s, heldout_loss, tflops, mfu. ``seconds`` is
-        what the step took (else the time since the last call), ``flops`` its operations where they differ from the others'.
-        ``remaining``: seconds to the end of the run (else from the steps alone).
+        Of the row are shown, where present: loss, alpha, lr, grad_norm, tokens_per_s, heldout_loss, tflops,
+        mfu. ``seconds`` is what the step took (else the time since the last call), ``flops`` its operations
+        where they differ from the others'. ``remaining``: seconds to the end of the run (else from the steps
+        alone).
         """
         now = self._clock()
         seconds = row["seconds"] if "seconds" in row else now - self._before
         self._before = now
-        before, self.done = self.done, row.get("step", self.done) + 1  # the batches of some steps may have been skipped
+        before, self.done = (
+            self.done,
+            row.get("step", self.done) + 1,
+        )  # the batches of some steps may have been skipped
         self._estimate.observe("step", seconds)
         if row.get("heldout_loss") is not None:
             self._heldout = row["heldout_loss"]
@@ -157,7 +175,11 @@ class Progress:
         text = "  ".join(self._parts(row, seconds, remaining))
         if self._bar is not None:
             self._try(self._advance, text, self.done - before)
-        elif self.done - self.start <= self.FIRST or self.done >= self.total or now - self._printed >= self.SECONDS:
+        elif (
+            self.done - self.start <= self.FIRST
+            or self.done >= self.total
+            or now - self._printed >= self.SECONDS
+        ):
             self._printed = now
             self._print(f"step {self.done}/{self.total}  {text}")
 
@@ -168,7 +190,9 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of its own, above the bar; also where the progress itself is not shown."""
-        self._before = self._clock() if self.done > self.start else self._before  # what a note reports was no part of a step
+        self._before = (
+            self._clock() if self.done > self.start else self._before
+        )  # what a note reports was no part of a step
         if self._bar is not None:
             self._try(lambda: self._bar.write(text, file=self._stream))
         else:
@@ -182,7 +206,12 @@ class Progress:
         self._enabled = False
 
     def _parts(self, row: Mapping[str, Any], seconds: float, remaining: float | None) -> list[str]:
-        formats = (("loss", "loss", ".4f"), ("alpha", "alpha", ".3f"), ("lr", "lr", ".2e"), ("grad_norm", "grad norm", ".3g"))
+        formats = (
+            ("loss", "loss", ".4f"),
+            ("alpha", "alpha", ".3f"),
+            ("lr", "lr", ".2e"),
+            ("grad_norm", "grad norm", ".3g"),
+        )
         parts = [f"{name} {row[key]:{form}}" for key, name, form in formats if row.get(key) is not None]
         if row.get("tokens_per_s") is not None:
             parts.append(f"{row['tokens_per_s']:,.0f} tokens/s")
@@ -204,7 +233,12 @@ class Progress:
 
         form = "{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar:10}| {elapsed}{postfix}"
         return tqdm(
-            total=self.total, initial=self.start, file=self._stream, bar_format=form, dynamic_ncols=True, mininterval=0.2
+            total=self.total,
+            initial=self.start,
+            file=self._stream,
+            bar_format=form,
+            dynamic_ncols=True,
+            mininterval=0.2,
         )
 
     def _advance(self, text: str, steps: int) -> None:

@@ -1,8 +1,8 @@
 """Weights & Biases and tensorboard, each only when asked for; neither ever stops a run.
 
-A run is one W&B run over all its restarts: its id is kept in ``run_dir/wandb_id``. Where nobody is logged in, W&B writes its
-files offline below ``run_dir/wandb``, for ``wandb sync`` later. Tensorboard's events lie in ``run_dir/tensorboard``. The two
-libraries are imported when a tracker is opened, not before.
+A run is one W&B run over all its restarts: its id is kept in ``run_dir/wandb_id``. Where nobody is logged in,
+W&B writes its files offline below ``run_dir/wandb``, for ``wandb sync`` later. Tensorboard's events lie in
+``run_dir/tensorboard``. The two libraries are imported when a tracker is opened, not before.
 """
 
 from __future__ import annotations
@@ -72,13 +72,19 @@ class Trackers:
         except Exception as error:
             if tracker.name not in self._warned:
                 self._warned.add(tracker.name)
-                _log.warning("%s failed, training goes on without its rows: %s: %s", tracker.name, type(error).__name__, error)
+                _log.warning(
+                    "%s failed, training goes on without its rows: %s: %s",
+                    tracker.name,
+                    type(error).__name__,
+                    error,
+                )
 
 
 def check_trackers(logging: Logging) -> None:
     """Refuse trackers that are not installed, without importing them; raises ConfigError."""
     problems = [
-        f"logging.{name} = true: the package {name} is not installed (`pip install {name}`, or set logging.{name}=false)"
+        f"logging.{name} = true: the package {name} is not installed (`pip install {name}`, or set "
+        f"logging.{name}=false)"
         for name in ("wandb", "tensorboard")
         if getattr(logging, name) and not _installed(name)
     ]
@@ -86,11 +92,14 @@ def check_trackers(logging: Logging) -> None:
         raise ConfigError(problems)
 
 
-def open_trackers(logging: Logging, run_dir: Path, config_flat: Mapping[str, Any], resume_step: int) -> Trackers:
+def open_trackers(
+    logging: Logging, run_dir: Path, config_flat: Mapping[str, Any], resume_step: int
+) -> Trackers:
     """Open what ``logging`` asks for; only rank 0 calls this.
 
-    ``resume_step`` is the first step still to be done: tensorboard hides what an earlier process logged from there on. Raises
-    ConfigError for a package that is not installed; any other failure is a warning, and the run goes on without that tracker.
+    ``resume_step`` is the first step still to be done: tensorboard hides what an earlier process logged from
+    there on. Raises ConfigError for a package that is not installed; any other failure is a warning, and the
+    run goes on without that tracker.
     """
     check_trackers(logging)
     opened: list[Tracker] = []
@@ -103,7 +112,9 @@ def open_trackers(logging: Logging, run_dir: Path, config_flat: Mapping[str, Any
         try:
             opened.append(build())
         except Exception as error:
-            _log.warning("%s cannot be started, training goes on without it: %s: %s", name, type(error).__name__, error)
+            _log.warning(
+                "%s cannot be started, training goes on without it: %s: %s", name, type(error).__name__, error
+            )
     return Trackers(opened)
 
 
@@ -112,11 +123,12 @@ def _installed(name: str) -> bool:
         spec = find_spec(name)
     except (ImportError, ValueError):
         return False
-    # without an origin it is a mere folder of that name in the working directory, such as the one that W&B itself leaves there
+    # without an origin it is a mere folder of that name in the working directory, such as the one that W&B
+    # itself leaves there
     return spec is not None and spec.origin is not None
 
 
-# ------------------------------------------------------------------------------------------------------------------ wandb
+# ------------------------------------------------------------------------------------------------------ wandb
 
 
 class _Wandb:
@@ -136,8 +148,11 @@ class _Wandb:
                 dir=str(run_dir),
                 mode=mode,
                 config=dict(config_flat),
-                settings=wandb.Settings(init_timeout=30),  # seconds that the other ranks wait where the server is out of reach
-                allow_val_change=True,  # a restart may change what does not make another run of it, e.g. micro_batch_size
+                settings=wandb.Settings(
+                    init_timeout=30
+                ),  # seconds that the other ranks wait where the server is out of reach
+                # a restart may change what does not make another run of it, e.g. micro_batch_size
+                allow_val_change=True,
             )
 
         self._counts: dict[str, int] = {}
@@ -148,12 +163,17 @@ class _Wandb:
         except Exception as error:
             if offline:
                 raise
-            _log.warning("wandb cannot reach its server, its files are kept offline: %s: %s", type(error).__name__, error)
+            _log.warning(
+                "wandb cannot reach its server, its files are kept offline: %s: %s",
+                type(error).__name__,
+                error,
+            )
             wandb.teardown()  # else the id counts as in use, by the attempt that failed
             self._run = start("offline")
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        # steps that a resumed run, or one that was rolled back, repeats are on the server already; it would warn about each
+        # steps that a resumed run, or one that was rolled back, repeats are on the server already; it would
+        # warn about each
         if step >= max(self._run.starting_step, self._logged):
             self._logged = step
             self._run.log(dict(row), step=step)
@@ -186,7 +206,10 @@ def wandb_id(run_dir: Path) -> str:
 
 
 def _wandb_is_logged_out() -> bool:
-    """True where W&B would ask for a key; without asking, and without a network call. A mode that the user set stands."""
+    """True where W&B would ask for a key; without asking, and without a network call.
+
+    A mode that the user set stands.
+    """
     import wandb
 
     settings = wandb.setup().settings
@@ -209,7 +232,7 @@ def _netrc_knows(path: Path, host: str) -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------------------------------------ tensorboard
+# ------------------------------------------------------------------------------------------------ tensorboard
 
 
 class _Tensorboard:
@@ -222,7 +245,9 @@ class _Tensorboard:
             str(run_dir / "tensorboard"),
             SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step),
         )
-        table = "\n".join(["| key | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in config_flat.items())])
+        table = "\n".join(
+            ["| key | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in config_flat.items())]
+        )
         self._writer.add_text("config", table, resume_step)
 
         self._step = resume_step

@@ -5,8 +5,9 @@
                batches are skipped when it comes there again; a second rollback without progress goes one checkpoint further back
     again      after guards.max_rollbacks rollbacks without a checkpoint beyond the last bad step the run stops
 
-Skipped batches are part of the run from then on: ``run_dir/passed_over.json``, read at every start. No checkpoint is saved between
-bad steps, so every checkpoint is from before them. A skipped batch has no loss; the schedule goes on without it.
+Skipped batches are part of the run from then on: ``run_dir/passed_over.json``, read at every start. No
+checkpoint is saved between bad steps, so every checkpoint is from before them. A skipped batch has no loss;
+the schedule goes on without it.
 """
 
 from __future__ import annotations
@@ -65,19 +66,24 @@ class BadSteps:
 
     @property
     def can_save(self) -> bool:
-        """True where the run's state is worth a checkpoint: not amid bad steps, nor before one is taken that is beyond the trouble."""
+        """True where the run's state is worth a checkpoint: not amid bad steps, nor before one is taken
+        that is beyond the trouble.
+        """
         return not self.consecutive and self._beyond
 
     def begin_rollback(self) -> int:
-        """Pass the streak's steps over from now on; returns the step that the checkpoint to go back to must not be beyond.
+        """Pass the streak's steps over from now on; returns the step that the checkpoint to go back to must
+        not be beyond.
 
         Raises DivergedError where it has been tried often enough.
         """
         first, last = self.consecutive[0], self.consecutive[-1]
         if len(self.rollbacks) >= self._guards.max_rollbacks:
             raise DivergedError(
-                f"steps {first} to {last} could not be taken, after {len(self.rollbacks)} returns to earlier checkpoints "
-                f"(guards.max_rollbacks = {self._guards.max_rollbacks}, guards.rollback_after = {self._guards.rollback_after})"
+                f"steps {first} to {last} could not be taken, after {len(self.rollbacks)} returns to "
+                f"earlier checkpoints "
+                f"(guards.max_rollbacks = {self._guards.max_rollbacks}, guards.rollback_after = "
+                f"{self._guards.rollback_after})"
             )
         self.excluded |= set(self.consecutive)
         self.last_bad_step, self.consecutive, self._beyond = last, [], False
@@ -98,7 +104,11 @@ class BadSteps:
         try:
             write_text(self._path, json.dumps(tree) + "\n")
         except OSError as error:
-            log.warning("%s cannot be written (%s): a restart will not know which batches to pass over", self._path, error)
+            log.warning(
+                "%s cannot be written (%s): a restart will not know which batches to pass over",
+                self._path,
+                error,
+            )
 
     def _read(self) -> None:
         try:

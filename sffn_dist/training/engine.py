@@ -57,7 +57,9 @@ def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guid
         },
         "bf16": {"enabled": bf16},
     }
-    if bf16 and stage > 0:  # sums over micro-steps in fp32: hundreds of bf16 additions would lose the small gradients
+    if (
+        bf16 and stage > 0
+    ):  # sums over micro-steps in fp32: hundreds of bf16 additions would lose the small gradients
         tree["data_types"] = {"grad_accum_dtype": "fp32"}
     return tree
 
@@ -65,18 +67,22 @@ def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guid
 def create(
     model: nn.Module, config: Config, precision: str, topology: Topology, carried: ExportedState | None = None
 ) -> Engine:
-    """Wrap the model: the optimizer on everything (the guide as its own last group), ZeRO, precision, clipping, accumulation.
+    """Wrap the model: the optimizer on everything (the guide as its own last group), ZeRO, precision,
+    clipping, accumulation.
 
-    The learning rate is 0 until :func:`set_learning_rate`; optimizer state exists from the start, all zero, or what is ``carried``
-    over from another engine (then the model's weights are set by state.refresh).
+    The learning rate is 0 until :func:`set_learning_rate`; optimizer state exists from the start, all zero,
+    or what is ``carried`` over from another engine (then the model's weights are set by state.refresh).
     """
     _adjust_deepspeed()
     named = list(model.named_parameters())
     groups = [[p for n, p in named if not is_guide(n)], [p for n, p in named if is_guide(n)]]
     module, _, function = OPTIMIZERS[config.train.optimizer].partition(":")
-    optimizer = getattr(importlib.import_module(module), function)([group for group in groups if group], config.train)
+    optimizer = getattr(importlib.import_module(module), function)(
+        [group for group in groups if group], config.train
+    )
     if config.zero.stage == 3:
-        # it computes with its linears' weights without calling them: gather them when it is called, forward and backward
+        # it computes with its linears' weights without calling them: gather them when it is called, forward
+        # and backward
         deepspeed.utils.set_z3_leaf_modules(model, [StructuredMLP], raise_if_not_found=False)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -90,8 +96,9 @@ def create(
 
 
 def _adjust_deepspeed() -> None:
-    """No memory report at every start of the bf16 optimizer; no trial step of stage 0's, whose state we make (it would take 12 bytes a
-    parameter for a moment); on CPU, gloo in place of an extension that compiles for minutes.
+    """No memory report at every start of the bf16 optimizer; no trial step of stage 0's, whose state we make
+    (it would take 12 bytes a parameter for a moment); on CPU, gloo in place of an extension that compiles for
+    minutes.
     """
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.fp16 import unfused_optimizer
@@ -104,10 +111,12 @@ def _adjust_deepspeed() -> None:
 
 
 def destroy(engine: Engine) -> None:
-    """Take the engine apart: it, its model and all that they hold are freed once the caller's own references are gone.
+    """Take the engine apart: it, its model and all that they hold are freed once the caller's own references
+    are gone.
 
-    DeepSpeed's own ``destroy`` leaves the model in its list of running modules (ZeRO 3 asks for the innermost one), parts of the engine
-    in the cache of a method, and on each parameter methods bound to it, circles that the collector misses; Megatron caches rotary tables.
+    DeepSpeed's own ``destroy`` leaves the model in its list of running modules (ZeRO 3 asks for the innermost
+    one), parts of the engine in the cache of a method, and on each parameter methods bound to it, circles
+    that the collector misses; Megatron caches rotary tables.
     """
     engine.destroy()
     for parameter in engine.module.parameters():
@@ -133,7 +142,7 @@ def set_learning_rate(engine: Engine, value: float) -> None:
         group["lr"] = value
 
 
-# ----------------------------------------------------------------------------------------------------------------- a step
+# ----------------------------------------------------------------------------------------------------- a step
 
 
 class Decision(Protocol):
@@ -172,8 +181,8 @@ def train_step(
 ) -> EngineStep[D]:
     """One optimizer step over the rank's micro-batches.
 
-    ``decide``, called with the mean loss on every rank, says whether the update is made. Where it is not, and where a gradient is not
-    finite, nothing changes: no weight, no moment, no count.
+    ``decide``, called with the mean loss on every rank, says whether the update is made. Where it is not, and
+    where a gradient is not finite, nothing changes: no weight, no moment, no count.
     """
     total: Tensor | None = None
     norm: float | None = None
@@ -194,7 +203,9 @@ def train_step(
 
 
 def _finish_gradients(engine: Engine, allowed: bool, clip: float) -> float | None:
-    """Before the optimiser's step: in stage 0 norm and clipping; in every stage, what keeps back an update that is not to be made."""
+    """Before the optimiser's step: in stage 0 norm and clipping; in every stage, what keeps back an update
+    that is not to be made.
+    """
     if engine.zero_optimization_stage() > 0:
         if not allowed:
             _force_skip(engine)
@@ -208,13 +219,17 @@ def _finish_gradients(engine: Engine, allowed: bool, clip: float) -> float | Non
 
 
 def _gradient_norm(engine: Engine) -> float:
-    """Global L2 norm of the averaged gradients; a parameter replicated over the tensor-parallel group counts once.
+    """Global L2 norm of the averaged gradients; a parameter replicated over the tensor-parallel group counts
+    once.
 
-    For stage 0, whose own norm DeepSpeed 0.19 does not report in fp32, and in bf16 takes from the first tensor-parallel rank alone.
+    For stage 0, whose own norm DeepSpeed 0.19 does not report in fp32, and in bf16 takes from the first
+    tensor-parallel rank alone.
     """
     mpu = engine.mpu
     first = mpu.get_tensor_model_parallel_rank() == 0
-    owned = [p for p in engine.module.parameters() if p.grad is not None and (first or p.tensor_model_parallel)]
+    owned = [
+        p for p in engine.module.parameters() if p.grad is not None and (first or p.tensor_model_parallel)
+    ]
     squares = [p.grad.float().square().sum() for p in owned]
     total = torch.stack(squares).sum() if squares else torch.zeros((), device=engine.device)
     torch.distributed.all_reduce(total, group=mpu.get_tensor_model_parallel_group())
@@ -222,7 +237,10 @@ def _gradient_norm(engine: Engine) -> float:
 
 
 def _drop_gradients(engine: Engine) -> None:
-    """Make the coming optimiser step do nothing. In bf16 DeepSpeed itself skips a step whose gradients are not finite."""
+    """Make the coming optimiser step do nothing.
+
+    In bf16 DeepSpeed itself skips a step whose gradients are not finite.
+    """
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         engine.optimizer.zero_grad(set_to_none=True)
     else:
@@ -230,18 +248,27 @@ def _drop_gradients(engine: Engine) -> None:
 
 
 def _force_skip(engine: Engine) -> None:
-    """Stages 1-3 skip a step whose gradients are not finite, on all ranks: there is no other way in DeepSpeed 0.19 to have it skipped."""
+    """Stages 1-3 skip a step whose gradients are not finite, on all ranks: there is no other way in
+    DeepSpeed 0.19 to have it skipped.
+    """
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_groups_gradients_flat"):  # stage 1 in bf16 sums in fp32, whole
         held = optimizer.fp32_groups_gradients_flat
     else:
-        held = [part for parts in optimizer.averaged_gradients.values() for part in parts or () if part is not None]
+        held = [
+            part
+            for parts in optimizer.averaged_gradients.values()
+            for part in parts or ()
+            if part is not None
+        ]
     for part in held:
         part.fill_(math.nan)
 
 
 def _clip(engine: Engine, norm: float, limit: float) -> None:
-    """Scale all gradients so that their global norm is at most ``limit`` (0: no limit), as torch's clip_grad_norm_ does."""
+    """Scale all gradients so that their global norm is at most ``limit`` (0: no limit), as torch's
+    clip_grad_norm_ does.
+    """
     if 0.0 < limit < norm:
         for parameter in engine.module.parameters():
             if parameter.grad is not None:

@@ -1,9 +1,11 @@
-"""What of an engine is the run's state: fp32 weights, both Adam moments, Adam's step counts; each stage keeps them elsewhere.
+"""What of an engine is the run's state: fp32 weights, both Adam moments, Adam's step counts; each stage keeps
+them elsewhere.
 
-A *master* is a flat fp32 tensor that AdamW steps: in ZeRO 1-3 this rank's range of a parameter group, in ZeRO 0 a whole parameter. The
-guide is the engine's last parameter group, so the masters of all others (the *survivors*) are the same tensors with or without it: a
-new engine takes them over from an old one as they are, rank by rank, without a collective. :func:`fragments` names what of each
-parameter a master holds; checkpoints read and write through it, so that any stage can load what another one saved.
+A *master* is a flat fp32 tensor that AdamW steps: in ZeRO 1-3 this rank's range of a parameter group, in ZeRO
+0 a whole parameter. The guide is the engine's last parameter group, so the masters of all others (the
+*survivors*) are the same tensors with or without it: a new engine takes them over from an old one as they
+are, rank by rank, without a collective. :func:`fragments` names what of each parameter a master holds;
+checkpoints read and write through it, so that any stage can load what another one saved.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ ExportedState = list[dict[str, Tensor]]  # of each surviving master: "weight", "
 
 
 def torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
-    """The one that training/optimizers/ made, under DeepSpeed's or by itself; it keeps exp_avg, exp_avg_sq and step."""
+    """The one that training/optimizers/ made, under DeepSpeed's or by itself; it keeps exp_avg, exp_avg_sq
+    and step.
+    """
     optimizer = engine.optimizer
     inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
     assert isinstance(inner, torch.optim.Optimizer)
@@ -47,12 +51,15 @@ def master_params(engine: Engine) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def init_state(engine: Engine, carried: ExportedState | None = None) -> None:
-    """State for every master, before the first step as after it: what is ``carried``, zero moments and step 0 for the rest.
+    """State for every master, before the first step as after it: what is ``carried``, zero moments and step 0
+    for the rest.
 
     ``carried`` is emptied on the way, so that no weight is held twice for longer than its copy takes.
     """
     survivors, guides = master_params(engine)
-    assert carried is None or len(carried) == len(survivors), "the survivors' masters are the same with and without a guide"
+    assert carried is None or len(carried) == len(survivors), (
+        "the survivors' masters are the same with and without a guide"
+    )
     kept = torch_optimizer(engine).state
     for master in survivors if carried is None else []:
         kept[master] = _zero_state(master)
@@ -74,19 +81,24 @@ def export_state(engine: Engine) -> ExportedState:
     """The survivors' state, the tensors themselves: the engine must not be stepped afterwards."""
     kept = torch_optimizer(engine).state
     return [
-        {"weight": master.data, **{key: kept[master][key] for key in ("step", *MOMENTS)}} for master in master_params(engine)[0]
+        {"weight": master.data, **{key: kept[master][key] for key in ("step", *MOMENTS)}}
+        for master in master_params(engine)[0]
     ]
 
 
 def step_counts(engine: Engine) -> tuple[int, int | None]:
-    """Steps that Adam has taken, of the survivors and of the guide if there is one: skipped steps do not count, a guide starts at 0."""
+    """Steps that Adam has taken, of the survivors and of the guide if there is one: skipped steps do not
+    count, a guide starts at 0.
+    """
     survivors, guides = master_params(engine)
     kept = torch_optimizer(engine).state
     return int(kept[survivors[0]]["step"]), int(kept[guides[0]]["step"]) if guides else None
 
 
 def set_step_counts(engine: Engine, steps: int, guide_steps: int | None) -> None:
-    """Adam's numbers of steps taken, for its bias corrections, and DeepSpeed's; without ``guide_steps`` the guide's is the others'."""
+    """Adam's numbers of steps taken, for its bias corrections, and DeepSpeed's; without ``guide_steps``
+    the guide's is the others'.
+    """
     kept = torch_optimizer(engine).state
     survivors, guides = master_params(engine)
     for master in survivors:
@@ -98,7 +110,9 @@ def set_step_counts(engine: Engine, steps: int, guide_steps: int | None) -> None
 
 @torch.no_grad()
 def update_model_weights(engine: Engine) -> None:
-    """Make the model's weights those of the masters, rounded to its precision, as DeepSpeed does after a step. All ranks must call it."""
+    """Make the model's weights those of the masters, rounded to its precision, as DeepSpeed does after a
+    step. All ranks must call it.
+    """
     optimizer = engine.optimizer
     if isinstance(optimizer, torch.optim.Optimizer):
         return  # stage 0 in fp32: they are the masters
@@ -116,7 +130,7 @@ def update_model_weights(engine: Engine) -> None:
         optimizer.update_lp_params()
 
 
-# -------------------------------------------------------------------------------------------------------------- fragments
+# -------------------------------------------------------------------------------------------------- fragments
 
 
 def _views(engine: Engine, master: Tensor, start: int, numel: int) -> dict[str, Tensor]:
@@ -126,7 +140,9 @@ def _views(engine: Engine, master: Tensor, start: int, numel: int) -> dict[str, 
 
 
 def fragments(engine: Engine) -> Iterator[Fragment]:
-    """What this rank holds of every parameter's fp32 weight and moments (nothing of some parameters in ZeRO 1-3)."""
+    """What this rank holds of every parameter's fp32 weight and moments (nothing of some parameters in
+    ZeRO 1-3).
+    """
     named = list(engine.module.named_parameters())
     optimizer = engine.optimizer
     if isinstance(optimizer, torch.optim.Optimizer):  # stage 0 in fp32: torch's optimizer itself
@@ -141,7 +157,9 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
 
 
 def separate_masters(engine: Engine) -> Iterator[Fragment]:
-    """:func:`fragments` where the fp32 weights are other tensors than the model's; nothing in stage 0 in fp32."""
+    """:func:`fragments` where the fp32 weights are other tensors than the model's; nothing in stage 0 in
+    fp32.
+    """
     return iter(()) if isinstance(engine.optimizer, torch.optim.Optimizer) else fragments(engine)
 
 
@@ -154,7 +172,9 @@ def _unpartitioned(engine: Engine, named: list[tuple[str, nn.Parameter]]) -> Ite
 
 
 def _stage_1_2(engine: Engine, named: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
-    """Stages 1 and 2: each data-parallel rank has a range of every group's flat tensor, which may cut a parameter."""
+    """Stages 1 and 2: each data-parallel rank has a range of every group's flat tensor, which may cut a
+    parameter.
+    """
     flat = [master for group in master_params(engine) for master in group]
     for name, p in named:
         mapping = getattr(p, "_hp_mapping", None)
@@ -180,7 +200,9 @@ def _stage_3(engine: Engine, named: list[tuple[str, nn.Parameter]]) -> Iterator[
 
 
 def full_weight(held: dict[str, Fragment], name: str, spec: TensorSpec, topology: Topology) -> Tensor:
-    """The full fp32 weight of a parameter from the ranks' fragments ``held`` by name; all ranks must call it."""
+    """The full fp32 weight of a parameter from the ranks' fragments ``held`` by name; all ranks must call
+    it.
+    """
     part = torch.zeros(spec.local_shape(topology.tensor), device=topology.device)
     fragment = held.get(name)
     if fragment is not None:

@@ -43,7 +43,9 @@ def finalize(run: TrainingRun, corpus: Corpus) -> None:
 
 
 def finalize_stopped(run: TrainingRun, stop: signal.Signals) -> None:
-    """A signal stopped the run, its state is saved: the record of the end says so to a job script, the trackers close."""
+    """A signal stopped the run, its state is saved: the record of the end says so to a job script, the
+    trackers close.
+    """
     reason = f"stopped by {stop.name} after step {run.step} of {run.schedule.total_steps}"
     if run.reports is None:
         return
@@ -56,7 +58,9 @@ def sample_text(run: TrainingRun, corpus: Corpus) -> str:
     """``sample.prompt`` and what the structure alone makes of it."""
     config = run.config
     models.unset_guide(run.model)
-    prompt = corpus.tokenizer.encode(config.sample.prompt, add_special_tokens=False).ids or [corpus.meta.end_of_text]
+    prompt = corpus.tokenizer.encode(config.sample.prompt, add_special_tokens=False).ids or [
+        corpus.meta.end_of_text
+    ]
     ids = sample(
         run.model,
         run.watchdog.with_progress(models.token_logits, "sample", run.step),
@@ -103,7 +107,11 @@ def table(numbers: dict[str, Any], run: TrainingRun) -> str:
         ("perplexity", f"{numbers['perplexity']:.2f}"),
         ("bits per byte", f"{numbers['bits_per_byte']:.4f}"),
         ("steps", f"{numbers['steps']}, {numbers['tokens']:,} tokens"),
-        ("speed", f"{numbers['tokens_per_s']:,.0f} tokens/s, {format_duration(numbers['seconds'])} of training steps"),
+        (
+            "speed",
+            f"{numbers['tokens_per_s']:,.0f} tokens/s, {format_duration(numbers['seconds'])} of training "
+            f"steps",
+        ),
         ("written to", f"{run.dir}/ (metrics.jsonl, evaluations.jsonl, summary.json, checkpoints/)"),
     ]
     lines = "\n".join(f"  {name:<16} {text}" for name, text in rows)

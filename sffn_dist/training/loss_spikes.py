@@ -1,11 +1,13 @@
 """Is a step's loss one to learn from? A rule on the losses of the steps before it. Standard library only.
 
-With m the median of the last N accepted losses and MAD the median of their distances to it, a loss is a spike if
+With m the median of the last N accepted losses and MAD the median of their distances to it, a loss is a spike
+if
 
     loss - m > max(d * 1.4826 * MAD, margin)
 
-1.4826 MAD estimates the standard deviation of normal noise, and neither is moved by a few outliers. d = guards.spike_deviations,
-N = guards.spike_window, margin = guards.spike_margin in nats: where the noise is small, ten deviations are no event.
+1.4826 MAD estimates the standard deviation of normal noise, and neither is moved by a few outliers. d =
+guards.spike_deviations, N = guards.spike_window, margin = guards.spike_margin in nats: where the noise is
+small, ten deviations are no event.
 """
 
 from __future__ import annotations
@@ -38,8 +40,10 @@ class LossHistory:
         if loss - middle <= max(self._guards.spike_deviations * deviation, self._guards.spike_margin):
             return None
         return (
-            f"loss {loss:.4f}: the last {len(self.recent)} have median {middle:.4f} and deviation {deviation:.4f}; "
-            f"guards.spike_deviations = {self._guards.spike_deviations:g}, guards.spike_margin = {self._guards.spike_margin:g}"
+            f"loss {loss:.4f}: the last {len(self.recent)} have median {middle:.4f} and deviation "
+            f"{deviation:.4f}; "
+            f"guards.spike_deviations = {self._guards.spike_deviations:g}, guards.spike_margin = "
+            f"{self._guards.spike_margin:g}"
         )
 
     def accept(self, loss: float) -> None:

@@ -1,4 +1,6 @@
-"""What rank 0 tells of a run while it trains: each step, each rank's speed, and how long the run still takes."""
+"""What rank 0 tells of a run while it trains: each step, each rank's speed, and how long the run still
+takes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from sffn_dist.training.step_result import StepResult
 EARLY_STEPS = 3  # after so many steps of a process the estimate of the whole run is printed
 
 
-def open_reports(config: Config, precision: str, topology: Topology, step: int, data_fingerprint: str) -> Reports | None:
+def open_reports(
+    config: Config, precision: str, topology: Topology, step: int, data_fingerprint: str
+) -> Reports | None:
     """Rank 0 takes run.dir over: leftovers out, the run's record and logs in. None on other ranks.
 
     Raises ConfigError where run.dir cannot be written.
@@ -53,7 +57,9 @@ def report_start(run: TrainingRun, checkpoint: Path | None, preflight: Preflight
         text = "\n".join([head, *(f"warning: {warning}" for warning in preflight.warnings)])
         run.tell("pre-flight", text, **preflight.row())
     if checkpoint:
-        run.tell("continued", f"continuing at step {run.step} of {run.schedule.total_steps} from {checkpoint}")
+        run.tell(
+            "continued", f"continuing at step {run.step} of {run.schedule.total_steps} from {checkpoint}"
+        )
 
 
 def _warn_of_room(run: TrainingRun, reports: Reports) -> None:
@@ -64,7 +70,8 @@ def _warn_of_room(run: TrainingRun, reports: Reports) -> None:
     if free < kept * size:
         reports.progress.note(
             f"warning: run.dir = {run.config.run.dir!r}: {free / 1e9:.3g} GB free, checkpoints will need "
-            f"{kept * size / 1e9:.3g} GB more (checkpoint.keep = {run.config.checkpoint.keep}, {size / 1e9:.3g} GB each)"
+            f"{kept * size / 1e9:.3g} GB more (checkpoint.keep = {run.config.checkpoint.keep}, "
+            f"{size / 1e9:.3g} GB each)"
         )
 
 
@@ -111,7 +118,10 @@ def report_first_micro_batch(run: TrainingRun, now: StepSchedule, step_seconds: 
 
 
 def report_ranks(run: TrainingRun) -> None:
-    """How fast each rank is, and which are slow: to the reader and into ranks.jsonl. All ranks must call it."""
+    """How fast each rank is, and which are slow: to the reader and into ranks.jsonl.
+
+    All ranks must call it.
+    """
     rows = stragglers.report(run.recorder, run.topology, run.config.tokens_per_step, run.precision)
     if run.reports:
         run.reports.progress.note(stragglers.render(rows))
@@ -130,7 +140,10 @@ def remaining_seconds(run: TrainingRun) -> float | None:
         return 1 if not interval else total // interval - run.step // interval + (total % interval > 0)
 
     return run.reports.estimate.remaining(
-        run.step, left(config.evaluation.interval), left(config.checkpoint.interval), int(config.sample.tokens > 0)
+        run.step,
+        left(config.evaluation.interval),
+        left(config.checkpoint.interval),
+        int(config.sample.tokens > 0),
     )
 
 
@@ -142,7 +155,8 @@ def announce_bound(run: TrainingRun) -> None:
     seconds = run.reports.flops_per_step * run.reports.estimate.cost_left(run.step) / rate
     if seconds > 600:
         run.reports.progress.note(
-            f"estimated time: at least {format_duration(seconds)}, matrix products alone at {rate / 1e12:.3g} TFLOP/s; "
+            f"estimated time: at least {format_duration(seconds)}, matrix products alone at "
+            f"{rate / 1e12:.3g} TFLOP/s; "
             "a better estimate follows once a few steps are known"
         )
 
@@ -154,5 +168,6 @@ def announce_estimate(run: TrainingRun, source: str) -> None:
     if seconds is not None:
         left = run.schedule.total_steps - run.step
         run.reports.progress.note(
-            f"estimated time: {format_duration(seconds)} for {left} steps, evaluations, checkpoints and sample ({source})"
+            f"estimated time: {format_duration(seconds)} for {left} steps, evaluations, checkpoints and "
+            f"sample ({source})"
         )

@@ -36,7 +36,11 @@ class Reports:
 
     def _open(self, step: int) -> None:
         config, topology, run_dir = self._config, self._topology, Path(self._config.run.dir)
-        peak = peak_flops(torch.cuda.get_device_name(), self._precision) if topology.device.type == "cuda" else None
+        peak = (
+            peak_flops(torch.cuda.get_device_name(), self._precision)
+            if topology.device.type == "cuda"
+            else None
+        )
         total = schedules.build_schedule(config).total_steps
         self.metrics = MetricsLog(run_dir / "metrics.jsonl", step)
         # a row's step counts the steps taken: the one of a resumed step stands, the last one is written anew
@@ -63,7 +67,11 @@ class Reports:
 
     def evaluated(self, step: int, result: Evaluation, seconds: float) -> None:
         """One row of evaluations.jsonl, the progress line, the trackers; ``step`` counts the steps taken."""
-        figures = {"heldout_loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
+        figures = {
+            "heldout_loss": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+        }
         self.estimate.observe("evaluation", seconds)
         self.evaluations.write({"step": step, **figures})
         self.trackers.log(figures, step - 1)
@@ -79,10 +87,13 @@ class Reports:
 def _estimate(config: Config, topology: Topology, step: int, guide_cost: float) -> Estimate:
     """``guide_cost``: what all guides together add to a step, in units of one without them."""
     clock = schedules.build_schedule(config)
-    # a forward pass is a third of a step; a sampled token reads up to prompt + tokens positions of one sequence
+    # a forward pass is a third of a step; a sampled token reads up to prompt + tokens positions of one
+    # sequence
     one_sequence = 1 / 3 / config.train.global_batch_size
     sampled = config.sample.tokens**2 / 2 / config.model.sequence
-    saved = 12 * counts.parameters_per_rank(config, guide=False) * topology.tensor  # bytes: fp32 weight and two moments
+    saved = (
+        12 * counts.parameters_per_rank(config, guide=False) * topology.tensor
+    )  # bytes: fp32 weight and two moments
     return Estimate(
         clock.total_steps,
         step,

@@ -1,4 +1,6 @@
-"""Where a run starts: at step 0 from its seed, at step 0 from another model's weights, or after its newest checkpoint."""
+"""Where a run starts: at step 0 from its seed, at step 0 from another model's weights, or after its newest
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,18 @@ log = logging.getLogger(__name__)
 
 
 def latest_good_checkpoint(run_dir: Path, topology: Topology, up_to: int | None = None) -> Manifest | None:
-    """The run's newest checkpoint whose content is whole: rank 0 chooses, each rank hashes its share of the files. All ranks must call it.
+    """The run's newest checkpoint whose content is whole: rank 0 chooses, each rank hashes its share of the
+    files. All ranks must call it.
 
-    A damaged one is named in a warning and skipped; where its content is wrong, it is marked in its folder. Raises ConfigError if there
-    are checkpoints and none is good. ``up_to``: the last step that it may be of.
+    A damaged one is named in a warning and skipped; where its content is wrong, it is marked in its folder.
+    Raises ConfigError if there are checkpoints and none is good. ``up_to``: the last step that it may be of.
     """
     damaged: set[Path] = set()
-    while (checkpoint := _rank_zero_choice(lambda: manifests.latest_checkpoint(run_dir, damaged, up_to), topology)) is not None:
+    while (
+        checkpoint := _rank_zero_choice(
+            lambda: manifests.latest_checkpoint(run_dir, damaged, up_to), topology
+        )
+    ) is not None:
         problems = verify_files(checkpoint, topology)
         if not problems:
             return checkpoint
@@ -47,9 +54,13 @@ def latest_good_checkpoint(run_dir: Path, topology: Topology, up_to: int | None 
 
 
 def find_initial_weights(config: Config, topology: Topology) -> Manifest:
-    """The checkpoint that ``init_from`` names, the same for all ranks though a run may be writing there; raises ConfigError."""
+    """The checkpoint that ``init_from`` names, the same for all ranks though a run may be writing there;
+    raises ConfigError.
+    """
     assert config.init_from
-    source = _rank_zero_choice(functools.partial(manifests.find_checkpoint, "init_from", config.init_from), topology)
+    source = _rank_zero_choice(
+        functools.partial(manifests.find_checkpoint, "init_from", config.init_from), topology
+    )
     assert source
     if problems := verify_files(source, topology):
         raise ConfigError([f"init_from = {config.init_from!r}: {problem}" for problem in problems])
@@ -78,7 +89,9 @@ def verify_files(manifest: Manifest, topology: Topology) -> list[BrokenCheckpoin
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run's weights come from: its own ``checkpoint``, another's ``initial_weights``, or the seed where both are None."""
+    """Where a run's weights come from: its own ``checkpoint``, another's ``initial_weights``, or the seed
+    where both are None.
+    """
 
     checkpoint: Manifest | None = None
     initial_weights: Manifest | None = None
@@ -98,8 +111,12 @@ class Start:
         return self.checkpoint is None and self.initial_weights is None
 
 
-def find_start(config: Config, topology: Topology, tokenizer: Path | None = None, checkpoint: Manifest | None = None) -> Start:
-    """The run's ``checkpoint`` if it has one, else what ``init_from`` names, else the seed. All ranks must call it.
+def find_start(
+    config: Config, topology: Topology, tokenizer: Path | None = None, checkpoint: Manifest | None = None
+) -> Start:
+    """The run's ``checkpoint`` if it has one, else what ``init_from`` names, else the seed.
+
+    All ranks must call it.
 
     Raises ConfigError where ``init_from`` cannot be used, or learned other token ids than ``tokenizer`` has.
     """
@@ -111,7 +128,9 @@ def find_start(config: Config, topology: Topology, tokenizer: Path | None = None
 
 
 def require_equal_records(run_dir: Path, data_fingerprint: str, bad_steps: BadSteps) -> None:
-    """What every rank reads for itself from folders that should be the same; raises ConfigError on every rank where it is not."""
+    """What every rank reads for itself from folders that should be the same; raises ConfigError on every
+    rank where it is not.
+    """
     checkpoint = manifests.latest_checkpoint(run_dir)
     require_equal(
         {
@@ -123,10 +142,11 @@ def require_equal_records(run_dir: Path, data_fingerprint: str, bad_steps: BadSt
 
 
 def load_state(engine: Engine, config: Config, topology: Topology, start: Start) -> None:
-    """Weights, moments and step count of ``start`` into a fresh engine; nothing where they come from the seed. All ranks must call it.
+    """Weights, moments and step count of ``start`` into a fresh engine; nothing where they come from the
+    seed. All ranks must call it.
 
-    What a checkpoint gives goes into the optimizer's fp32 weights, once, bit for bit; the model's own are made from these. Guides that
-    come with no weights start as their factors' product.
+    What a checkpoint gives goes into the optimizer's fp32 weights, once, bit for bit; the model's own are
+    made from these. Guides that come with no weights start as their factors' product.
     """
     guides_loaded = False
     if start.checkpoint is not None:
@@ -145,35 +165,49 @@ def load_state(engine: Engine, config: Config, topology: Topology, start: Start)
 
 
 def check_tokenizer(source: Manifest, config: Config, tokenizer: Path | None) -> None:
-    """Refuse a start from weights that learned other token ids, where both tokenizers are known; raises ConfigError."""
-    if tokenizer is None or TOKENIZER not in source.files or source.files[TOKENIZER].sha256 == hash_file(tokenizer):
+    """Refuse a start from weights that learned other token ids, where both tokenizers are known; raises
+    ConfigError.
+    """
+    if (
+        tokenizer is None
+        or TOKENIZER not in source.files
+        or source.files[TOKENIZER].sha256 == hash_file(tokenizer)
+    ):
         return
     texts = [path.read_text(encoding="utf-8") for path in (source.folder / TOKENIZER, tokenizer)]
     if differing := differing_tokens(*texts):
         raise ConfigError(
             [
-                f"init_from = {config.init_from!r}: {len(differing)} tokens have other ids there than in the data, "
+                f"init_from = {config.init_from!r}: {len(differing)} tokens have other ids there than in "
+                f"the data, "
                 f"{differing[0]!r} for one; prepare the data with data.tokenizer={source.folder / TOKENIZER}"
             ]
         )
 
 
 def load_weights(engine: Engine, config: Config, topology: Topology, source: Manifest) -> bool:
-    """Another model's weights (``init_from``), its guides too where both have them: those of an import are the dense matrices that it had.
+    """Another model's weights (``init_from``), its guides too where both have them: those of an import are
+    the dense matrices that it had.
 
     Returns whether guides were among them.
     """
     reader = Reader(source)
-    wanted = (fragment for fragment in engine_state.fragments(engine) if reader.guide or not is_guide(fragment.name))
+    wanted = (
+        fragment for fragment in engine_state.fragments(engine) if reader.guide or not is_guide(fragment.name)
+    )
     reader.restore(wanted, topology, kinds=("weight",))
     if reader.guide and not models.has_guide(engine.module) and topology.main:
-        log.warning("init_from = %r: its guides are left: this run is not guided at its first step", config.init_from)
+        log.warning(
+            "init_from = %r: its guides are left: this run is not guided at its first step", config.init_from
+        )
     return reader.guide
 
 
 @contextlib.contextmanager
 def _as_config_error(key: str, value: str) -> Iterator[None]:
-    """A checkpoint that fails while it is read, because somebody removed it, say, is an input that cannot be used."""
+    """A checkpoint that fails while it is read, because somebody removed it, say, is an input that cannot
+    be used.
+    """
     try:
         yield
     except BrokenCheckpoint as error:

@@ -40,7 +40,8 @@ class Heldout:
 class TrainingRun:
     """All of a run on this rank; ``step`` is the next step to take.
 
-    ``engine`` has no other owner: at a phase boundary and by a rollback it is replaced (:meth:`replace_engine`), and must be free to go.
+    ``engine`` has no other owner: at a phase boundary and by a rollback it is replaced
+    (:meth:`replace_engine`), and must be free to go.
     """
 
     config: Config
@@ -76,26 +77,35 @@ class TrainingRun:
         return Path(self.config.run.dir)
 
     def replace_engine(self, build: Callable[[], Engine]) -> None:
-        """Free the engine and its model, then make the new one: both never exist at once. All ranks must call it."""
+        """Free the engine and its model, then make the new one: both never exist at once.
+
+        All ranks must call it.
+        """
         engines.destroy(self.engine)
         self.engine = None
         engines.free_memory(self.topology.device)
         self.engine = build()
 
     def rewind(self, step: int) -> None:
-        """The run stands at an earlier step, with its engine: what was evaluated and reported after it is forgotten."""
+        """The run stands at an earlier step, with its engine: what was evaluated and reported after it is
+        forgotten.
+        """
         self.step = step
         self.evaluated = {at: result for at, result in self.evaluated.items() if at <= step}
         if self.reports:
             self.reports.rewind(step)
 
     def tell(self, event: str, text: str, **facts: Any) -> None:
-        """Something that happened at the current step: a line for the reader, a row of events.jsonl, word to the trackers."""
+        """Something that happened at the current step: a line for the reader, a row of events.jsonl, word
+        to the trackers.
+        """
         if self.reports:
             self.reports.event(event, self.step, text, **facts)
 
     def report_requested(self) -> bool:
-        """Whether somebody asks rank 0 for a report of all ranks, by a file in run.dir; looked for every two seconds at most."""
+        """Whether somebody asks rank 0 for a report of all ranks, by a file in run.dir; looked for every
+        two seconds at most.
+        """
         now = time.monotonic()
         if not self.topology.main or now - self._asked < 2.0:
             return False

@@ -1,4 +1,6 @@
-"""One training step: its batches, the guide, the optimizer; skipped where the loss or a gradient forbids the update."""
+"""One training step: its batches, the guide, the optimizer; skipped where the loss or a gradient forbids
+the update.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def train_step(run: TrainingRun) -> StepResult:
     if skipped is None and not math.isfinite(norm):
         skipped = f"gradient norm {norm}"
     seconds = time.perf_counter() - started
-    result = StepResult(now.step, agreement.loss, norm, guides_computed, skipped, agreement.stop, agreement.report, seconds)
+    result = StepResult(
+        now.step, agreement.loss, norm, guides_computed, skipped, agreement.stop, agreement.report, seconds
+    )
     run.step += 1
     run.steps_taken += 1
     reporting.report_step(run, now, result)
@@ -66,7 +70,9 @@ def _loss(run: TrainingRun) -> Callable[[Tensor], Tensor]:
 
 
 def _micro_batches(run: TrainingRun, now: StepSchedule) -> Iterator[Tensor]:
-    """This rank's micro-batches (micro_batch, S+1); those of a start's first step give the first estimate of its time."""
+    """This rank's micro-batches (micro_batch, S+1); those of a start's first step give the first estimate
+    of its time.
+    """
     topology, micro = run.topology, run.config.train.micro_batch_size
     batches = run.batches.at(now.data_step, topology.data_rank, topology.data, micro_batch_size=micro)
     started = time.perf_counter()

@@ -1,7 +1,9 @@
-"""What all ranks know before a step's update is made: the mean loss, and whether a rank was signalled or asked for a report.
+"""What all ranks know before a step's update is made: the mean loss, and whether a rank was signalled or
+asked for a report.
 
-One all-reduce of a few numbers a step, where the loss is read anyway. Everything that is decided during a run (skip this step, stop,
-roll back) is a function of these and of the losses before, which are in the checkpoints, so all ranks decide the same.
+One all-reduce of a few numbers a step, where the loss is read anyway. Everything that is decided during a run
+(skip this step, stop, roll back) is a function of these and of the losses before, which are in the
+checkpoints, so all ranks decide the same.
 """
 
 from __future__ import annotations
@@ -28,12 +30,21 @@ class StepAgreement:
     rejection: str | None = None  # why no update is made on this loss
 
 
-def agree_on_step(loss: float, signals: SignalHandler, topology: Topology, *, report: bool = False) -> StepAgreement:
-    """Join what every rank knows; ``loss`` is the mean over the rank's own sequences. All ranks must call it."""
+def agree_on_step(
+    loss: float, signals: SignalHandler, topology: Topology, *, report: bool = False
+) -> StepAgreement:
+    """Join what every rank knows; ``loss`` is the mean over the rank's own sequences.
+
+    All ranks must call it.
+    """
     report = report or signals.report_wanted
     signals.report_wanted = False
     started = time.perf_counter()
-    facts = [loss / topology.world, float(report), *(float(signals.received == number) for number in STOP_SIGNALS)]
+    facts = [
+        loss / topology.world,
+        float(report),
+        *(float(signals.received == number) for number in STOP_SIGNALS),
+    ]
     if topology.world > 1:
         shared = torch.tensor(facts, dtype=torch.float64, device=topology.device)
         dist.all_reduce(shared)

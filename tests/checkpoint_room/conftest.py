@@ -1,4 +1,6 @@
-"""Models drawn at random, what a Megatron GPTModel computes with them, and pickles that would run something."""
+"""Models drawn at random, what a Megatron GPTModel computes with them, and pickles that would run
+something.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,11 @@ MODEL = {
     "rope_base": 500,
     "norm_epsilon": 0.03,
 }
-TREE = {"model": MODEL, "ffn": {"width": 24}, "train": {"steps": 1, "global_batch_size": 8, "micro_batch_size": 8}}
+TREE = {
+    "model": MODEL,
+    "ffn": {"width": 24},
+    "train": {"steps": 1, "global_batch_size": 8, "micro_batch_size": 8},
+}
 
 
 def config_tree(kind: str = "dense", /, ffn: dict[str, Any] | None = None, **model: Any) -> dict[str, Any]:
@@ -49,8 +55,12 @@ def config_tree(kind: str = "dense", /, ffn: dict[str, Any] | None = None, **mod
     return {**TREE, "model": {**MODEL, **model}, "ffn": {"width": 24, **SIZES[kind], **(ffn or {})}}
 
 
-def drawn_weights(tree: dict[str, Any], *, guide: bool = False, alpha: float = 0.0, seed: int = 0, **more: Any) -> Weights:
-    """Every matrix as training starts it; biases, norms and guides moved away from there, so that each of them shows."""
+def drawn_weights(
+    tree: dict[str, Any], *, guide: bool = False, alpha: float = 0.0, seed: int = 0, **more: Any
+) -> Weights:
+    """Every matrix as training starts it; biases, norms and guides moved away from there, so that each of
+    them shows.
+    """
     config = loading.from_tree(tree)
     generator = torch.Generator().manual_seed(seed)
     specs = model_tensors(config, guide=guide)
@@ -60,9 +70,13 @@ def drawn_weights(tree: dict[str, Any], *, guide: bool = False, alpha: float = 0
             continue
         prefix, _, leaf = name.rpartition(".")
         if len(spec.shape) == 1:
-            tensors[name] = (1.0 if leaf == "weight" else 0.0) + 0.3 * torch.randn(spec.shape, generator=generator)
+            tensors[name] = (1.0 if leaf == "weight" else 0.0) + 0.3 * torch.randn(
+                spec.shape, generator=generator
+            )
         elif ".mlp." in name:
-            inputs, outputs = next((i, o) for linear, _, i, o in ffn_linears(config) if prefix.endswith(linear))
+            inputs, outputs = next(
+                (i, o) for linear, _, i, o in ffn_linears(config) if prefix.endswith(linear)
+            )
             structure = ffn_structure(config, int(name.split(".")[2]))
             factors = functional.draw(structure, inputs, outputs, config.model.init_std, generator)
             if f"{prefix}.guide" in specs:
@@ -76,7 +90,10 @@ def drawn_weights(tree: dict[str, Any], *, guide: bool = False, alpha: float = 0
 
 @pytest.fixture(autouse=True, scope="session")
 def _modules_of_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies the code of a folder before it runs it: not into the user's home here. Nothing asks the network."""
+    """transformers copies the code of a folder before it runs it: not into the user's home here.
+
+    Nothing asks the network.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("HF_DATASETS_OFFLINE", "1")
@@ -98,13 +115,21 @@ def drawn() -> Callable[..., Weights]:
 
 @pytest.fixture(scope="session")
 def reference(ranks: Callable[..., Any]) -> Callable[[Weights, torch.Tensor], torch.Tensor]:
-    """Logits (batch, S, vocab) of a Megatron GPTModel of this project with such weights, in fp32 on one rank."""
+    """Logits (batch, S, vocab) of a Megatron GPTModel of this project with such weights, in fp32 on one
+    rank.
+    """
 
     def logits(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
         tensors = {name: weights.full(name).numpy() for name in weights.names()}
         tree = weights.config.model_dump(mode="json")
         got = ranks(1).run(
-            CASES, "logits", tree=tree, tensors=tensors, guide=weights.guide, alpha=weights.alpha, tokens=tokens.numpy()
+            CASES,
+            "logits",
+            tree=tree,
+            tensors=tensors,
+            guide=weights.guide,
+            alpha=weights.alpha,
+            tokens=tokens.numpy(),
         )
         return torch.from_numpy(got[0])
 
@@ -181,7 +206,9 @@ def harmful(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 @pytest.fixture
 def repickled() -> Callable[[Path, Callable[[bytes], bytes]], bytes]:
-    """A torch file's bytes with its pickle changed and the archive around it intact, so that the change is met by the unpickler."""
+    """A torch file's bytes with its pickle changed and the archive around it intact, so that the change is
+    met by the unpickler.
+    """
 
     def change(path: Path, how: Callable[[bytes], bytes]) -> bytes:
         buffer = io.BytesIO()

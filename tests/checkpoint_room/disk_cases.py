@@ -35,7 +35,9 @@ def fill(file: Path, leave: int) -> None:
 
 @contextlib.contextmanager
 def obstacle(kind: str, disk: Path, here: Topology, half: int) -> Iterator[None]:
-    """What stands in a save's way: a disk that is full before or during it, a limit on the last rank's files, a read-only disk."""
+    """What stands in a save's way: a disk that is full before or during it, a limit on the last rank's
+    files, a read-only disk.
+    """
     limits, check = resource.getrlimit(resource.RLIMIT_FSIZE), writer.check_room
     if kind in ("full", "vanishing") and here.main:
         fill(disk / "filler", half)
@@ -74,11 +76,22 @@ def obstructed(here: Topology, disk: Path, kind: str, asynchronous: bool) -> dic
     paths.append(saving.save(saver, state, 2))
     _meet(here)
     saves = [path and path.name for path in paths]
-    return {"saves": saves, "news": news, "left": left, "whole": whole, "later": saver.news(), "then": saving.complete(run_dir)}
+    return {
+        "saves": saves,
+        "news": news,
+        "left": left,
+        "whole": whole,
+        "later": saver.news(),
+        "then": saving.complete(run_dir),
+    }
 
 
-def obstructed_ranks(folder: Path, kind: str, world: int, size: str | None, asynchronous: bool = True) -> list[Any] | str:
-    """``obstructed`` on each rank, on a tmpfs of that size if one is given; the reason where there can be none."""
+def obstructed_ranks(
+    folder: Path, kind: str, world: int, size: str | None, asynchronous: bool = True
+) -> list[Any] | str:
+    """``obstructed`` on each rank, on a tmpfs of that size if one is given; the reason where there can be
+    none.
+    """
 
     def on_the_disk() -> list[Any] | str:
         reason = saving.small_disk(folder, size) if size else None
@@ -126,7 +139,16 @@ def filled_at_random(folder: Path, times: int, seed: int) -> list[dict[str, Any]
             saving.answer(filler)
             news, left, after = saver.news(), saving.names(folder / "run"), saving.complete(folder / "run")
             (folder / "filler").unlink(missing_ok=True)
-            rows.append({"step": step, "saved": bool(path), "news": news, "left": left, "before": whole, "after": after})
+            rows.append(
+                {
+                    "step": step,
+                    "saved": bool(path),
+                    "news": news,
+                    "left": left,
+                    "before": whole,
+                    "after": after,
+                }
+            )
         return rows
 
     return saving.forked(on_the_disk)

@@ -35,7 +35,7 @@ CALLS = (
 )  # all of os that a save changes the disk by, and syncs
 
 
-# --------------------------------------------------------------------------------------------------- at one call of the system
+# ---------------------------------------------------------------------------------- at one call of the system
 
 
 def before_each_call(act: Callable[[str], None]) -> None:
@@ -53,7 +53,9 @@ def before_each_call(act: Callable[[str], None]) -> None:
 
 
 def save_with_calls(run_dir: Path, act: Callable[[int, str], None]) -> list[Any]:
-    """Save step 3 of a run that has 1, 2 and a broken 3, of which 1 and 2 are to go; then once more, undisturbed."""
+    """Save step 3 of a run that has 1, 2 and a broken 3, of which 1 and 2 are to go; then once more,
+    undisturbed.
+    """
     settings = saving.config(keep=1)
     saver, state = saving.saver_in(run_dir, settings), saving.State(settings, saving.place())
     calls: list[str] = []
@@ -81,7 +83,9 @@ def prepared(folder: Path) -> Path:
 
 
 def every_call(folder: Path, fault: str) -> list[dict[str, Any]]:
-    """Save once for each call that a save makes, and let the fault (kill, error) happen there; what was left each time."""
+    """Save once for each call that a save makes, and let the fault (kill, error) happen there; what was
+    left each time.
+    """
     template = prepared(folder)
 
     def fresh(name: str) -> Path:
@@ -118,7 +122,9 @@ def after_kill(run: Path) -> dict[str, Any]:
 
 
 def stolen_name(run_dir: Path) -> list[str]:
-    """Killed between the two renames where what bore the name is of another version: after the sweep it bears it again."""
+    """Killed between the two renames where what bore the name is of another version: after the sweep it
+    bears it again.
+    """
     checkpoints = run_dir / "checkpoints"
     checkpoints.mkdir(parents=True)
     (checkpoints / ".step_00000003.older.partial").mkdir()
@@ -131,7 +137,7 @@ def stolen_name(run_dir: Path) -> list[str]:
     return saving.names(run_dir)
 
 
-# ------------------------------------------------------------------------------------------------------------ at random moments
+# ------------------------------------------------------------------------------------------ at random moments
 
 
 def _save_for_ever(here: Topology, run_dir: Path, first: int, width: int, report: int) -> None:
@@ -146,8 +152,12 @@ def _save_for_ever(here: Topology, run_dir: Path, first: int, width: int, report
             os.write(report, f"{problem}\n".encode())
 
 
-def killed_at_random(run_dir: Path, kills: int, seed: int, world: int, width: int, longest: float) -> list[dict[str, Any]]:
-    """Kill a run ``kills`` times while it saves one step after another, each time going on from the newest checkpoint."""
+def killed_at_random(
+    run_dir: Path, kills: int, seed: int, world: int, width: int, longest: float
+) -> list[dict[str, Any]]:
+    """Kill a run ``kills`` times while it saves one step after another, each time going on from the newest
+    checkpoint.
+    """
     rng, before, rows = random.Random(seed), 0, []
     run_dir.mkdir(parents=True)
     for _ in range(kills):
@@ -191,7 +201,7 @@ def killed_at_random(run_dir: Path, kills: int, seed: int, world: int, width: in
     return rows
 
 
-# --------------------------------------------------------------------------------------------------------- slow and failing ranks
+# ------------------------------------------------------------------------------------- slow and failing ranks
 
 
 def slow_saves(run_dir: Path) -> list[Any]:

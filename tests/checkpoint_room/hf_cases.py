@@ -16,7 +16,11 @@ from sffn_dist.spec import loading
 
 @torch.no_grad()
 def logits(
-    tree: dict[str, Any], tensors: dict[str, NDArray[np.float32]], guide: bool, alpha: float, tokens: NDArray[np.int64]
+    tree: dict[str, Any],
+    tensors: dict[str, NDArray[np.float32]],
+    guide: bool,
+    alpha: float,
+    tokens: NDArray[np.int64],
 ) -> NDArray[np.float32]:
     """Logits (batch, S, vocab) in fp32, every parameter set by name."""
     config = loading.from_tree(tree)

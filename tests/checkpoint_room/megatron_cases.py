@@ -47,7 +47,9 @@ def _groups(tensor: int) -> None:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, create_gloo_process_groups=False
+        )
 
 
 def model_of(args: argparse.Namespace, tensor: int) -> GPTModel:
@@ -92,15 +94,20 @@ def save(how: str, folder: str, tensor: int, tokens: np.ndarray, **extra: Any) -
     WAYS[how](model, args, Path(folder))
     dist.barrier()
     length = tokens.shape[1]
-    positions, mask = torch.arange(length).expand(tokens.shape), torch.ones(1, 1, length, length).triu(1).bool()
+    positions, mask = (
+        torch.arange(length).expand(tokens.shape),
+        torch.ones(1, 1, length, length).triu(1).bool(),
+    )
     with torch.no_grad():
         return model(torch.from_numpy(tokens), positions, mask).numpy()
 
 
-# ------------------------------------------------------------------------------------------------------------------ torch_dist
+# ------------------------------------------------------------------------------------------------- torch_dist
 
 
-def _torch_dist(model: GPTModel, args: argparse.Namespace, folder: Path, *, root: bool = False, **metadata: Any) -> None:
+def _torch_dist(
+    model: GPTModel, args: argparse.Namespace, folder: Path, *, root: bool = False, **metadata: Any
+) -> None:
     target = folder / "iter_0000007" if root else folder
     if dist.get_rank() == 0:
         target.mkdir(parents=True)
@@ -108,7 +115,12 @@ def _torch_dist(model: GPTModel, args: argparse.Namespace, folder: Path, *, root
             (folder / "latest_checkpointed_iteration.txt").write_text("7")
     dist.barrier()
     state = model.sharded_state_dict(metadata=metadata or None)
-    common = {"args": args, "iteration": 7, "checkpoint_version": 3.0, "num_floating_point_operations_so_far": 0}
+    common = {
+        "args": args,
+        "iteration": 7,
+        "checkpoint_version": 3.0,
+        "num_floating_point_operations_so_far": 0,
+    }
     dist_checkpointing.save({**common, "model": state}, str(target), ("torch_dist", 1))
 
 
@@ -124,7 +136,7 @@ def _halves(model: GPTModel, args: argparse.Namespace, folder: Path) -> None:
     _torch_dist(model, args, folder, singleton_local_shards=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- legacy
+# ----------------------------------------------------------------------------------------------------- legacy
 
 
 def _file(state: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -151,8 +163,12 @@ def _legacy(model: GPTModel, args: argparse.Namespace, folder: Path) -> None:
     torch.save(_file(model.state_dict_for_save_checkpoint(), args), target / "model_optim_rng.pt")
 
 
-def stages_of(state: dict[str, Any], layers: list[list[int]], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A whole model's state_dict as pipeline stages hold it: layers counted from 0, the last one with its copy of a tied table."""
+def stages_of(
+    state: dict[str, Any], layers: list[list[int]], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A whole model's state_dict as pipeline stages hold it: layers counted from 0, the last one with its
+    copy of a tied table.
+    """
     stages: list[dict[str, Any]] = []
     for number, own in enumerate(layers):
         stage: dict[str, Any] = {}
@@ -171,7 +187,10 @@ def stages_of(state: dict[str, Any], layers: list[list[int]], args: argparse.Nam
 
 def _pipeline(model: GPTModel, args: argparse.Namespace, folder: Path) -> None:
     """Three stages, with the names that Transformer Engine's layers have."""
-    names = {"input_layernorm": "self_attention.linear_qkv.layer_norm", "pre_mlp_layernorm": "mlp.linear_fc1.layer_norm"}
+    names = {
+        "input_layernorm": "self_attention.linear_qkv.layer_norm",
+        "pre_mlp_layernorm": "mlp.linear_fc1.layer_norm",
+    }
     state: dict[str, Any] = {}
     for key, value in model.state_dict().items():
         for norm, fused in names.items():
@@ -191,7 +210,9 @@ def _interleaved(model: GPTModel, args: argparse.Namespace, folder: Path) -> Non
         target.mkdir(parents=True)
         file = _file({}, args)
         del file["model"]
-        torch.save({**file, "model0": parts[stage], "model1": parts[stage + 2]}, target / "model_optim_rng.pt")
+        torch.save(
+            {**file, "model0": parts[stage], "model1": parts[stage + 2]}, target / "model_optim_rng.pt"
+        )
 
 
 WAYS: dict[str, Save] = {

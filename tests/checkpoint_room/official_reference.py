@@ -1,4 +1,6 @@
-"""The paper authors' architecture in plain torch, on their own names; written from what their code computes."""
+"""The paper authors' architecture in plain torch, on their own names; written from what their code
+computes.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,10 @@ def factors(method: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]
         return {"lr1": (sizes["rank"], inputs), "lr2": (outputs, sizes["rank"])}
     blocks = sizes["nblocks"]
     if method == "blockdense":
-        return {"blkdiag": (blocks, sizes["rank"] // blocks, inputs // blocks), "lr": (outputs, sizes["rank"])}
+        return {
+            "blkdiag": (blocks, sizes["rank"] // blocks, inputs // blocks),
+            "lr": (outputs, sizes["rank"]),
+        }
     narrow = min(inputs, outputs) // blocks
     return {"blkdiag1": (blocks, narrow, inputs // blocks), "blkdiag2": (blocks, outputs // blocks, narrow)}
 
@@ -77,14 +82,25 @@ def state_dict(config: Mapping[str, Any], ratio: float | None) -> dict[str, Tens
             state[f"{prefix}{norm}.weight"] = 1 + draw(H)
             if model["ln"] == "layernorm":
                 state[f"{prefix}{norm}.bias"] = draw(H)
-        for name, inputs, outputs in (("fc1", H, INNER * (2 if model["act"] == "swiglu" else 1)), ("fc2", INNER, H)):
+        for name, inputs, outputs in (
+            ("fc1", H, INNER * (2 if model["act"] == "swiglu" else 1)),
+            ("fc2", INNER, H),
+        ):
             own = "linear" if layer == 0 else method
             if model["bias"]:
                 state[f"{prefix}mlp.{name}.bias"] = draw(outputs)
             if ratio is not None and own != "linear":
                 state[f"{prefix}mlp.{name}.guide_linear"] = draw(outputs, inputs)
-                state[f"{prefix}mlp.{name}.count"], state[f"{prefix}mlp.{name}.ratio"] = torch.tensor(13), torch.tensor(ratio)
-            state.update({f"{prefix}mlp.{name}.{leaf}": draw(*shape) for leaf, shape in factors(own, inputs, outputs).items()})
+                state[f"{prefix}mlp.{name}.count"], state[f"{prefix}mlp.{name}.ratio"] = (
+                    torch.tensor(13),
+                    torch.tensor(ratio),
+                )
+            state.update(
+                {
+                    f"{prefix}mlp.{name}.{leaf}": draw(*shape)
+                    for leaf, shape in factors(own, inputs, outputs).items()
+                }
+            )
     state["model.ln_f.weight"] = 1 + draw(H)
     if model["ln"] == "layernorm":
         state["model.ln_f.bias"] = draw(H)
@@ -92,7 +108,7 @@ def state_dict(config: Mapping[str, Any], ratio: float | None) -> dict[str, Tens
     return state
 
 
-# ------------------------------------------------------------------------------------------------------------------ the reference
+# ---------------------------------------------------------------------------------------------- the reference
 
 
 def reference(state: Mapping[str, Tensor], config: Mapping[str, Any], tokens: Tensor, alpha: float) -> Tensor:
@@ -100,7 +116,11 @@ def reference(state: Mapping[str, Tensor], config: Mapping[str, Any], tokens: Te
     model = config["model"]["kwargs"]
     x = state["model.wte.weight"][tokens]
     for layer in range(LAYERS):
-        part = {k.removeprefix(f"model.layers.{layer}."): v for k, v in state.items() if k.startswith(f"model.layers.{layer}.")}
+        part = {
+            k.removeprefix(f"model.layers.{layer}."): v
+            for k, v in state.items()
+            if k.startswith(f"model.layers.{layer}.")
+        }
         x = x + _attention(part, _norm(part, "ln1", model["ln"], x), model["pos_emb"]["rotary_base"])
         inner = _linear(part, "mlp.fc1.", _norm(part, "ln2", model["ln"], x), alpha)
         if model["act"] == "gelu":
@@ -151,7 +171,9 @@ def _linear(part: Mapping[str, Tensor], prefix: str, x: Tensor, alpha: float) ->
     else:
         z = x @ torch.block_diag(*p["blkdiag1"]).T  # (k, q) flat; read as (r, l)
         blocks = p["blkdiag2"].shape[0]
-        dealt = z.unflatten(-1, (-1, blocks)).transpose(-1, -2).flatten(-2) @ torch.block_diag(*p["blkdiag2"]).T
+        dealt = (
+            z.unflatten(-1, (-1, blocks)).transpose(-1, -2).flatten(-2) @ torch.block_diag(*p["blkdiag2"]).T
+        )
         y = dealt.unflatten(-1, (blocks, -1)).transpose(-1, -2).flatten(-2)
     if alpha and "guide_linear" in p:
         y = alpha * (x @ p["guide_linear"].T) + (1 - alpha) * y

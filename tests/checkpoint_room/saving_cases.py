@@ -1,6 +1,8 @@
-"""Real saves of a made-up state in processes that may be killed; called inside the nursery, which forks a child for each.
+"""Real saves of a made-up state in processes that may be killed; called inside the nursery, which forks a
+child for each.
 
-The state's content is a function of its step, so that a checkpoint found later can be told right from wrong without its writer.
+The state's content is a function of its step, so that a checkpoint found later can be told right from wrong
+without its writer.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def config(width: int = 32, **checkpoint: Any) -> Config:
     ffn = {"kind": "low_rank", "rank": width // 4, "width": 4 * width}
     guide = {"mode": "fixed_step", "fraction": 0.5}
     train = {"steps": 1000, "global_batch_size": 2, "micro_batch_size": 1, "learning_rate": 1e-3}
-    return loading.from_tree({"model": model, "ffn": ffn, "guide": guide, "train": train, "checkpoint": checkpoint})
+    return loading.from_tree(
+        {"model": model, "ffn": ffn, "guide": guide, "train": train, "checkpoint": checkpoint}
+    )
 
 
 def place(rank: int = 0, world: int = 1) -> Topology:
@@ -53,12 +57,16 @@ def place(rank: int = 0, world: int = 1) -> Topology:
     return Topology(rank, world, 1, 0, world, rank, torch.device("cpu"), None, None)
 
 
-# ------------------------------------------------------------------------------------------------------------------- state
+# ------------------------------------------------------------------------------------------------------ state
 
 
 def content(step: int, name: str, kind: str, numel: int) -> Tensor:
     """What a tensor of the state holds at a step, exactly: whole numbers below 2^24."""
-    return torch.arange(numel, dtype=torch.float32) % 4096 + zlib.crc32(f"{kind}/{name}".encode()) % 4096 + 8192 * (step % 1000)
+    return (
+        torch.arange(numel, dtype=torch.float32) % 4096
+        + zlib.crc32(f"{kind}/{name}".encode()) % 4096
+        + 8192 * (step % 1000)
+    )
 
 
 class State:
@@ -113,11 +121,13 @@ def wrong_tensors(found: Manifest) -> list[str]:
     return differ + [str(problem) for problem in found.damage(found.files)]
 
 
-# --------------------------------------------------------------------------------------------------------------- processes
+# -------------------------------------------------------------------------------------------------- processes
 
 
 def start(function: Callable[..., Any], *arguments: Any) -> tuple[int, int]:
-    """A forked child that calls the function; its id, and the end of a pipe on which the pickled outcome comes."""
+    """A forked child that calls the function; its id, and the end of a pipe on which the pickled outcome
+    comes.
+    """
     reading_end, writing_end = os.pipe()
     child = os.fork()
     if child:
@@ -149,7 +159,9 @@ def forked(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def on_ranks(world: int, meeting: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``function(topology, ...)`` on gloo ranks that meet at a file, or here if it is one; what each returned."""
+    """``function(topology, ...)`` on gloo ranks that meet at a file, or here if it is one; what each
+    returned.
+    """
     meeting.unlink(missing_ok=True)
     if world == 1:
         return [function(place(), *arguments)]
@@ -162,7 +174,9 @@ def on_ranks(world: int, meeting: Path, function: Callable[..., Any], *arguments
 
 
 def small_disk(folder: Path, size: str) -> str | None:
-    """Give this process, a forked child, a tmpfs of its own at ``folder``; the reason where that is not allowed."""
+    """Give this process, a forked child, a tmpfs of its own at ``folder``; the reason where that is not
+    allowed.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
     if libc.unshare(NEWNS) and libc.unshare(NEWNS | NEWUSER):
@@ -178,11 +192,13 @@ def small_disk(folder: Path, size: str) -> str | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------- what is found
+# ---------------------------------------------------------------------------------------------- what is found
 
 
 def found(run_dir: Path, here: Topology | None = None) -> dict[str, Any]:
-    """What a start makes of a run's folder: the step it takes, tensors that are wrong in it, the warnings, or the refusal."""
+    """What a start makes of a run's folder: the step it takes, tensors that are wrong in it, the warnings,
+    or the refusal.
+    """
     warnings: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
@@ -205,7 +221,9 @@ def found_by_ranks(run_dir: Path, world: int) -> list[dict[str, Any]]:
 
 
 def found_while_unreadable(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    """What a start finds while the disk answers with errors for a file of the newest checkpoint, and after."""
+    """What a start finds while the disk answers with errors for a file of the newest checkpoint, and
+    after.
+    """
     usual, newest = manifests.hash_file, manifests.checkpoints(run_dir)[-1]
 
     def failing(path: Path) -> str:
@@ -238,7 +256,9 @@ def complete(run_dir: Path) -> list[int]:
     return whole
 
 
-def saved(run_dir: Path, steps: list[int], world: int = 1, guide: bool = False, **checkpoint: Any) -> list[Any]:
+def saved(
+    run_dir: Path, steps: list[int], world: int = 1, guide: bool = False, **checkpoint: Any
+) -> list[Any]:
     """Save these steps; by rank: names of what was saved, and the news."""
 
     def some(here: Topology) -> list[Any]:

@@ -1,4 +1,6 @@
-"""What a disk did to a checkpoint after it was saved is found before anything of it is used, by all ranks alike."""
+"""What a disk did to a checkpoint after it was saved is found before anything of it is used, by all ranks
+alike.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_it_is_skipped_and_named_and_the_one_before_is_used(find: Find, run: Path, name: str, damage: str) -> None:
+def test_it_is_skipped_and_named_and_the_one_before_is_used(
+    find: Find, run: Path, name: str, damage: str
+) -> None:
     DAMAGES[damage](folder(run, 3) / name)
     for world in (1, 2):  # the second start meets the mark that the first one left
         found = find(run, world)
@@ -77,7 +81,9 @@ def test_it_is_skipped_and_named_and_the_one_before_is_used(find: Find, run: Pat
         assert name in found["warnings"][0] or name == "manifest.json"
     content = name != "manifest.json" and ("flipped" in damage or "zeros" in damage)
     assert (folder(run, 3) / "BROKEN").exists() == content, "what costs nothing to see again is not marked"
-    assert find(run)["names"] == [folder(run, step).name for step in (1, 2, 3)], "nothing is deleted by a start"
+    assert find(run)["names"] == [folder(run, step).name for step in (1, 2, 3)], (
+        "nothing is deleted by a start"
+    )
 
 
 def test_the_mark_says_what_was_found_and_can_be_taken_away(find: Find, run: Path) -> None:
@@ -96,7 +102,9 @@ def test_the_mark_says_what_was_found_and_can_be_taken_away(find: Find, run: Pat
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from(FILES[:3]), bit=st.integers(0, 7))
-def test_a_flipped_bit_anywhere_is_found(find: Find, run: Path, data: st.DataObject, name: str, bit: int) -> None:
+def test_a_flipped_bit_anywhere_is_found(
+    find: Find, run: Path, data: st.DataObject, name: str, bit: int
+) -> None:
     path = folder(run, 3) / name
     place = data.draw(st.integers(0, path.stat().st_size - 1))
     flip(path, place, bit)
@@ -143,7 +151,10 @@ def test_where_all_are_broken_the_start_is_refused(find: Find, run: Path, world:
     flip(folder(run, 2) / "rank_00000.safetensors", -9)
     flip(folder(run, 3) / "rank_00001.safetensors", -9)
     before = {path for path in run.rglob("*") if path.name != "BROKEN"}
-    for reasons in (["see above", "see above", "No such file"], ["marked as broken", "marked as broken", "No such file"]):
+    for reasons in (
+        ["see above", "see above", "No such file"],
+        ["marked as broken", "marked as broken", "No such file"],
+    ):
         found = find(run, world)
         assert found["step"] is None
         assert len(found["refused"]) == 3

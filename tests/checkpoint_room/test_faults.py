@@ -1,4 +1,6 @@
-"""Killed anywhere, out of disk at any moment: a start finds the last checkpoint that was reported, whole, and nothing half-written."""
+"""Killed anywhere, out of disk at any moment: a start finds the last checkpoint that was reported, whole,
+and nothing half-written.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def check_killed(rows: list[dict[str, Any]]) -> None:
         assert row["step"] >= row["before"], row
         assert (row["wrong"], row["warnings"]) == ([], []), row
         assert all(line.isdecimal() for line in row["said"]), row
-        # hidden names go; of the others one more than are kept may be there, or be half gone, where pruning was cut short
+        # hidden names go; of the others one more than are kept may be there, or be half gone, where pruning
+        # was cut short
         assert row["swept"] == [name for name in row["left"] if not name.startswith(".")], row
         assert len(row["swept"]) <= 3, row
 
@@ -47,7 +50,9 @@ def test_killed_at_random_many_times(nursery: Nursery, tmp_path: Path, world: in
 
 
 def test_killed_at_every_call(nursery: Nursery, tmp_path: Path) -> None:
-    """Before each call by which a save changes the disk: one child for each, over a broken checkpoint of the same step, with pruning."""
+    """Before each call by which a save changes the disk: one child for each, over a broken checkpoint of
+    the same step, with pruning.
+    """
     rows = nursery(CASES, "every_call", folder=tmp_path, fault="kill")
     calls = [row["call"].split(" ", 1)[1] for row in rows]
     published = calls.index("rename .step_00000003.partial")
@@ -63,7 +68,9 @@ def test_killed_at_every_call(nursery: Nursery, tmp_path: Path) -> None:
 
 
 def test_every_call_may_fail(nursery: Nursery, tmp_path: Path) -> None:
-    """Each call once: the save is there or every trace of it gone; what was there before stays; the next one succeeds."""
+    """Each call once: the save is there or every trace of it gone; what was there before stays; the next
+    one succeeds.
+    """
     rows = nursery(CASES, "every_call", folder=tmp_path, fault="error")
     assert any(row["result"][0] is None for row in rows)
     for row in rows:
@@ -84,14 +91,18 @@ def test_a_name_taken_and_not_given_is_its_own_again(nursery: Nursery, tmp_path:
     assert nursery(CASES, "stolen_name", run_dir=tmp_path / "run") == ["step_00000002", "step_00000003"]
 
 
-def obstructed(nursery: Nursery, *, folder: Path, kind: str, world: int, size: str | None, **options: Any) -> list[Any]:
+def obstructed(
+    nursery: Nursery, *, folder: Path, kind: str, world: int, size: str | None, **options: Any
+) -> list[Any]:
     ranks = nursery(DISKS, "obstructed_ranks", folder=folder, kind=kind, world=world, size=size, **options)
     if isinstance(ranks, str):
         pytest.skip(ranks)
     assert isinstance(ranks, list)
     for rank in ranks:
         assert rank["saves"] == ["step_00000001", None, "step_00000002"]
-        assert (rank["left"], rank["whole"]) == (["step_00000001"], [1]), "the older one is whole, nothing half-written is left"
+        assert (rank["left"], rank["whole"]) == (["step_00000001"], [1]), (
+            "the older one is whole, nothing half-written is left"
+        )
         assert (rank["later"], rank["then"]) == ([], [1, 2])
         assert rank["news"] == ranks[0]["news"], "every rank hears of it"
     assert len(ranks[0]["news"]) == 1
@@ -108,7 +119,9 @@ SAYS = {
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("kind", SAYS)
-def test_a_disk_that_takes_no_more(nursery: Nursery, tmp_path: Path, kind: str, world: int, asynchronous: bool) -> None:
+def test_a_disk_that_takes_no_more(
+    nursery: Nursery, tmp_path: Path, kind: str, world: int, asynchronous: bool
+) -> None:
     """A real one of 8 MB: full before the save is begun, full while it is written, read-only."""
     ranks = obstructed(nursery, folder=tmp_path, kind=kind, world=world, size="8m", asynchronous=asynchronous)
     assert ranks[0]["news"][0].startswith("checkpoint of step 2 not written: rank")
@@ -119,7 +132,9 @@ def test_a_disk_that_takes_no_more(nursery: Nursery, tmp_path: Path, kind: str, 
 def test_a_limit_on_the_last_ranks_files(nursery: Nursery, tmp_path: Path, world: int) -> None:
     """Where no disk of one's own is to be had: the system refuses the file's second half."""
     ranks = obstructed(nursery, folder=tmp_path, kind="limit", world=world, size=None)
-    assert ranks[0]["news"] == [f"checkpoint of step 2 not written: rank {world - 1}: OSError: [Errno 27] File too large"]
+    assert ranks[0]["news"] == [
+        f"checkpoint of step 2 not written: rank {world - 1}: OSError: [Errno 27] File too large"
+    ]
 
 
 def test_a_damaged_checkpoint_that_cannot_be_marked(nursery: Nursery, tmp_path: Path) -> None:

@@ -19,15 +19,28 @@ transformers = pytest.importorskip("transformers")
 KINDS = ("dense", "low_rank", "block_dense", "block_shuffle")
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu"}
 STARCODER2 = {"norm": "layernorm", "activation": "gelu"}
-# every combination of family, tied embeddings and grouped queries, with every kind; biases and heads of another width on the way
+# every combination of family, tied embeddings and grouped queries, with every kind; biases and heads of
+# another width on the way
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {**LLAMA, "tie_embeddings": True, "kv_heads": 2, "bias": True},
     "llama_untied": {**LLAMA, "tie_embeddings": False, "kv_heads": 1, "bias": True, "attention_dim": 32},
     "llama_tied_ungrouped": {**LLAMA, "tie_embeddings": True, "bias": False},
     "llama_plain": {**LLAMA, "tie_embeddings": False, "bias": False},
     "starcoder": {**STARCODER2, "tie_embeddings": True, "kv_heads": 2, "bias": True},
-    "starcoder_untied": {**STARCODER2, "tie_embeddings": False, "kv_heads": 1, "bias": True, "activation": "gelu_erf"},
-    "starcoder_untied_tanh": {**STARCODER2, "tie_embeddings": False, "kv_heads": 2, "bias": False, "attention_dim": 8},
+    "starcoder_untied": {
+        **STARCODER2,
+        "tie_embeddings": False,
+        "kv_heads": 1,
+        "bias": True,
+        "activation": "gelu_erf",
+    },
+    "starcoder_untied_tanh": {
+        **STARCODER2,
+        "tie_embeddings": False,
+        "kv_heads": 2,
+        "bias": False,
+        "attention_dim": 8,
+    },
     "starcoder_tied_ungrouped": {**STARCODER2, "tie_embeddings": True, "bias": False, "attention_dim": 32},
     "starcoder_plain": {**STARCODER2, "tie_embeddings": False, "bias": False},
 }
@@ -60,14 +73,23 @@ def same_tensors(got: Weights, expected: Weights) -> None:
         assert torch.equal(got.full(name), expected.full(name)), name
 
 
-@pytest.fixture(params=[(kind, guide) for kind in KINDS for guide in (False, True) if kind != "dense" or not guide], ids=str)
+@pytest.fixture(
+    params=[(kind, guide) for kind in KINDS for guide in (False, True) if kind != "dense" or not guide],
+    ids=str,
+)
 def structure(request: pytest.FixtureRequest) -> tuple[str, bool]:
     return request.param
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_merged_computes_what_the_model_computes(
-    structure: tuple[str, bool], variant: str, tree_of: Any, drawn: Any, reference: Any, tokens: torch.Tensor, tmp_path: Path
+    structure: tuple[str, bool],
+    variant: str,
+    tree_of: Any,
+    drawn: Any,
+    reference: Any,
+    tokens: torch.Tensor,
+    tmp_path: Path,
 ) -> None:
     kind, guide = structure
     weights = drawn(tree_of(kind, **VARIANTS[variant]), guide=guide, alpha=0.3 if guide else 0.0)
@@ -84,15 +106,26 @@ def test_merged_computes_what_the_model_computes(
 
 @pytest.mark.parametrize("variant", EVERY)
 def test_structured_computes_what_the_model_computes(
-    structure: tuple[str, bool], variant: str, tree_of: Any, drawn: Any, reference: Any, tokens: torch.Tensor, tmp_path: Path
+    structure: tuple[str, bool],
+    variant: str,
+    tree_of: Any,
+    drawn: Any,
+    reference: Any,
+    tokens: torch.Tensor,
+    tmp_path: Path,
 ) -> None:
     kind, guide = structure
     layers = [] if variant == "rmsnorm_erf" else [1]
     weights = drawn(
-        tree_of(kind, ffn={"dense_layers": layers}, **EVERY[variant]), guide=guide, alpha=0.3 if guide else 0.0, step=7
+        tree_of(kind, ffn={"dense_layers": layers}, **EVERY[variant]),
+        guide=guide,
+        alpha=0.3 if guide else 0.0,
+        step=7,
     )
     folder = export(weights, tmp_path / "m", ffn="structured", dtype="fp32")
-    assert difference(logits(loaded(folder, trust_remote_code=True), tokens), reference(weights, tokens)) < 1e-5
+    assert (
+        difference(logits(loaded(folder, trust_remote_code=True), tokens), reference(weights, tokens)) < 1e-5
+    )
     back = source.read(folder)
     same_tensors(back, weights)
     assert (back.guide, back.alpha, back.step) == (guide, weights.alpha, 7)
@@ -101,7 +134,9 @@ def test_structured_computes_what_the_model_computes(
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_structured_holds_factors_and_nothing_dense(kind: str, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
+def test_structured_holds_factors_and_nothing_dense(
+    kind: str, tree_of: Any, drawn: Any, tmp_path: Path
+) -> None:
     weights = drawn(tree_of(kind, ffn={"dense_layers": []}, **LLAMA))
     model = loaded(export(weights, tmp_path / "m", ffn="structured", dtype="fp32"), trust_remote_code=True)
     assert sum(p.numel() for p in model.parameters()) == counts.parameters(weights.config)
@@ -116,7 +151,9 @@ def test_structured_saved_by_transformers_loads_again(
 
     weights = drawn(tree_of("block_dense", **EVERY[variant]), guide=True, alpha=0.4)
     folder = export(weights, tmp_path / "m", ffn="structured", dtype="fp32")
-    model = loaded(folder, trust_remote_code=True) if remote else SffnForCausalLM.from_pretrained(folder).eval()
+    model = (
+        loaded(folder, trust_remote_code=True) if remote else SffnForCausalLM.from_pretrained(folder).eval()
+    )
     model.save_pretrained(tmp_path / "again")
     again = loaded(tmp_path / "again", trust_remote_code=True)
     assert torch.equal(logits(again, tokens), logits(model, tokens))
@@ -126,7 +163,9 @@ def test_structured_saved_by_transformers_loads_again(
 def test_a_structured_model_may_be_made_and_trained_in_transformers(
     tree_of: Any, drawn: Any, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    folder = export(drawn(tree_of("block_shuffle", **LLAMA), guide=True), tmp_path / "m", ffn="structured", dtype="fp32")
+    folder = export(
+        drawn(tree_of("block_shuffle", **LLAMA), guide=True), tmp_path / "m", ffn="structured", dtype="fp32"
+    )
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
@@ -154,7 +193,9 @@ def test_what_a_file_lacks_is_drawn_and_nothing_else(tree_of: Any, drawn: Any, t
 def test_structured_has_what_transformers_gives_a_model(
     variant: str, tree_of: Any, drawn: Any, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    folder = export(drawn(tree_of("low_rank", **EVERY[variant])), tmp_path / "m", ffn="structured", dtype="fp32")
+    folder = export(
+        drawn(tree_of("low_rank", **EVERY[variant])), tmp_path / "m", ffn="structured", dtype="fp32"
+    )
     model = loaded(folder, trust_remote_code=True)
     expected = logits(model, tokens)
     eager = loaded(folder, trust_remote_code=True, attn_implementation="eager")
@@ -176,7 +217,9 @@ def test_structured_has_what_transformers_gives_a_model(
 def test_generation_with_a_cache_is_generation_without(
     ffn: Any, variant: str, tree_of: Any, drawn: Any, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    folder = export(drawn(tree_of("block_shuffle", **VARIANTS[variant])), tmp_path / "m", ffn=ffn, dtype="fp32")
+    folder = export(
+        drawn(tree_of("block_shuffle", **VARIANTS[variant])), tmp_path / "m", ffn=ffn, dtype="fp32"
+    )
     model = loaded(folder, trust_remote_code=ffn == "structured")
     prompt = tokens[:, :4]
     got = model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=True)

@@ -1,4 +1,6 @@
-"""The files of an exported folder: shards, types, a place that is whole or not there, the tokenizer, the model card."""
+"""The files of an exported folder: shards, types, a place that is whole or not there, the tokenizer, the
+model card.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,14 @@ ONLY_STRUCTURED: dict[str, tuple[dict[str, Any], str]] = {
         {"norm": "layernorm", "activation": "swiglu"},
         "model.norm = layernorm with model.activation = swiglu",
     ),
-    "rmsnorm_gelu": ({"norm": "rmsnorm", "activation": "gelu"}, "model.norm = rmsnorm with model.activation = gelu"),
-    "rmsnorm_erf": ({"norm": "rmsnorm", "activation": "gelu_erf"}, "model.norm = rmsnorm with model.activation = gelu_erf"),
+    "rmsnorm_gelu": (
+        {"norm": "rmsnorm", "activation": "gelu"},
+        "model.norm = rmsnorm with model.activation = gelu",
+    ),
+    "rmsnorm_erf": (
+        {"norm": "rmsnorm", "activation": "gelu_erf"},
+        "model.norm = rmsnorm with model.activation = gelu_erf",
+    ),
     "heads_beside_width": ({**LLAMA, "heads": 3, "attention_dim": 12}, "model.heads = 3"),
 }
 
@@ -72,7 +80,9 @@ def test_bf16_is_the_rounded_model(ffn: Any, tree_of: Any, drawn: Any, tmp_path:
 
 
 @pytest.mark.parametrize("variant", ONLY_STRUCTURED)
-def test_what_no_architecture_has_is_refused_merged(variant: str, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
+def test_what_no_architecture_has_is_refused_merged(
+    variant: str, tree_of: Any, drawn: Any, tmp_path: Path
+) -> None:
     settings, expected = ONLY_STRUCTURED[variant]
     with pytest.raises(ConfigError, match=expected) as caught:
         export(drawn(tree_of("low_rank", **settings)), tmp_path / "m", ffn="merged", dtype="fp32")
@@ -81,7 +91,9 @@ def test_what_no_architecture_has_is_refused_merged(variant: str, tree_of: Any, 
 
 
 @pytest.mark.parametrize("what", ["folder", "file", "dangling link", "empty folder"])
-def test_an_existing_target_is_refused_and_untouched(what: str, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
+def test_an_existing_target_is_refused_and_untouched(
+    what: str, tree_of: Any, drawn: Any, tmp_path: Path
+) -> None:
     target = tmp_path / "m"
     if what == "file":
         target.write_text("mine")
@@ -94,12 +106,16 @@ def test_an_existing_target_is_refused_and_untouched(what: str, tree_of: Any, dr
     with pytest.raises(ConfigError, match=str(target)):
         export(drawn(tree_of(**LLAMA)), target, ffn="merged", dtype="fp32")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
-    assert not target.is_dir() or [path.name for path in target.iterdir()] == (["mine"] if what == "folder" else [])
+    assert not target.is_dir() or [path.name for path in target.iterdir()] == (
+        ["mine"] if what == "folder" else []
+    )
 
 
 @pytest.mark.parametrize("error", [RuntimeError("disk"), KeyboardInterrupt()], ids=["error", "interrupt"])
 @pytest.mark.parametrize("at", ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"])
-def test_a_failure_leaves_nothing(error: BaseException, at: str, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
+def test_a_failure_leaves_nothing(
+    error: BaseException, at: str, tree_of: Any, drawn: Any, tmp_path: Path
+) -> None:
     weights = drawn(tree_of("low_rank", **LLAMA))
 
     def full(name: str) -> torch.Tensor:
@@ -110,7 +126,9 @@ def test_a_failure_leaves_nothing(error: BaseException, at: str, tree_of: Any, d
     with pytest.raises(type(error)):
         export(replace(weights, full=full), tmp_path / "m", ffn="merged", dtype="fp32", shard_bytes=3000)
     assert list(tmp_path.iterdir()) == []
-    assert export(weights, tmp_path / "m", ffn="merged", dtype="fp32").is_dir(), "the same place serves afterwards"
+    assert export(weights, tmp_path / "m", ffn="merged", dtype="fp32").is_dir(), (
+        "the same place serves afterwards"
+    )
 
 
 def test_another_export_to_the_same_place_is_refused(tree_of: Any, drawn: Any, tmp_path: Path) -> None:
@@ -167,14 +185,15 @@ def test_export_and_source_need_no_transformers() -> None:
 
     script = (
         "import sys; sys.modules['transformers'] = None\n"
-        "import sffn_dist.conversion.hf.export, sffn_dist.conversion.hf.source\nprint('megatron' in sys.modules)"
+        "import sffn_dist.conversion.hf.export, sffn_dist.conversion.hf.source\nprint('megatron' in "
+        "sys.modules)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "False"
 
 
-# --------------------------------------------------------------------------------------------------- tokenizer, model card
+# -------------------------------------------------------------------------------------- tokenizer, model card
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +209,9 @@ def tokenizer() -> Any:
 
 
 @pytest.mark.parametrize("ffn", ["merged", "structured"])
-def test_the_tokenizer_travels_with_its_end_of_text(ffn: Any, tokenizer: Any, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
+def test_the_tokenizer_travels_with_its_end_of_text(
+    ffn: Any, tokenizer: Any, tree_of: Any, drawn: Any, tmp_path: Path
+) -> None:
     weights = drawn(tree_of("low_rank", **GROUPED), tokenizer=tokenizer.to_str())
     folder = export(weights, tmp_path / "m", ffn=ffn, dtype="fp32")
     got = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=ffn == "structured")
@@ -230,7 +251,12 @@ def test_no_tokenizer_and_no_end_of_text(tokenizer: Any, tree_of: Any, drawn: An
 def test_the_card_says_what_the_model_is(ffn: Any, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
     import yaml
 
-    facts = {"data_fingerprint": "f00d", "revision": "a|b\nc", "results": {"heldout_loss": 3.25}, "unknown": None}
+    facts = {
+        "data_fingerprint": "f00d",
+        "revision": "a|b\nc",
+        "results": {"heldout_loss": 3.25},
+        "unknown": None,
+    }
     weights = drawn(tree_of("block_dense", **LLAMA), facts=facts, step=1200)
     text = (export(weights, tmp_path / "m", ffn=ffn, dtype="bf16") / "README.md").read_text()
     _, header, body = text.split("---\n", 2)
@@ -238,7 +264,8 @@ def test_the_card_says_what_the_model_is(ffn: Any, tree_of: Any, drawn: Any, tmp
     assert "block-dense" in yaml.safe_load(header)["tags"]
     assert "license" not in yaml.safe_load(header)
     config = (merged(weights) if ffn == "merged" else weights).config
-    for row in ("| data_fingerprint | f00d |", "| revision | a\\|b c |", "| results.heldout_loss | 3.25 |", "| rank | 8 |",
+    for row in ("| data_fingerprint | f00d |", "| revision | a\\|b c |", "| results.heldout_loss | 3.25 "
+                                                                         "|", "| rank | 8 |",
                 f"| all | {counts.parameters(config):,} |", "1,200 steps", "2406.16450"):  # fmt: skip
         assert row in body, row
     assert ("trust_remote_code" in body) == (ffn == "structured")

@@ -1,4 +1,6 @@
-"""The public evaluation harness runs an exported folder as any other, without the network, and finds the score that is due."""
+"""The public evaluation harness runs an exported folder as any other, without the network, and finds the
+score that is due.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,12 @@ def test_the_harness_scores_a_merged_export(tree_of: Any, drawn: Any, tmp_path: 
     (tmp_path / "tasks" / "local_choice.yaml").write_text(TASK.format(data=tmp_path / "data.jsonl"))
     # a model that is neither always right nor always wrong, so that the score says something
     for seed in range(9):
-        folder = export(drawn(tree, seed=seed, tokenizer=tokenizer_json()), tmp_path / f"m{seed}", ffn="merged", dtype="fp32")
+        folder = export(
+            drawn(tree, seed=seed, tokenizer=tokenizer_json()),
+            tmp_path / f"m{seed}",
+            ffn="merged",
+            dtype="fp32",
+        )
         expected = accuracy(folder, docs)
         if 0.2 < expected < 0.8:
             break
@@ -93,8 +100,26 @@ def test_the_harness_scores_a_merged_export(tree_of: Any, drawn: Any, tmp_path: 
         "TRANSFORMERS_OFFLINE": "1",
         "HF_HOME": str(tmp_path / "home"),
     }
-    command = [sys.executable, "-P", "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder},dtype=float32"]
-    command += ["--tasks", "local_choice", "--include_path", str(tmp_path / "tasks"), "--device", "cpu", "--batch_size", "4"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={folder},dtype=float32",
+    ]
+    command += [
+        "--tasks",
+        "local_choice",
+        "--include_path",
+        str(tmp_path / "tasks"),
+        "--device",
+        "cpu",
+        "--batch_size",
+        "4",
+    ]
     command += ["--output_path", str(tmp_path / "out")]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env={**os.environ, **offline}

@@ -1,4 +1,6 @@
-"""Folders that are not what this project can read: refused with their reasons, before any work, and never run."""
+"""Folders that are not what this project can read: refused with their reasons, before any work, and never
+run.
+"""
 
 from __future__ import annotations
 
@@ -56,15 +58,33 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
     "no type": ({"model_type": ...}, "model_type = null"),
     "activation": ({"hidden_act": "relu"}, 'hidden_act = "relu": this model has silu or swish'),
     "llama gelu": ({"hidden_act": "gelu"}, 'hidden_act = "gelu"'),
-    "rope scaling": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0}}, "rope_parameters = {"),
-    "old rope scaling": ({"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling = {"),
-    "rope by layer": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters = {"),
+    "rope scaling": (
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0}},
+        "rope_parameters = {",
+    ),
+    "old rope scaling": (
+        {"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_scaling = {",
+    ),
+    "rope by layer": (
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        "rope_parameters = {",
+    ),
     "rope base": ({"rope_parameters": {"rope_type": "default", "rope_theta": 10.5}}, "rope_theta = 10.5"),
-    "partial": ({"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+    "partial": (
+        {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor = 0.5",
+    ),
     "old partial": ({"partial_rotary_factor": 0.25}, "partial_rotary_factor = 0.25"),
     "window": ({"model_type": "mistral", "sliding_window": 4}, "sliding_window = 4"),
-    "window by default": ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window = 4096"),
-    "qwen window": ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4}, "sliding_window = 4"),
+    "window by default": (
+        {"model_type": "mistral", "max_position_embeddings": 8192},
+        "sliding_window = 4096",
+    ),
+    "qwen window": (
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4},
+        "sliding_window = 4",
+    ),
     "layer types": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = ["),
     "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config = {"),
     "parallel residual": ({**NEOX, "use_parallel_residual": True}, "use_parallel_residual = true"),
@@ -73,11 +93,20 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
     "rotary share by default": ({**NEOX, "rotary_pct": ...}, "rotary_pct = 0.25"),
     "size": ({"hidden_size": "16"}, 'hidden_size = "16": must be a positive whole number'),
     "no size": ({"num_hidden_layers": ...}, "num_hidden_layers = null: must be a positive whole number"),
-    "heads": ({"num_attention_heads": 3, "head_dim": ...}, "num_attention_heads = 3: must divide hidden_size = 16"),
+    "heads": (
+        {"num_attention_heads": 3, "head_dim": ...},
+        "num_attention_heads = 3: must divide hidden_size = 16",
+    ),
     "too many layers": ({"num_hidden_layers": 20_000}, "model.layers = 20000"),
     "kv heads": ({"num_key_value_heads": 3}, "model.kv_heads = 3"),
-    "guide": ({"model_type": "sffn", "gated": True, "dense_layers": [], "guide_alpha": 1.5}, "guide_alpha = 1.5"),
-    "feed-forward": ({"model_type": "sffn", "gated": True, "dense_layers": [0], "ffn_kind": "monarch"}, 'ffn_kind = "monarch"'),
+    "guide": (
+        {"model_type": "sffn", "gated": True, "dense_layers": [], "guide_alpha": 1.5},
+        "guide_alpha = 1.5",
+    ),
+    "feed-forward": (
+        {"model_type": "sffn", "gated": True, "dense_layers": [0], "ffn_kind": "monarch"},
+        'ffn_kind = "monarch"',
+    ),
     "epsilon": ({"rms_norm_eps": 0}, "rms_norm_eps = 0"),
 }
 
@@ -87,11 +116,20 @@ def test_settings_that_are_not_ours_are_named(case: str, folder: Path) -> None:
     changes, expected = SETTINGS[case]
     edit(folder, **changes)
     problems = refusal(folder)
-    assert any(problem.startswith(f"{folder / 'config.json'}: ") and expected in problem for problem in problems), problems
+    assert any(
+        problem.startswith(f"{folder / 'config.json'}: ") and expected in problem for problem in problems
+    ), problems
 
 
 def test_all_reasons_come_at_once_and_before_any_tensor(folder: Path) -> None:
-    edit(folder, hidden_act="relu", layer_types=["x"], sliding_window=3, rope_parameters={"rope_type": "yarn"}, vocab_size=-1)
+    edit(
+        folder,
+        hidden_act="relu",
+        layer_types=["x"],
+        sliding_window=3,
+        rope_parameters={"rope_type": "yarn"},
+        vocab_size=-1,
+    )
     for path in folder.glob("*.safetensors"):
         path.unlink()
     text = "\n".join(refusal(folder))
@@ -105,7 +143,7 @@ def test_dropout_is_no_reason(folder: Path) -> None:
     assert source.read(folder).config.model.width == 16
 
 
-# ---------------------------------------------------------------------------------------------------------- broken folders
+# --------------------------------------------------------------------------------------------- broken folders
 
 
 def shard(folder: Path, index: int = 1) -> Path:
@@ -132,7 +170,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "torn config": (lambda f: cut(f / "config.json", 40), "config.json: cannot be read as JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: holds a list"),
     "config deep": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json: cannot be read"),
-    "config a folder": (lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), "config.json: cannot be read"),
+    "config a folder": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+        "config.json: cannot be read",
+    ),
     "no tensors": (lambda f: [p.unlink() for p in f.glob("model*")], "holds neither model.safetensors"),
     "lost shard": (lambda f: shard(f).unlink(), "model-00002-of"),
     "torn shard": (lambda f: cut(shard(f), -8), "model-00002-of"),
@@ -140,12 +181,20 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty shard": (lambda f: cut(shard(f), 0), "model-00002-of"),
     "shard of noise": (lambda f: shard(f).write_bytes(os.urandom(4000)), "model-00002-of"),
     "torn index": (lambda f: cut(f / "model.safetensors.index.json", 50), "index.json: cannot be read"),
-    "index of nothing": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "weight_map = null"),
+    "index of nothing": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        "weight_map = null",
+    ),
     "index leads away": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
+        lambda f: (f / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "../x.safetensors"}}'
+        ),
         "weight_map names",
     ),
-    "tokenizer of noise": (lambda f: (f / "tokenizer.json").write_bytes(b"\xff\xfe\xfd"), "tokenizer.json: cannot be read"),
+    "tokenizer of noise": (
+        lambda f: (f / "tokenizer.json").write_bytes(b"\xff\xfe\xfd"),
+        "tokenizer.json: cannot be read",
+    ),
 }
 
 
@@ -177,7 +226,9 @@ def test_a_broken_tensor_is_named(damage: str, folder: Path) -> None:
     name = next(iter(tensors))
     act(tensors, name)
     save_file(tensors, shard(folder))
-    assert any(str(folder) in problem and expected.format(name=name) in problem for problem in refusal(folder))
+    assert any(
+        str(folder) in problem and expected.format(name=name) in problem for problem in refusal(folder)
+    )
 
 
 def test_a_missing_and_a_superfluous_tensor_are_named(tree_of: Any, drawn: Any, tmp_path: Path) -> None:
@@ -185,7 +236,9 @@ def test_a_missing_and_a_superfluous_tensor_are_named(tree_of: Any, drawn: Any, 
     path = folder / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.1.mlp.gate_proj.bias"] = torch.zeros(24)
-    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)  # old files have it; it is no parameter
+    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.zeros(
+        2
+    )  # old files have it; it is no parameter
     tensors["lm_head.weight"] = torch.zeros(37, 16)  # of a tied model: the embedding again
     del tensors["model.norm.weight"]
     save_file(tensors, path)
@@ -200,14 +253,17 @@ def test_many_problems_are_cut_short(folder: Path) -> None:
     problems = refusal(folder)
     assert len(problems) == 21
     assert problems[-1].startswith("and 43 more")
-    assert "tensor model.layers.2.input_layernorm.weight is missing; the nearest there is model.layers.1.input" in problems[0]
+    assert (
+        "tensor model.layers.2.input_layernorm.weight is missing; the nearest there is model.layers.1.input"
+        in problems[0]
+    )
     edit(folder, num_hidden_layers=3000)
     begun = time.monotonic()
     assert len(refusal(folder)) == 21
     assert time.monotonic() - begun < 10.0
 
 
-# ----------------------------------------------------------------------------------------------------------------- pickles
+# ---------------------------------------------------------------------------------------------------- pickles
 
 
 class Evil:
@@ -234,7 +290,9 @@ def test_a_malicious_pickle_is_refused_and_not_run(form: str, folder: Path, tmp_
     (problem,) = refusal(folder)
     assert not witness.exists(), "it was run"
     assert problem.startswith(str(file))
-    assert ("system" if form in ("zip", "shard") else "not a file that torch.save (1.6 or newer) wrote") in problem
+    assert (
+        "system" if form in ("zip", "shard") else "not a file that torch.save (1.6 or newer) wrote"
+    ) in problem
     with open(file, "rb") as bare:
         if form == "bare":
             pickle.load(bare)
@@ -251,10 +309,14 @@ def test_a_pickle_of_something_else_is_refused(content: Any, folder: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "odd", [torch.zeros(16, dtype=torch.int64), torch.zeros(16).to_sparse(), torch.zeros(16, device="meta")], ids=str
+    "odd",
+    [torch.zeros(16, dtype=torch.int64), torch.zeros(16).to_sparse(), torch.zeros(16, device="meta")],
+    ids=str,
 )
 def test_a_pickled_tensor_that_is_no_plain_one_is_named(odd: torch.Tensor, folder: Path) -> None:
-    tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    tensors = {
+        name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
     for path in folder.glob("model*"):
         path.unlink()
     torch.save({**tensors, "model.norm.weight": odd}, folder / "pytorch_model.bin")
@@ -273,16 +335,19 @@ def test_a_torn_pickle_is_refused(folder: Path) -> None:
         assert str(folder / "pytorch_model.bin") in problem
 
 
-# -------------------------------------------------------------------------------------------------------------------- fuzz
+# ------------------------------------------------------------------------------------------------------- fuzz
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 40), st.integers(), st.floats(), st.text(max_size=4), st.just(10**400),
     st.sampled_from(["llama", "mistral", "qwen2", "starcoder2", "gpt_neox", "sffn", "gelu", "silu", "layernorm", "low_rank"]),
 )  # fmt: skip
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
 )
-ROPE_KEYS = st.sampled_from(["rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "full_attention"])
+ROPE_KEYS = st.sampled_from(
+    ["rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "full_attention"]
+)
 MORE_KEYS = (
     "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base", "sliding_window", "use_sliding_window", "layer_types",
     "quantization_config", "use_parallel_residual", "layer_norm_eps", "norm_epsilon", "use_bias", "training_steps", "guide_alpha",
@@ -322,7 +387,9 @@ def test_every_setting_with_every_odd_value_reads_or_is_refused(
 
 
 @pytest.mark.parametrize("ffn", ["merged", "structured"])
-def test_any_change_of_the_settings_reads_or_is_refused(ffn: Any, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
+def test_any_change_of_the_settings_reads_or_is_refused(
+    ffn: Any, tree_of: Any, drawn: Any, tmp_path: Path
+) -> None:
     folder = export(drawn(tree_of("low_rank", **LLAMA)), tmp_path / "m", ffn=ffn, dtype="fp32")
     good = json.loads((folder / "config.json").read_text())
     outcomes = []

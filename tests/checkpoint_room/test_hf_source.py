@@ -1,4 +1,6 @@
-"""Foreign folders, as transformers writes them: read as this project's weights, they compute what they computed."""
+"""Foreign folders, as transformers writes them: read as this project's weights, they compute what they
+computed.
+"""
 
 from __future__ import annotations
 
@@ -29,21 +31,32 @@ ROPE = {"rope_type": "default", "rope_theta": 500.0}
 NEOX = {"use_parallel_residual": False, "rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}
 FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rope_parameters": ROPE, "num_key_value_heads": 2}),
-    "llama_tied": ("Llama", {"rope_parameters": ROPE, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama_tied": (
+        "Llama",
+        {"rope_parameters": ROPE, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
     "llama_attention_bias": ("Llama", {"rope_parameters": ROPE, "attention_bias": True, "head_dim": 8}),
     "llama_mlp_bias": ("Llama", {"rope_parameters": ROPE, "mlp_bias": True}),
     "mistral": ("Mistral", {"rope_parameters": ROPE, "num_key_value_heads": 2, "sliding_window": None}),
     "mistral_wide_window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 12}),
     "qwen2": ("Qwen2", {"rope_parameters": ROPE, "num_key_value_heads": 2}),
     "starcoder2": ("Starcoder2", {"rope_parameters": ROPE, "num_key_value_heads": 2}),
-    "starcoder2_plain": ("Starcoder2", {"use_bias": False, "tie_word_embeddings": False, "hidden_act": "gelu"}),
+    "starcoder2_plain": (
+        "Starcoder2",
+        {"use_bias": False, "tie_word_embeddings": False, "hidden_act": "gelu"},
+    ),
     "gpt_neox": ("GPTNeoX", NEOX),
-    "gpt_neox_tied": ("GPTNeoX", {**NEOX, "attention_bias": False, "tie_word_embeddings": True, "hidden_act": "gelu_new"}),
+    "gpt_neox_tied": (
+        "GPTNeoX",
+        {**NEOX, "attention_bias": False, "tie_word_embeddings": True, "hidden_act": "gelu_new"},
+    ),
 }
 
 
 def foreign(name: str) -> Any:
-    """A randomly initialised model; biases and norms are moved away from where they start, so that each of them shows."""
+    """A randomly initialised model; biases and norms are moved away from where they start, so that each of
+    them shows.
+    """
     architecture, settings = FOREIGN[name]
     torch.manual_seed(3)
     model = getattr(transformers, f"{architecture}ForCausalLM")(
@@ -68,7 +81,9 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_foreign_model_computes_the_same_here(name: str, reference: Any, tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_a_foreign_model_computes_the_same_here(
+    name: str, reference: Any, tokens: torch.Tensor, tmp_path: Path
+) -> None:
     model = foreign(name)
     model.save_pretrained(tmp_path)
     weights = source.read(tmp_path)
@@ -165,7 +180,7 @@ def test_settings_of_transformers_4_and_5_read_alike(tmp_path: Path) -> None:
     assert (silent.norm_epsilon, silent.sequence) == (usual.rms_norm_eps, usual.max_position_embeddings)
 
 
-# ----------------------------------------------------------------------------------------------------------- approximation
+# ---------------------------------------------------------------------------------------------- approximation
 
 EXACT = {
     "low_rank": {"kind": "low_rank", "rank": 16},
@@ -187,7 +202,9 @@ def imported(name: str, folder: Path) -> tuple[Any, Weights]:
 
 @pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("name", ["llama", "starcoder2", "gpt_neox"])
-def test_full_rank_reproduces_the_source(name: str, kind: str, reference: Any, tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_full_rank_reproduces_the_source(
+    name: str, kind: str, reference: Any, tokens: torch.Tensor, tmp_path: Path
+) -> None:
     model, weights = imported(name, tmp_path)
     exact = approximated(weights, {**EXACT[kind], "dense_layers": []})
     assert close(reference(exact, tokens), logits(model, tokens))
@@ -205,15 +222,23 @@ def test_lower_rank_is_the_nearest_there_is(name: str, kind: str, tmp_path: Path
         for linear in ("linear_fc1", "linear_fc2"):
             prefix = f"decoder.layers.{layer}.mlp.{linear}."
             matrix = weights.full(f"{prefix}weight")
-            leaves = [n.removeprefix(prefix) for n in lower.names() if n.startswith(prefix) and not n.endswith("bias")]
-            got = to_dense(ffn_structure(lower.config, layer), {leaf: lower.full(prefix + leaf) for leaf in leaves})
+            leaves = [
+                n.removeprefix(prefix)
+                for n in lower.names()
+                if n.startswith(prefix) and not n.endswith("bias")
+            ]
+            got = to_dense(
+                ffn_structure(lower.config, layer), {leaf: lower.full(prefix + leaf) for leaf in leaves}
+            )
             error = float(torch.linalg.matrix_norm((got - matrix).double()))
             assert error == pytest.approx(smallest_error(kind, matrix.double()), rel=1e-4)
             assert error > 0.05 * float(torch.linalg.matrix_norm(matrix)), "no test if nothing is cut"
 
 
 def smallest_error(kind: str, matrix: torch.Tensor) -> float:
-    """Eckart and Young: the root of the squares of all singular values beyond the rank, over the blocks of the structure."""
+    """Eckart and Young: the root of the squares of all singular values beyond the rank, over the blocks of
+    the structure.
+    """
     settings = LOWER[kind]
     blocks = settings.get("blocks", 1)
     inputs, outputs = matrix.shape[1], matrix.shape[0]
@@ -227,13 +252,17 @@ def smallest_error(kind: str, matrix: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", LOWER)
-def test_an_approximated_model_goes_out_as_both(kind: str, reference: Any, tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_an_approximated_model_goes_out_as_both(
+    kind: str, reference: Any, tokens: torch.Tensor, tmp_path: Path
+) -> None:
     _, weights = imported("llama", tmp_path / "in")
     lower = approximated(weights, LOWER[kind])
     expected = reference(lower, tokens)
     for ffn in ("merged", "structured"):
         folder = export(lower, tmp_path / ffn, ffn=ffn, dtype="fp32")  # type: ignore[arg-type]
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=ffn == "structured").eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=ffn == "structured"
+        ).eval()
         assert close(logits(model, tokens), expected)
     back = source.read(tmp_path / "structured")
     assert isinstance(ffn_structure(back.config, 1), Structure)

@@ -28,21 +28,47 @@ FFN: dict[str, dict[str, Any]] = {
 
 def checkpoint(folder: Path, kind: str, *, step: int = 4, guide: bool = False, tensor: int = 2) -> Manifest:
     model = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 4, "sequence": 8, "vocab": 32}
-    clock = {"guide": {"mode": "window", "begin": 2, "end": 6}, "train": {"steps": 10, "global_batch_size": 8}}
-    config = loading.from_tree({"model": model, "ffn": {"width": 32, **FFN[kind]}, "parallel": {"tensor": tensor}, **clock})
+    clock = {
+        "guide": {"mode": "window", "begin": 2, "end": 6},
+        "train": {"steps": 10, "global_batch_size": 8},
+    }
+    config = loading.from_tree(
+        {"model": model, "ffn": {"width": 32, **FFN[kind]}, "parallel": {"tensor": tensor}, **clock}
+    )
     specs = model_tensors(config, guide=guide)
 
     def full(name: str, what: str) -> torch.Tensor:
-        return torch.randn(specs[name].shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{name}{what}".encode())))
+        return torch.randn(
+            specs[name].shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{name}{what}".encode()))
+        )
 
     tree = config.model_dump(mode="json")
-    header = Manifest(folder, step, step, 2 if guide else None, "data", tensor, KINDS, tree, {}, {}, {}, {"torch": "2"}, "f00")
+    header = Manifest(
+        folder,
+        step,
+        step,
+        2 if guide else None,
+        "data",
+        tensor,
+        KINDS,
+        tree,
+        {},
+        {},
+        {},
+        {"torch": "2"},
+        "f00",
+    )
     return reshard.write(header, full, folder, texts={"tokenizer.json": "{}"})
 
 
 @pytest.mark.parametrize(
     ("step", "guide", "phase", "alpha"),
-    [(0, False, "plain", 0.0), (4, True, "guided", 0.5), (6, False, "plain", 0.0), (10, False, "finished", 0.0)],
+    [
+        (0, False, "plain", 0.0),
+        (4, True, "guided", 0.5),
+        (6, False, "plain", 0.0),
+        (10, False, "finished", 0.0),
+    ],
 )
 def test_position(tmp_path: Path, step: int, guide: bool, phase: str, alpha: float) -> None:
     found = inspection.describe(checkpoint(tmp_path / "a", "low_rank", step=step, guide=guide), spectra=False)
@@ -72,7 +98,9 @@ def test_spectra_are_those_of_the_matrix(tmp_path: Path, kind: str, guide: bool)
         assert spectrum.stable_rank == pytest.approx(float(s.square().sum() / s[0] ** 2), rel=1e-5)
         share = s.square() / s.square().sum()
         share = share[share > 1e-12]
-        assert spectrum.effective_rank == pytest.approx(math.exp(-float((share * share.log()).sum())), rel=1e-4)
+        assert spectrum.effective_rank == pytest.approx(
+            math.exp(-float((share * share.log()).sum())), rel=1e-4
+        )
         assert 1 <= spectrum.stable_rank <= bound
 
 
@@ -85,8 +113,15 @@ def test_parameters_and_splits_are_the_tables(tmp_path: Path) -> None:
     found = inspection.describe(manifest, spectra=False)
     config = loading.from_tree(manifest.config)
     parts = counts.parameters_by_part(config)
-    assert found["parameters"] == {**parts, "total": sum(parts.values()), "guide": counts.guide_parameters(config)}
-    assert sum(math.prod(shape) for shape in manifest.shapes.values()) == sum(parts.values()) + found["parameters"]["guide"]
+    assert found["parameters"] == {
+        **parts,
+        "total": sum(parts.values()),
+        "guide": counts.guide_parameters(config),
+    }
+    assert (
+        sum(math.prod(shape) for shape in manifest.shapes.values())
+        == sum(parts.values()) + found["parameters"]["guide"]
+    )
     rows = {row["name"]: row for row in found["splits"]["layers"]["block_shuffle"]}
     assert rows["mlp.linear_fc1.block_out"] == {
         "name": "mlp.linear_fc1.block_out", "shape": [4, 8, 4], "rank_shape": [2, 8, 4], "cut": 0

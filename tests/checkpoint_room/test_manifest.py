@@ -1,4 +1,6 @@
-"""The manifest: a folder is a complete checkpoint or it is BrokenCheckpoint, whatever happened to its files."""
+"""The manifest: a folder is a complete checkpoint or it is BrokenCheckpoint, whatever happened to its
+files.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sffn_dist.checkpoint.manifest import FORMAT, NAME, VERSION, BrokenCheckpoint, Manifest, Piece, missing_tensors, seal
+from sffn_dist.checkpoint.manifest import (
+    FORMAT,
+    NAME,
+    VERSION,
+    BrokenCheckpoint,
+    Manifest,
+    Piece,
+    missing_tensors,
+    seal,
+)
 
 TREE: dict[str, Any] = {
     "format": FORMAT,
@@ -35,7 +46,10 @@ TREE: dict[str, Any] = {
                 {"tensor_rank": 1, "start": 0, "numel": 6, "file": "rank_00001.safetensors"},
             ],
         },
-        "norm.weight": {"shape": [2], "pieces": [{"tensor_rank": 0, "start": 0, "numel": 2, "file": "rank_00000.safetensors"}]},
+        "norm.weight": {
+            "shape": [2],
+            "pieces": [{"tensor_rank": 0, "start": 0, "numel": 2, "file": "rank_00000.safetensors"}],
+        },
     },
     "config": {"model": {"width": 2}},
     "data_fingerprint": "abc",
@@ -83,10 +97,14 @@ def test_a_file_of_another_size_is_found(tmp_path: Path, name: str, damage: str)
     with pytest.raises(BrokenCheckpoint, match=re.escape(name)) as caught:
         Manifest.read(tmp_path / "c")
     if damage in ("grown", "shrunk"):
-        assert f"{len(data) + (1 if damage == 'grown' else -1)} bytes, the manifest says {len(data)}" in str(caught.value)
+        assert f"{len(data) + (1 if damage == 'grown' else -1)} bytes, the manifest says {len(data)}" in str(
+            caught.value
+        )
 
 
-@pytest.mark.parametrize("over", [{"format": "DeepSpeed"}, {"version": VERSION + 1}, {"version": None}, {"format": 3}])
+@pytest.mark.parametrize(
+    "over", [{"format": "DeepSpeed"}, {"version": VERSION + 1}, {"version": None}, {"format": 3}]
+)
 def test_another_format_or_version_is_refused(tmp_path: Path, over: dict[str, Any]) -> None:
     with pytest.raises(BrokenCheckpoint, match=f"this reads '{FORMAT}' {VERSION}"):
         Manifest.read(write(tmp_path / "c", **over))
@@ -95,13 +113,16 @@ def test_another_format_or_version_is_refused(tmp_path: Path, over: dict[str, An
 @pytest.mark.parametrize("key", TREE)
 def test_every_key_is_needed(tmp_path: Path, key: str) -> None:
     folder = write(tmp_path / "c")
-    (folder / NAME).write_text(seal({name: value for name, value in TREE.items() if name != key}), encoding="utf-8")
+    (folder / NAME).write_text(
+        seal({name: value for name, value in TREE.items() if name != key}), encoding="utf-8"
+    )
     with pytest.raises(BrokenCheckpoint, match=key):
         Manifest.read(folder)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[]", "null", "3", '"x"', "{" * 9999, '{"a":' * 9999, "\x00" * 40, "\ufeff{}", "9" * 5000]
+    "text",
+    ["", "{}", "[]", "null", "3", '"x"', "{" * 9999, '{"a":' * 9999, "\x00" * 40, "\ufeff{}", "9" * 5000],
 )
 def test_what_is_no_manifest_is_broken(one: Path, text: str) -> None:
     broken(one, text.encode())
@@ -134,7 +155,8 @@ LEAVES = (
     | st.sampled_from([float("inf"), "\0", "..", -1])
 )
 VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
 )
 
 
@@ -149,7 +171,9 @@ PLACES = nodes(TREE)
 
 @settings(max_examples=300, deadline=None)
 @given(changes=st.lists(st.tuples(st.sampled_from(PLACES), VALUES, st.booleans()), min_size=1, max_size=3))
-def test_a_changed_manifest_reads_or_is_broken(one: Path, changes: list[tuple[tuple[Any, ...], Any, bool]]) -> None:
+def test_a_changed_manifest_reads_or_is_broken(
+    one: Path, changes: list[tuple[tuple[Any, ...], Any, bool]]
+) -> None:
     tree = json.loads(json.dumps(TREE))
     for place, value, drop in changes:
         node = tree

@@ -95,17 +95,29 @@ def change(path: Path, how: Callable[[dict[str, Any]], Any]) -> None:
     torch.save(tree, path)
 
 
-# --------------------------------------------------------------------------------------------------------------- the config
+# ------------------------------------------------------------------------------------------------- the config
 
 
 def test_the_config_is_that_of_the_arguments(write: Write) -> None:
     weights = megatron.read(write("by_layer", "swiglu")[0])
     model, train = weights.config.model, weights.config.train
     assert (model.layers, model.width, model.heads, model.kv_heads, model.attention_dim) == (4, 24, 4, 2, 40)
-    assert (model.sequence, model.vocab, model.rope_base, model.norm, model.norm_epsilon) == (12, 48, 700, "rmsnorm", 1e-3)
+    assert (model.sequence, model.vocab, model.rope_base, model.norm, model.norm_epsilon) == (
+        12,
+        48,
+        700,
+        "rmsnorm",
+        1e-3,
+    )
     assert (model.activation, model.bias, model.tie_embeddings) == ("swiglu", False, False)
     assert (weights.config.ffn.kind, weights.config.ffn.width) == ("dense", 40)
-    assert (train.steps, train.learning_rate, train.beta2, train.global_batch_size, train.seed) == (30, 3e-4, 0.95, 8, 1234)
+    assert (train.steps, train.learning_rate, train.beta2, train.global_batch_size, train.seed) == (
+        30,
+        3e-4,
+        0.95,
+        8,
+        1234,
+    )
     assert (weights.step, weights.guide) == (7, False)
     assert weights.origin.endswith("iter_0000007")
     assert weights.facts["arguments"]["hidden_size"] == 24
@@ -117,7 +129,10 @@ def test_the_config_is_that_of_the_arguments(write: Write) -> None:
         ({}, "gelu_erf"),
         ({"bias_gelu_fusion": True}, "gelu"),
         ({"openai_gelu": True}, "gelu"),
-        ({"bias_gelu_fusion": True, "add_bias_linear": False}, "gelu_erf"),  # Megatron-LM fuses only with a bias
+        (
+            {"bias_gelu_fusion": True, "add_bias_linear": False},
+            "gelu_erf",
+        ),  # Megatron-LM fuses only with a bias
     ],
 )
 def test_which_gelu_it_is(copied: Any, extra: dict[str, Any], activation: str) -> None:
@@ -154,7 +169,12 @@ def test_a_norm_around_one_becomes_a_plain_one(copied: Any) -> None:
 
 def test_tensors_come_in_full_precision_one_at_a_time(copied: Any) -> None:
     path = copied("legacy")
-    change(path / FILE, lambda tree: tree["model"].update({k: v.bfloat16() for k, v in tree["model"].items() if v is not None}))
+    change(
+        path / FILE,
+        lambda tree: tree["model"].update(
+            {k: v.bfloat16() for k, v in tree["model"].items() if v is not None}
+        ),
+    )
     weights = megatron.read(path)
     name = "decoder.layers.2.mlp.linear_fc1.weight"
     assert weights.full(name).dtype == torch.float32
@@ -163,17 +183,21 @@ def test_tensors_come_in_full_precision_one_at_a_time(copied: Any) -> None:
     assert weights.full(name).any()
 
 
-def test_only_the_asked_layer_of_a_stacked_tensor_is_read(copied: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_asked_layer_of_a_stacked_tensor_is_read(
+    copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = megatron.read(copied("stacked"))
     read: list[int] = []
     real = pickles.load_part
-    monkeypatch.setattr(pickles, "load_part", lambda path, start, length: read.append(length) or real(path, start, length))
+    monkeypatch.setattr(
+        pickles, "load_part", lambda path, start, length: read.append(length) or real(path, start, length)
+    )
     tensor = weights.full("decoder.layers.3.mlp.linear_fc2.weight")
     assert len(read) == 1
     assert read[0] < 4 * tensor.numel() + 2000
 
 
-# --------------------------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------- what is refused
 
 UNFIT = {
     "position_embedding_type": "learned_absolute", "rotary_percent": 0.5, "rotary_interleaved": True, "use_rope_scaling": True,
@@ -200,23 +224,67 @@ SPOILT: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "nothing": ("legacy", lambda p: (shutil.rmtree(p), p.mkdir()), "not a Megatron checkpoint"),
     "no folder": ("legacy", lambda p: shutil.rmtree(p), "no such folder"),
     "latest": ("legacy", lambda p: (p / "latest_checkpointed_iteration.txt").write_text("8"), "'8'"),
-    "latest elsewhere": ("legacy", lambda p: (p / "latest_checkpointed_iteration.txt").write_text("../x"), "no folder"),
-    "latest in bytes": ("legacy", lambda p: (p / "latest_checkpointed_iteration.txt").write_bytes(b"\xff"), "cannot be read"),
+    "latest elsewhere": (
+        "legacy",
+        lambda p: (p / "latest_checkpointed_iteration.txt").write_text("../x"),
+        "no folder",
+    ),
+    "latest in bytes": (
+        "legacy",
+        lambda p: (p / "latest_checkpointed_iteration.txt").write_bytes(b"\xff"),
+        "cannot be read",
+    ),
     "stage": ("pipeline", lambda p: shutil.rmtree(p / "mp_rank_00_001"), "mp_rank_00_001"),
     "last stage": ("pipeline", lambda p: shutil.rmtree(p / "mp_rank_00_002"), "final_layernorm"),
-    "rank file": ("pipeline", lambda p: (p / "mp_rank_00_001" / "model_optim_rng.pt").unlink(), "cannot be read"),
-    "tensor": ("legacy", lambda p: lose(p, "decoder.layers.1.mlp.linear_fc2.weight"), "layers.1.mlp.linear_fc2.weight"),
-    "one bias": ("legacy", lambda p: lose(p, "decoder.layers.1.mlp.linear_fc2.bias"), "layers.1.mlp.linear_fc2.bias"),
-    "more": ("legacy", lambda p: change(p / FILE, lambda t: t["model"].update(x=torch.ones(1))), "x is in it"),
-    "no tensor": ("legacy", lambda p: change(p / FILE, lambda t: t["model"].update(x=[1])), "x is not a tensor"),
-    "old names": ("legacy", lambda p: change(p / FILE, lambda t: t.update(model={"language_model": {}})), "language_model"),
-    "old order": ("legacy", lambda p: change(p / FILE, lambda t: t.update(checkpoint_version=1.0)), "checkpoint_version"),
+    "rank file": (
+        "pipeline",
+        lambda p: (p / "mp_rank_00_001" / "model_optim_rng.pt").unlink(),
+        "cannot be read",
+    ),
+    "tensor": (
+        "legacy",
+        lambda p: lose(p, "decoder.layers.1.mlp.linear_fc2.weight"),
+        "layers.1.mlp.linear_fc2.weight",
+    ),
+    "one bias": (
+        "legacy",
+        lambda p: lose(p, "decoder.layers.1.mlp.linear_fc2.bias"),
+        "layers.1.mlp.linear_fc2.bias",
+    ),
+    "more": (
+        "legacy",
+        lambda p: change(p / FILE, lambda t: t["model"].update(x=torch.ones(1))),
+        "x is in it",
+    ),
+    "no tensor": (
+        "legacy",
+        lambda p: change(p / FILE, lambda t: t["model"].update(x=[1])),
+        "x is not a tensor",
+    ),
+    "old names": (
+        "legacy",
+        lambda p: change(p / FILE, lambda t: t.update(model={"language_model": {}})),
+        "language_model",
+    ),
+    "old order": (
+        "legacy",
+        lambda p: change(p / FILE, lambda t: t.update(checkpoint_version=1.0)),
+        "checkpoint_version",
+    ),
     "no model": ("legacy", lambda p: change(p / FILE, lambda t: t.pop("model")), "no model"),
     "zarr": ("stacked", lambda p: (p / ".metadata").unlink(), "torch_dist"),
     "chunks": ("stacked", lambda p: [f.unlink() for f in p.glob("*.distcp")], "cannot be read"),
-    "short": ("stacked", lambda p: [f.write_bytes(f.read_bytes()[:-100]) for f in p.glob("*.distcp")], "distcp"),
+    "short": (
+        "stacked",
+        lambda p: [f.write_bytes(f.read_bytes()[:-100]) for f in p.glob("*.distcp")],
+        "distcp",
+    ),
     "metadata": ("stacked", lambda p: (p / ".metadata").write_bytes(pickle.dumps({"a": 1})), "metadata"),
-    "torn metadata": ("stacked", lambda p: (p / ".metadata").write_bytes((p / ".metadata").read_bytes()[:900]), "metadata"),
+    "torn metadata": (
+        "stacked",
+        lambda p: (p / ".metadata").write_bytes((p / ".metadata").read_bytes()[:900]),
+        "metadata",
+    ),
     "common": ("stacked", lambda p: (p / "common.pt").write_bytes(b""), "common.pt"),
 }
 
@@ -251,8 +319,17 @@ def test_chunks_that_do_not_make_the_tensor_are_refused(copied: Any, refused: An
         lambda m: m.storage_data.update({MetadataIndex(name, (2, 0, 0)): m.storage_data[other]})
     )
     assert ".metadata" in spoil(lambda m: m.storage_data.pop(MetadataIndex(name, (2, 0, 0))))
-    for info in ({"relative_path": "../x.distcp"}, {"transform_descriptors": ["zstd"]}, {"offset": -1}, {"length": 3}):
-        spoil(lambda m, info=info: [vars(place).update(info) for index, place in m.storage_data.items() if index.fqn == name])
+    for info in (
+        {"relative_path": "../x.distcp"},
+        {"transform_descriptors": ["zstd"]},
+        {"offset": -1},
+        {"length": 3},
+    ):
+        spoil(
+            lambda m, info=info: [
+                vars(place).update(info) for index, place in m.storage_data.items() if index.fqn == name
+            ]
+        )
 
 
 @pytest.mark.parametrize("place", ["legacy", "common.pt", ".metadata", "distcp", "beside the model"])
@@ -271,7 +348,8 @@ def test_nothing_is_executed(payload: Any, place: str, copied: Any, refused: Any
         torch.save(payload, buffer)
         for file in path.glob("*.distcp"):
             starts = sorted(
-                match.start() for match in re.finditer(rb"PK\x03\x04.{26}archive/data\.pkl", file.read_bytes(), re.DOTALL)
+                match.start()
+                for match in re.finditer(rb"PK\x03\x04.{26}archive/data\.pkl", file.read_bytes(), re.DOTALL)
             )
             data = bytearray(file.read_bytes())
             for start, end in itertools.pairwise([*starts, len(data)]):
@@ -281,7 +359,9 @@ def test_nothing_is_executed(payload: Any, place: str, copied: Any, refused: Any
 
 
 def test_bytes_in_a_distributed_checkpoint_are_left_alone(copied: Any, harmful: Any, tmp_path: Path) -> None:
-    """torch.distributed.checkpoint would unpickle what the metadata calls bytes; here nobody asks for them."""
+    """torch.distributed.checkpoint would unpickle what the metadata calls bytes; here nobody asks for
+    them.
+    """
     path = copied("stacked")
     for file in path.glob("*.distcp"):
         (path / file.name).write_bytes(file.read_bytes() + pickle.dumps(harmful))
@@ -292,10 +372,14 @@ def test_bytes_in_a_distributed_checkpoint_are_left_alone(copied: Any, harmful: 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.mark.parametrize("place", ["stacked/.metadata", "stacked/common.pt", "stacked/__0_0.distcp", f"legacy/{FILE}"])
+@pytest.mark.parametrize(
+    "place", ["stacked/.metadata", "stacked/common.pt", "stacked/__0_0.distcp", f"legacy/{FILE}"]
+)
 @FUZZ
 @given(data=st.data())
-def test_damaged_files_read_or_are_refused(whole: Any, repickled: Any, place: str, data: st.DataObject) -> None:
+def test_damaged_files_read_or_are_refused(
+    whole: Any, repickled: Any, place: str, data: st.DataObject
+) -> None:
     how, _, name = place.partition("/")
     file = whole[how] / name
     before = file.read_bytes()

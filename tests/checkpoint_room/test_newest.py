@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from sffn_dist.checkpoint.manifest import NAME, File, Manifest, checkpoints, find_checkpoint, folder_of, latest_checkpoint
+from sffn_dist.checkpoint.manifest import (
+    NAME,
+    File,
+    Manifest,
+    checkpoints,
+    find_checkpoint,
+    folder_of,
+    latest_checkpoint,
+)
 from sffn_dist.spec.config import ConfigError
 
 
@@ -42,7 +50,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_newest_skips_a_broken_checkpoint_and_says_so(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_newest_skips_a_broken_checkpoint_and_says_so(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     run = run_with(tmp_path, 60, 120, 180)
     DAMAGES[damage](folder_of(run, 180))
     with caplog.at_level(logging.WARNING, logger="sffn_dist"):

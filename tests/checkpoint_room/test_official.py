@@ -1,7 +1,7 @@
 """Checkpoints of the paper authors' code: the imported model computes what theirs does.
 
-The reference is their architecture in plain torch on their own state_dict, written from what their code computes; their classes of
-configuration nodes are imitated by ones that pickle alike.
+The reference is their architecture in plain torch on their own state_dict, written from what their code
+computes; their classes of configuration nodes are imitated by ones that pickle alike.
 """
 
 from __future__ import annotations
@@ -41,11 +41,21 @@ H, A, INNER, HEADS, KV, LAYERS, VOCAB, LENGTH, D = (
     getattr(theirs, name) for name in ("H", "A", "INNER", "HEADS", "KV", "LAYERS", "VOCAB", "LENGTH", "D")
 )
 METHODS = theirs.METHODS
-KINDS = {"linear": "dense", "lowrank": "low_rank", "blockdense": "block_dense", "blockshuffle": "block_shuffle"}
-OMEGA = {"dictconfig.DictConfig": "_content", "listconfig.ListConfig": "_content", "nodes.AnyNode": "_val", "base.Metadata": ""}
+KINDS = {
+    "linear": "dense",
+    "lowrank": "low_rank",
+    "blockdense": "block_dense",
+    "blockshuffle": "block_shuffle",
+}
+OMEGA = {
+    "dictconfig.DictConfig": "_content",
+    "listconfig.ListConfig": "_content",
+    "nodes.AnyNode": "_val",
+    "base.Metadata": "",
+}
 
 
-# ------------------------------------------------------------------------------------------------------------- files as theirs are
+# ---------------------------------------------------------------------------------------- files as theirs are
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +70,13 @@ def omega() -> Iterator[Callable[[Any], Any]]:
         setattr(made[cls.__module__], name, cls)
 
     def node(value: Any, parent: Any = None) -> Any:
-        name = "DictConfig" if isinstance(value, dict) else "ListConfig" if isinstance(value, list) else "AnyNode"
+        name = (
+            "DictConfig"
+            if isinstance(value, dict)
+            else "ListConfig"
+            if isinstance(value, list)
+            else "AnyNode"
+        )
         found, metadata = classes[name](), classes["Metadata"]()
         vars(metadata).update(ref_type=Any, object_type=dict, optional=True, key=None, flags={})
         found.__dict__["_metadata"], found.__dict__["_parent"] = metadata, parent
@@ -86,7 +102,9 @@ def forget() -> None:
 
 
 @pytest.fixture
-def save(tmp_path: Path, omega: Callable[[Any], Any]) -> Callable[..., tuple[Path, dict[str, Tensor], dict[str, Any]]]:
+def save(
+    tmp_path: Path, omega: Callable[[Any], Any]
+) -> Callable[..., tuple[Path, dict[str, Tensor], dict[str, Any]]]:
     """A file as their trainer writes it, its state_dict and settings."""
 
     def write(
@@ -98,7 +116,11 @@ def save(tmp_path: Path, omega: Callable[[Any], Any]) -> Callable[..., tuple[Pat
         with_config: bool = True,
     ) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         config = theirs.configured(
-            method, act, norm, bias=norm == "layernorm", guided={"off": None, "on": True, "over": False}[guide]
+            method,
+            act,
+            norm,
+            bias=norm == "layernorm",
+            guided={"off": None, "on": True, "over": False}[guide],
         )
         change(config)
         state = theirs.state_dict(config, None if guide == "off" else 0.7 if guide == "on" else 0.25)
@@ -118,7 +140,7 @@ def save(tmp_path: Path, omega: Callable[[Any], Any]) -> Callable[..., tuple[Pat
     return write
 
 
-# ----------------------------------------------------------------------------------------------------------------- what is read
+# ----------------------------------------------------------------------------------------------- what is read
 
 TOKENS = torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 VARIANTS = [
@@ -142,8 +164,19 @@ def test_logits_are_theirs(ranks: Any, save: Any, method: str, act: str, norm: s
 def test_the_config_is_theirs(save: Any, method: str) -> None:
     path, _, _ = save(method, "swiglu", "rmsnorm", "off" if method == "linear" else "on")
     weights = official.read(path)
-    model, ffn, train, guide = weights.config.model, weights.config.ffn, weights.config.train, weights.config.guide
-    assert (model.layers, model.width, model.heads, model.kv_heads, model.attention_dim) == (LAYERS, H, HEADS, KV, A)
+    model, ffn, train, guide = (
+        weights.config.model,
+        weights.config.ffn,
+        weights.config.train,
+        weights.config.guide,
+    )
+    assert (model.layers, model.width, model.heads, model.kv_heads, model.attention_dim) == (
+        LAYERS,
+        H,
+        HEADS,
+        KV,
+        A,
+    )
     assert (model.sequence, model.vocab, model.rope_base, model.norm, model.activation) == (
         LENGTH,
         VOCAB,
@@ -159,7 +192,13 @@ def test_the_config_is_theirs(save: Any, method: str) -> None:
     assert (train.learning_rate, train.beta2, train.warmup_share, train.clip) == (6e-4, 0.95, 0.1, 1.0)
     assert (weights.step, weights.origin, weights.guide) == (13, str(path), method != "linear")
     if method != "linear":
-        assert (guide.mode, guide.begin, guide.end, guide.schedule, guide.stochastic) == ("window", 0, 40, "linear", True)
+        assert (guide.mode, guide.begin, guide.end, guide.schedule, guide.stochastic) == (
+            "window",
+            0,
+            40,
+            "linear",
+            True,
+        )
         assert weights.alpha == pytest.approx(0.7)
 
 
@@ -169,7 +208,11 @@ def test_tensors_are_theirs_to_the_bit(save: Any, method: str) -> None:
     weights = official.read(path)
     specs = model_tensors(weights.config, guide=weights.guide)
     assert set(weights.names()) == set(specs)
-    rows = [*(range(3 * D)), *range(A, A + D), *range(A + KV * D, A + KV * D + D)]  # the first group: 3 queries, a key, a value
+    rows = [
+        *(range(3 * D)),
+        *range(A, A + D),
+        *range(A + KV * D, A + KV * D + D),
+    ]  # the first group: 3 queries, a key, a value
     for name, spec in specs.items():
         assert tuple(weights.full(name).shape) == spec.shape
     qkv = weights.full("decoder.layers.1.self_attention.linear_qkv.weight")
@@ -206,12 +249,14 @@ def test_every_layer_may_be_structured(save: Any, tmp_path: Path) -> None:
     _, state, _ = save("lowrank")
     for key in [key for key in state if key.startswith("model.layers.0.mlp.fc")]:
         del state[key]
-    state.update({key.replace("layers.1", "layers.0"): value for key, value in state.items() if "layers.1.mlp" in key})
+    state.update(
+        {key.replace("layers.1", "layers.0"): value for key, value in state.items() if "layers.1.mlp" in key}
+    )
     torch.save({"model": state}, tmp_path / "f.pth")
     assert official.read(tmp_path / "f.pth", [f"model.heads={HEADS}"]).config.ffn.dense_layers == ()
 
 
-# ------------------------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------- what is refused
 
 CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "learned positions": lambda model: model["pos_emb"].update(name="absolute"),
@@ -227,7 +272,9 @@ def test_what_cannot_be_represented_is_listed(save: Any) -> None:
         path, _, _ = save(change=lambda tree, change=change: change(tree["model"]["kwargs"]))
         with pytest.raises(ConfigError, match=name):
             official.read(path)
-    path, _, _ = save(change=lambda tree: [change(tree["model"]["kwargs"]) for change in CHANGES.values()] and None)
+    path, _, _ = save(
+        change=lambda tree: [change(tree["model"]["kwargs"]) for change in CHANGES.values()] and None
+    )
     with pytest.raises(ConfigError) as caught:
         official.read(path)
     assert len(caught.value.problems) == len(CHANGES)
@@ -239,13 +286,22 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "has nothing for decoder.layers.1.self_attention.linear_proj.bias",
     ),
     "more": (lambda s: s.update(x=torch.ones(2)), "x is not a parameter"),
-    "shape": (lambda s: s.update({"model.ln_f.bias": torch.ones(31)}), r"decoder.final_layernorm.bias is \[31\] there"),
+    "shape": (
+        lambda s: s.update({"model.ln_f.bias": torch.ones(31)}),
+        r"decoder.final_layernorm.bias is \[31\] there",
+    ),
     "type": (lambda s: s.update({"model.ln_f.bias": "x"}), "ln_f.bias is not a tensor"),
-    "integers": (lambda s: s.update({"model.ln_f.bias": torch.ones(32, dtype=torch.int8)}), "ln_f.bias is not a tensor"),
+    "integers": (
+        lambda s: s.update({"model.ln_f.bias": torch.ones(32, dtype=torch.int8)}),
+        "ln_f.bias is not a tensor",
+    ),
     "embedding": (lambda s: s.pop("model.wte.weight"), "no model.wte.weight"),
     "ratio": (lambda s: s.pop("model.layers.1.mlp.fc1.ratio"), "ratio"),
     "ratios": (lambda s: s.update({"model.layers.1.mlp.fc1.ratio": torch.tensor(0.1)}), "ratios"),
-    "guide": (lambda s: s.pop("model.layers.2.mlp.fc1.guide_linear"), "has nothing for decoder.layers.2.mlp.linear_fc1.guide"),
+    "guide": (
+        lambda s: s.pop("model.layers.2.mlp.fc1.guide_linear"),
+        "has nothing for decoder.layers.2.mlp.linear_fc1.guide",
+    ),
     "factor": (lambda s: s.pop("model.layers.1.mlp.fc1.lr2"), "linear_fc1: has no up"),
     "no layers": (lambda s: [s.pop(key) for key in list(s) if "layers" in key], "not all of a GPT"),
     "untied": (lambda s: s.update({"lm_head.weight": torch.ones(VOCAB, H)}), "lm_head"),
@@ -263,7 +319,9 @@ def test_what_is_missing_or_wrong_is_named(save: Any, damage: str) -> None:
         official.read(path, [f"model.heads={HEADS}", "model.tie_embeddings=true"])
 
 
-@pytest.mark.parametrize("value", [3, [], {}, {"model": {}}, {"model": {3: torch.ones(1)}}, {"model": 3}, torch.ones(2)])
+@pytest.mark.parametrize(
+    "value", [3, [], {}, {"model": {}}, {"model": {3: torch.ones(1)}}, {"model": 3}, torch.ones(2)]
+)
 def test_other_contents_are_refused(tmp_path: Path, value: Any) -> None:
     torch.save(value, tmp_path / "f.pth")
     with pytest.raises(ConfigError, match=r"f\.pth"):
@@ -279,7 +337,9 @@ def test_nothing_is_executed(payload: Any, save: Any, refused: Any) -> None:
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_damaged_files_read_or_are_refused(save: Any, repickled: Any, tmp_path: Path, data: st.DataObject) -> None:
+def test_damaged_files_read_or_are_refused(
+    save: Any, repickled: Any, tmp_path: Path, data: st.DataObject
+) -> None:
     if not (tmp_path / "12.pth").exists():
         save("blockdense", guide="on")
 
@@ -299,4 +359,6 @@ def test_damaged_files_read_or_are_refused(save: Any, repickled: Any, tmp_path: 
         shapes = {name: tuple(weights.full(name).shape) for name in weights.names()}
     except ConfigError:
         return
-    assert shapes == {name: spec.shape for name, spec in model_tensors(weights.config, guide=weights.guide).items()}
+    assert shapes == {
+        name: spec.shape for name, spec in model_tensors(weights.config, guide=weights.guide).items()
+    }

@@ -1,4 +1,6 @@
-"""Others' pickles: data comes through, nothing is run, and a damaged file is a ConfigError whatever is wrong with it."""
+"""Others' pickles: data comes through, nothing is run, and a damaged file is a ConfigError whatever is
+wrong with it.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ def foreign() -> Iterator[types.ModuleType]:
     sys.modules.pop("megatron.gone", None)
 
 
-# ---------------------------------------------------------------------------------------------------------------- what is read
+# ----------------------------------------------------------------------------------------------- what is read
 
 
 def test_tensors_and_data_come_through(tmp_path: Path, foreign: types.ModuleType) -> None:
@@ -90,7 +92,9 @@ def test_a_part_of_a_file_is_read_as_a_file_is(tmp_path: Path) -> None:
 
 
 def test_bare_pickles_are_stand_ins_throughout(tmp_path: Path, foreign: types.ModuleType) -> None:
-    (tmp_path / "f").write_bytes(pickle.dumps({"size": torch.Size((2, 3)), "dtype": torch.float32, "kind": foreign.Kind.ONE}))
+    (tmp_path / "f").write_bytes(
+        pickle.dumps({"size": torch.Size((2, 3)), "dtype": torch.float32, "kind": foreign.Kind.ONE})
+    )
     got = pickles.unpickle(tmp_path / "f")
     assert (pickles.named(got["size"]), got["size"].args) == ("torch.Size", ((2, 3),))
     assert pickles.named(got["dtype"]) == "torch.float32"
@@ -142,7 +146,7 @@ def test_full_precision_is_a_copy() -> None:
         assert source.sum() == 15
 
 
-# ------------------------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------- what is refused
 
 
 def test_the_harmful_ones_are(harmful: Any, tmp_path: Path) -> None:
@@ -227,7 +231,10 @@ def test_what_torch_did_not_save(what: str, tmp_path: Path, refused: Refused) ->
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
     elif what == "compressed":
         torch.save(TENSORS, tmp_path / "g.pt")
-        with zipfile.ZipFile(tmp_path / "g.pt") as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        with (
+            zipfile.ZipFile(tmp_path / "g.pt") as source,
+            zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target,
+        ):
             for entry in source.infolist():
                 target.writestr(entry.filename, source.read(entry))
     elif what != "missing":
@@ -237,7 +244,7 @@ def test_what_torch_did_not_save(what: str, tmp_path: Path, refused: Refused) ->
         refused(lambda: pickles.unpickle(path))
 
 
-# --------------------------------------------------------------------------------------------------------------------- damage
+# ----------------------------------------------------------------------------------------------------- damage
 
 FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -273,7 +280,9 @@ def test_damaged_torch_files_read_or_are_refused(tmp_path: Path, repickled: Any,
 @FUZZ
 @given(data=st.data())
 def test_damaged_pickles_read_or_are_refused(tmp_path: Path, data: st.DataObject) -> None:
-    whole = pickle.dumps({"a": torch.Size((2,)), "b": argparse.Namespace(c=[1.5, "x", (None, True)]), "d": {1: b"2"}})
+    whole = pickle.dumps(
+        {"a": torch.Size((2,)), "b": argparse.Namespace(c=[1.5, "x", (None, True)]), "d": {1: b"2"}}
+    )
     (tmp_path / "g").write_bytes(damaged(data, whole))
     try:
         pickles.unpickle(tmp_path / "g")

@@ -1,4 +1,6 @@
-"""Resharding: the same tensors bit for bit, cut for any ranks, streamed; what does not fit is refused and leaves nothing."""
+"""Resharding: the same tensors bit for bit, cut for any ranks, streamed; what does not fit is refused and
+leaves nothing.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,12 @@ FFN: dict[str, dict[str, Any]] = {
 def config(kind: str, **model: Any) -> Config:
     sizes = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 4, "sequence": 8, "vocab": 32, **model}
     guide = {"mode": "fixed_step", "fraction": 0.5}
-    tree = {"model": sizes, "ffn": {"width": 32, **FFN[kind]}, "guide": guide, "train": {"steps": 10, "global_batch_size": 8}}
+    tree = {
+        "model": sizes,
+        "ffn": {"width": 32, **FFN[kind]},
+        "guide": guide,
+        "train": {"steps": 10, "global_batch_size": 8},
+    }
     return loading.from_tree(tree)
 
 
@@ -46,7 +53,9 @@ def tensor(name: str, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def checkpoint(folder: Path, of: Config, *, tensor_parallel: int = 1, data: int = 1, guide: bool = False) -> Manifest:
+def checkpoint(
+    folder: Path, of: Config, *, tensor_parallel: int = 1, data: int = 1, guide: bool = False
+) -> Manifest:
     """A checkpoint of random tensors as tensor_parallel x data ranks would have written it."""
     specs = model_tensors(of, guide=guide)
     tree = of.model_dump(mode="json")
@@ -58,8 +67,12 @@ def checkpoint(folder: Path, of: Config, *, tensor_parallel: int = 1, data: int 
 @pytest.mark.parametrize("guide", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("kind", FFN)
-def test_every_layout_and_back_has_the_same_bits(tmp_path: Path, kind: str, activation: str, guide: bool) -> None:
-    """1 -> 2 -> 4 -> 1, with other numbers of files; each file holds just what the split table says that rank holds."""
+def test_every_layout_and_back_has_the_same_bits(
+    tmp_path: Path, kind: str, activation: str, guide: bool
+) -> None:
+    """1 -> 2 -> 4 -> 1, with other numbers of files; each file holds just what the split table says that
+    rank holds.
+    """
     of = config(kind, activation=activation, tie_embeddings=activation == "gelu")
     first = last = checkpoint(tmp_path / "first", of, guide=guide and kind != "dense")
     specs = model_tensors(of, guide=guide and kind != "dense")
@@ -67,7 +80,11 @@ def test_every_layout_and_back_has_the_same_bits(tmp_path: Path, kind: str, acti
         last = reshard.reshard(last, tmp_path / f"{p}", tensor=p, data=data)
         assert list(differences(first, last)) == []
         assert last.damage(last.files) == []
-        assert (last.step, last.optimizer_steps, last.guide_optimizer_steps) == (4, 3, first.guide_optimizer_steps)
+        assert (last.step, last.optimizer_steps, last.guide_optimizer_steps) == (
+            4,
+            3,
+            first.guide_optimizer_steps,
+        )
         assert last.config["parallel"]["tensor"] == last.tensor_parallel == p
         held = load_file(last.folder / f"rank_{p - 1:05d}.safetensors")
         for name, spec in specs.items():
@@ -129,7 +146,9 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="exists already"):
         reshard.reshard(source, source.folder, tensor=2)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    (source.folder / "rank_00000.safetensors").write_bytes(b"x" * source.files["rank_00000.safetensors"].bytes)
+    (source.folder / "rank_00000.safetensors").write_bytes(
+        b"x" * source.files["rank_00000.safetensors"].bytes
+    )
     with pytest.raises(BrokenCheckpoint, match="rank_00000"):
         reshard.reshard(source, tmp_path / "b", tensor=2)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -145,7 +164,9 @@ def test_missing_pieces_are_found(tmp_path: Path) -> None:
 
 
 def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
-    """Twice the largest tensor and a constant, whatever the size of the model: here it has 12 times as much."""
+    """Twice the largest tensor and a constant, whatever the size of the model: here it has 12 times as
+    much.
+    """
     script = """
         import sys, threading, time
         from pathlib import Path
@@ -174,7 +195,11 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-W", "ignore", "-c", textwrap.dedent(script)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # as tools/convert.py sets it
     done = subprocess.run(
-        [*command, *(str(tmp_path / name) for name in "abc")], capture_output=True, text=True, timeout=120, env=environment
+        [*command, *(str(tmp_path / name) for name in "abc")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 2 * largest + (16 << 20), json.loads(done.stdout) / largest

@@ -1,4 +1,6 @@
-"""The store as a run drives it: what is saved is what was there, whatever comes after; what is pruned was not wanted."""
+"""The store as a run drives it: what is saved is what was there, whatever comes after; what is pruned was
+not wanted.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,14 @@ Nursery = Callable[..., Any]
 @pytest.mark.parametrize("guide", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("world", [1, 2])
-def test_what_is_saved_is_read_back(nursery: Nursery, tmp_path: Path, world: int, asynchronous: bool, guide: bool) -> None:
+def test_what_is_saved_is_read_back(
+    nursery: Nursery, tmp_path: Path, world: int, asynchronous: bool, guide: bool
+) -> None:
     """Bit for bit, tokenizer and hashes too, though the state is another one before the save is over."""
     run = tmp_path / "run"
-    for saves, news in nursery(CASES, "saved", run_dir=run, steps=[3, 7], world=world, guide=guide, asynchronous=asynchronous):
+    for saves, news in nursery(
+        CASES, "saved", run_dir=run, steps=[3, 7], world=world, guide=guide, asynchronous=asynchronous
+    ):
         assert saves == ["step_00000003", "step_00000007"]
         assert news == []
     found = nursery(CASES, "found", run_dir=run)
@@ -27,11 +33,17 @@ def test_what_is_saved_is_read_back(nursery: Nursery, tmp_path: Path, world: int
     assert found["names"] == ["step_00000003", "step_00000007"]
     assert nursery(CASES, "complete", run_dir=run) == [3, 7]
     files = sorted(path.name for path in (run / "checkpoints" / "step_00000007").iterdir())
-    assert files == ["manifest.json", *(f"rank_{rank:05d}.safetensors" for rank in range(world)), "tokenizer.json"]
+    assert files == [
+        "manifest.json",
+        *(f"rank_{rank:05d}.safetensors" for rank in range(world)),
+        "tokenizer.json",
+    ]
 
 
 def test_training_goes_on_while_a_slow_disk_is_written(nursery: Nursery, tmp_path: Path) -> None:
-    """``save`` returns before the file is begun, a later one waits for it, and the file has the state of its own step."""
+    """``save`` returns before the file is begun, a later one waits for it, and the file has the state of
+    its own step.
+    """
     events, whole = nursery(FAULTS, "slow_saves", run_dir=tmp_path / "run")
     assert events == ["returned 1", "writing", "written", "returned 2", "writing", "written", "waited"]
     assert whole == [1, 2]
@@ -50,7 +62,15 @@ STEPS = [1, 2, 3, 4, 5, 6]
 
 @pytest.mark.parametrize(
     ("keep", "keep_every", "kept"),
-    [(1, 0, [6]), (2, 0, [5, 6]), (9, 0, STEPS), (1, 2, [2, 4, 6]), (2, 3, [3, 5, 6]), (1, 4, [4, 6]), (1, 1, STEPS)],
+    [
+        (1, 0, [6]),
+        (2, 0, [5, 6]),
+        (9, 0, STEPS),
+        (1, 2, [2, 4, 6]),
+        (2, 3, [3, 5, 6]),
+        (1, 4, [4, 6]),
+        (1, 1, STEPS),
+    ],
 )
 def test_prune_keeps_the_newest_and_the_multiples(
     nursery: Nursery, tmp_path: Path, keep: int, keep_every: int, kept: list[int]
@@ -60,7 +80,11 @@ def test_prune_keeps_the_newest_and_the_multiples(
 
 
 def test_prune_lets_nothing_good_go_for_what_is_of_no_use(nursery: Nursery, tmp_path: Path) -> None:
-    """Of 1 .. 6, 3 is marked, 4 of another version, 5 torn: keep=3 keeps three good ones, and what may be of use elsewhere."""
+    """Of 1 ..
+
+    6, 3 is marked, 4 of another version, 5 torn: keep=3 keeps three good ones, and what may be of use
+    elsewhere.
+    """
     run = tmp_path / "run"
     folders = [run / "checkpoints" / f"step_{step:08d}" for step in range(8)]
     nursery(CASES, "saved", run_dir=run, steps=STEPS, keep=9)
@@ -85,7 +109,9 @@ def test_prune_keeps_what_cannot_be_read(nursery: Nursery, tmp_path: Path) -> No
 
 
 def test_prune_leaves_what_lies_beyond_the_step_that_was_saved(nursery: Nursery, tmp_path: Path) -> None:
-    """5 was broken and 6 could not be read for a while, the run went on from 4: its 5 is the newest, whatever bore the name; 6 stays."""
+    """5 was broken and 6 could not be read for a while, the run went on from 4: its 5 is the newest,
+    whatever bore the name; 6 stays.
+    """
     run = tmp_path / "run"
     nursery(CASES, "saved", run_dir=run, steps=STEPS, keep=9)
     (run / "checkpoints" / "step_00000005" / "rank_00000.safetensors").write_bytes(b"torn")
@@ -101,7 +127,9 @@ def test_a_save_keeps_what_another_version_wrote_under_its_name(nursery: Nursery
     nursery(CASES, "saved", run_dir=run, steps=[3], keep=9)
     assert nursery(CASES, "complete", run_dir=run) == [3]
     kept = run / "checkpoints" / "step_00000003.other"
-    assert sorted(path.name for path in kept.iterdir()) == sorted(path.name for path in manifest.parent.iterdir())
+    assert sorted(path.name for path in kept.iterdir()) == sorted(
+        path.name for path in manifest.parent.iterdir()
+    )
 
 
 @pytest.mark.parametrize("how", ["file", "folder"])

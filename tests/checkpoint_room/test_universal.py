@@ -1,4 +1,6 @@
-"""DeepSpeed's universal format: a real engine loads what we write and goes on as ours does; what its converter writes reads back."""
+"""DeepSpeed's universal format: a real engine loads what we write and goes on as ours does; what its
+converter writes reads back.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from sffn_dist.spec.split_table import model_tensors
 CASES = Path(__file__).with_name("universal_cases.py")
 
 
-def tree(folder: Path, stage: int = 1, kind: str = "block_shuffle", guided: bool = False, **model: Any) -> dict[str, Any]:
+def tree(
+    folder: Path, stage: int = 1, kind: str = "block_shuffle", guided: bool = False, **model: Any
+) -> dict[str, Any]:
     """A tiny run."""
     return {
         "run": {"dir": str(folder / "run")},
@@ -31,7 +35,9 @@ def tree(folder: Path, stage: int = 1, kind: str = "block_shuffle", guided: bool
 
 
 @pytest.mark.parametrize(("stage", "guided"), [(1, False), (1, True), (2, True), (3, False)])
-def test_a_deepspeed_engine_goes_on_from_what_we_wrote(ranks: Any, tmp_path: Path, stage: int, guided: bool) -> None:
+def test_a_deepspeed_engine_goes_on_from_what_we_wrote(
+    ranks: Any, tmp_path: Path, stage: int, guided: bool
+) -> None:
     (found,) = ranks(1).run(
         CASES, "there", tree=tree(tmp_path, stage, guided=guided), folder=str(tmp_path / "u"), steps=4, more=3
     )
@@ -58,15 +64,19 @@ def test_what_deepspeed_s_converter_wrote_reads_back(ranks: Any, tmp_path: Path,
     assert set(worst.values()) == {0.0}
 
 
-# ------------------------------------------------------------------------------------------------------------------- the files
+# -------------------------------------------------------------------------------------------------- the files
 
 
-def made(folder: Path, kind: str = "block_dense", guide: bool = True, **model: Any) -> tuple[Weights, Any, dict[str, int]]:
+def made(
+    folder: Path, kind: str = "block_dense", guide: bool = True, **model: Any
+) -> tuple[Weights, Any, dict[str, int]]:
     """Weights and moments of random numbers, and counts."""
     config = loading.from_tree(tree(folder, kind=kind, **model))
     specs = model_tensors(config, guide=guide)
     generator = torch.Generator().manual_seed(1)
-    held = {(n, k): torch.randn(s.shape, generator=generator) for n, s in specs.items() for k in deepspeed.FILES}
+    held = {
+        (n, k): torch.randn(s.shape, generator=generator) for n, s in specs.items() for k in deepspeed.FILES
+    }
     weights = Weights(config, lambda name: held[name, "weight"], "test", guide=guide, alpha=1.0, step=7)
     steps = {name: 3 if name.endswith(".guide") else 6 for name in specs}
     return weights, lambda name, kind: held[name, kind], steps

@@ -27,13 +27,19 @@ FFN: dict[str, dict[str, Any]] = {
 }
 
 
-def random(ffn: dict[str, Any], *, guide: bool = False, alpha: float = 0.0, activation: str = "gelu") -> Weights:
+def random(
+    ffn: dict[str, Any], *, guide: bool = False, alpha: float = 0.0, activation: str = "gelu"
+) -> Weights:
     model = {"layers": 2, "width": 16, "heads": 4, "sequence": 8, "vocab": 32, "activation": activation}
-    config = loading.from_tree({"model": model, "ffn": {"width": 32, **ffn}, "train": {"steps": 1, "global_batch_size": 8}})
+    config = loading.from_tree(
+        {"model": model, "ffn": {"width": 32, **ffn}, "train": {"steps": 1, "global_batch_size": 8}}
+    )
     specs = model_tensors(config, guide=guide)
 
     def full(name: str) -> torch.Tensor:
-        return torch.randn(specs[name].shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        return torch.randn(
+            specs[name].shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        )
 
     return Weights(config, full, "drawn", guide=guide, alpha=alpha)
 
@@ -48,11 +54,17 @@ def test_merged_is_the_product_and_the_guide_with_its_weight(kind: str, guide: b
     assert dense.names() == list(model_tensors(dense.config, guide=False))
     for name in dense.names():
         if not name.startswith("decoder.layers.1.mlp") or not name.endswith("weight"):
-            assert torch.equal(dense.full(name), weights.full(name))  # what is not structured, layer 0 with it
+            assert torch.equal(
+                dense.full(name), weights.full(name)
+            )  # what is not structured, layer 0 with it
             continue
         prefix = name.removesuffix("weight")
-        leaves = {"low_rank": ("up", "down"), "block_dense": ("up", "block_in")}.get(kind, ("block_out", "block_in"))
-        factors = {leaf: weights.full(prefix + leaf) for leaf in leaves}  # in the other order than they are applied in
+        leaves = {"low_rank": ("up", "down"), "block_dense": ("up", "block_in")}.get(
+            kind, ("block_out", "block_in")
+        )
+        factors = {
+            leaf: weights.full(prefix + leaf) for leaf in leaves
+        }  # in the other order than they are applied in
         expected = to_dense(ffn_structure(weights.config, 1), factors)
         if guide:
             expected = 0.7 * expected + 0.3 * weights.full(f"{prefix}guide")
@@ -70,7 +82,9 @@ def test_approximated_keeps_the_rest_and_the_dense_matrices_as_guides(kind: str)
         if source in dense.names():
             assert torch.equal(made.full(name), dense.full(source))
     back = merged(made)  # alpha 1: the model is the one that it came from
-    assert all(torch.equal(back.full(name), dense.full(name)) for name in dense.names() if ".mlp." not in name)
+    assert all(
+        torch.equal(back.full(name), dense.full(name)) for name in dense.names() if ".mlp." not in name
+    )
     for name in (name for name in dense.names() if ".mlp." in name):
         torch.testing.assert_close(back.full(name), dense.full(name), rtol=0, atol=1e-5)
 

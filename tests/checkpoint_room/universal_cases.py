@@ -41,12 +41,17 @@ def _trained(tree: dict[str, Any], steps: int) -> tuple[Any, Manifest, Reader, d
     assert manifest is not None
     reader, guided = Reader(manifest), run.schedule.guided(run.step)
     plain, guides = manifest.optimizer_steps, manifest.guide_optimizer_steps
-    counts = {name: int((guides if is_guide(name) else plain) or 0) for name in model_tensors(run.config, guide=guided)}
+    counts = {
+        name: int((guides if is_guide(name) else plain) or 0)
+        for name in model_tensors(run.config, guide=guided)
+    }
     return run, manifest, reader, counts
 
 
 def there(tree: dict[str, Any], folder: str, steps: int, more: int) -> dict[str, Any]:
-    """What we wrote, in a new engine by load_universal: its state and next losses, and those of the run that it was written of."""
+    """What we wrote, in a new engine by load_universal: its state and next losses, and those of the run
+    that it was written of.
+    """
     cases = _training()
     run, manifest, _, counts = _trained(tree, steps)
     if run.topology.main:
@@ -63,20 +68,28 @@ def there(tree: dict[str, Any], folder: str, steps: int, more: int) -> dict[str,
     loaded, _ = other.engine.load_checkpoint(folder)
     assert loaded is not None
     assert other.engine.global_steps == steps
-    got = {"state": cases.state_digests(other.engine), "steps": engine_state.step_counts(other.engine), "counts": counts}
+    got = {
+        "state": cases.state_digests(other.engine),
+        "steps": engine_state.step_counts(other.engine),
+        "counts": counts,
+    }
     got["losses"] = [cases.take(other)[0] for _ in range(more)]
     engines.destroy(other.engine)
     return {"expected": expected, "got": got, "before": before}
 
 
 def back(tree: dict[str, Any], folder: str, steps: int) -> dict[str, float]:
-    """Largest differences of what DeepSpeed's own converter wrote, as read here, by kind; "steps": of Adam's counts."""
+    """Largest differences of what DeepSpeed's own converter wrote, as read here, by kind; "steps": of
+    Adam's counts.
+    """
     from deepspeed.checkpoint import ds_to_universal
 
     run, manifest, reader, counts = _trained(tree, steps)
     # Megatron's modules have an empty _extra_state each, on which the converter stumbles
     run.engine.module.register_state_dict_post_hook(
-        lambda module, tensors, prefix, metadata: [tensors.pop(key) for key in list(tensors) if tensors[key] is None] and None
+        lambda module, tensors, prefix, metadata: (
+            [tensors.pop(key) for key in list(tensors) if tensors[key] is None] and None
+        )
     )
     run.engine.save_checkpoint(folder, tag="own")
     target = Path(folder) / "universal"
@@ -97,7 +110,9 @@ def back(tree: dict[str, Any], folder: str, steps: int) -> dict[str, float]:
     worst = dict.fromkeys(KINDS, 0.0)
     for name in names:
         for kind in KINDS:
-            worst[kind] = max(worst[kind], float((found.full(name, kind) - reader.full(name, kind)).abs().max()))
+            worst[kind] = max(
+                worst[kind], float((found.full(name, kind) - reader.full(name, kind)).abs().max())
+            )
     worst["steps"] = float(max(abs(found.steps[name] - counts[name]) for name in counts))
     worst["step"] = float(abs(found.weights.step - run.step))
     worst["size"] = float(sum(torch.count_nonzero(reader.full(name, "exp_avg_sq")) for name in names))

@@ -45,7 +45,12 @@ def test_a_large_text_file_becomes_documents(tmp_path: Path, monkeypatch: pytest
 
 def test_jsonl_rows_need_no_common_schema(write_jsonl: Callable[..., Path]) -> None:
     path = write_jsonl(
-        [{"text": "a\nb", "id": 1}, {"text": None, "id": "x"}, {"id": {}, "text": "é", "more": [1]}, {"text": ""}]
+        [
+            {"text": "a\nb", "id": 1},
+            {"text": None, "id": "x"},
+            {"id": {}, "text": "é", "more": [1]},
+            {"text": ""},
+        ]
     )
     assert _read(path) == ["a\nb", "é"]
 
@@ -56,7 +61,9 @@ def test_parquet(tmp_path: Path) -> None:
     assert sorted(_read(tmp_path, text_field="body")) == ["one", "three", "two"]
     with pytest.raises(ConfigError, match=r'data\.text_field = "text": must be a column of .*has: body, n'):
         _read(tmp_path)
-    with pytest.raises(ConfigError, match=r'data\.text_field = "n": must be a column of text; a row holds a int'):
+    with pytest.raises(
+        ConfigError, match=r'data\.text_field = "n": must be a column of text; a row holds a int'
+    ):
         _read(tmp_path / "a.parquet", text_field="n")
 
 
@@ -92,9 +99,13 @@ def test_bad_rows_are_named(tmp_path: Path, content: bytes, rule: str) -> None:
 
 
 def test_bad_columns_are_named(write_jsonl: Callable[..., Path]) -> None:
-    with pytest.raises(ConfigError, match=r'data\.text_field = "text": must be a column of data\.source = .*has: body'):
+    with pytest.raises(
+        ConfigError, match=r'data\.text_field = "text": must be a column of data\.source = .*has: body'
+    ):
         _read(write_jsonl([{"body": "a"}]))
-    with pytest.raises(ConfigError, match=r'data\.text_field = "text": must be a column of text; a row holds a int'):
+    with pytest.raises(
+        ConfigError, match=r'data\.text_field = "text": must be a column of text; a row holds a int'
+    ):
         _read(write_jsonl([{"text": 3}]))
 
 
@@ -120,7 +131,8 @@ def test_bad_sources_are_refused_cheaply(tmp_path: Path) -> None:
         assert caught.match(rule)
         assert str(caught.value).startswith(f"data.source = {json.dumps(source)}: must be")
     with pytest.raises(
-        ConfigError, match=r'data\.tokenizer = "none\.json": must be the path of a tokenizer\.json; there is no'
+        ConfigError,
+        match=r'data\.tokenizer = "none\.json": must be the path of a tokenizer\.json; there is no',
     ):
         metadata.check_source(Data(tokenizer="none.json"))
     with pytest.raises(ConfigError, match=r"model\.vocab = 256: must be at least 257"):
@@ -131,7 +143,9 @@ def test_bad_sources_are_refused_cheaply(tmp_path: Path) -> None:
     metadata.check_source(Data())
 
 
-def test_no_text_and_no_place_are_refused(tmp_path: Path, texts: Path, configure: Callable[..., Config]) -> None:
+def test_no_text_and_no_place_are_refused(
+    tmp_path: Path, texts: Path, configure: Callable[..., Config]
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("")
     with pytest.raises(ConfigError, match=r"data\.source = .*must hold text; every document in it is empty"):
@@ -143,7 +157,8 @@ def test_no_text_and_no_place_are_refused(tmp_path: Path, texts: Path, configure
 
 def test_locating_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from sffn_dist.spec.config import Data; from sffn_dist.data import metadata, prepare; metadata.check_source(Data());"
+        "import sys; from sffn_dist.spec.config import Data; from sffn_dist.data import metadata, prepare; "
+        "metadata.check_source(Data());"
         "print([m for m in ('numpy', 'torch', 'datasets', 'tokenizers', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -168,5 +183,7 @@ def test_the_standard_library_is_a_corpus(
     assert meta.train.documents + meta.heldout.documents == len(readable)
     text = opened.tokenizer.decode(opened.train[:].tolist(), skip_special_tokens=False)
     documents = {file.path.read_text(encoding="utf-8") for file in readable}
-    assert set(text.split("<|endoftext|>")) - {""} <= documents | {""} or any("<|endoftext|>" in d for d in documents)
+    assert set(text.split("<|endoftext|>")) - {""} <= documents | {""} or any(
+        "<|endoftext|>" in d for d in documents
+    )
     assert 0 < meta.unigram_entropy < 6.4

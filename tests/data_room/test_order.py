@@ -19,7 +19,9 @@ def test_permutation_is_a_bijection(size: int, seed: int, epoch: int) -> None:
 def test_permutation_shuffles_and_depends_on_seed_and_epoch() -> None:
     size = 1001
     indices = np.arange(size, dtype=np.uint64)
-    orders = [permute(indices, size, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 10), (1, 1))]
+    orders = [
+        permute(indices, size, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 10), (1, 1))
+    ]
     for order in orders:
         assert abs(np.corrcoef(indices, order)[0, 1]) < 0.15
         assert np.mean(np.diff(order.astype(np.int64)) == 1) < 0.02
@@ -42,7 +44,9 @@ def test_permutation_of_a_huge_size_needs_no_table() -> None:
     assert int(out.max()) > 2**44
 
 
-@given(windows=st.integers(1, 60), sequence=st.integers(1, 9), batch=st.integers(1, 40), seed=st.integers(0, 9))
+@given(
+    windows=st.integers(1, 60), sequence=st.integers(1, 9), batch=st.integers(1, 40), seed=st.integers(0, 9)
+)
 @settings(deadline=None, max_examples=60)
 def test_an_epoch_visits_every_window_once(windows: int, sequence: int, batch: int, seed: int) -> None:
     tokens = np.arange(windows * sequence + 1 + seed % sequence)
@@ -77,7 +81,9 @@ def test_the_global_batch_does_not_depend_on_the_layout(step: int, world: int, m
 
 def test_at_refuses_what_does_not_divide() -> None:
     batches = Batches(np.arange(100), 8, 6, 0)
-    with pytest.raises(ConfigError, match=r"train\.global_batch_size = 6: must be a multiple of .* = 2 x 2 = 4"):
+    with pytest.raises(
+        ConfigError, match=r"train\.global_batch_size = 6: must be a multiple of .* = 2 x 2 = 4"
+    ):
         batches.at(0, 0, 2, 2)
     with pytest.raises(ConfigError, match=r"train\.global_batch_size = 6"):
         batches.at(0, 0, 4)
@@ -89,7 +95,9 @@ def test_at_refuses_what_does_not_divide() -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 8])
 def test_a_stream_shorter_than_a_window_is_refused(length: int) -> None:
-    with pytest.raises(ConfigError, match=rf"model\.sequence = 8: must be below the number of training tokens .* {length} "):
+    with pytest.raises(
+        ConfigError, match=rf"model\.sequence = 8: must be below the number of training tokens .* {length} "
+    ):
         Batches(np.arange(length), 8, 2, 0)
     with pytest.raises(ConfigError, match=r"model\.sequence = 8: .*held-out"):
         heldout_batches(np.arange(length), 8, 4, 2)

@@ -58,20 +58,27 @@ def test_a_corpus_is_what_its_meta_says(texts: Path, configure: Callable[..., Co
     assert len(corpus.heldout) == meta.heldout.tokens
     assert (meta.dtype, meta.byte_exact, meta.end_of_text, meta.vocab) == ("uint16", True, 0, 300)
     found: dict[str, list[str]] = {}
-    for side, stream, split in (("train", corpus.train, meta.train), ("heldout", corpus.heldout, meta.heldout)):
+    for side, stream, split in (
+        ("train", corpus.train, meta.train),
+        ("heldout", corpus.heldout, meta.heldout),
+    ):
         text = corpus.tokenizer.decode(stream[:].tolist(), skip_special_tokens=False)
         *found[side], rest = text.split("<|endoftext|>")
         assert rest == ""
         assert len(found[side]) == split.documents > 5
         assert corpus.bytes_of(stream[:]) == split.bytes == sum(len(one.encode()) for one in found[side])
         assert all(build.is_heldout(one.encode(), 0.3) == (side == "heldout") for one in found[side])
-    assert sorted(found["train"] + found["heldout"]) == sorted(path.read_text(encoding="utf-8") for path in texts.iterdir())
+    assert sorted(found["train"] + found["heldout"]) == sorted(
+        path.read_text(encoding="utf-8") for path in texts.iterdir()
+    )
     counts = np.bincount(corpus.heldout[:])
     share = counts[counts > 0] / counts.sum()
     assert meta.unigram_entropy == pytest.approx(-(share * np.log(share)).sum())
 
 
-def test_prepared_once_and_the_same_elsewhere(texts: Path, tmp_path: Path, configure: Callable[..., Config]) -> None:
+def test_prepared_once_and_the_same_elsewhere(
+    texts: Path, tmp_path: Path, configure: Callable[..., Config]
+) -> None:
     config = configure(texts)
     folder = prepare(config)
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -86,7 +93,10 @@ def test_what_decides_the_content_decides_the_folder(texts: Path, configure: Cal
     base = metadata.locate(configure(texts))
     assert metadata.locate(configure(texts, sequence=99)) == base
     assert metadata.locate(configure(texts, text_field="body")) == base  # .txt has no columns
-    others = [metadata.locate(configure(texts, vocab=301)), metadata.locate(configure(texts, heldout_share=0.5))]
+    others = [
+        metadata.locate(configure(texts, vocab=301)),
+        metadata.locate(configure(texts, heldout_share=0.5)),
+    ]
     path = texts / "00.txt"
     os.utime(path, ns=(1, 1))
     others.append(metadata.locate(configure(texts)))
@@ -105,8 +115,12 @@ def test_several_shards(texts: Path, tmp_path: Path, configure: Callable[..., Co
     assert np.array_equal(open_corpus(folder).train[:], one.train[:])
 
 
-@pytest.mark.parametrize(("share", "documents"), [(1e-9, 4), (1 - 1e-9, 4), (1e-9, 1), (1 - 1e-9, 1), (0.25, 1)])
-def test_no_side_is_ever_empty(tmp_path: Path, configure: Callable[..., Config], share: float, documents: int) -> None:
+@pytest.mark.parametrize(
+    ("share", "documents"), [(1e-9, 4), (1 - 1e-9, 4), (1e-9, 1), (1 - 1e-9, 1), (0.25, 1)]
+)
+def test_no_side_is_ever_empty(
+    tmp_path: Path, configure: Callable[..., Config], share: float, documents: int
+) -> None:
     folder = tmp_path / "few"
     folder.mkdir()
     for index in range(documents):
@@ -125,7 +139,9 @@ def test_no_side_is_ever_empty(tmp_path: Path, configure: Callable[..., Config],
     assert corpus.heldout[-1] == 0 or documents == 1
 
 
-def test_a_vocabulary_over_65536_is_kept_whole(texts: Path, tmp_path: Path, configure: Callable[..., Config]) -> None:
+def test_a_vocabulary_over_65536_is_kept_whole(
+    texts: Path, tmp_path: Path, configure: Callable[..., Config]
+) -> None:
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 69_999, "fox": 65_540, "</s>": 4}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "t.json"))
@@ -134,7 +150,9 @@ def test_a_vocabulary_over_65536_is_kept_whole(texts: Path, tmp_path: Path, conf
     assert set(np.unique(corpus.train[:]).tolist()) == {4, 65_540, 69_999}
 
 
-def test_the_second_waits_for_the_first(texts: Path, tmp_path: Path, configure: Callable[..., Config]) -> None:
+def test_the_second_waits_for_the_first(
+    texts: Path, tmp_path: Path, configure: Callable[..., Config]
+) -> None:
     config, go_on = configure(texts), tmp_path / "go on"
     first = _start(config, go_on)
     _wait_until_inside(first)
@@ -169,10 +187,15 @@ def test_killed_in_the_middle(
     assert "left by a preparation that did not end" in caplog.text
     assert not left.exists()
     verify(prepare(config))
-    assert sorted(path.suffix for path in folder.parent.iterdir() if path.name.startswith(".")) == [".lock", ".lock"]
+    assert sorted(path.suffix for path in folder.parent.iterdir() if path.name.startswith(".")) == [
+        ".lock",
+        ".lock",
+    ]
 
 
-def test_an_error_leaves_nothing(texts: Path, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_leaves_nothing(
+    texts: Path, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = configure(texts)
     monkeypatch.setattr(build, "balance", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -211,7 +234,9 @@ def meta_text(texts: Path, configure: Callable[..., Config]) -> tuple[Path, str]
     return folder, (folder / "meta.json").read_text()
 
 
-@pytest.mark.parametrize("damage", ["meta", "no meta", "short shard", "long shard", "no shard", "no tokenizer", "no bytes"])
+@pytest.mark.parametrize(
+    "damage", ["meta", "no meta", "short shard", "long shard", "no shard", "no tokenizer", "no bytes"]
+)
 def test_a_damaged_folder_is_refused_and_prepared_again(
     texts: Path, configure: Callable[..., Config], caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:

@@ -32,7 +32,11 @@ def test_an_id_too_high_is_refused_not_wrapped(tmp_path: Path) -> None:
             writer.append(np.array([5, bad]))
 
 
-@given(parts=st.lists(st.integers(0, 25), min_size=1, max_size=8), shard=st.integers(1, 12), pop=st.integers(0, 60))
+@given(
+    parts=st.lists(st.integers(0, 25), min_size=1, max_size=8),
+    shard=st.integers(1, 12),
+    pop=st.integers(0, 60),
+)
 @settings(deadline=None, max_examples=60)
 def test_several_files_read_as_one_sequence(
     tmp_path_factory: pytest.TempPathFactory, parts: list[int], shard: int, pop: int

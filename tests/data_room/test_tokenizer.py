@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from sffn_dist.data.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer, pieces, token_bytes, train_tokenizer
+from sffn_dist.data.tokenizer import (
+    END_OF_TEXT,
+    end_of_text,
+    load_tokenizer,
+    pieces,
+    token_bytes,
+    train_tokenizer,
+)
 from sffn_dist.spec.config import ConfigError
 
 TRAINED = train_tokenizer(["def f(x):\n    return x  # naïve 東京 🙂\n" * 30, string.printable], 320)
@@ -56,13 +63,17 @@ def test_a_given_tokenizer(tmp_path: Path) -> None:
     assert end_of_text(tokenizer) == 70_000
     assert len(tokenizer.encode("one two one two").ids) == 4  # its truncation is undone
     assert token_bytes(tokenizer)[[1, 70_000]].tolist() == [3, 0]
-    with pytest.raises(ConfigError, match=r"data\.tokenizer = .*has 70001 entries, must have at most model\.vocab = 70000"):
+    with pytest.raises(
+        ConfigError, match=r"data\.tokenizer = .*has 70001 entries, must have at most model\.vocab = 70000"
+    ):
         load_tokenizer(path, 70_000)
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
     path = _word_level(tmp_path / "t.json", {"[UNK]": 0, "one": 1})
-    with pytest.raises(ConfigError, match=r"data\.tokenizer = .*must have an end-of-text token, one of <\|endoftext\|> </s>"):
+    with pytest.raises(
+        ConfigError, match=r"data\.tokenizer = .*must have an end-of-text token, one of <\|endoftext\|> </s>"
+    ):
         load_tokenizer(path, 300)
 
 

@@ -23,7 +23,9 @@ def _here() -> Topology:
 def agreed(
     losses: list[tuple[float, float]], told: list[tuple[str | None, str | None]]
 ) -> list[tuple[float, str | None, bool]]:
-    """By step: the mean loss, the signal and whether a report is due, where each rank has its own loss and was sent its own signal."""
+    """By step: the mean loss, the signal and whether a report is due, where each rank has its own loss and
+    was sent its own signal.
+    """
     here, found = _here(), []
     for loss, names in zip(losses, told, strict=True):
         signals = SignalHandler()

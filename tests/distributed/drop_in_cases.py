@@ -10,8 +10,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, optim_state_to_sharding_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    optim_state_to_sharding_state,
+)
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -31,7 +38,9 @@ from sffn_dist.parallel.split import part_view, shard
 from sffn_dist.structured.cut import TensorSpec
 
 VOCAB, LENGTH = 32, 8
-Named = dict[str, tuple[nn.Parameter, Tensor, TensorSpec, StructuredLinear]]  # parameter, its value, its spec, its linear
+Named = dict[
+    str, tuple[nn.Parameter, Tensor, TensorSpec, StructuredLinear]
+]  # parameter, its value, its spec, its linear
 
 
 def _groups(tensor: int) -> None:
@@ -39,7 +48,9 @@ def _groups(tensor: int) -> None:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, create_gloo_process_groups=False
+        )
 
 
 def _config(tensor: int = 1, **extra: Any) -> TransformerConfig:
@@ -57,7 +68,7 @@ def _gpt(config: TransformerConfig, structure: dict[str, Any]) -> GPTModel:
     return GPTModel(config, TransformerBlockSubmodules(layers, layer_norm=NormLayer), VOCAB, LENGTH)
 
 
-# --------------------------------------------------------------------------------------------------- weights known by name
+# -------------------------------------------------------------------------------------- weights known by name
 
 
 def _full(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -78,7 +89,10 @@ def _owned(module: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor, TensorSpe
                 full = _full(name, spec.shape, parameter.dtype)
                 found[name] = parameter, shard(full, spec, part.ranks, part.rank), spec
                 continue
-            p, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+            p, rank = (
+                parallel_state.get_tensor_model_parallel_world_size(),
+                parallel_state.get_tensor_model_parallel_rank(),
+            )
             dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
             shape = [size * (p if axis == dim else 1) for axis, size in enumerate(parameter.shape)]
             full = _full(name, tuple(shape), parameter.dtype)
@@ -92,7 +106,7 @@ def _set_weights(module: nn.Module) -> None:
         parameter.copy_(value)
 
 
-# ------------------------------------------------------------------------------------------------------------------- cases
+# ------------------------------------------------------------------------------------------------------ cases
 
 
 def losses(tensor: int, structure: dict[str, Any], steps: int, sequence: bool = True) -> list[float]:
@@ -122,16 +136,21 @@ def losses(tensor: int, structure: dict[str, Any], steps: int, sequence: bool = 
 
 
 def loss_of_gathered_weights(structure: dict[str, Any], overlap: bool) -> float:
-    """Loss over two data-parallel ranks that each hold the right half of the weights, as the distributed optimizer leaves them.
+    """Loss over two data-parallel ranks that each hold the right half of the weights, as the distributed
+    optimizer leaves them.
 
-    With ``overlap`` Megatron gathers the other half while the forward pass runs, a module's just before the module is called.
+    With ``overlap`` Megatron gathers the other half while the forward pass runs, a module's just before the
+    module is called.
     """
     _groups(1)
     config = _config()
     model = _gpt(config, structure)
     _set_weights(model)
     options = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, overlap_param_gather=overlap, overlap_grad_reduce=overlap, bucket_size=1500
+        use_distributed_optimizer=True,
+        overlap_param_gather=overlap,
+        overlap_grad_reduce=overlap,
+        bucket_size=1500,
     )
     wrapped = DistributedDataParallel(config, options, model)
     for buffer in wrapped.buffers:
@@ -161,15 +180,23 @@ def _with_moments(model: GPTModel, **metadata: Any) -> tuple[dict[str, Any], tor
 def save(tensor: int, structure: dict[str, Any], gated: bool, folder: str, **metadata: Any) -> None:
     """A checkpoint of the weights that the names stand for."""
     _groups(tensor)
-    model = _gpt(_config(tensor, gated_linear_unit=gated, activation_func=F.silu if gated else F.gelu), structure)
+    model = _gpt(
+        _config(tensor, gated_linear_unit=gated, activation_func=F.silu if gated else F.gelu), structure
+    )
     _set_weights(model)
     dist_checkpointing.save(_with_moments(model, **metadata)[0], folder)
 
 
-def wrong_after_load(tensor: int, structure: dict[str, Any], gated: bool, folder: str, **metadata: Any) -> list[str]:
-    """Names of the parameters that a loaded checkpoint does not give back bit for bit, or not their moments."""
+def wrong_after_load(
+    tensor: int, structure: dict[str, Any], gated: bool, folder: str, **metadata: Any
+) -> list[str]:
+    """Names of the parameters that a loaded checkpoint does not give back bit for bit, or not their
+    moments.
+    """
     _groups(tensor)
-    model = _gpt(_config(tensor, gated_linear_unit=gated, activation_func=F.silu if gated else F.gelu), structure)
+    model = _gpt(
+        _config(tensor, gated_linear_unit=gated, activation_func=F.silu if gated else F.gelu), structure
+    )
     template, optimizer = _with_moments(model, **metadata)
     loaded = dist_checkpointing.load(template, folder)
     model.load_state_dict(loaded["model"])
@@ -177,30 +204,47 @@ def wrong_after_load(tensor: int, structure: dict[str, Any], gated: bool, folder
     owned = _owned(model).items()
     wrong = [name for name, (parameter, value, _) in owned if not torch.equal(parameter.detach(), value)]
     moments = {name: optimizer.state[parameter]["momentum_buffer"] for name, (parameter, _, _) in owned}
-    return wrong + [f"{name}: moment" for name, (_, value, _) in owned if not torch.equal(moments[name], 2 * value)]
+    return wrong + [
+        f"{name}: moment" for name, (_, value, _) in owned if not torch.equal(moments[name], 2 * value)
+    ]
 
 
-def first_weights(tensor: int, structure: dict[str, Any], seed: int, std: float = 0.2) -> dict[str, tuple[Any, bool]]:
-    """Every structured parameter as its construction leaves it, and whether it is replicated; the ranks' random states disagree."""
+def first_weights(
+    tensor: int, structure: dict[str, Any], seed: int, std: float = 0.2
+) -> dict[str, tuple[Any, bool]]:
+    """Every structured parameter as its construction leaves it, and whether it is replicated; the ranks'
+    random states disagree.
+    """
     _groups(tensor)
     torch.manual_seed(seed + dist.get_rank())
     model = _gpt(_config(tensor, init_method_std=std), structure)
     owned = _owned(model).items()
-    return {name: (parameter.detach().numpy(), spec.cut is None) for name, (parameter, _, spec) in owned if spec is not None}
+    return {
+        name: (parameter.detach().numpy(), spec.cut is None)
+        for name, (parameter, _, spec) in owned
+        if spec is not None
+    }
 
 
 def _moe_groups(layout: str) -> tuple[ProcessGroupCollection, dict[str, Any]]:
-    """Megatron's groups for experts spread over the ranks ("experts"), each split over them ("tensor"), or all on one rank ("one").
+    """Megatron's groups for experts spread over the ranks ("experts"), each split over them ("tensor"), or
+    all on one rank ("one").
 
-    They are made of those that the pool has: the ranks' one tensor- or data-parallel group, and groups of one rank.
+    They are made of those that the pool has: the ranks' one tensor- or data-parallel group, and groups of one
+    rank.
     """
-    together, alone = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
+    together, alone = (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_data_parallel_group(),
+    )
     if layout == "experts":
         together, alone = alone, together
     names = {"tp", "tp_ep", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "expt_dp", "cp"}
-    wide = {"experts": {"ep", "tp_ep", "tp_dp_cp"}, "tensor": {"tp", "expt_tp", "tp_ep", "tp_cp", "tp_dp_cp"}, "one": set()}[
-        layout
-    ]
+    wide = {
+        "experts": {"ep", "tp_ep", "tp_dp_cp"},
+        "tensor": {"tp", "expt_tp", "tp_ep", "tp_cp", "tp_dp_cp"},
+        "one": set(),
+    }[layout]
     collection = ProcessGroupCollection()
     for name in names:
         setattr(collection, name, together if name in wide else alone)
@@ -212,8 +256,12 @@ def _moe_groups(layout: str) -> tuple[ProcessGroupCollection, dict[str, Any]]:
     }[layout]
 
 
-def _mixture(layout: str, structure: dict[str, Any], gated: bool, ranks: int, bias: bool = False) -> tuple[MoELayer, Named]:
-    """megatron-core's MoELayer over two structured experts, and every expert's parameters by the expert's number."""
+def _mixture(
+    layout: str, structure: dict[str, Any], gated: bool, ranks: int, bias: bool = False
+) -> tuple[MoELayer, Named]:
+    """megatron-core's MoELayer over two structured experts, and every expert's parameters by the expert's
+    number.
+    """
     _groups(ranks if layout == "tensor" else 1)
     collection, sizes = _moe_groups(layout)
     config = _config(
@@ -243,14 +291,19 @@ def _set_mixture(layer: MoELayer, named: Named) -> None:
 
 
 def mixture(layout: str, structure: dict[str, Any], gated: bool, bias: bool, ranks: int) -> dict[str, Any]:
-    """Output and gradients for this rank's tokens; gradients of its experts, in place in the full tensor, and if they are replicated.
+    """Output and gradients for this rank's tokens; gradients of its experts, in place in the full tensor, and
+    if they are replicated.
 
     ``ranks`` is how many ranks the tokens lie on in the layouts compared; layout "one" takes them all.
     """
-    vars(moe_utils).setdefault("te_general_gemm", None)  # megatron-core 0.16.1 leaves it undefined without Transformer Engine
+    vars(moe_utils).setdefault(
+        "te_general_gemm", None
+    )  # megatron-core 0.16.1 leaves it undefined without Transformer Engine
     layer, named = _mixture(layout, structure, gated, ranks, bias)
     _set_mixture(layer, named)
-    x_all, weight = (_full(name, (4 * ranks, 3, layer.config.hidden_size), torch.float64) for name in ("x", "output"))
+    x_all, weight = (
+        _full(name, (4 * ranks, 3, layer.config.hidden_size), torch.float64) for name in ("x", "output")
+    )
     mine = slice(None) if layout == "one" else slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
     x = x_all[mine].clone().requires_grad_()
     y, left_bias = layer(x)
@@ -272,12 +325,16 @@ def save_mixture(layout: str, structure: dict[str, Any], bias: bool, ranks: int,
     dist_checkpointing.save(layer.sharded_state_dict(prefix="moe."), folder)
 
 
-def wrong_in_mixture(layout: str, structure: dict[str, Any], bias: bool, ranks: int, folder: str) -> list[str]:
+def wrong_in_mixture(
+    layout: str, structure: dict[str, Any], bias: bool, ranks: int, folder: str
+) -> list[str]:
     """Names of the experts' parameters that a loaded checkpoint does not give back bit for bit."""
     layer, named = _mixture(layout, structure, True, ranks, bias)
     loaded = dist_checkpointing.load(layer.sharded_state_dict(prefix="moe."), folder)
     layer.load_state_dict({name.removeprefix("moe."): value for name, value in loaded.items()})
-    return [name for name, (parameter, value, _, _) in named.items() if not torch.equal(parameter.detach(), value)]
+    return [
+        name for name, (parameter, value, _, _) in named.items() if not torch.equal(parameter.detach(), value)
+    ]
 
 
 def refusal(**arguments: Any) -> str:
@@ -292,7 +349,9 @@ def refusal(**arguments: Any) -> str:
 
 
 def check_base_is_kept() -> None:
-    """A base with a norm inside its attention, and with the one before the feed-forward layer fused into a linear."""
+    """A base with a norm inside its attention, and with the one before the feed-forward layer fused into a
+    linear.
+    """
     base = get_gpt_layer_local_spec(qk_layernorm=True)
     base.submodules.pre_mlp_layernorm = IdentityOp  # Transformer Engine's specs
     before = copy.deepcopy(base)
@@ -300,5 +359,7 @@ def check_base_is_kept() -> None:
     spec.submodules.mlp.params["own"] = spec.submodules.self_attention.params["own"] = True
     assert base == before
     assert spec.submodules.self_attention.submodules == base.submodules.self_attention.submodules
-    assert spec.submodules.pre_mlp_layernorm is NormLayer, "the norm would have gone with the linear that held it"
+    assert spec.submodules.pre_mlp_layernorm is NormLayer, (
+        "the norm would have gone with the linear that held it"
+    )
     assert spec.submodules.mlp.submodules.linear_fc1.params["structure"].rank == 4

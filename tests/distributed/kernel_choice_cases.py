@@ -1,4 +1,6 @@
-"""Kernels chosen on several ranks that measure different times: a device is made believe, the ranks and their sums are real."""
+"""Kernels chosen on several ranks that measure different times: a device is made believe, the ranks and
+their sums are real.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,12 @@ class Card:
     device, dtype = torch.device("cuda", 0), torch.float16
 
 
-def choices(reasons: list[str | None], tables: list[dict[str, str]], times: list[list[float]]) -> dict[str, Any]:
-    """What this rank chooses for two operations, and how often it measured; arguments hold an entry a rank."""
+def choices(
+    reasons: list[str | None], tables: list[dict[str, str]], times: list[list[float]]
+) -> dict[str, Any]:
+    """What this rank chooses for two operations, and how often it measured; arguments hold an entry a
+    rank.
+    """
     cpu_compat.prepare()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -48,7 +54,10 @@ def choices(reasons: list[str | None], tables: list[dict[str, str]], times: list
         dist.broadcast_object_list = lambda held, src, group, device: broadcast(held, src=src)
         kernel_choice.start("auto", claimed)
         ways = {"slow": lambda: "slow", "quick": lambda: "quick"}
-        chosen = [dispatch.run(op, (100, 8), Card(), lambda: "torch", lambda: ways) for op in ("known", "new", "new")]  # type: ignore[arg-type]
+        chosen = [
+            dispatch.run(op, (100, 8), Card(), lambda: "torch", lambda: ways)
+            for op in ("known", "new", "new")
+        ]  # type: ignore[arg-type]
         return {"chosen": chosen, "measured": measured}
     finally:
         torch.tensor, dist.all_reduce, dist.broadcast_object_list = as_tensor, all_reduce, broadcast

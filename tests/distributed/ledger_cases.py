@@ -1,4 +1,6 @@
-"""Pieces of training steps with the ledger open, on whatever ranks there are; called inside the ranks of a pool."""
+"""Pieces of training steps with the ledger open, on whatever ranks there are; called inside the ranks of a
+pool.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,15 @@ class _FeedForward(nn.Module):
 
     def __init__(self, h: int, f: int, sequence: bool):
         super().__init__()
-        config = ModelParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sequence, use_cpu_initialization=True)
-        options: dict[str, Any] = {"config": config, "init_method": nn.init.ones_, "bias": False, "skip_bias_add": False}
+        config = ModelParallelConfig(
+            tensor_model_parallel_size=2, sequence_parallel=sequence, use_cpu_initialization=True
+        )
+        options: dict[str, Any] = {
+            "config": config,
+            "init_method": nn.init.ones_,
+            "bias": False,
+            "skip_bias_add": False,
+        }
         self.linear_fc1 = ColumnParallelLinear(h, f, **options)
         self.linear_fc2 = RowParallelLinear(f, h, input_is_parallel=True, **options)
 
@@ -59,12 +68,16 @@ def megatron_linears(h: int, f: int, rows: int, batch: int, sequence: bool) -> l
 
 
 def model_step(tree: dict[str, Any]) -> tuple[list[LedgerEntry], list[str]]:
-    """A GPTModel's forward and backward: the rows, and the names of what the ledger changed in loss and gradients."""
+    """A GPTModel's forward and backward: the rows, and the names of what the ledger changed in loss and
+    gradients.
+    """
     config = loading.from_tree(tree)
     ranks = _join(config.parallel.tensor)
     model = models.build(config, "fp32", ranks, guide=schedules.build_schedule(config).guided(0))
     models.initialise(model, config, ranks)
-    tokens = torch.randint(0, config.model.vocab, (2, config.model.sequence + 1), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(
+        0, config.model.vocab, (2, config.model.sequence + 1), generator=torch.Generator().manual_seed(2)
+    )
     ledger = _open(model, ranks)
     results: list[dict[str, Tensor]] = []
     for watched in (contextlib.nullcontext(), ledger, contextlib.nullcontext()):
@@ -72,9 +85,20 @@ def model_step(tree: dict[str, Any]) -> tuple[list[LedgerEntry], list[str]]:
         with watched:
             loss = models.token_losses(model, tokens[:, :-1], tokens[:, 1:]).mean()
             loss.backward()
-        results.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}})
-    changed = [name for name in results[0] if not all(torch.equal(results[0][name], other[name]) for other in results[1:])]
-    hooked = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+        results.append(
+            {
+                "loss": loss.detach(),
+                **{name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+            }
+        )
+    changed = [
+        name
+        for name in results[0]
+        if not all(torch.equal(results[0][name], other[name]) for other in results[1:])
+    ]
+    hooked = [
+        name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks
+    ]
     return ledger.entries, changed + hooked
 
 
@@ -131,7 +155,9 @@ def _exchanges(rank: int) -> dict[str, Callable[[], Any]]:
         "functional_all_reduce": lambda: functional.all_reduce(float32, "sum", world).sum(),
         "functional_all_gather": lambda: functional.all_gather_tensor(own, 0, world).sum(),
         "functional_reduce_scatter": lambda: functional.reduce_scatter_tensor(float32, "sum", 0, world).sum(),
-        "functional_all_to_all": lambda: functional.all_to_all_single(torch.zeros(sum(uneven[1]), 3), *uneven, world).sum(),
+        "functional_all_to_all": lambda: functional.all_to_all_single(
+            torch.zeros(sum(uneven[1]), 3), *uneven, world
+        ).sum(),
         "functional_broadcast": lambda: functional.broadcast(own, 0, world).sum(),
     }
 
@@ -190,7 +216,9 @@ class _SumBackward(torch.autograd.Function):
 
 
 class _Leaf(nn.Module):
-    """Sums in forward, sums the gradient in backward, both inside the module; the weight's hook sums its gradient."""
+    """Sums in forward, sums the gradient in backward, both inside the module; the weight's hook sums its
+    gradient.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,13 +244,19 @@ class _Nest(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = _SumBackward.apply(x)
-        y = self.inner(y) if self.recompute is None else checkpoint(self.inner, y, use_reentrant=self.recompute)
+        y = (
+            self.inner(y)
+            if self.recompute is None
+            else checkpoint(self.inner, y, use_reentrant=self.recompute)
+        )
         dist.all_reduce(torch.zeros(3))
         return _SumBackward.apply(y)
 
 
 def nested(recompute: bool | None) -> list[LedgerEntry]:
-    """Places and purposes in a module within a module; recompute: None, or whether the checkpoint is reentrant."""
+    """Places and purposes in a module within a module; recompute: None, or whether the checkpoint is
+    reentrant.
+    """
     _join(2)
     model = nn.ModuleDict({"outer": _Nest(recompute)})
     x = torch.ones(4, requires_grad=True)
@@ -239,7 +273,9 @@ class _Refuses(nn.Module):
 
 
 def exception() -> tuple[int, list[LedgerEntry]]:
-    """An exception in a module's forward: the hooks left behind, and what a collective after it, still in the ledger, is called."""
+    """An exception in a module's forward: the hooks left behind, and what a collective after it, still in
+    the ledger, is called.
+    """
     _join(2)
     model = nn.Sequential(nn.Identity(), _Refuses())
     ledger = Ledger(model, {"all": dist.group.WORLD})
@@ -249,5 +285,8 @@ def exception() -> tuple[int, list[LedgerEntry]]:
         dist.all_reduce(torch.zeros(2))
         raise KeyError
     dist.all_reduce(torch.zeros(2))
-    left = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_hooks_always_called) for m in model.modules())
+    left = sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_hooks_always_called)
+        for m in model.modules()
+    )
     return left, ledger.entries

@@ -28,12 +28,16 @@ from sffn_dist.structured.registry import build_structure
 from sffn_dist.structured.structure import Structure
 
 
-def _full_tensors(structure: Structure, h: int, f: int, gated: bool, bias: bool, guide: bool) -> dict[str, dict[str, Tensor]]:
+def _full_tensors(
+    structure: Structure, h: int, f: int, gated: bool, bias: bool, guide: bool
+) -> dict[str, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(7)
     sizes = {"column": (h, 2 * f if gated else f), "row": (f, h)}
     full: dict[str, dict[str, Tensor]] = {}
     for role, (inputs, outputs) in sizes.items():
-        specs = linear_tensors(structure, role, inputs, outputs, gated=gated and role == "column", bias=bias, guide=guide)
+        specs = linear_tensors(
+            structure, role, inputs, outputs, gated=gated and role == "column", bias=bias, guide=guide
+        )
         full[role] = {
             name: torch.randn(spec.shape, generator=generator, dtype=torch.float64) / spec.shape[-1] ** 0.5
             for name, spec in specs.items()
@@ -48,7 +52,9 @@ def _activation(y: Tensor, gated: bool) -> Tensor:
     return F.silu(gate) * up
 
 
-def _reference(structure: Structure, full: dict[str, dict[str, Tensor]], x: Tensor, gated: bool, alpha: float | None) -> Tensor:
+def _reference(
+    structure: Structure, full: dict[str, dict[str, Tensor]], x: Tensor, gated: bool, alpha: float | None
+) -> Tensor:
     def linear(tensors: dict[str, Tensor], value: Tensor) -> Tensor:
         factors = {name: t for name, t in tensors.items() if name not in ("bias", "guide")}
         y = functional.apply(structure, value, factors)
@@ -65,7 +71,15 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 
 def _ours(
-    structure: Structure, h: int, f: int, gated: bool, bias: bool, sequence: bool, alpha: float | None, recompute: str, p: int
+    structure: Structure,
+    h: int,
+    f: int,
+    gated: bool,
+    bias: bool,
+    sequence: bool,
+    alpha: float | None,
+    recompute: str,
+    p: int,
 ) -> MLP:
     config = TransformerConfig(
         num_layers=1,
@@ -84,7 +98,11 @@ def _ours(
         perform_initialization=False,
     )
     if structure.kind == "dense":
-        return MLP(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), ffn_hidden_size=f)
+        return MLP(
+            config,
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ffn_hidden_size=f,
+        )
     sizes = {"rank": structure.rank, "blocks": structure.blocks}
     linears = structured_mlp_submodules(structure.kind, **sizes, guide=alpha is not None)
     return StructuredMLP(config, linears, ffn_hidden_size=f, recompute=recompute)
@@ -116,7 +134,9 @@ def feed_forward_errors(
         for name, tensor in full[role].items():
             getattr(layer, name).data.copy_(shard(tensor.detach(), layer.specs[name], p, ranks.tensor_rank))
     sum_partial_gradients(mlp, ranks.tensor_group)
-    mine = slice(ranks.tensor_rank * rows // p, (ranks.tensor_rank + 1) * rows // p) if sequence else slice(None)
+    mine = (
+        slice(ranks.tensor_rank * rows // p, (ranks.tensor_rank + 1) * rows // p) if sequence else slice(None)
+    )
     x_local = x[mine].clone().requires_grad_()
     y, left = mlp(x_local)
     y = y if left is None else y + left
@@ -130,7 +150,9 @@ def feed_forward_errors(
             spec = layer.specs[name]
             errors[f"{role}.{name}.grad"] = _error(unshard(parts, spec), tensor.grad)
             if spec.cut is None:  # replicas: bit-identical
-                assert all(torch.equal(part, parts[0]) for part in parts), f"{role}.{name}: replicated gradients differ"
+                assert all(torch.equal(part, parts[0]) for part in parts), (
+                    f"{role}.{name}: replicated gradients differ"
+                )
     return errors
 
 
@@ -138,7 +160,9 @@ def traffic(
     kind: str, rank: int | None, blocks: int | None, h: int, f: int, gated: bool, sequence: bool, alpha: float | None,
     rows: int, batch: int, recompute: str,
 ) -> dict[tuple[str, str, str], Fraction]:  # fmt: skip
-    """Elements that this rank receives in forward and backward of one layer, by (linear, purpose, kind); dense is Megatron's own."""
+    """Elements that this rank receives in forward and backward of one layer, by (linear, purpose, kind);
+    dense is Megatron's own.
+    """
     ranks = join()
     p, structure = ranks.tensor, build_structure(kind, rank, blocks)
     mlp = _ours(structure, h, f, gated, False, sequence, alpha, recompute, p)
@@ -158,7 +182,15 @@ def traffic(
 
 
 def saved_bytes(
-    kind: str, rank: int | None, blocks: int | None, h: int, f: int, gated: bool, sequence: bool, recompute: str, rows: int
+    kind: str,
+    rank: int | None,
+    blocks: int | None,
+    h: int,
+    f: int,
+    gated: bool,
+    sequence: bool,
+    recompute: str,
+    rows: int,
 ) -> int:
     """Bytes that one layer keeps for backward on this rank: storages counted once, without parameters."""
     ranks = join()
@@ -181,10 +213,13 @@ def saved_bytes(
 
 
 def frozen_guided(kind: str, rank: int | None, blocks: int | None, sequence: bool, recompute: str) -> float:
-    """Largest difference of any gradient from that with nothing frozen, while the guide takes part and x or any one weight, or all but
-    one, is frozen; the frozen ones have none."""
+    """Largest difference of any gradient from that with nothing frozen, while the guide takes part and x or
+    any one weight, or all but one, is frozen; the frozen ones have none.
+    """
     ranks = join()
-    mlp = _ours(build_structure(kind, rank, blocks), 8, 16, False, False, sequence, 0.3, recompute, ranks.tensor)
+    mlp = _ours(
+        build_structure(kind, rank, blocks), 8, 16, False, False, sequence, 0.3, recompute, ranks.tensor
+    )
     torch.manual_seed(ranks.tensor_rank)
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -209,8 +244,12 @@ def frozen_guided(kind: str, rank: int | None, blocks: int | None, sequence: boo
     return worst
 
 
-def other_uses(kind: str, rank: int | None, blocks: int | None, sequence: bool, recompute: str) -> dict[str, Any]:
-    """A layer under autocast, with frozen weights, differentiated twice, by its second linear's guide that it has not."""
+def other_uses(
+    kind: str, rank: int | None, blocks: int | None, sequence: bool, recompute: str
+) -> dict[str, Any]:
+    """A layer under autocast, with frozen weights, differentiated twice, by its second linear's guide that
+    it has not.
+    """
     ranks = join()
     p, structure, h, f = ranks.tensor, build_structure(kind, rank, blocks), 16, 64
     mlp = _ours(structure, h, f, True, True, sequence, None, recompute, p).float()
@@ -221,17 +260,24 @@ def other_uses(kind: str, rank: int | None, blocks: int | None, sequence: bool, 
 
     def gradients(layer: Any, value: Tensor) -> list[Tensor]:
         y = layer(value)[0]
-        return [y, *torch.autograd.grad(y.float().sum(), [value, *layer.parameters()], allow_unused=True)][:-1]
+        return [y, *torch.autograd.grad(y.float().sum(), [value, *layer.parameters()], allow_unused=True)][
+            :-1
+        ]
 
     exact = gradients(mlp, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = gradients(mlp, x)
-    found["autocast"] = (low[0].dtype == torch.bfloat16, max(_error(a.float(), b) for a, b in zip(low, exact, strict=True)))
+    found["autocast"] = (
+        low[0].dtype == torch.bfloat16,
+        max(_error(a.float(), b) for a, b in zip(low, exact, strict=True)),
+    )
 
     frozen = [mlp.linear_fc1.weights[0], mlp.linear_fc2.weights[1]]  # those that every rank holds
     for weight in frozen:
         weight.requires_grad_(False)
-    rest = [weight for weight in mlp.parameters() if weight.requires_grad and weight is not mlp.linear_fc2.bias]
+    rest = [
+        weight for weight in mlp.parameters() if weight.requires_grad and weight is not mlp.linear_fc2.bias
+    ]
     with Ledger(mlp, {"tensor": ranks.tensor_group}) as ledger:
         found_rest = torch.autograd.grad(mlp(x)[0].sum(), [x, *rest])
     same = dict(zip([id(x), *map(id, mlp.parameters())], exact[1:], strict=False))
@@ -298,8 +344,12 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def peak_bytes(kind: str, rank: int | None, blocks: int | None, h: int, f: int, rows: int, recompute: str) -> int:
-    """The most that a layer's forward and backward pass holds beside its input, output gradient and weights."""
+def peak_bytes(
+    kind: str, rank: int | None, blocks: int | None, h: int, f: int, rows: int, recompute: str
+) -> int:
+    """The most that a layer's forward and backward pass holds beside its input, output gradient and
+    weights.
+    """
     ranks = join()
     mlp = _ours(build_structure(kind, rank, blocks), h, f, False, False, False, None, recompute, ranks.tensor)
     for parameter in mlp.parameters():
@@ -313,7 +363,9 @@ def peak_bytes(kind: str, rank: int | None, blocks: int | None, h: int, f: int, 
 
 
 def any_leading_dimensions(kind: str, rank: int | None, blocks: int | None, recompute: str) -> float:
-    """The largest error between an input as (T, h), (T, 1, h) and (a, b, c, h), with a gradient and without one; 40 and 80 tokens."""
+    """The largest error between an input as (T, h), (T, 1, h) and (a, b, c, h), with a gradient and
+    without one; 40 and 80 tokens.
+    """
     ranks = join()
     mlp = _ours(build_structure(kind, rank, blocks), 16, 64, True, True, False, None, recompute, ranks.tensor)
     for parameter in mlp.parameters():
@@ -329,5 +381,9 @@ def any_leading_dimensions(kind: str, rank: int | None, blocks: int | None, reco
             (gradient,) = torch.autograd.grad(y.square().sum(), x)
             with torch.no_grad():
                 made.append((y.detach().view(tokens, 16), gradient, mlp(x.view(shape))[0].view(tokens, 16)))
-        errors += [_error(got, want) for other in made for got, want in zip(other, (*made[0][:2], made[0][0]), strict=True)]
+        errors += [
+            _error(got, want)
+            for other in made
+            for got, want in zip(other, (*made[0][:2], made[0][0]), strict=True)
+        ]
     return max(errors)

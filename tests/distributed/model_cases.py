@@ -56,24 +56,34 @@ def table_mismatches(tree: dict[str, Any]) -> list[str]:
         if parameter.tensor_model_parallel != (spec.cut is not None):
             problems.append(f"{name}: marked tensor_model_parallel {parameter.tensor_model_parallel}")
         # of what every rank holds, vectors; a replicated factor's gradient is summed by its linear
-        split_by_tokens = config.parallel.sequence and ranks.tensor > 1 and spec.cut is None and len(spec.shape) == 1
+        split_by_tokens = (
+            config.parallel.sequence and ranks.tensor > 1 and spec.cut is None and len(spec.shape) == 1
+        )
         if bool(getattr(parameter, "sequence_parallel", False)) != split_by_tokens:
             problems.append(f"{name}: marked sequence_parallel {not split_by_tokens}")
     return problems
 
 
 def traffic(tree: dict[str, Any], guided: bool) -> dict[tuple[str, str, str], tuple[Fraction, Fraction]]:
-    """(Elements, bytes) that this rank receives over the tensor-parallel group in one micro-batch, by (place, purpose, kind)."""
+    """(Elements, bytes) that this rank receives over the tensor-parallel group in one micro-batch, by
+    (place, purpose, kind).
+    """
     model, config, ranks = _model(tree)
     (models.mix_guide(model, 0.5) if guided else models.unset_guide(model))
     tokens = _tokens(config, config.train.micro_batch_size)
     with Ledger(model, {"tensor": ranks.tensor_group}) as ledger:
         models.token_losses(model, tokens[:, :-1], tokens[:, 1:]).mean().backward()
-    return {(e.place, e.purpose, e.kind): (e.elements, e.bytes) for e in ledger.select(group="tensor") if e.elements}
+    return {
+        (e.place, e.purpose, e.kind): (e.elements, e.bytes)
+        for e in ledger.select(group="tensor")
+        if e.elements
+    }
 
 
 def guided_difference(tree: dict[str, Any]) -> tuple[float, float, int]:
-    """Largest difference of token losses, guided at step 0 against unguided; the losses' spread; guides drawn."""
+    """Largest difference of token losses, guided at step 0 against unguided; the losses' spread; guides
+    drawn.
+    """
     model, config, _ = _model(tree)
     tokens, clock = _tokens(config, 2), schedules.build_schedule(config)
     models.unset_guide(model)
@@ -124,7 +134,9 @@ def save_start(tree: dict[str, Any]) -> str:
 def _training() -> Any:
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("training_cases", Path(__file__).with_name("training_cases.py"))
+    spec = importlib.util.spec_from_file_location(
+        "training_cases", Path(__file__).with_name("training_cases.py")
+    )
     assert spec is not None
     assert spec.loader is not None
     cases = importlib.util.module_from_spec(spec)

@@ -1,4 +1,6 @@
-"""What the benchmarks compare with, against what it stands for: the naive split, the guide mixed in three passes."""
+"""What the benchmarks compare with, against what it stands for: the naive split, the guide mixed in three
+passes.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ def error(structure: dict[str, Any], inputs: int, outputs: int, sequence: bool) 
     p, rank, kind = ranks.tensor, ranks.tensor_rank, build_structure(**structure)
     linear = NaiveLinear(kind, inputs, outputs, transformer(inputs, outputs, p, sequence), p, rank)
     generator = torch.Generator().manual_seed(3)
-    factors = {name: torch.randn(shape, generator=generator) for name, shape in kind.factor_shapes(inputs, outputs).items()}
+    factors = {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in kind.factor_shapes(inputs, outputs).items()
+    }
     first, second = factors.values()
     with torch.no_grad():
         linear.first.weight.copy_(first.chunk(p)[rank])  # rank or blocks are cut
@@ -39,11 +44,15 @@ def error(structure: dict[str, Any], inputs: int, outputs: int, sequence: bool) 
 
 
 def three_passes_errors(structure: dict[str, Any], h: int, f: int, alpha: float) -> dict[str, float]:
-    """Largest difference between the guided layer and the one of three passes, as a share of the largest value: y and every gradient."""
+    """Largest difference between the guided layer and the one of three passes, as a share of the largest
+    value: y and every gradient.
+    """
     config, kind = transformer(h, f, _ranks().tensor, sequence=False), build_structure(**structure)
     layers = ours(kind, config, guide=True, alpha=alpha), ThreePassesMLP(kind, config, alpha)
     generator = torch.Generator().manual_seed(3)
-    weights = {name: torch.randn(held.shape, generator=generator) for name, held in layers[0].named_parameters()}
+    weights = {
+        name: torch.randn(held.shape, generator=generator) for name, held in layers[0].named_parameters()
+    }
     inputs, grad = (torch.randn(8, 2, h, generator=generator) for _ in range(2))
     found: list[dict[str, torch.Tensor]] = []
     for layer in layers:

@@ -1,4 +1,6 @@
-"""Phase boundaries on whatever ranks there are: what goes on, what is freed; called inside the ranks of a pool."""
+"""Phase boundaries on whatever ranks there are: what goes on, what is freed; called inside the ranks of a
+pool.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,23 @@ from sffn_dist.structured.functional import apply, to_dense
 from sffn_dist.training import engine as engines
 from sffn_dist.training import engine_state, loop, phases
 
-_spec = importlib.util.spec_from_file_location("training_cases", Path(__file__).with_name("training_cases.py"))
+_spec = importlib.util.spec_from_file_location(
+    "training_cases", Path(__file__).with_name("training_cases.py")
+)
 assert _spec
 assert _spec.loader
 training = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(training)
 
 
-# ----------------------------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------------------- memory
 
 
 def live_bytes() -> int:
-    """Bytes of every tensor that Python knows of, each storage once. Meta tensors hold none, whatever size they name."""
+    """Bytes of every tensor that Python knows of, each storage once.
+
+    Meta tensors hold none, whatever size they name.
+    """
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -47,7 +54,9 @@ def live_bytes() -> int:
 
 
 def persistent_bytes(tree: dict[str, Any], steps: int, precision: str = "fp32") -> int:
-    """What a run holds between two steps, after ``steps`` of them: parameters, gradients, optimizer state, DeepSpeed's buffers."""
+    """What a run holds between two steps, after ``steps`` of them: parameters, gradients, optimizer state,
+    DeepSpeed's buffers.
+    """
     before = live_bytes()
     with training.parted():
         run = training.begin(tree, precision)
@@ -60,8 +69,9 @@ def persistent_bytes(tree: dict[str, Any], steps: int, precision: str = "fp32") 
 
 
 def boundary(tree: dict[str, Any], at: int, precision: str = "fp32") -> dict[str, Any]:
-    """The step before ``at``, the boundary, and one step more: state on both sides, what is left of the old engine, guides as they start,
-    and the most memory above the start of the run in each of the three."""
+    """The step before ``at``, the boundary, and one step more: state on both sides, what is left of the old
+    engine, guides as they start, and the most memory above the start of the run in each of the three.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded, training.parted():
         run = training.begin(tree, precision)
         while run.step < at - 1:
@@ -101,7 +111,9 @@ def full_weights(run: Any) -> dict[str, Tensor]:
     """Every parameter's full fp32 weight."""
     specs = model_tensors(run.config, guide=models.has_guide(run.model))
     held = {fragment.name: fragment for fragment in engine_state.fragments(run.engine)}
-    return {name: engine_state.full_weight(held, name, spec, run.topology).clone() for name, spec in specs.items()}
+    return {
+        name: engine_state.full_weight(held, name, spec, run.topology).clone() for name, spec in specs.items()
+    }
 
 
 def stale_weights(run: Any) -> list[str]:
@@ -109,7 +121,11 @@ def stale_weights(run: Any) -> list[str]:
     full, specs, found = full_weights(run), model_tensors(run.config, guide=True), []
     held = {fragment.name: fragment for fragment in engine_state.fragments(run.engine)}
     for name, parameter in run.model.named_parameters():
-        mine = shard(full[name], specs[name], run.topology.tensor, run.topology.tensor_rank).view(-1).to(parameter.dtype)
+        mine = (
+            shard(full[name], specs[name], run.topology.tensor, run.topology.tensor_rank)
+            .view(-1)
+            .to(parameter.dtype)
+        )
         if hasattr(parameter, "ds_tensor"):  # ZeRO 3: this rank's part
             fragment = held.get(name)
             start, numel = (fragment.start, fragment.numel) if fragment else (0, 0)
@@ -124,11 +140,15 @@ def stale_weights(run: Any) -> list[str]:
 def _moments_of_guides(run: Any) -> float:
     """The largest moment of any guide on this rank."""
     held = [fragment for fragment in engine_state.fragments(run.engine) if is_guide(fragment.name)]
-    return max((float(fragment.tensors[kind].abs().max()) for fragment in held for kind in MOMENTS), default=0.0)
+    return max(
+        (float(fragment.tensors[kind].abs().max()) for fragment in held for kind in MOMENTS), default=0.0
+    )
 
 
 def finish(tree: dict[str, Any]) -> tuple[list[str], bool, bool]:
-    """The run to its end by the product's own loop: tensors in its last checkpoint, whether a second start reads it, whether it agrees."""
+    """The run to its end by the product's own loop: tensors in its last checkpoint, whether a second start
+    reads it, whether it agrees.
+    """
     run = training.begin(tree)
     loop.train(run)
     last = full_weights(run)
@@ -145,14 +165,20 @@ def finish(tree: dict[str, Any]) -> tuple[list[str], bool, bool]:
 
 def _guide_error(config: Any, weights: dict[str, Tensor]) -> float | None:
     """Largest |W - to_dense(U, V)|; None without guides."""
-    errors = [float((weights[name] - _product(config, weights, name)).abs().max()) for name in weights if is_guide(name)]
+    errors = [
+        float((weights[name] - _product(config, weights, name)).abs().max())
+        for name in weights
+        if is_guide(name)
+    ]
     return max(errors) if errors else None
 
 
 def _product(config: Any, weights: dict[str, Tensor], guide: str) -> Tensor:
     prefix, layer = guide.removesuffix("guide"), int(guide.split(".")[2])
     factors = {
-        n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix) and not n.endswith(("guide", "bias"))
+        n.removeprefix(prefix): w
+        for n, w in weights.items()
+        if n.startswith(prefix) and not n.endswith(("guide", "bias"))
     }
     return to_dense(ffn_structure(config, layer), factors)
 
@@ -170,16 +196,20 @@ def peaks(recorded: Any, *names: str) -> dict[str, int]:
     return most
 
 
-# -------------------------------------------------------------------------------------------------------------- reference
+# -------------------------------------------------------------------------------------------------- reference
 
 
 class PlainLinear(nn.Module):
-    """A structured linear by autograd over the plain operations: y = alpha W x + (1 - alpha) U(V x), bias left to the caller."""
+    """A structured linear by autograd over the plain operations: y = alpha W x + (1 - alpha) U(V x), bias
+    left to the caller.
+    """
 
     def __init__(self, like: Any):
         super().__init__()
         self.structure, self.alpha = like.structure, None
-        self.tensors = nn.ParameterDict({name: nn.Parameter(getattr(like, name).detach().clone()) for name in like.specs})
+        self.tensors = nn.ParameterDict(
+            {name: nn.Parameter(getattr(like, name).detach().clone()) for name in like.specs}
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         factors = {name: tensor for name, tensor in self.tensors.items() if name not in ("guide", "bias")}
@@ -190,7 +220,9 @@ class PlainLinear(nn.Module):
 
 
 class Reference:
-    """The run's mathematics in one process: plain autograd, torch's AdamW, no DeepSpeed, no phases but "a guide is or is not there"."""
+    """The run's mathematics in one process: plain autograd, torch's AdamW, no DeepSpeed, no phases but "a
+    guide is or is not there".
+    """
 
     def __init__(self, tree: dict[str, Any]):
         self.config = training.loading.from_tree(tree)
@@ -206,7 +238,11 @@ class Reference:
         train = self.config.train
         guides = [linear.tensors["guide"] for linear in self.linears if "guide" in linear.tensors]
         survivors = [p for name, p in self.model.named_parameters() if not is_guide(name)]
-        settings = {"betas": (train.beta1, train.beta2), "eps": train.epsilon, "weight_decay": train.weight_decay}
+        settings = {
+            "betas": (train.beta1, train.beta2),
+            "eps": train.epsilon,
+            "weight_decay": train.weight_decay,
+        }
         self.adam = torch.optim.AdamW(survivors, **settings)
         if guides:
             self.adam.add_param_group({"params": guides})
@@ -215,7 +251,9 @@ class Reference:
 
     def weights(self) -> dict[str, Tensor]:
         """By the run's names."""
-        return {name.replace(".tensors.", "."): p.detach().clone() for name, p in self.model.named_parameters()}
+        return {
+            name.replace(".tensors.", "."): p.detach().clone() for name, p in self.model.named_parameters()
+        }
 
     def step(self, step: int, drawn: bool) -> float:
         """One step on the whole batch; the loss."""
@@ -264,7 +302,9 @@ def forced(coins: Sequence[int], begin: int) -> Iterator[None]:
 
 
 def against_reference(tree: dict[str, Any], coins: Sequence[int], steps: int) -> dict[str, Any]:
-    """Largest differences of losses in each phase, and of full weights at the end of the guided one and at the end."""
+    """Largest differences of losses in each phase, and of full weights at the end of the guided one and at
+    the end.
+    """
     reference = Reference(tree)
     begin, end = reference.clock.guide_begin, reference.clock.guide_end
     losses: dict[str, float] = {"before": 0.0, "guided": 0.0, "after": 0.0}

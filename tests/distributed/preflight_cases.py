@@ -1,4 +1,6 @@
-"""The pre-flight on real ranks, with one rank that is wrong in some way; called inside the ranks of a pool."""
+"""The pre-flight on real ranks, with one rank that is wrong in some way; called inside the ranks of a
+pool.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def agreed(tree: dict[str, Any], odd: dict[int, dict[str, Any]]) -> list[str]:
 def folder(folders: list[str], hosts: list[str], late: float = 0.0, upper: str | None = None) -> list[str]:
     """What the check of the shared folder says; each rank has its own of ``folders``.
 
-    ``late``: seconds that each file comes up later. ``upper``: where rank 1's writes go, as on an overlay over the shared folder.
+    ``late``: seconds that each file comes up later. ``upper``: where rank 1's writes go, as on an overlay
+    over the shared folder.
     """
     join(1)
     mine, rank = Path(folders[dist.get_rank()]), dist.get_rank()
@@ -65,7 +68,11 @@ def measured(
     slow: int | None = None,
     corrupt: str | None = None,
 ) -> dict[str, Any]:
-    """The report. ``clock_off``: seconds by rank; ``slow``: a rank at half speed; ``corrupt``: a collective, one bit wrong on rank 1."""
+    """The report.
+
+    ``clock_off``: seconds by rank; ``slow``: a rank at half speed; ``corrupt``: a collective, one bit wrong
+    on rank 1.
+    """
     here = join(tensor)
     off = (clock_off or {}).get(here.rank, 0.0)
     usual = collective_check.KINDS.copy()

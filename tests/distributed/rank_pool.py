@@ -1,6 +1,8 @@
-"""Ranks that live as long as the test session: imports and rendezvous are paid once, then each case is a function call.
+"""Ranks that live as long as the test session: imports and rendezvous are paid once, then each case is a
+function call.
 
-As a script: one rank, which reads pickled (file, function, arguments) from stdin and answers on its original stdout.
+As a script: one rank, which reads pickled (file, function, arguments) from stdin and answers on its original
+stdout.
 """
 
 from __future__ import annotations
@@ -35,7 +37,12 @@ class RankPool:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         for rank in range(self.world):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.world, "LOCAL_WORLD_SIZE": self.world}
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": self.world,
+                "LOCAL_WORLD_SIZE": self.world,
+            }
             environment = {
                 **os.environ,
                 **{key: str(value) for key, value in place.items()},
@@ -48,7 +55,9 @@ class RankPool:
                 "TORCH_CPP_LOG_LEVEL": "ERROR",  # as pretrain.py sets it
             }
             self._processes.append(
-                subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+                subprocess.Popen(
+                    [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+                )
             )
 
     def run(self, file: str | Path, function: str, **arguments: Any) -> list[Any]:
@@ -74,14 +83,20 @@ class RankPool:
         for thread in threads:
             # a rank that failed leaves the others waiting in a collective
             thread.join(10.0 if any(answer and not answer[0] for answer in answers) else self.timeout)
-        failures = [answer[1] if answer else "no answer in time" for answer in answers if answer is None or not answer[0]]
+        failures = [
+            answer[1] if answer else "no answer in time"
+            for answer in answers
+            if answer is None or not answer[0]
+        ]
         if failures:
             self.stop()
             raise RankError("\n".join(sorted(failures, key=lambda text: text.startswith("no answer"))))
         return [answer[1] for answer in answers]
 
     def stop(self) -> None:
-        """Let ranks end by themselves, which ends the helper processes of libraries too; one that is stuck is killed."""
+        """Let ranks end by themselves, which ends the helper processes of libraries too; one that is stuck
+        is killed.
+        """
         for process in self._processes:
             assert process.stdin
             with contextlib.suppress(OSError):

@@ -1,4 +1,6 @@
-"""Steps of a real engine with the recorder beside them, one rank slowed down; called inside the ranks of a pool."""
+"""Steps of a real engine with the recorder beside them, one rank slowed down; called inside the ranks of a
+pool.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,21 @@ from sffn_dist import model as models
 from sffn_dist.health import stragglers
 from sffn_dist.training import engine as engines
 
-_spec = importlib.util.spec_from_file_location("training_cases", Path(__file__).with_name("training_cases.py"))
+_spec = importlib.util.spec_from_file_location(
+    "training_cases", Path(__file__).with_name("training_cases.py")
+)
 assert _spec
 assert _spec.loader
 training = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(training)
 
 
-def recorded(tree: dict[str, Any], steps: int, slow: dict[int, tuple[float, float]], run_dir: str) -> dict[str, Any]:
-    """The report after some steps; ``slow``: by rank, seconds that its batches and its forward passes take longer."""
+def recorded(
+    tree: dict[str, Any], steps: int, slow: dict[int, tuple[float, float]], run_dir: str
+) -> dict[str, Any]:
+    """The report after some steps; ``slow``: by rank, seconds that its batches and its forward passes take
+    longer.
+    """
     run = training.begin(tree)
     here = run.topology
     late_data, late_forward = slow.get(here.rank, (0.0, 0.0))
@@ -42,7 +50,9 @@ def recorded(tree: dict[str, Any], steps: int, slow: dict[int, tuple[float, floa
         return value
 
     for step in range(steps):
-        micro = run.batches.at(step, here.data_rank, here.data, micro_batch_size=run.config.train.micro_batch_size)
+        micro = run.batches.at(
+            step, here.data_rank, here.data, micro_batch_size=run.config.train.micro_batch_size
+        )
         recorder.begin()
         engines.train_step(run.engine, loss, recorder.data(slowly(micro)), run.config.train.clip)
         with recorder.waiting():

@@ -74,7 +74,11 @@ def meet_again(starts: int) -> list[list[str]]:
     server = TCPStore(*address, is_master=True, wait_for_workers=False)
     found = []
     for start in range(starts):
-        found.append(_in_children([lambda rank=rank, start=start: _join(rank, 2, address, 20.0, start) for rank in range(2)]))
+        found.append(
+            _in_children(
+                [lambda rank=rank, start=start: _join(rank, 2, address, 20.0, start) for rank in range(2)]
+            )
+        )
     del server
     return found
 

@@ -14,7 +14,9 @@ from sffn_dist.health import replica_check
 from sffn_dist.training import engine as engines
 from sffn_dist.training import engine_state
 
-_spec = importlib.util.spec_from_file_location("training_cases", Path(__file__).with_name("training_cases.py"))
+_spec = importlib.util.spec_from_file_location(
+    "training_cases", Path(__file__).with_name("training_cases.py")
+)
 assert _spec
 assert _spec.loader
 training = importlib.util.module_from_spec(_spec)
@@ -22,9 +24,14 @@ _spec.loader.exec_module(training)
 
 
 def flips(
-    tree: dict[str, Any], precision: str, steps: int, at: list[tuple[str, str, list[int]]], part_all: bool = False
+    tree: dict[str, Any],
+    precision: str,
+    steps: int,
+    at: list[tuple[str, str, list[int]]],
+    part_all: bool = False,
 ) -> dict[str, Any]:
-    """Trains, then flips a bit in what ``at`` names, one after the other: (parameter, "weight" or "part" or "fp32", ranks).
+    """Trains, then flips a bit in what ``at`` names, one after the other: (parameter, "weight" or "part" or
+    "fp32", ranks).
 
     Of each: None, or the error's message, parameters and ranks. "before" and "after" them no bit is wrong.
     """
@@ -45,7 +52,9 @@ def flips(
 
 def outcome(run: Any) -> Any:
     try:
-        replica_check.check_replicas(run.model, engine_state.separate_masters(run.engine), run.config, run.topology)
+        replica_check.check_replicas(
+            run.model, engine_state.separate_masters(run.engine), run.config, run.topology
+        )
     except replica_check.ReplicasDifferError as error:
         return str(error), list(error.parameters), list(error.ranks)
     return None
@@ -58,13 +67,19 @@ def tensor_of(engine: Any, name: str, what: str) -> torch.Tensor:
         return parameter.data
     if what == "part":
         return parameter.ds_tensor.data
-    return next(fragment.tensors["weight"] for fragment in engine_state.fragments(engine) if fragment.name == name)
+    return next(
+        fragment.tensors["weight"] for fragment in engine_state.fragments(engine) if fragment.name == name
+    )
 
 
 @contextlib.contextmanager
 def flipped(tensor: torch.Tensor | None) -> Iterator[None]:
     """The lowest bit of the tensor's second element is another one inside."""
-    bits = None if tensor is None else tensor.view(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    bits = (
+        None
+        if tensor is None
+        else tensor.view(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    )
     if bits is not None:
         bits[1] ^= 1
     yield

@@ -13,17 +13,22 @@ from sffn_dist.training import engine as engines
 from sffn_dist.training import loop
 from sffn_dist.training.hooks.checkpoint import LostWeightsError
 
-_spec = importlib.util.spec_from_file_location("training_cases", Path(__file__).with_name("training_cases.py"))
+_spec = importlib.util.spec_from_file_location(
+    "training_cases", Path(__file__).with_name("training_cases.py")
+)
 assert _spec
 assert _spec.loader
 training = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(training)
 
 
-def trained(tree: dict[str, Any], slow: bool = False, failures: dict[int, int] | None = None) -> dict[str, Any]:
+def trained(
+    tree: dict[str, Any], slow: bool = False, failures: dict[int, int] | None = None
+) -> dict[str, Any]:
     """Train to the end; what came of it, and of its saves in the order in which it happened.
 
-    ``slow``: each write lasts until the next step is taken, but not for ever. ``failures``: how often the last rank cannot write, by step.
+    ``slow``: each write lasts until the next step is taken, but not for ever. ``failures``: how often the
+    last rank cannot write, by step.
     """
     run = training.begin(tree)
     events, news, failing = [], [], dict(failures or {})
@@ -34,7 +39,12 @@ def trained(tree: dict[str, Any], slow: bool = False, failures: dict[int, int] |
         step = job.position.step
         events.append(f"writing {step}")
         deadline = time.monotonic() + 10.0
-        while slow and step < run.schedule.total_steps and f"step {step + 1}" not in events and time.monotonic() < deadline:
+        while (
+            slow
+            and step < run.schedule.total_steps
+            and f"step {step + 1}" not in events
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
         if run.topology.rank == run.topology.world - 1 and failing.get(step, 0):
             failing[step] -= 1
@@ -61,6 +71,12 @@ def trained(tree: dict[str, Any], slow: bool = False, failures: dict[int, int] |
     finally:
         engines.train_step = usual_step
     names = [path.name for path in manifests.checkpoints(run.dir)]
-    result = {"state": training.state_digests(run.engine), "events": events, "news": news, "lost": lost, "names": names}
+    result = {
+        "state": training.state_digests(run.engine),
+        "events": events,
+        "news": news,
+        "lost": lost,
+        "names": names,
+    }
     engines.destroy(run.engine)
     return result

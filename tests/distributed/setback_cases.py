@@ -15,7 +15,9 @@ from sffn_dist.training import engine_state, loop
 from sffn_dist.training import step as steps
 from sffn_dist.training.bad_steps import NAME, DivergedError
 
-_spec = importlib.util.spec_from_file_location("training_cases", Path(__file__).with_name("training_cases.py"))
+_spec = importlib.util.spec_from_file_location(
+    "training_cases", Path(__file__).with_name("training_cases.py")
+)
 assert _spec
 assert _spec.loader
 training = importlib.util.module_from_spec(_spec)
@@ -29,10 +31,11 @@ def trained(
     passed: list[int] | None = None,
     stop_at: int | None = None,
 ) -> dict[str, Any]:
-    """Train to the end, or to the signal that the last rank gets at ``stop_at``; what happened on the way and what came of it.
+    """Train to the end, or to the signal that the last rank gets at ``stop_at``; what happened on the way and
+    what came of it.
 
-    ``bad``: step -> "spike" (the loss times 30 on every rank) or "nan" (a gradient of the last rank). ``passed``: steps that the run
-    is told to pass over from its start.
+    ``bad``: step -> "spike" (the loss times 30 on every rank) or "nan" (a gradient of the last rank).
+    ``passed``: steps that the run is told to pass over from its start.
     """
     if passed is not None:
         Path(tree["run"]["dir"]).mkdir(parents=True, exist_ok=True)
@@ -95,6 +98,10 @@ def trained(
 def begun(tree: dict[str, Any]) -> dict[str, Any]:
     """What a start finds."""
     run = training.begin(tree)
-    found = {"step": run.step, "losses": list(run.bad_steps.losses.recent), "passed": sorted(run.bad_steps.excluded)}
+    found = {
+        "step": run.step,
+        "losses": list(run.bad_steps.losses.recent),
+        "passed": sorted(run.bad_steps.excluded),
+    }
     engines.destroy(run.engine)
     return found

@@ -21,7 +21,9 @@ STEPS: list[tuple[tuple[float, float], tuple[str | None, str | None], tuple[str 
 
 
 def test_all_ranks_know_alike(ranks: Callable[..., Any]) -> None:
-    found = ranks(2).run(CASES, "agreed", losses=[step[0] for step in STEPS], told=[step[1] for step in STEPS])
+    found = ranks(2).run(
+        CASES, "agreed", losses=[step[0] for step in STEPS], told=[step[1] for step in STEPS]
+    )
     for (losses, _, (stop, report)), *seen in zip(STEPS, *found, strict=True):
         mean = losses[0] / 2 + losses[1] / 2
         for loss, *rest in seen:

@@ -43,7 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text").mkdir()
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for name in ("argparse", "ast", "bisect", "calendar", "cmd", "copy", "csv", "datetime", "enum", "glob"):
-        (folder / "text" / f"{name}.txt").write_text((stdlib / f"{name}.py").read_text(encoding="utf-8"), encoding="utf-8")
+        (folder / "text" / f"{name}.txt").write_text(
+            (stdlib / f"{name}.py").read_text(encoding="utf-8"), encoding="utf-8"
+        )
     (folder / "tiny.json").write_text(json.dumps(settings(folder)), encoding="utf-8")
     return folder
 
@@ -64,10 +66,18 @@ def start(root: Path, folder: Path, *overrides: str, ranks: int = 2) -> subproce
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [str(launcher), "--num_gpus", str(ranks), "--master_port", str(port), SCRIPT]
     command += ["--config", str(folder / "tiny.json"), *overrides]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     environment |= {"PYTHONSAFEPATH": "1", "PATH": f"{launcher.parent}:{environment['PATH']}"}
     return subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -86,7 +96,9 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def curve(run: Path) -> list[tuple[Any, ...]]:
-    return [tuple(row[key] for key in ("step", "tokens", "loss", "alpha", "lr", "grad_norm")) for row in rows(run)]
+    return [
+        tuple(row[key] for key in ("step", "tokens", "loss", "alpha", "lr", "grad_norm")) for row in rows(run)
+    ]
 
 
 def ranks_alive(run: Path) -> list[int]:
@@ -112,7 +124,15 @@ def test_what_a_run_writes(whole: tuple[Path, str]) -> None:
     newest = json.loads((run / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").read_text())
     assert not any(name.endswith(".guide") for name in newest["tensors"]), "nothing is left of the guide"
     summary = json.loads((run / "summary.json").read_text())
-    wanted = {"heldout_loss", "unigram_entropy", "perplexity", "bits_per_byte", "tokens_per_s", "seconds", "steps"}
+    wanted = {
+        "heldout_loss",
+        "unigram_entropy",
+        "perplexity",
+        "bits_per_byte",
+        "tokens_per_s",
+        "seconds",
+        "steps",
+    }
     assert wanted <= summary.keys()
     assert f"{summary['heldout_loss']:.4f}" in out
     assert f"{summary['unigram_entropy']:.4f}" in out
@@ -154,7 +174,9 @@ def test_killed_and_restarted_equals_uninterrupted(root: Path, folder: Path, who
         ("parallel.tensor=4", ("model.kv_heads = 2", "parallel.tensor = 4")),
     ],
 )
-def test_refused_through_the_launcher(root: Path, folder: Path, override: str, words: tuple[str, ...]) -> None:
+def test_refused_through_the_launcher(
+    root: Path, folder: Path, override: str, words: tuple[str, ...]
+) -> None:
     code, _, err = finish(start(root, folder, f"run.dir={folder / 'refused'}", override))
     assert code == 2
     lines = [line for line in err.splitlines() if "pretrain.py: error" in line]
@@ -169,11 +191,26 @@ def test_another_run_in_run_dir_is_refused(root: Path, folder: Path, whole: tupl
     before = {path: path.read_bytes() for path in run.glob("*.json*")}
 
     def alone(*overrides: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, SCRIPT, "--config", str(folder / "tiny.json"), f"run.dir={run}", *overrides]
-        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        command = [
+            sys.executable,
+            SCRIPT,
+            "--config",
+            str(folder / "tiny.json"),
+            f"run.dir={run}",
+            *overrides,
+        ]
+        environment = {
+            key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
         return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
 
-    for override in ("train.seed=5", "train.global_batch_size=8", "model.layers=3", "train.steps=13", "guide.schedule=linear"):
+    for override in (
+        "train.seed=5",
+        "train.global_batch_size=8",
+        "model.layers=3",
+        "train.steps=13",
+        "guide.schedule=linear",
+    ):
         began = time.monotonic()
         result = alone("parallel.tensor=1", override)
         assert result.returncode == 2, result.stderr

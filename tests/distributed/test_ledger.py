@@ -1,4 +1,6 @@
-"""The communication ledger counts what is known by hand: every collective, Megatron's linears, a model, an optimiser step."""
+"""The communication ledger counts what is known by hand: every collective, Megatron's linears, a model, an
+optimiser step.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,15 @@ COLLECTIVES: dict[str, tuple[str, int, int, int]] = {
 
 def tree(**extra: Any) -> dict[str, Any]:
     return {
-        "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "attention_dim": 16, "sequence": 16, "vocab": 64},
+        "model": {
+            "layers": 2,
+            "width": 32,
+            "heads": 4,
+            "kv_heads": 2,
+            "attention_dim": 16,
+            "sequence": 16,
+            "vocab": 64,
+        },
         "ffn": {"width": 64, "kind": "dense"},
         "guide": {"mode": "off"},
         "train": {"steps": 8, "global_batch_size": 4, "micro_batch_size": 2},
@@ -64,10 +74,16 @@ def tree(**extra: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("sequence", "expected"), [(True, WITH_SEQUENCE), (False, WITHOUT_SEQUENCE)])
-def test_megatrons_linears(ranks: Callable[..., Any], sequence: bool, expected: dict[tuple[str, str, str], int]) -> None:
-    for rows in ranks(2, 2).run(CASES, "megatron_linears", h=H, f=8, rows=4, batch=TOKENS // 4, sequence=sequence):
+def test_megatrons_linears(
+    ranks: Callable[..., Any], sequence: bool, expected: dict[tuple[str, str, str], int]
+) -> None:
+    for rows in ranks(2, 2).run(
+        CASES, "megatron_linears", h=H, f=8, rows=4, batch=TOKENS // 4, sequence=sequence
+    ):
         half = TOKENS * H // 2
-        assert {(row.kind, row.place, row.purpose): row.elements for row in rows} == {k: n * half for k, n in expected.items()}
+        assert {(row.kind, row.place, row.purpose): row.elements for row in rows} == {
+            k: n * half for k, n in expected.items()
+        }
         assert all((row.group, row.calls, row.bytes) == ("tensor", 1, 4 * row.elements) for row in rows)
 
 
@@ -78,8 +94,12 @@ def test_every_collective(ranks: Callable[..., Any]) -> None:
             assert rows.pop(name) == [
                 LedgerEntry(kind, "ranks 0,1", "", "other", 1, Fraction(elements), Fraction(elements * size))
             ], name
-    assert by_rank[0] == {"send": [LedgerEntry("send", "ranks 0,1", "", "other", 1, Fraction(0), Fraction(0))]}
-    assert by_rank[1] == {"send": [LedgerEntry("recv", "ranks 0,1", "", "other", 1, Fraction(5), Fraction(20))]}
+    assert by_rank[0] == {
+        "send": [LedgerEntry("send", "ranks 0,1", "", "other", 1, Fraction(0), Fraction(0))]
+    }
+    assert by_rank[1] == {
+        "send": [LedgerEntry("recv", "ranks 0,1", "", "other", 1, Fraction(5), Fraction(20))]
+    }
 
 
 def test_groups_are_told_by_themselves_and_not_by_their_ranks(ranks: Callable[..., Any]) -> None:
@@ -115,14 +135,18 @@ def test_nothing_is_left_behind_by_an_exception(ranks: Callable[..., Any]) -> No
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_a_model(ranks: Callable[..., Any], recompute: str) -> None:
-    """Every linear's traffic stands at its own place; what is recomputed counts as backward; no result changes."""
+    """Every linear's traffic stands at its own place; what is recomputed counts as backward; no result
+    changes.
+    """
     config = tree(parallel={"tensor": 2, "sequence": True}, recompute=recompute)
     half = 2 * 16 * 32 // 2  # tokens x h (p-1)/p
     again = recompute == "full"
     for rows, changed in ranks(2, 2).run(CASES, "model_step", tree=config):
         assert changed == []
         got = {
-            (row.kind, row.place, row.purpose): row.elements / half for row in rows if row.purpose in ("forward", "backward")
+            (row.kind, row.place, row.purpose): row.elements / half
+            for row in rows
+            if row.purpose in ("forward", "backward")
         }
         expected: dict[tuple[str, str, str], float] = {
             ("reduce_scatter", "embedding.word_embeddings", "forward"): 1,
@@ -147,22 +171,31 @@ def test_a_model(ranks: Callable[..., Any], recompute: str) -> None:
         assert got == expected
         replicated = {row.place for row in rows if row.place.endswith((".weight", ".bias"))}
         assert len(replicated) == 2 * 6 + 2, "two norms and two biases a layer, and the last norm"
-        assert all(row.purpose in ("gradient", "other") and row.elements == 32 for row in rows if row.place in replicated)
+        assert all(
+            row.purpose in ("gradient", "other") and row.elements == 32
+            for row in rows
+            if row.place in replicated
+        )
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_an_optimiser_step(ranks: Callable[..., Any], stage: int) -> None:
     for rows, sizes in ranks(2, 1).run(CASES, "engine_step", tree=tree(zero={"stage": stage})):
         data = {
-            purpose: [row for row in rows if (row.group, row.purpose) == ("data", purpose)] for purpose in ("forward", "other")
+            purpose: [row for row in rows if (row.group, row.purpose) == ("data", purpose)]
+            for purpose in ("forward", "other")
         }
         parameters = sum(sizes.values())
         assert sum(row.elements for row in data["other"] if row.kind == "all_gather") == parameters // 2
         if stage == 1:
             assert not data["forward"]
-            assert sum(row.elements for row in data["other"] if row.kind == "all_reduce") == parameters + 1  # and the norm
+            assert (
+                sum(row.elements for row in data["other"] if row.kind == "all_reduce") == parameters + 1
+            )  # and the norm
         else:
-            assert sum(row.elements for row in data["other"] if row.kind == "reduce_scatter") == parameters // 2
+            assert (
+                sum(row.elements for row in data["other"] if row.kind == "reduce_scatter") == parameters // 2
+            )
             layer = "decoder.layers.0.mlp.linear_fc1"
             whole = sum(size for name, size in sizes.items() if name.startswith(f"{layer}."))
             assert [row.elements for row in data["forward"] if row.place == layer] == [whole // 2]
@@ -191,7 +224,9 @@ def test_counts_are_exact_and_sums_select() -> None:
         with ledger:
             model["a"](torch.zeros(1))
             model["ab"](torch.zeros(1))
-            dist.reduce_scatter_tensor(torch.zeros(7, dtype=torch.float64), torch.zeros(21, dtype=torch.float64))
+            dist.reduce_scatter_tensor(
+                torch.zeros(7, dtype=torch.float64), torch.zeros(21, dtype=torch.float64)
+            )
     assert ledger.entries == [
         LedgerEntry("all_reduce", "all", "a", "forward", 2, Fraction(40, 3), Fraction(160, 3)),
         LedgerEntry("all_to_all", "all", "ab", "forward", 2, Fraction(6), Fraction(24)),
@@ -199,7 +234,12 @@ def test_counts_are_exact_and_sums_select() -> None:
     ]
     assert ledger.elements() == Fraction(40, 3) + 34
     assert ledger.elements(place="a") == Fraction(40, 3)
-    assert ledger.elements(place="") == ledger.elements(kind="reduce_scatter") == ledger.elements(purpose="other") == 28
+    assert (
+        ledger.elements(place="")
+        == ledger.elements(kind="reduce_scatter")
+        == ledger.elements(purpose="other")
+        == 28
+    )
     with ledger, pytest.raises(RuntimeError, match="open already"):
         ledger.__enter__()
     assert ledger.elements(group="tensor") == ledger.elements(place="a", purpose="other") == 0

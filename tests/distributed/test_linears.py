@@ -15,7 +15,8 @@ from sffn_dist.spec.memory import feed_forward_elements, rebuilt_at_once
 
 CASES = Path(__file__).with_name("linear_cases.py")
 NAIVE = Path(__file__).with_name("naive_cases.py")
-# kind, rank, blocks, h, f: odd sizes, blocks of 3, fewer blocks than ranks, and BlockShuffle's features turned (f + h < p h)
+# kind, rank, blocks, h, f: odd sizes, blocks of 3, fewer blocks than ranks, and BlockShuffle's features
+# turned (f + h < p h)
 SHAPES: dict[int, list[tuple[str, int | None, int | None, int, int]]] = {
     1: [("low_rank", 7, None, 15, 33), ("block_dense", 9, 3, 15, 33), ("block_shuffle", None, 3, 15, 33)],
     2: [
@@ -63,7 +64,9 @@ def test_ranks_equal_one_device(ranks: Callable[..., Any], shape: tuple[Any, ...
 def test_the_bottlenecks_alone_are_kept(
     ranks: Callable[..., Any], world: int, kind: str, rank: int | None, blocks: int | None, share: float
 ) -> None:
-    """At a third of the dense parameters (h 64, f 256); what is kept is x and both bottlenecks, each split over the ranks."""
+    """At a third of the dense parameters (h 64, f 256); what is kept is x and both bottlenecks, each split
+    over the ranks.
+    """
     sizes = {"h": 64, "f": 256, "rows": 16, "gated": False, "sequence": world > 1}
 
     def kept(kind: str, rank: int | None, blocks: int | None, recompute: str) -> list[int]:
@@ -83,7 +86,14 @@ def test_the_bottlenecks_alone_are_kept(
         activation = "swiglu" if gated else "gelu"
         config = loading.from_tree(
             {
-                "model": {"layers": 1, "width": 64, "heads": 4, "sequence": 16, "vocab": 64, "activation": activation},
+                "model": {
+                    "layers": 1,
+                    "width": 64,
+                    "heads": 4,
+                    "sequence": 16,
+                    "vocab": 64,
+                    "activation": activation,
+                },
                 "ffn": ffn,
                 "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
                 "parallel": {"tensor": world, "sequence": True},
@@ -93,7 +103,8 @@ def test_the_bottlenecks_alone_are_kept(
             elements = 64 // world + feed_forward_elements(config, 0, recompute == "bottleneck")
             assert kept(kind, rank, blocks, recompute) == [8 * 16 * elements] * world
     sizes["gated"] = False
-    # without sequence parallelism x is whole on every rank, and z but for the chunk that block_shuffle's first linear reads
+    # without sequence parallelism x is whole on every rank, and z but for the chunk that block_shuffle's
+    # first linear reads
     sizes["sequence"] = False
     assert kept("dense", None, None, "none") == [8 * 16 * (64 + 2 * 256 // world)] * world
     narrow = 64 + 64 // world if kind == "block_shuffle" else 2 * (rank or 0)
@@ -101,21 +112,29 @@ def test_the_bottlenecks_alone_are_kept(
 
 
 @pytest.mark.parametrize("recompute", ["none", "bottleneck"])
-@pytest.mark.parametrize(("kind", "rank", "blocks"), [("low_rank", 4, None), ("block_dense", 8, 2), ("block_shuffle", None, 2)])
+@pytest.mark.parametrize(
+    ("kind", "rank", "blocks"), [("low_rank", 4, None), ("block_dense", 8, 2), ("block_shuffle", None, 2)]
+)
 def test_any_leading_dimensions(
     ranks: Callable[..., Any], kind: str, rank: int | None, blocks: int | None, recompute: str
 ) -> None:
     """As Megatron's own layer takes them; few tokens without a gradient are decoded."""
-    found = ranks(1, 1).run(CASES, "any_leading_dimensions", kind=kind, rank=rank, blocks=blocks, recompute=recompute)
+    found = ranks(1, 1).run(
+        CASES, "any_leading_dimensions", kind=kind, rank=rank, blocks=blocks, recompute=recompute
+    )
     assert max(found) < 1e-12
 
 
 def test_peak_of_a_layer(ranks: Callable[..., Any]) -> None:
-    """At 32% of the parameters, of many tokens: with recompute: bottleneck a quarter of what the dense layer's passes hold."""
+    """At 32% of the parameters, of many tokens: with recompute: bottleneck a quarter of what the dense
+    layer's passes hold.
+    """
     sizes = {"h": 32, "f": 128, "rows": 40_960}
 
     def peak(kind: str, rank: int | None, blocks: int | None, recompute: str) -> int:
-        return ranks(1, 1).run(CASES, "peak_bytes", kind=kind, rank=rank, blocks=blocks, recompute=recompute, **sizes)[0]
+        return ranks(1, 1).run(
+            CASES, "peak_bytes", kind=kind, rank=rank, blocks=blocks, recompute=recompute, **sizes
+        )[0]
 
     dense = peak("dense", None, None, "none")
     x = 8 * 40_960 * 32
@@ -130,11 +149,15 @@ def test_peak_of_a_layer(ranks: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "bottleneck"])
 @pytest.mark.parametrize("sequence", [True, False])
-@pytest.mark.parametrize(("kind", "rank", "blocks"), [("low_rank", 4, None), ("block_dense", 8, 2), ("block_shuffle", None, 2)])
+@pytest.mark.parametrize(
+    ("kind", "rank", "blocks"), [("low_rank", 4, None), ("block_dense", 8, 2), ("block_shuffle", None, 2)]
+)
 def test_other_uses(
     ranks: Callable[..., Any], kind: str, rank: int | None, blocks: int | None, sequence: bool, recompute: str
 ) -> None:
-    """Autocast computes in its precision; what is frozen is neither computed nor summed; a second derivative is refused, not wrong."""
+    """Autocast computes in its precision; what is frozen is neither computed nor summed; a second
+    derivative is refused, not wrong.
+    """
     arguments = {"kind": kind, "rank": rank, "blocks": blocks, "sequence": sequence, "recompute": recompute}
     for found in ranks(2, 2).run(CASES, "other_uses", **arguments):
         casts, error = found["autocast"]
@@ -151,13 +174,21 @@ def test_other_uses(
         assert found["tokens"] == [own, "caller", own]
 
 
-@pytest.mark.parametrize(("kind", "rank", "blocks"), [("low_rank", 4, None), ("block_dense", 8, 2), ("block_shuffle", None, 2)])
+@pytest.mark.parametrize(
+    ("kind", "rank", "blocks"), [("low_rank", 4, None), ("block_dense", 8, 2), ("block_shuffle", None, 2)]
+)
 def test_what_is_frozen_while_guided_changes_no_other_gradient(
     ranks: Callable[..., Any], kind: str, rank: int | None, blocks: int | None
 ) -> None:
     for recompute in ("none", "bottleneck"):
         for sequence in (True, False):
-            options = {"kind": kind, "rank": rank, "blocks": blocks, "sequence": sequence, "recompute": recompute}
+            options = {
+                "kind": kind,
+                "rank": rank,
+                "blocks": blocks,
+                "sequence": sequence,
+                "recompute": recompute,
+            }
             assert max(ranks(2, 2).run(CASES, "frozen_guided", **options)) < 1e-12
         assert max(ranks(1).run(CASES, "frozen_guided", **{**options, "sequence": False})) < 1e-12
 
@@ -165,11 +196,19 @@ def test_what_is_frozen_while_guided_changes_no_other_gradient(
 @pytest.mark.parametrize("sequence", [True, False])
 @pytest.mark.parametrize(
     "structure",
-    [{"kind": "low_rank", "rank": 6}, {"kind": "block_dense", "rank": 8, "blocks": 4}, {"kind": "block_shuffle", "blocks": 4}],
+    [
+        {"kind": "low_rank", "rank": 6},
+        {"kind": "block_dense", "rank": 8, "blocks": 4},
+        {"kind": "block_shuffle", "blocks": 4},
+    ],
     ids=lambda structure: structure["kind"],
 )
-def test_the_naive_split_computes_the_same(ranks: Callable[..., Any], structure: dict[str, Any], sequence: bool) -> None:
+def test_the_naive_split_computes_the_same(
+    ranks: Callable[..., Any], structure: dict[str, Any], sequence: bool
+) -> None:
     """What the benchmark compares with is the same layer."""
     for inputs, outputs in ((16, 32), (32, 16)):
-        for error in ranks(2, 2).run(NAIVE, "error", structure=structure, inputs=inputs, outputs=outputs, sequence=sequence):
+        for error in ranks(2, 2).run(
+            NAIVE, "error", structure=structure, inputs=inputs, outputs=outputs, sequence=sequence
+        ):
             assert error < 1e-4

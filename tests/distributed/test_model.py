@@ -1,4 +1,6 @@
-"""The model that a config stands for: parameters by the split table, guide at step 0, evaluation, sample, init_from."""
+"""The model that a config stands for: parameters by the split table, guide at step 0, evaluation, sample,
+init_from.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,18 @@ FFN: dict[str, dict[str, Any]] = {
 }
 
 
-def tree(kind: str, *, tensor: int = 1, sequence: bool = False, guide: str = "fixed_step", **extra: Any) -> dict[str, Any]:
-    model = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "attention_dim": 16, "sequence": 16, "vocab": 64}
+def tree(
+    kind: str, *, tensor: int = 1, sequence: bool = False, guide: str = "fixed_step", **extra: Any
+) -> dict[str, Any]:
+    model = {
+        "layers": 2,
+        "width": 32,
+        "heads": 4,
+        "kv_heads": 2,
+        "attention_dim": 16,
+        "sequence": 16,
+        "vocab": 64,
+    }
     return {
         "model": {**model, **extra.pop("model", {})},
         "ffn": {"width": 64, **FFN[kind]},
@@ -47,7 +59,9 @@ def test_guided_at_step_0_equals_unguided(ranks: Callable[..., Any], kind: str, 
     """W starts as what the factors stand for (the authors' BlockShuffle guide did not)."""
     for layout in ({}, {"tensor": 2, "sequence": True}):
         config = tree(kind, **layout, model={"activation": activation, "init_std": 0.5})
-        for difference, spread, drawn in ranks(2, config["parallel"]["tensor"]).run(CASES, "guided_difference", tree=config):
+        for difference, spread, drawn in ranks(2, config["parallel"]["tensor"]).run(
+            CASES, "guided_difference", tree=config
+        ):
             assert drawn == 2
             assert difference < 1e-4 * spread
 
@@ -55,7 +69,9 @@ def test_guided_at_step_0_equals_unguided(ranks: Callable[..., Any], kind: str, 
 def test_evaluation_and_sample_do_not_depend_on_the_layout(ranks: Callable[..., Any]) -> None:
     base = {"model": {"init_std": 0.3}}
     want = ranks(1).run(CASES, "direct_loss", tree=tree("block_shuffle", **base), windows=5)[0]
-    loss, bits, ids = ranks(1).run(CASES, "evaluation_and_sample", tree=tree("block_shuffle", **base), windows=5)[0]
+    loss, bits, ids = ranks(1).run(
+        CASES, "evaluation_and_sample", tree=tree("block_shuffle", **base), windows=5
+    )[0]
     assert loss == pytest.approx(want[0], rel=1e-6)
     assert bits == pytest.approx(want[1], rel=1e-6)
     assert ids[:3] == [3, 1, 4]
@@ -63,19 +79,25 @@ def test_evaluation_and_sample_do_not_depend_on_the_layout(ranks: Callable[..., 
     assert max(ids) < 63, "rows that no token uses are never drawn"
     for layout in ({}, {"tensor": 2}, {"tensor": 2, "sequence": True}):
         config = tree("block_shuffle", **layout, **base)
-        for other in ranks(2, config["parallel"]["tensor"]).run(CASES, "evaluation_and_sample", tree=config, windows=5):
+        for other in ranks(2, config["parallel"]["tensor"]).run(
+            CASES, "evaluation_and_sample", tree=config, windows=5
+        ):
             assert other[0] == pytest.approx(loss, rel=1e-6), layout
             assert other[1] == pytest.approx(bits, rel=1e-6), layout
             assert other[2] == ids, layout
 
 
 def test_init_from_another_run(ranks: Callable[..., Any], tmp_path: Path) -> None:
-    """Weights come from the other run, on another layout; its guide does not: W starts as the loaded factors' product."""
+    """Weights come from the other run, on another layout; its guide does not: W starts as the loaded
+    factors' product.
+    """
     source = {**tree("low_rank", tensor=2, guide="off"), "run": {"dir": str(tmp_path / "source")}}
     ranks(2, 2).run(CASES, "save_start", tree=source)
     here = {**tree("low_rank"), "run": {"dir": str(tmp_path / "here")}, "init_from": str(tmp_path / "source")}
     got = ranks(1).run(CASES, "weights", tree=here)[0]
-    trained = ranks(1).run(CASES, "weights", tree={**tree("low_rank"), "run": source["run"], "guide": {"mode": "off"}})[0]
+    trained = ranks(1).run(
+        CASES, "weights", tree={**tree("low_rank"), "run": source["run"], "guide": {"mode": "off"}}
+    )[0]
     assert all(np.array_equal(trained[name], got[name]) for name in trained)
     guides = [name for name in got if name.endswith(".guide")]
     assert len(guides) == 2

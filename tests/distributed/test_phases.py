@@ -1,4 +1,6 @@
-"""Where the guide comes or goes: what goes on is the same bits, what goes is gone, and the curve is that of plain torch."""
+"""Where the guide comes or goes: what goes on is the same bits, what goes is gone, and the curve is that
+of plain torch.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,35 @@ COINS = [1, 0, 1, 0, 0]
 
 
 def tree(
-    kind: str, stage: int, *, tensor: int = 1, micro: int = 2, guide: dict[str, Any] | None = None, **over: Any
+    kind: str,
+    stage: int,
+    *,
+    tensor: int = 1,
+    micro: int = 2,
+    guide: dict[str, Any] | None = None,
+    **over: Any,
 ) -> dict[str, Any]:
     return {
-        "model": {"layers": 3, "width": 32, "heads": 4, "kv_heads": 2, "attention_dim": 16, "sequence": 16, "vocab": 64},
+        "model": {
+            "layers": 3,
+            "width": 32,
+            "heads": 4,
+            "kv_heads": 2,
+            "attention_dim": 16,
+            "sequence": 16,
+            "vocab": 64,
+        },
         "ffn": {"width": 64, **FFN[kind]},
         "guide": guide if guide is not None else window(0, 5),
-        # an epsilon well above the noise in gradients that are 0 by symmetry (the key's bias), which Adam would make steps of
-        "train": {"steps": 20, "global_batch_size": 4, "micro_batch_size": micro, "learning_rate": 3e-3, "epsilon": 1e-5},
+        # an epsilon well above the noise in gradients that are 0 by symmetry (the key's bias), which Adam
+        # would make steps of
+        "train": {
+            "steps": 20,
+            "global_batch_size": 4,
+            "micro_batch_size": micro,
+            "learning_rate": 3e-3,
+            "epsilon": 1e-5,
+        },
         "parallel": {"tensor": tensor, "sequence": tensor > 1},
         "zero": {"stage": stage},
         **over,
@@ -38,7 +61,7 @@ def window(begin: int, end: int) -> dict[str, Any]:
     return {"mode": "window", "begin": begin, "end": end, "stochastic": True}
 
 
-# -------------------------------------------------------------------------------------------------------------- reference
+# -------------------------------------------------------------------------------------------------- reference
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -46,7 +69,9 @@ def window(begin: int, end: int) -> dict[str, Any]:
 def test_every_stage_is_torch_adamw_on_the_same_mathematics(
     ranks: Callable[..., Any], stage: int, begin: int, kind: str
 ) -> None:
-    """Coins 1,0,1,0,0 in five guided steps, then ten without; from step 3 the guide starts as the factors' product then."""
+    """Coins 1,0,1,0,0 in five guided steps, then ten without; from step 3 the guide starts as the factors'
+    product then.
+    """
     config = tree(kind, stage, guide=window(begin, begin + 5))
     for found in ranks(2, 1).run(CASES, "against_reference", tree=config, coins=COINS, steps=begin + 15):
         assert found["drawn"] == [bool(coin) for coin in COINS]
@@ -61,19 +86,24 @@ def test_every_stage_is_torch_adamw_on_the_same_mathematics(
 def test_tensor_parallel_ranks_equal_one(ranks: Callable[..., Any], kind: str, stage: int) -> None:
     """Across both boundaries, with the coin."""
     one, two = (
-        ranks(p, p).run(TRAINING, "train", tree=tree(kind, stage, tensor=p, guide=window(2, 7)), steps=12)[0] for p in (1, 2)
+        ranks(p, p).run(TRAINING, "train", tree=tree(kind, stage, tensor=p, guide=window(2, 7)), steps=12)[0]
+        for p in (1, 2)
     )
     assert 0 < sum(two["drawn"]) < 4 * 5, "the coin fell on both sides"
     assert np.abs(np.subtract(one["losses"], two["losses"])).max() < 1e-5
 
 
-# --------------------------------------------------------------------------------------------------------------- boundary
+# --------------------------------------------------------------------------------------------------- boundary
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_survivors_go_on_bit_for_bit_and_the_guide_is_gone(ranks: Callable[..., Any], stage: int, precision: str) -> None:
-    """Weights, both moments, step count; the old engine, model and guides dead; the boundary within the guided phase's memory."""
+def test_survivors_go_on_bit_for_bit_and_the_guide_is_gone(
+    ranks: Callable[..., Any], stage: int, precision: str
+) -> None:
+    """Weights, both moments, step count; the old engine, model and guides dead; the boundary within the
+    guided phase's memory.
+    """
     config = tree("block_dense", stage, micro=1, guide=window(2, 5))
     for found in ranks(2, 1).run(CASES, "boundary", tree=config, at=5, precision=precision):
         survivors = {key: digest for key, digest in found["before"].items() if ".guide/" not in key}
@@ -86,7 +116,9 @@ def test_survivors_go_on_bit_for_bit_and_the_guide_is_gone(ranks: Callable[..., 
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_where_guidance_begins_every_guide_is_the_factors_product(ranks: Callable[..., Any], stage: int) -> None:
+def test_where_guidance_begins_every_guide_is_the_factors_product(
+    ranks: Callable[..., Any], stage: int
+) -> None:
     """In fp32, from the fp32 weights, over ranks that hold a part of each; moments zero, count 0."""
     for world, tensor, precision in ((2, 1, "fp32"), (2, 2, "fp32"), (2, 1, "bf16")):
         config = tree("block_shuffle", stage, tensor=tensor, micro=1, guide=window(3, 8))
@@ -104,8 +136,12 @@ def test_where_guidance_begins_every_guide_is_the_factors_product(ranks: Callabl
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_that_starts_guided_starts_from_the_fp32_factors(ranks: Callable[..., Any], precision: str) -> None:
-    for found in ranks(2, 1).run(CASES, "boundary", tree=tree("low_rank", 1, micro=1), at=0, precision=precision):
+def test_a_run_that_starts_guided_starts_from_the_fp32_factors(
+    ranks: Callable[..., Any], precision: str
+) -> None:
+    for found in ranks(2, 1).run(
+        CASES, "boundary", tree=tree("low_rank", 1, micro=1), at=0, precision=precision
+    ):
         assert found["guide_error"] == 0.0
         assert not found["stale"]
 
@@ -113,7 +149,14 @@ def test_a_run_that_starts_guided_starts_from_the_fp32_factors(ranks: Callable[.
 def test_guided_to_the_last_step(ranks: Callable[..., Any], tmp_path: Path) -> None:
     """What is saved at the end holds no guide, and is the run's end."""
     short = {"steps": 4, "global_batch_size": 4, "micro_batch_size": 1}
-    config = tree("low_rank", 1, guide=window(2, 4), train=short, run={"dir": str(tmp_path)}, evaluation={"sequences": 2})
+    config = tree(
+        "low_rank",
+        1,
+        guide=window(2, 4),
+        train=short,
+        run={"dir": str(tmp_path)},
+        evaluation={"sequences": 2},
+    )
     for names, done, same in ranks(2, 1).run(CASES, "finish", tree=config):
         assert names
         assert not any(name.endswith(".guide") for name in names)
@@ -127,7 +170,11 @@ def test_afterwards_memory_is_that_of_a_run_without_a_guide(ranks: Callable[...,
     for precision in ("fp32", "bf16"):
         guided, never, during = (
             ranks(2, 1).run(
-                CASES, "persistent_bytes", steps=6, precision=precision, tree=tree("low_rank", stage, micro=1, guide=guide)
+                CASES,
+                "persistent_bytes",
+                steps=6,
+                precision=precision,
+                tree=tree("low_rank", stage, micro=1, guide=guide),
             )
             for guide in (window(1, 4), {"mode": "off"}, window(1, 9))
         )
@@ -135,15 +182,23 @@ def test_afterwards_memory_is_that_of_a_run_without_a_guide(ranks: Callable[...,
         assert min(during) > max(never), "the guide takes memory while it lasts"
 
 
-# ----------------------------------------------------------------------------------------------------------------- resume
+# ----------------------------------------------------------------------------------------------------- resume
 
 
 FLOP = {"mode": "fixed_flop", "stochastic": True, "schedule": "linear"}
 
 
 def test_stopped_in_every_phase_and_on_other_layouts(ranks: Callable[..., Any], tmp_path: Path) -> None:
-    """guided -> plain -> repeat: TP 1 -> 2 -> 1, other stages and data-parallel sizes; the curve is that of a run never stopped."""
-    steps = {"steps": 10, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-3, "epsilon": 1e-5}
+    """guided -> plain -> repeat: TP 1 -> 2 -> 1, other stages and data-parallel sizes; the curve is that
+    of a run never stopped.
+    """
+    steps = {
+        "steps": 10,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "learning_rate": 3e-3,
+        "epsilon": 1e-5,
+    }
 
     def config(stage: int, tensor: int = 1, **over: Any) -> dict[str, Any]:
         return tree("block_dense", stage, tensor=tensor, guide=FLOP, train=steps, **over)
@@ -152,7 +207,12 @@ def test_stopped_in_every_phase_and_on_other_layouts(ranks: Callable[..., Any], 
     assert len(whole["losses"]) == 12
     run, losses = {"run": {"dir": str(tmp_path)}}, []
     # guided are 0..1 (r = 0.24 of 10), plain 2..9, repeat 10..11
-    layouts = [(1, config(1, **run), 1), (2, config(2, 2, **run), 5), (2, config(3, **run), 9), (1, config(0, **run), 11)]
+    layouts = [
+        (1, config(1, **run), 1),
+        (2, config(2, 2, **run), 5),
+        (2, config(3, **run), 9),
+        (1, config(0, **run), 11),
+    ]
     for world, one, stop in [*layouts, (2, config(1, 2, **run), 12)]:
         found = ranks(world, one["parallel"]["tensor"]).run(TRAINING, "train", tree=one, steps=stop)[0]
         assert found["start"] == len(losses)
@@ -161,10 +221,14 @@ def test_stopped_in_every_phase_and_on_other_layouts(ranks: Callable[..., Any], 
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_stopped_at_every_step_of_a_window_bit_for_bit(ranks: Callable[..., Any], tmp_path: Path, stage: int) -> None:
+def test_stopped_at_every_step_of_a_window_bit_for_bit(
+    ranks: Callable[..., Any], tmp_path: Path, stage: int
+) -> None:
     """At both boundaries, inside and outside of the guided phase."""
     config = tree("low_rank", stage, micro=1, guide=window(2, 4))
-    whole = ranks(2, 1).run(TRAINING, "train", tree={**config, "run": {"dir": str(tmp_path / "whole")}}, steps=6)[0]
+    whole = ranks(2, 1).run(
+        TRAINING, "train", tree={**config, "run": {"dir": str(tmp_path / "whole")}}, steps=6
+    )[0]
     stopped, losses = {**config, "run": {"dir": str(tmp_path / "stopped")}}, []
     for stop in range(1, 7):
         found = ranks(2, 1).run(TRAINING, "train", tree=stopped, steps=stop)[0]

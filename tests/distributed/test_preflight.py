@@ -1,4 +1,6 @@
-"""The pre-flight finds the odd rank: another config or revision, a folder that is not shared, wrong values, slow devices and links."""
+"""The pre-flight finds the odd rank: another config or revision, a folder that is not shared, wrong
+values, slow devices and links.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ TREE: dict[str, Any] = {
     "train": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 1},
 }
 
-# ------------------------------------------------------------------------------------------------------------------- alike
+# ------------------------------------------------------------------------------------------------------ alike
 
 
 def test_ranks_that_agree(ranks: Callable[..., Any]) -> None:
@@ -65,7 +67,9 @@ def test_an_unshared_folder_is_refused(ranks: Callable[..., Any], tmp_path: Path
     seen = ranks(2, 1).run(CASES, "folder", folders=[str(shared)] * 2, hosts=["n0", "n1"], late=0.3)
     assert seen == [["rank 0 sees it"], ["rank 1 sees it"]]
     assert [*shared.iterdir(), *own.iterdir()] == []
-    for (problem,) in ranks(2, 1).run(CASES, "folder", folders=[str(shared)] * 2, hosts=["n0", "n1"], upper=str(own)):
+    for (problem,) in ranks(2, 1).run(
+        CASES, "folder", folders=[str(shared)] * 2, hosts=["n0", "n1"], upper=str(own)
+    ):
         assert problem.endswith("what n1 (rank 1) writes there is not seen on n0")
 
 
@@ -80,7 +84,9 @@ def test_differences_name_every_rank_once(values: list[str]) -> None:
     parts = found["key"].split("; ")
     for part in parts:
         value = part[1]
-        assert consistency.name_ranks([rank for rank, held in enumerate(values) if held == value], hosts) in part
+        assert (
+            consistency.name_ranks([rank for rank, held in enumerate(values) if held == value], hosts) in part
+        )
     counts = sorted((values.count(value) for value in set(values)), reverse=True)
     assert len(parts) == len(counts)
     assert found["key"].count("the odd one") == (len(parts) - 1 if counts[0] > counts[1] else 0)
@@ -92,7 +98,7 @@ def test_many_ranks_are_told_briefly() -> None:
     assert consistency.name_ranks([1, 3, 4, 5], hosts) == "n0 (ranks 1, 3-5)"
 
 
-# ----------------------------------------------------------------------------------------------------------------- measures
+# --------------------------------------------------------------------------------------------------- measures
 
 
 def test_the_whole_of_it(ranks: Callable[..., Any], tmp_path: Path) -> None:
@@ -101,21 +107,27 @@ def test_the_whole_of_it(ranks: Callable[..., Any], tmp_path: Path) -> None:
     for result in results:
         assert result["left"] == []
         assert "8 collectives right" in result["text"]
-        assert result["agree"] + result["measure"] < 8.0, "about 1 s of a machine of 2 cores that does nothing else"
+        assert result["agree"] + result["measure"] < 8.0, (
+            "about 1 s of a machine of 2 cores that does nothing else"
+        )
 
 
 def test_every_collective_on_every_group(ranks: Callable[..., Any]) -> None:
-    """World, tensor- and data-parallel groups of four ranks; a clock and a device that are off are named, others are not."""
-    result = ranks(4, 2).run(CASES, "measured", tensor=2, hosts=["n0", "n0", "n1", "n1"], clock_off={2: 60.0, 3: 60.0}, slow=3)[
-        0
-    ]
+    """World, tensor- and data-parallel groups of four ranks; a clock and a device that are off are named,
+    others are not.
+    """
+    result = ranks(4, 2).run(
+        CASES, "measured", tensor=2, hosts=["n0", "n0", "n1", "n1"], clock_off={2: 60.0, 3: 60.0}, slow=3
+    )[0]
     row = result["row"]
     tried = [(trial["collective"], trial["group"]) for trial in row["collectives"]]
     assert tried == [(kind, "world") for kind in collective_check.KINDS] + [
         (kind, group) for group in ("tensor", "data") for kind in collective_check.INNER
     ]
     assert all(trial["bus_gb_per_s"] > 0 for trial in row["collectives"])
-    for offset, error, wanted in zip(row["clock_seconds"], result["errors"], [0.0, 0.0, 60.0, 60.0], strict=True):
+    for offset, error, wanted in zip(
+        row["clock_seconds"], result["errors"], [0.0, 0.0, 60.0, 60.0], strict=True
+    ):
         assert abs(offset - wanted) <= error + 1e-6
         assert error < 2.0
     clock, slow = row["warnings"]
@@ -129,20 +141,36 @@ def test_every_collective_on_every_group(ranks: Callable[..., Any]) -> None:
 def test_one_wrong_bit_is_refused(ranks: Callable[..., Any], kind: str) -> None:
     """On every rank, with the collective and the rank that has it."""
     for result in ranks(2, 1).run(CASES, "measured", tensor=1, hosts=["n0", "n1"], slow=9, corrupt=kind):
-        assert result["refused"][0] == f"pre-flight: {kind} over the world group gives wrong values on n1 (rank 1)"
+        assert (
+            result["refused"][0]
+            == f"pre-flight: {kind} over the world group gives wrong values on n1 (rank 1)"
+        )
 
 
 def test_the_flag(root: Path, tmp_path: Path) -> None:
-    """pretrain.py --preflight on two ranks: 2 where their configs differ, told by rank 0; 0 and a table where they agree."""
+    """pretrain.py --preflight on two ranks: 2 where their configs differ, told by rank 0; 0 and a table
+    where they agree.
+    """
     (tmp_path / "tiny.json").write_text(json.dumps(TREE), encoding="utf-8")
 
     def start(*rates: float) -> list[tuple[int, str, str]]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared = {
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         shared |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
-        command = [sys.executable, str(root / "sffn_dist/pretrain.py"), "--config", str(tmp_path / "tiny.json"), "--preflight"]
+        command = [
+            sys.executable,
+            str(root / "sffn_dist/pretrain.py"),
+            "--config",
+            str(tmp_path / "tiny.json"),
+            "--preflight",
+        ]
         started = [
             subprocess.Popen(
                 [*command, f"run.dir={tmp_path / 'run'}", f"train.learning_rate={rate}"],
@@ -177,7 +205,9 @@ def test_slow_ranks(rates: list[float], below: float) -> None:
 
 @given(st.integers(3, 12), st.data())
 def test_a_node_with_two_slow_links_is_named(nodes: int, data: Any) -> None:
-    """A slow node has two slow links, its neighbours one each; inside nodes links are a hundred times as fast."""
+    """A slow node has two slow links, its neighbours one each; inside nodes links are a hundred times as
+    fast.
+    """
     size, bad = data.draw(st.integers(1, 4)), data.draw(st.integers(0, nodes - 1))
     hosts = [f"n{node}" for node in range(nodes) for _ in range(size)]
     rates = [100.0] * len(hosts)

@@ -26,7 +26,9 @@ def row(rank: int, compute: float | None, flops: float = 1e12) -> Row:
 
 
 def test_a_slow_rank_and_a_slow_reader(ranks: Callable[..., Any], tmp_path: Path) -> None:
-    """Two micro-steps a step: rank 1's forward passes take 0.1 s longer each, then its batches do; rank 0 waits, and is told apart."""
+    """Two micro-steps a step: rank 1's forward passes take 0.1 s longer each, then its batches do; rank 0
+    waits, and is told apart.
+    """
     slow = ranks(2, 1).run(CASES, "recorded", tree=TREE, steps=5, slow={1: (0.0, 0.1)}, run_dir=str(tmp_path))
     assert slow[0]["rows"] == slow[1]["rows"]
     fast, late = slow[0]["rows"]
@@ -38,7 +40,9 @@ def test_a_slow_rank_and_a_slow_reader(ranks: Callable[..., Any], tmp_path: Path
     assert late["flops"] > 1e8
     (line,) = (tmp_path / "ranks.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["ranks"] == slow[0]["rows"]
-    fast, late = ranks(2, 1).run(CASES, "recorded", tree=TREE, steps=5, slow={1: (0.1, 0.0)}, run_dir=str(tmp_path))[0]["rows"]
+    fast, late = ranks(2, 1).run(
+        CASES, "recorded", tree=TREE, steps=5, slow={1: (0.1, 0.0)}, run_dir=str(tmp_path)
+    )[0]["rows"]
     assert late["data"] > fast["data"] + 0.15
     assert late["compute"] < 0.15, "waiting for batches is not computing"
     assert len((tmp_path / "ranks.jsonl").read_text(encoding="utf-8").splitlines()) == 2
@@ -46,7 +50,9 @@ def test_a_slow_rank_and_a_slow_reader(ranks: Callable[..., Any], tmp_path: Path
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=60), st.data())
 def test_stragglers_by_computing(seconds: list[float], data: Any) -> None:
-    """Never half of the ranks, never one within 15% of the median; the order of ranks and the unit of time do not matter."""
+    """Never half of the ranks, never one within 15% of the median; the order of ranks and the unit of time
+    do not matter.
+    """
     found = stragglers([row(rank, value) for rank, value in enumerate(seconds)])
     middle = sorted(seconds)[len(seconds) // 2]
     assert len(found) < len(seconds) / 2
@@ -76,7 +82,8 @@ def test_the_table_names_the_straggler() -> None:
     text = reports.render(rows)
     assert text.count("\n") == 6
     assert text.splitlines()[-1] == (
-        "straggler: rank 3 on n computes for 2 s a step, the median is 1 s and multiplies matrices at 0.4 TFLOP/s, the median is 1"
+        "straggler: rank 3 on n computes for 2 s a step, the median is 1 s and multiplies matrices at 0.4 "
+        "TFLOP/s, the median is 1"
     )
     assert len({len(line) for line in text.splitlines()[:-1]}) == 1, "columns stand under their names"
     assert "straggler" not in reports.render([row(0, None)])

@@ -1,4 +1,6 @@
-"""Ranks find each other, or it is told which of them are missing, what cannot be reached, whose port it is."""
+"""Ranks find each other, or it is told which of them are missing, what cannot be reached, whose port it
+is.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def test_two_ranks_meet(nursery: Nursery) -> None:
 
 
 def test_missing_ranks_are_named(nursery: Nursery) -> None:
-    """By rank 0, with the hosts that are there; the others, which wait a little longer, say that it has gone."""
+    """By rank 0, with the hosts that are there; the others, which wait a little longer, say that it has
+    gone.
+    """
     first, second = nursery(CASES, "meet", world=4, absent=(1, 3), patience=0.5)
     assert first == f"rank 1, 3 of 4 did not come in 0.5 seconds; there are 2, on {platform.node()}"
     assert "rank 0 went before all ranks were there" in second

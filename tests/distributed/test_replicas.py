@@ -35,7 +35,9 @@ def test_a_flipped_bit_is_found_and_named(ranks: Callable[..., Any], stage: int,
     """TP 2 x DP 2 (ranks 0, 1 and 2, 3 tensor parallel), a guide beside the factors; rank 3 is wrong."""
     kind = "part" if stage == 3 else "weight"
     at = [(UNCUT, kind, [3]), (CUT, kind, [3]), (CUT, kind, [1, 3]), (UNCUT, "fp32", [3])]
-    results = ranks(4, 2).run(CASES, "flips", tree=tree(2, stage), precision=precision, steps=2, at=at, part_all=stage == 3)
+    results = ranks(4, 2).run(
+        CASES, "flips", tree=tree(2, stage), precision=precision, steps=2, at=at, part_all=stage == 3
+    )
     for result in results:
         assert result == results[0], "every rank is told the same"
         assert result["before"] is None
@@ -43,7 +45,9 @@ def test_a_flipped_bit_is_found_and_named(ranks: Callable[..., Any], stage: int,
     uncut, cut, allowed, master = results[0]["flipped"]
     message, parameters, odd = uncut
     assert parameters == [UNCUT]
-    assert odd == ([2, 3] if stage == 3 else [3]), "under ZeRO 3 only its tensor-parallel neighbour has the same part"
+    assert odd == ([2, 3] if stage == 3 else [3]), (
+        "under ZeRO 3 only its tensor-parallel neighbour has the same part"
+    )
     assert "tensor-parallel group of ranks 2, 3, between " in message
     assert ("data-parallel group of ranks 1, 3" in message) == (stage < 3)
     assert allowed is None, "what is cut may differ over the tensor-parallel group"
@@ -58,7 +62,9 @@ def test_a_flipped_bit_is_found_and_named(ranks: Callable[..., Any], stage: int,
 
 
 def test_the_odd_one_of_four(ranks: Callable[..., Any]) -> None:
-    """By majority, after the guide has gone; parameters that ZeRO 3 keeps whole are compared over the data-parallel group."""
+    """By majority, after the guide has gone; parameters that ZeRO 3 keeps whole are compared over the
+    data-parallel group.
+    """
     for stage in (1, 3):
         at = [(NORM, "weight", [2]), (NORM, "weight", [0, 1])]
         result = ranks(4, 1).run(CASES, "flips", tree=tree(1, stage), precision="fp32", steps=2, at=at)[0]
@@ -70,9 +76,16 @@ def test_the_odd_one_of_four(ranks: Callable[..., Any]) -> None:
         assert halves == [0, 1, 2, 3], "two against two"
 
 
-@given(st.integers(1, 3 * LANES * 4), st.integers(0, 7), st.sampled_from([torch.float32, torch.bfloat16]), st.data())
+@given(
+    st.integers(1, 3 * LANES * 4),
+    st.integers(0, 7),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.data(),
+)
 def test_checksums_are_of_the_bits(numel: int, shift: int, dtype: torch.dtype, data: Any) -> None:
-    """The same at every place in memory, NaNs too; another one for any flipped bit and for exchanged neighbours."""
+    """The same at every place in memory, NaNs too; another one for any flipped bit and for exchanged
+    neighbours.
+    """
     width = torch.int16 if dtype == torch.bfloat16 else torch.int32
     tensor = torch.randn(numel).to(dtype)
     tensor[data.draw(st.integers(0, numel - 1))] = float("nan")
@@ -82,7 +95,11 @@ def test_checksums_are_of_the_bits(numel: int, shift: int, dtype: torch.dtype, d
     i, bit = data.draw(st.integers(0, numel - 1)), data.draw(st.integers(0, 8 * tensor.element_size() - 1))
     tensor.view(width)[i] ^= 1 << bit if bit < 8 * tensor.element_size() - 1 else -(1 << bit)
     assert int(checksum(tensor)) != int(checksum(moved))
-    if numel > 1 and not torch.equal(moved.view(width)[0], moved.view(width)[-1]) and (numel * tensor.element_size()) % 8:
+    if (
+        numel > 1
+        and not torch.equal(moved.view(width)[0], moved.view(width)[-1])
+        and (numel * tensor.element_size()) % 8
+    ):
         ends = moved.clone()
         ends[0], ends[-1] = moved[-1], moved[0]
         assert int(checksum(ends)) != int(checksum(moved))
@@ -99,11 +116,11 @@ def test_a_long_tensor_that_is_not_aligned() -> None:
 def test_many_differing_parameters_are_counted() -> None:
     """A whole rank that is off is one sentence, not one for each parameter."""
     names = [f"layer.{i}" for i in range(50)]
-    found = [{"data": ((0, 1, 2), dict.fromkeys(names, rank == 1)), "tensor": ((rank,), {})} for rank in range(3)]
+    found = [
+        {"data": ((0, 1, 2), dict.fromkeys(names, rank == 1)), "tensor": ((rank,), {})} for rank in range(3)
+    ]
     error = describe(["a", "b", "c"], [60] * 3, found)
-    wanted = (
-        "50 of 60 tensors over the data-parallel group of ranks 0, 1, 2, odd: b (rank 1): layer.0, layer.1, layer.2 and 47 more"
-    )
+    wanted = "50 of 60 tensors over the data-parallel group of ranks 0, 1, 2, odd: b (rank 1): layer.0, layer.1, layer.2 and 47 more"
     assert str(error) == f"replicas of the weights differ: {wanted}; so it is b (rank 1)"
     assert error.ranks == (1,)
     assert len(error.parameters) == 50

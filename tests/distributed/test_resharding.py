@@ -1,4 +1,6 @@
-"""A run that changes its layout on the way, live and by the tool: the same bits, and the losses that follow."""
+"""A run that changes its layout on the way, live and by the tool: the same bits, and the losses that
+follow.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def tree(kind: str, run: Path, *, tensor: int = 1, stage: int = 1, **extra: Any)
 
 @pytest.mark.parametrize("kind", FFN)
 def test_there_and_back_again(ranks: Callable[..., Any], tmp_path: Path, kind: str) -> None:
-    """TP 1 -> 2 -> 4 -> 1 under ZeRO 1 -> 3 -> 1 -> 0, each loading and saving at once: the same bits; then five equal losses."""
+    """TP 1 -> 2 -> 4 -> 1 under ZeRO 1 -> 3 -> 1 -> 0, each loading and saving at once: the same bits;
+    then five equal losses.
+    """
 
     def train(world: int, config: dict[str, Any], steps: int) -> dict[str, Any]:
         return ranks(world, config["parallel"]["tensor"]).run(CASES, "train", tree=config, steps=steps)[0]
@@ -73,16 +77,28 @@ def test_there_and_back_again(ranks: Callable[..., Any], tmp_path: Path, kind: s
     assert np.abs(np.subtract(train(4, tree(kind, four, tensor=4), END)["losses"], curves[0])).max() < 2e-4
 
 
-def test_an_import_starts_with_its_dense_matrices_as_guides(ranks: Callable[..., Any], tmp_path: Path) -> None:
-    """A dense model approximated: training starts at alpha 1, so at the dense model's own loss, on one rank and on two."""
-    dense = {**tree("low_rank", tmp_path / "dense"), "ffn": {"width": 64, "kind": "dense"}, "guide": {"mode": "off"}}
+def test_an_import_starts_with_its_dense_matrices_as_guides(
+    ranks: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A dense model approximated: training starts at alpha 1, so at the dense model's own loss, on one
+    rank and on two.
+    """
+    dense = {
+        **tree("low_rank", tmp_path / "dense"),
+        "ffn": {"width": 64, "kind": "dense"},
+        "guide": {"mode": "off"},
+    }
     losses = ranks(1).run(CASES, "train", tree=dense, steps=END)[0]["losses"]
     source = Reader(Manifest.read(folder_of(tmp_path / "dense", END))).weights()
     made = approximated(source, {"kind": "low_rank", "rank": 2}, guide=True)
     imported = reshard.write_weights(made, tmp_path / "imported")
     assert imported.kinds == ("weight",)
     start = {"init_from": str(imported.folder), "ffn": {"width": 64, "kind": "low_rank", "rank": 2}}
-    still = {**dense, "run": {"dir": str(tmp_path / "on")}, "init_from": str(folder_of(tmp_path / "dense", END))}
+    still = {
+        **dense,
+        "run": {"dir": str(tmp_path / "on")},
+        "init_from": str(folder_of(tmp_path / "dense", END)),
+    }
     expected = ranks(1).run(CASES, "train", tree=still, steps=1)[0]["losses"][0]
     assert abs(expected - losses[0]) > 0.1, "it has learned"
     for world, tensor in ((1, 1), (2, 2)):
@@ -90,5 +106,12 @@ def test_an_import_starts_with_its_dense_matrices_as_guides(ranks: Callable[...,
         here["guide"]["stochastic"] = False
         got = ranks(world, tensor).run(CASES, "train", tree=here, steps=1)[0]
         assert got["losses"][0] == pytest.approx(expected, abs=1e-5)
-    without = {**here, "run": {"dir": str(tmp_path / "without")}, "guide": {"mode": "off"}, "parallel": {"tensor": 1}}
-    assert abs(ranks(1).run(CASES, "train", tree=without, steps=1)[0]["losses"][0] - expected) > 1e-3, "rank 2 is not the model"
+    without = {
+        **here,
+        "run": {"dir": str(tmp_path / "without")},
+        "guide": {"mode": "off"},
+        "parallel": {"tensor": 1},
+    }
+    assert abs(ranks(1).run(CASES, "train", tree=without, steps=1)[0]["losses"][0] - expected) > 1e-3, (
+        "rank 2 is not the model"
+    )

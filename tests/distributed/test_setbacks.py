@@ -1,4 +1,6 @@
-"""Bad steps in real training: skipped without a trace, undone where there are several, and what is then passed over stays so."""
+"""Bad steps in real training: skipped without a trace, undone where there are several, and what is then
+passed over stays so.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,24 @@ def tree(run_dir: Path, stage: int = 1, **guards: Any) -> dict[str, Any]:
     """20 steps, saves after every fourth; guided until step 10."""
     return {
         "run": {"dir": str(run_dir)},
-        "model": {"layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "attention_dim": 16, "sequence": 16, "vocab": 64},
+        "model": {
+            "layers": 1,
+            "width": 32,
+            "heads": 4,
+            "kv_heads": 2,
+            "attention_dim": 16,
+            "sequence": 16,
+            "vocab": 64,
+        },
         "ffn": {"width": 64, "kind": "low_rank", "rank": 12, "dense_layers": []},
         "guide": {"mode": "fixed_step", "fraction": 0.5, "stochastic": True},
-        "train": {"steps": 20, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 3e-3, "epsilon": 1e-5},
+        "train": {
+            "steps": 20,
+            "global_batch_size": 4,
+            "micro_batch_size": 1,
+            "learning_rate": 3e-3,
+            "epsilon": 1e-5,
+        },
         "checkpoint": {"interval": 4, "keep": 3},
         "zero": {"stage": stage},
         "guards": {"spike_window": 8, "replicas_interval": 5, **guards},
@@ -28,8 +44,12 @@ def tree(run_dir: Path, stage: int = 1, **guards: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_bad_step_leaves_no_trace(ranks: Callable[..., Any], tmp_path: Path, stage: int, precision: str) -> None:
-    """Weights, moments and Adam's counts, of a spike on all ranks and of a gradient that is nan on one; others are taken."""
+def test_a_bad_step_leaves_no_trace(
+    ranks: Callable[..., Any], tmp_path: Path, stage: int, precision: str
+) -> None:
+    """Weights, moments and Adam's counts, of a spike on all ranks and of a gradient that is nan on one;
+    others are taken.
+    """
     bad = {12: "spike", 14: "nan"}
     for rank in ranks(2, 1).run(CASES, "trained", tree=tree(tmp_path, stage), bad=bad, precision=precision):
         assert rank["unchanged"] == [12, 14]
@@ -39,8 +59,12 @@ def test_a_bad_step_leaves_no_trace(ranks: Callable[..., Any], tmp_path: Path, s
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_going_back_is_as_if_the_bad_batches_were_not_there(ranks: Callable[..., Any], tmp_path: Path, stage: int) -> None:
-    """Back over the boundary where the guide goes; also when a signal stops the run on the way, and another start ends it."""
+def test_going_back_is_as_if_the_bad_batches_were_not_there(
+    ranks: Callable[..., Any], tmp_path: Path, stage: int
+) -> None:
+    """Back over the boundary where the guide goes; also when a signal stops the run on the way, and
+    another start ends it.
+    """
     bad = dict.fromkeys((9, 10, 11), "nan")
     pool = ranks(2, 1)
     without = pool.run(CASES, "trained", tree=tree(tmp_path / "without", stage), bad={}, passed=[9, 10, 11])
@@ -65,7 +89,9 @@ def test_going_back_is_as_if_the_bad_batches_were_not_there(ranks: Callable[...,
 def test_without_a_checkpoint_it_starts_anew(ranks: Callable[..., Any], tmp_path: Path) -> None:
     bad = dict.fromkeys((1, 2), "nan")
     (back,) = ranks(1).run(CASES, "trained", tree=tree(tmp_path / "back", rollback_after=2), bad=bad)
-    (without,) = ranks(1).run(CASES, "trained", tree=tree(tmp_path / "without", rollback_after=2), bad={}, passed=[1, 2])
+    (without,) = ranks(1).run(
+        CASES, "trained", tree=tree(tmp_path / "without", rollback_after=2), bad={}, passed=[1, 2]
+    )
     assert back["taken"] == [0, 1, 2, 0, *range(3, 20)]
     assert back["state"] == without["state"]
 

@@ -14,7 +14,15 @@ import pytest
 
 from sffn_dist.spec import loading
 from sffn_dist.spec.split_table import linear_tensors
-from sffn_dist.spec.traffic import TrafficGroup, Transfer, dense_linear, feed_forward, layer_traffic, model_traffic, total
+from sffn_dist.spec.traffic import (
+    TrafficGroup,
+    Transfer,
+    dense_linear,
+    feed_forward,
+    layer_traffic,
+    model_traffic,
+    total,
+)
 from sffn_dist.structured.registry import build_structure
 
 LINEARS = Path(__file__).with_name("linear_cases.py")
@@ -46,12 +54,17 @@ SHAPES: dict[int, list[tuple[str, int | None, int | None, int, int]]] = {
 }
 
 
-def table(kind: str, rank: int | None, blocks: int | None, h: int, f: int, p: int, t: int) -> dict[str, Fraction]:
+def table(
+    kind: str, rank: int | None, blocks: int | None, h: int, f: int, p: int, t: int
+) -> dict[str, Fraction]:
     """The table written out: elements a token and rank, each x (p-1)/p, the gradients' for t tokens."""
     b, r = blocks or 1, rank or 0
     g = math.gcd(
-        b, p
-    )  # groups of blocks; where ranks are more, BlockShuffle's second linear cuts q groups of the other blocks too
+        b,
+        p,
+        # groups of blocks; where ranks are more, BlockShuffle's second linear cuts q groups of the other
+        # blocks too
+    )
     q = math.gcd(b, p // g)
     part = Fraction(p - 1, p)
 
@@ -63,7 +76,13 @@ def table(kind: str, rank: int | None, blocks: int | None, h: int, f: int, p: in
     elif kind == "low_rank":
         columns = 2 * r, 2 * r, Fraction(4 * h * r, t), 2 * r, 2 * r
     elif kind == "block_dense":
-        columns = r + Fraction(r, g), r + Fraction(r, g), Fraction(2 * h * r * (1 + b), b * t), summed(r, g), 2 * r
+        columns = (
+            r + Fraction(r, g),
+            r + Fraction(r, g),
+            Fraction(2 * h * r * (1 + b), b * t),
+            summed(r, g),
+            2 * r,
+        )
     elif g == p and f + h < p * h:
         both = Fraction(h, p) + Fraction(f + h, p)
         columns = both, both, Fraction(4 * h * h, b * t), Fraction(f, p) + h, Fraction(f, p) + h
@@ -76,7 +95,9 @@ def table(kind: str, rank: int | None, blocks: int | None, h: int, f: int, p: in
 
 @pytest.mark.parametrize(("p", "shape"), [(p, shape) for p in SHAPES for shape in SHAPES[p]], ids=str)
 def test_the_table(ranks: Callable[..., Any], p: int, shape: tuple[Any, ...]) -> None:
-    """The ledger of p ranks, per token, equals the table, for every structure, with and without sequence parallelism."""
+    """The ledger of p ranks, per token, equals the table, for every structure, with and without sequence
+    parallelism.
+    """
     expected = table(*shape, p, 12)
     for sequence in (True, False):
         found = ranks(p, p).run(LINEARS, "traffic", **case(shape, sequence=sequence, rows=4, batch=3))
@@ -119,7 +140,9 @@ def test_layers_send_what_is_predicted(ranks: Callable[..., Any], p: int, shape:
             continue
         arguments = case(shape, sequence=sequence, gated=gated, alpha=alpha, recompute=recompute)
         group = TrafficGroup(p, 24, sequence)
-        expected = feed_forward(group, build_structure(kind, rank, blocks), h, f, gated=gated, narrow=recompute == "bottleneck")
+        expected = feed_forward(
+            group, build_structure(kind, rank, blocks), h, f, gated=gated, narrow=recompute == "bottleneck"
+        )
         if alpha:
             expected += [*dense_linear(group, "column", h, h), *dense_linear(group, "row", h, h)]
         found: dict[tuple[str, str], Fraction] = defaultdict(Fraction)
@@ -130,7 +153,15 @@ def test_layers_send_what_is_predicted(ranks: Callable[..., Any], p: int, shape:
 
 
 def tree(kind: str, sequence: bool, **extra: Any) -> dict[str, Any]:
-    model = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "attention_dim": 32, "sequence": 8, "vocab": 64}
+    model = {
+        "layers": 2,
+        "width": 16,
+        "heads": 4,
+        "kv_heads": 2,
+        "attention_dim": 32,
+        "sequence": 8,
+        "vocab": 64,
+    }
     return {
         "model": {**model, **extra.pop("model", {})},
         "ffn": {"kind": kind, "width": 64, "rank": 8, "blocks": 4, "dense_layers": [0]},
@@ -147,14 +178,21 @@ def tree(kind: str, sequence: bool, **extra: Any) -> dict[str, Any]:
     [
         ("low_rank", {}),
         ("block_dense", {"recompute": "full"}),
-        ("block_shuffle", {"recompute": "bottleneck", "model": {"activation": "swiglu", "norm": "rmsnorm", "bias": False}}),
+        (
+            "block_shuffle",
+            {"recompute": "bottleneck", "model": {"activation": "swiglu", "norm": "rmsnorm", "bias": False}},
+        ),
         ("low_rank", {"recompute": "bottleneck", "model": {"tie_embeddings": False}}),
     ],
     ids=["plain", "full", "bottleneck-swiglu", "bottleneck-untied"],
 )
 @pytest.mark.parametrize("sequence", [True, False])
-def test_models_send_what_is_predicted(ranks: Callable[..., Any], kind: str, sequence: bool, extra: dict[str, Any]) -> None:
-    """Every collective of a micro-batch over the tensor-parallel group, by place, purpose and kind, in elements and bytes."""
+def test_models_send_what_is_predicted(
+    ranks: Callable[..., Any], kind: str, sequence: bool, extra: dict[str, Any]
+) -> None:
+    """Every collective of a micro-batch over the tensor-parallel group, by place, purpose and kind, in
+    elements and bytes.
+    """
     for guided in (False, True):
         config = loading.from_tree(tree(kind, sequence, **extra))
         expected: dict[tuple[str, str, str], list[Fraction]] = defaultdict(lambda: [Fraction(), Fraction()])
@@ -175,7 +213,9 @@ def test_models_send_what_is_predicted(ranks: Callable[..., Any], kind: str, seq
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_step_receives_what_the_plan_says(ranks: Callable[..., Any], stage: int) -> None:
-    """A step of the engine with two micro-batches; ZeRO adds nothing to the tensor-parallel group's forward, backward, gradients."""
+    """A step of the engine with two micro-batches; ZeRO adds nothing to the tensor-parallel group's
+    forward, backward, gradients.
+    """
     train = {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2}
     config = {**tree("block_dense", True, recompute="bottleneck"), "train": train, "zero": {"stage": stage}}
     for found, planned in ranks(2, 2).run(TRAINING, "received", tree=config):

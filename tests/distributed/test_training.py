@@ -1,4 +1,6 @@
-"""Parallel truth: p ranks equal one rank, every ZeRO stage equals every other, resumed equals uninterrupted."""
+"""Parallel truth: p ranks equal one rank, every ZeRO stage equals every other, resumed equals
+uninterrupted.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,18 @@ STEPS = 20
 TOLERANCE = 2e-4
 
 
-def tree(kind: str, *, tensor: int = 1, sequence: bool = False, stage: int = 1, micro: int = 2, **extra: Any) -> dict[str, Any]:
-    model = {"layers": 3, "width": 32, "heads": 4, "kv_heads": 2, "attention_dim": 16, "sequence": 16, "vocab": 64}
+def tree(
+    kind: str, *, tensor: int = 1, sequence: bool = False, stage: int = 1, micro: int = 2, **extra: Any
+) -> dict[str, Any]:
+    model = {
+        "layers": 3,
+        "width": 32,
+        "heads": 4,
+        "kv_heads": 2,
+        "attention_dim": 16,
+        "sequence": 16,
+        "vocab": 64,
+    }
     base: dict[str, Any] = {
         "model": {**model, **extra.pop("model", {})},
         "ffn": {"width": 64, **FFN[kind]},
@@ -42,7 +54,9 @@ def train(ranks: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     def run(world: int, config: dict[str, Any], steps: int = STEPS, **options: Any) -> dict[str, Any]:
         key = repr((world, config, steps, options))
         if key not in done:
-            results = ranks(world, config["parallel"]["tensor"]).run(CASES, "train", tree=config, steps=steps, **options)
+            results = ranks(world, config["parallel"]["tensor"]).run(
+                CASES, "train", tree=config, steps=steps, **options
+            )
             for result in results:
                 assert repr(result["losses"]) == repr(results[0]["losses"]), "ranks report different losses"
                 assert not result["replicas"], f"replicas differ: {result['replicas'][:3]}"
@@ -89,10 +103,15 @@ def test_zero_stages_agree(train: Callable[..., dict[str, Any]], kind: str) -> N
         ("block_shuffle", "bottleneck", ["_batched", "_through", "_wide"]),
     ],
 )
-def test_kernels_train_as_plain_torch_does(ranks: Callable[..., Any], kind: str, recompute: str, kernels: list[str]) -> None:
+def test_kernels_train_as_plain_torch_does(
+    ranks: Callable[..., Any], kind: str, recompute: str, kernels: list[str]
+) -> None:
     """Guided steps and others through Triton's kernels, against the same through none."""
     config = tree(kind, recompute=recompute, guide={"mode": "fixed_step", "fraction": 0.1})
-    plain, ours = (ranks(1, 1).run(CASES, "train_by", kernels=way, tree=config, steps=4)[0] for way in ("torch", "triton"))
+    plain, ours = (
+        ranks(1, 1).run(CASES, "train_by", kernels=way, tree=config, steps=4)[0]
+        for way in ("torch", "triton")
+    )
     assert plain["launched"] == []
     assert ours["launched"] == kernels
     assert difference(plain, ours) < TOLERANCE
@@ -100,7 +119,9 @@ def test_kernels_train_as_plain_torch_does(ranks: Callable[..., Any], kind: str,
 
 @pytest.mark.parametrize("recompute", ["none", "bottleneck"])
 def test_an_engine_may_evaluate_before_it_trains(ranks: Callable[..., Any], recompute: str) -> None:
-    """Where the guide comes or goes, a new engine may evaluate first: in stage 3 the layer's weights are gathered for its backward too."""
+    """Where the guide comes or goes, a new engine may evaluate first: in stage 3 the layer's weights are
+    gathered for its backward too.
+    """
     results = {}
     for stage in (0, 3):
         config = tree("block_shuffle", stage=stage, micro=1, recompute=recompute)
@@ -133,7 +154,9 @@ def test_four_ranks(train: Callable[..., dict[str, Any]], options: dict[str, Any
 
 
 def test_recomputation_changes_nothing(train: Callable[..., dict[str, Any]]) -> None:
-    assert train(1, tree("block_dense", recompute="full"))["losses"] == train(1, tree("block_dense"))["losses"]
+    assert (
+        train(1, tree("block_dense", recompute="full"))["losses"] == train(1, tree("block_dense"))["losses"]
+    )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FFN if kind != "dense"])
@@ -159,8 +182,12 @@ def test_resume_equals_no_stop(train: Callable[..., dict[str, Any]], tmp_path: P
     assert second["state"] == whole["state"]
 
 
-def test_resume_on_another_layout(ranks: Callable[..., Any], train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """TP 2 ZeRO 1 -> TP 1 DP 2 ZeRO 3 -> one rank ZeRO 0: the saved tensors are the same bits, the curve goes on."""
+def test_resume_on_another_layout(
+    ranks: Callable[..., Any], train: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """TP 2 ZeRO 1 -> TP 1 DP 2 ZeRO 3 -> one rank ZeRO 0: the saved tensors are the same bits, the curve
+    goes on.
+    """
     run = {"run": {"dir": str(tmp_path)}}
     whole = train(1, tree("block_shuffle", stage=0), steps=12)
     losses = train(2, {**tree("block_shuffle", tensor=2, sequence=True), **run}, steps=4)["losses"]
@@ -175,31 +202,45 @@ def test_resume_on_another_layout(ranks: Callable[..., Any], train: Callable[...
     assert np.abs(np.subtract(losses, whole["losses"])).max() < TOLERANCE
 
 
-def test_resume_where_block_shuffle_takes_the_other_route(train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """TP 4, where the features are exchanged for whole blocks, cuts a factor along another axis than one rank or TP 2 does."""
+def test_resume_where_block_shuffle_takes_the_other_route(
+    train: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """TP 4, where the features are exchanged for whole blocks, cuts a factor along another axis than one
+    rank or TP 2 does.
+    """
     shuffle = {"ffn": {"width": 64, "kind": "block_shuffle", "blocks": 4}, "model": {"kv_heads": 4}}
     run = {"run": {"dir": str(tmp_path)}}
     whole = train(1, tree("block_shuffle", **shuffle), steps=9)
-    losses = train(4, {**tree("block_shuffle", tensor=4, sequence=True, recompute="bottleneck", **shuffle), **run}, steps=3)[
-        "losses"
-    ]
+    losses = train(
+        4,
+        {**tree("block_shuffle", tensor=4, sequence=True, recompute="bottleneck", **shuffle), **run},
+        steps=3,
+    )["losses"]
     losses += train(2, {**tree("block_shuffle", tensor=2, **shuffle), **run}, steps=6)["losses"]
     losses += train(4, {**tree("block_shuffle", tensor=4, **shuffle), **run}, steps=9)["losses"]
     assert np.abs(np.subtract(losses, whole["losses"])).max() < TOLERANCE
 
 
 def test_gradient_norm_in_bf16(train: Callable[..., dict[str, Any]]) -> None:
-    """Every stage reports, and clips by, the norm over all tensor-parallel ranks (DeepSpeed's stage 0 took the first one's alone)."""
+    """Every stage reports, and clips by, the norm over all tensor-parallel ranks (DeepSpeed's stage 0 took
+    the first one's alone).
+    """
     one = train(1, tree("low_rank"), steps=3)
     for stage in (0, 1, 2, 3):
         for layout in (tree("low_rank", tensor=2, stage=stage), tree("low_rank", micro=1, stage=stage)):
             other = train(2, layout, steps=3, precision="bf16")
-            np.testing.assert_allclose(other["norms"], one["norms"], rtol=0.03, err_msg=f"stage {stage} {layout['parallel']}")
+            np.testing.assert_allclose(
+                other["norms"], one["norms"], rtol=0.03, err_msg=f"stage {stage} {layout['parallel']}"
+            )
             np.testing.assert_allclose(other["losses"], one["losses"], rtol=0.01)
 
 
-def test_failed_save_leaves_nothing(ranks: Callable[..., Any], train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """One rank's disk is full: every rank hears of it, earlier checkpoints stay, nothing half-written does."""
+def test_failed_save_leaves_nothing(
+    ranks: Callable[..., Any], train: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """One rank's disk is full: every rank hears of it, earlier checkpoints stay, nothing half-written
+    does.
+    """
     config = {**tree("dense", micro=1), "run": {"dir": str(tmp_path)}}
     train(2, config, steps=2)
     for message, left in ranks(2, 1).run(CASES, "failed_save", tree=config, step=3):
@@ -209,7 +250,9 @@ def test_failed_save_leaves_nothing(ranks: Callable[..., Any], train: Callable[.
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_without_finite_gradients_is_skipped(train: Callable[..., dict[str, Any]], precision: str) -> None:
+def test_a_step_without_finite_gradients_is_skipped(
+    train: Callable[..., dict[str, Any]], precision: str
+) -> None:
     """In every stage: weights and Adam's count stay, the next steps go on."""
     for stage in (0, 1, 2, 3):
         got = train(2, tree("low_rank", stage=stage, micro=1), steps=5, precision=precision, nan_at=2)

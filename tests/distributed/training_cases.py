@@ -1,4 +1,6 @@
-"""Real training of a tiny model under the engine, on whatever ranks there are; called inside the ranks of a pool."""
+"""Real training of a tiny model under the engine, on whatever ranks there are; called inside the ranks of
+a pool.
+"""
 
 from __future__ import annotations
 
@@ -56,9 +58,11 @@ def train(
     nan_at: int | None = None,
     part_all: bool = False,
 ) -> dict[str, Any]:
-    """Losses and gradient norms of ``steps`` steps (from the newest checkpoint in run.dir, if any), then what came out.
+    """Losses and gradient norms of ``steps`` steps (from the newest checkpoint in run.dir, if any), then what
+    came out.
 
-    ``nan_at``: the step whose loss is made nan. ``part_all``: ZeRO 3 parts and frees every parameter; it would leave such small ones whole.
+    ``nan_at``: the step whose loss is made nan. ``part_all``: ZeRO 3 parts and frees every parameter; it
+    would leave such small ones whole.
     """
     with parted() if part_all else contextlib.nullcontext():
         run = begin(tree, precision)
@@ -93,7 +97,9 @@ def begin(tree: dict[str, Any], precision: str = "fp32") -> TrainingRun:
     config = loading.from_tree(tree)
     ranks = join(config)
     torch.manual_seed(1)
-    batches = Batches(tokens(config.model.vocab), config.model.sequence, config.train.global_batch_size, config.train.seed)
+    batches = Batches(
+        tokens(config.model.vocab), config.model.sequence, config.train.global_batch_size, config.train.seed
+    )
     length = config.model.sequence + 1
     windows = tokens(config.model.vocab)[: 2 * length].astype(np.int64).reshape(2, length)
     heldout = Heldout(windows, np.ones(config.model.vocab))
@@ -101,7 +107,10 @@ def begin(tree: dict[str, Any], precision: str = "fp32") -> TrainingRun:
     saver, bad_steps = writer.Saver(run_dir, config, ranks), BadSteps(config.guards, run_dir)
     clock = schedules.build_schedule(config)
     start = resume.find_start(
-        config, ranks, saver.tokenizer, resume.latest_good_checkpoint(run_dir, ranks) if config.run.dir else None
+        config,
+        ranks,
+        saver.tokenizer,
+        resume.latest_good_checkpoint(run_dir, ranks) if config.run.dir else None,
     )
     bad_steps.reset(start.recent_losses)
     model = models.build(config, precision, ranks, guide=clock.guided(start.step))
@@ -109,22 +118,31 @@ def begin(tree: dict[str, Any], precision: str = "fp32") -> TrainingRun:
         models.initialise(model, config, ranks)
     engine = engines.create(model, config, precision, ranks)
     resume.load_state(engine, config, ranks, start)
-    run = TrainingRun(config, precision, clock, ranks, batches, heldout, "test", saver, bad_steps, engine, start.step)
+    run = TrainingRun(
+        config, precision, clock, ranks, batches, heldout, "test", saver, bad_steps, engine, start.step
+    )
     return run
 
 
 def take(run: TrainingRun, nan: bool = False) -> tuple[float, float, int]:
-    """The run's next step: mean loss over all ranks, gradient norm, guides drawn. ``nan``: its loss is made nan."""
+    """The run's next step: mean loss over all ranks, gradient norm, guides drawn.
+
+    ``nan``: its loss is made nan.
+    """
     now, config, ranks = run.schedule.at(run.step), run.config, run.topology
     drawn = models.set_guide(run.model, run.schedule, now)
     engines.set_learning_rate(run.engine, config.train.learning_rate * now.learning_rate_factor)
-    micro = run.batches.at(now.data_step, ranks.data_rank, ranks.data, micro_batch_size=config.train.micro_batch_size)
+    micro = run.batches.at(
+        now.data_step, ranks.data_rank, ranks.data, micro_batch_size=config.train.micro_batch_size
+    )
 
     def loss(batch: torch.Tensor) -> torch.Tensor:
         mean = models.token_losses(run.engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
         return mean * float("nan") if nan else mean
 
-    result = engines.train_step(run.engine, loss, iter([torch.from_numpy(part) for part in micro]), config.train.clip)
+    result = engines.train_step(
+        run.engine, loss, iter([torch.from_numpy(part) for part in micro]), config.train.clip
+    )
     total = torch.tensor(result.loss)
     dist.all_reduce(total, group=ranks.data_group)
     run.step += 1
@@ -149,13 +167,17 @@ def parted() -> Iterator[None]:
 
 
 def received(tree: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Elements by purpose that this rank receives from its tensor-parallel group in one step of the engine; what the plan says."""
+    """Elements by purpose that this rank receives from its tensor-parallel group in one step of the
+    engine; what the plan says.
+    """
     config = loading.from_tree(tree)
     ranks = join(config)
     model = models.build(config, "fp32", ranks, guide=False)
     models.initialise(model, config, ranks)
     engine = engines.create(model, config, "fp32", ranks)
-    batches = Batches(tokens(config.model.vocab), config.model.sequence, config.train.global_batch_size, config.train.seed)
+    batches = Batches(
+        tokens(config.model.vocab), config.model.sequence, config.train.global_batch_size, config.train.seed
+    )
     micro = batches.at(0, ranks.data_rank, ranks.data, micro_batch_size=config.train.micro_batch_size)
 
     def loss(batch: torch.Tensor) -> torch.Tensor:
@@ -177,7 +199,9 @@ def save(run: TrainingRun) -> None:
 def state_digests(engine: Any) -> dict[str, str]:
     """Hash of every fragment's weight and moments."""
     return {
-        f"{fragment.name}/{fragment.start}/{kind}": hashlib.sha256(tensor.detach().float().numpy().tobytes()).hexdigest()
+        f"{fragment.name}/{fragment.start}/{kind}": hashlib.sha256(
+            tensor.detach().float().numpy().tobytes()
+        ).hexdigest()
         for fragment in engine_state.fragments(engine)
         for kind, tensor in fragment.tensors.items()
     }
@@ -186,7 +210,9 @@ def state_digests(engine: Any) -> dict[str, str]:
 def differing_replicas(engine: Any, config: configs.Config, ranks: Any) -> list[str]:
     """Fragments of replicated parameters whose bits differ over the tensor-parallel group."""
     specs = model_tensors(config, guide=True)
-    mine = {key: value for key, value in state_digests(engine).items() if specs[key.split("/")[0]].cut is None}
+    mine = {
+        key: value for key, value in state_digests(engine).items() if specs[key.split("/")[0]].cut is None
+    }
     everyone: list[Any] = [None] * ranks.tensor
     dist.all_gather_object(everyone, mine, group=ranks.tensor_group)
     return [key for key in mine if any(other.get(key) != mine[key] for other in everyone)]
@@ -223,9 +249,11 @@ def failed_save(tree: dict[str, Any], step: int) -> tuple[str, list[str]]:
 
 
 def evaluated_first(tree: dict[str, Any], steps: int) -> dict[str, Any]:
-    """An engine that evaluates before its first step, every parameter parted and free, then trains, evaluating after each step.
+    """An engine that evaluates before its first step, every parameter parted and free, then trains,
+    evaluating after each step.
 
-    ``losses``: of the evaluations; ``direct``: whether each structured layer's bottlenecks were one operation, and without hooks.
+    ``losses``: of the evaluations; ``direct``: whether each structured layer's bottlenecks were one
+    operation, and without hooks.
     """
     from sffn_dist.inference.evaluation import evaluate
 
@@ -234,7 +262,9 @@ def evaluated_first(tree: dict[str, Any], steps: int) -> dict[str, Any]:
 
         def measure() -> float:
             heldout = run.heldout
-            return evaluate(run.model, models.token_losses, heldout.windows, heldout.token_bytes, 1, run.topology).loss
+            return evaluate(
+                run.model, models.token_losses, heldout.windows, heldout.token_bytes, 1, run.topology
+            ).loss
 
         losses, direct = [measure()], set()
         for _ in range(steps):
@@ -249,9 +279,13 @@ def evaluated_first(tree: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 def train_by(kernels: str, **arguments: Any) -> dict[str, Any]:
-    """:func:`train` with kernels of one setting, Triton's in its interpreter; ``launched``: the names of those that ran."""
+    """:func:`train` with kernels of one setting, Triton's in its interpreter; ``launched``: the names of
+    those that ran.
+    """
     launched: set[str] = set()
-    modules = [importlib.import_module(f"sffn_kernels.{op}_triton") for op in ("block_diagonal", "bottleneck", "mix")]
+    modules = [
+        importlib.import_module(f"sffn_kernels.{op}_triton") for op in ("block_diagonal", "bottleneck", "mix")
+    ]
     usual = launching.launch
 
     def seen(kernel: Any, *rest: Any, **more: Any) -> None:

@@ -1,4 +1,6 @@
-"""A short run killed and started again, many times; called inside the nursery, whose children have all imports behind them."""
+"""A short run killed and started again, many times; called inside the nursery, whose children have all
+imports behind them.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,13 @@ def _fork(argv: list[str], rank: int, world: int, port: int, log: Path) -> int:
         return child
     code = 70
     try:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "LOCAL_WORLD_SIZE": world,
+            "MASTER_PORT": port,
+        }
         os.environ.update({**{key: str(value) for key, value in place.items()}, "MASTER_ADDR": "127.0.0.1"})
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
@@ -52,7 +60,9 @@ def rows(run: Path) -> int:
 
 
 def cycles(argv: list[str], run: str, kills: int, seed: int, world: int) -> list[dict[str, Any]]:
-    """Kill some rank of the run after some more steps, or while it starts; again and again, then let it end."""
+    """Kill some rank of the run after some more steps, or while it starts; again and again, then let it
+    end.
+    """
     chance, told, folder = random.Random(seed), [], Path(run)
     log = folder.with_name(folder.name + ".log")
     for number in range(kills + 1):
@@ -67,18 +77,34 @@ def cycles(argv: list[str], run: str, kills: int, seed: int, world: int) -> list
                 if done:
                     codes[rank] = os.waitstatus_to_exitcode(status)
                     del alive[rank]
-            if killed is None and alive and number < kills and (rows(folder) >= wanted or time.monotonic() > deadline):
+            if (
+                killed is None
+                and alive
+                and number < kills
+                and (rows(folder) >= wanted or time.monotonic() > deadline)
+            ):
                 time.sleep(chance.uniform(0.0, 0.05))
                 killed = chance.choice(list(alive))
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(alive[killed], signal.SIGKILL)
             time.sleep(0.005)
-        told.append({"killed": killed, "codes": [codes[rank] for rank in range(world)], "from": before, "to": rows(folder)})
+        told.append(
+            {
+                "killed": killed,
+                "codes": [codes[rank] for rank in range(world)],
+                "from": before,
+                "to": rows(folder),
+            }
+        )
     return told
 
 
-def signalled(argv: list[str], run: str, world: int, number: int, rank: int, *, again: bool = False) -> list[int]:
-    """Send a signal to one rank after some steps; with ``again`` others to all ranks while the state is saved. Exit codes."""
+def signalled(
+    argv: list[str], run: str, world: int, number: int, rank: int, *, again: bool = False
+) -> list[int]:
+    """Send a signal to one rank after some steps; with ``again`` others to all ranks while the state is
+    saved. Exit codes.
+    """
     folder, slow = Path(run), _slow_writes() if again else contextlib.nullcontext()
     before = rows(folder)
     with slow:
@@ -116,4 +142,8 @@ def outcome(run: str) -> dict[str, Any]:
     assert manifest
     lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
     curve = [tuple(json.loads(line)[key] for key in ("step", "loss", "grad_norm", "lr")) for line in lines]
-    return {"step": manifest.step, "files": {name: file.sha256 for name, file in manifest.files.items()}, "curve": curve}
+    return {
+        "step": manifest.step,
+        "files": {name: file.sha256 for name, file in manifest.files.items()},
+        "curve": curve,
+    }

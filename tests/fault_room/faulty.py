@@ -1,6 +1,9 @@
-"""pretrain.py with a fault: the launcher starts this in its place. The environment's FAULT says which, on which rank, at which step.
+"""pretrain.py with a fault: the launcher starts this in its place.
 
-The run itself is the product's: what is broken here is one rank's step, batch, weight, gradient or command line.
+The environment's FAULT says which, on which rank, at which step.
+
+The run itself is the product's: what is broken here is one rank's step, batch, weight, gradient or command
+line.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ def break_steps() -> None:
     train_step = loop.train_step
 
     def broken(run: Any) -> Any:
-        if not (HERE and FAULT["step"] <= run.step < FAULT["step"] + FAULT.get("steps", 1)) or FAULT.get("done"):
+        if not (HERE and FAULT["step"] <= run.step < FAULT["step"] + FAULT.get("steps", 1)) or FAULT.get(
+            "done"
+        ):
             return train_step(run)
         mark()
         kind = FAULT["kind"]

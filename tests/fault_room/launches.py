@@ -23,7 +23,9 @@ def write_config(folder: Path, **over: Any) -> Path:
     (folder / "text").mkdir(exist_ok=True)
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for name in ("argparse", "ast", "bisect", "calendar", "cmd", "copy", "csv", "datetime", "enum", "glob"):
-        (folder / "text" / f"{name}.txt").write_text((stdlib / f"{name}.py").read_text(encoding="utf-8"), encoding="utf-8")
+        (folder / "text" / f"{name}.txt").write_text(
+            (stdlib / f"{name}.py").read_text(encoding="utf-8"), encoding="utf-8"
+        )
     tree = {
         "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "sequence": 32, "vocab": 512},
         "ffn": {"kind": "block_dense", "width": 128, "rank": 16, "blocks": 4, "dense_layers": []},
@@ -82,7 +84,12 @@ class Launch:
 
 
 def launch(
-    config: Path, run: Path, *overrides: str, world: int = 2, fault: dict[str, Any] | None = None, port: int = 0
+    config: Path,
+    run: Path,
+    *overrides: str,
+    world: int = 2,
+    fault: dict[str, Any] | None = None,
+    port: int = 0,
 ) -> Launch:
     """Start a run in ``run``; its own session, so that all of it can be ended."""
     if not port:
@@ -91,11 +98,26 @@ def launch(
             port = probe.getsockname()[1]
     launcher = Path(sys.executable).parent / "deepspeed"
     script = str(FAULTY if fault else ROOT / "sffn_dist" / "pretrain.py")
-    command = [str(launcher), "--num_gpus", str(world), "--master_port", str(port), script, "--config", str(config)]
+    command = [
+        str(launcher),
+        "--num_gpus",
+        str(world),
+        "--master_port",
+        str(port),
+        script,
+        "--config",
+        str(config),
+    ]
     mark, log = run.with_name(run.name + ".mark"), run.with_name(run.name + ".log")
     mark.unlink(missing_ok=True)
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONSAFEPATH": "1", "PATH": f"{launcher.parent}:{environment['PATH']}", "FAULT_MARK": str(mark)}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    environment |= {
+        "PYTHONSAFEPATH": "1",
+        "PATH": f"{launcher.parent}:{environment['PATH']}",
+        "FAULT_MARK": str(mark),
+    }
     environment |= {"FAULT": json.dumps(fault or {}), "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -127,7 +149,9 @@ def ranks(run: Path) -> dict[int, int]:
 def rows(path: Path) -> list[dict[str, Any]]:
     """Whole lines of a log."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [
+            json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")
+        ]
     except FileNotFoundError:
         return []
 

@@ -25,7 +25,9 @@ def check(
     ends = {}
     for name, number in (("never", 0), ("often", kills)):
         argv = ["--config", str(config), f"run.dir={folder / name}", *more]
-        cycles = nursery(CASES, "cycles", argv=argv, run=str(folder / name), kills=number, seed=seed, world=world)
+        cycles = nursery(
+            CASES, "cycles", argv=argv, run=str(folder / name), kills=number, seed=seed, world=world
+        )
         assert cycles[-1]["codes"] == [0] * world, (folder / f"{name}.log").read_text()[-4000:]
         ends[name] = nursery(CASES, "outcome", run=str(folder / name))
     assert ends["never"]["step"] == steps
@@ -34,7 +36,9 @@ def check(
     assert len(killed) == kills, "the run was long enough"
     for row in killed:
         assert row["codes"][row["killed"]] == -9
-        assert all(code != 0 for code in row["codes"]), "nobody takes a run for finished whose rank was killed"
+        assert all(code != 0 for code in row["codes"]), (
+            "nobody takes a run for finished whose rank was killed"
+        )
     assert sum(row["to"] > row["from"] for row in killed) > kills / 3, "some got on before"
     return cycles
 

@@ -1,4 +1,5 @@
-"""The table of faults: each in a real run of two to four ranks by the launcher; how soon it shows, what is told, what is lost.
+"""The table of faults: each in a real run of two to four ranks by the launcher; how soon it shows, what is
+told, what is lost.
 
 With FAULT_TABLE=FILE.csv the rows are written there: `make test-faults` does.
 """
@@ -53,7 +54,9 @@ def table() -> Iterator[list[Row]]:
 
 @pytest.fixture
 def trial(launches: Any, config: Path, tmp_path: Path, table: list[Row]) -> Callable[..., tuple[Any, Row]]:
-    """``trial(name, fault, act=...)`` runs one, and notes its row; ``act`` is what somebody does to the run from outside."""
+    """``trial(name, fault, act=...)`` runs one, and notes its row; ``act`` is what somebody does to the
+    run from outside.
+    """
 
     def run(
         name: str,
@@ -75,7 +78,9 @@ def trial(launches: Any, config: Path, tmp_path: Path, table: list[Row]) -> Call
         if launch.mark.exists():
             when = float(launch.mark.read_text())
         told = [
-            event for event in launches.rows(launch.run / "events.jsonl") if event["event"] not in ("pre-flight", "continued")
+            event
+            for event in launches.rows(launch.run / "events.jsonl")
+            if event["event"] not in ("pre-flight", "continued")
         ]
         reached = max([row["step"] + 1 for row in launches.rows(launch.run / "metrics.jsonl")], default=0)
         kept = max(launches.saved(launch.run), default=0)
@@ -107,7 +112,9 @@ def one_reason(launch: Any, *words: str) -> None:
 
 
 def test_rank_killed(trial: Any, launches: Any) -> None:
-    launch, row = trial("rank 1 SIGKILLed", world=2, act=lambda it: os.kill(launches.ranks(it.run)[1], signal.SIGKILL))
+    launch, row = trial(
+        "rank 1 SIGKILLed", world=2, act=lambda it: os.kill(launches.ranks(it.run)[1], signal.SIGKILL)
+    )
     one_reason(launch, "rank 1", "exited without an error message")
     assert row.detected_s < 10
     assert row.ended_s < 60
@@ -124,7 +131,9 @@ def test_rank_0_killed_of_four(trial: Any, launches: Any) -> None:
 
 def test_rank_stopped(trial: Any, launches: Any) -> None:
     """It hangs, and cannot say so: the others do."""
-    launch, row = trial("rank 1 SIGSTOPped", act=lambda it: os.kill(launches.ranks(it.run)[1], signal.SIGSTOP))
+    launch, row = trial(
+        "rank 1 SIGSTOPped", act=lambda it: os.kill(launches.ranks(it.run)[1], signal.SIGSTOP)
+    )
     one_reason(launch, "rank 1", "no heartbeat", "its process is stopped")
     assert row.ended_s < 60
     assert "Thread" in next(launch.run.glob("stacks/*/rank_00000.txt")).read_text()
@@ -132,7 +141,9 @@ def test_rank_stopped(trial: Any, launches: Any) -> None:
 
 def test_rank_waits_for_ever(trial: Any) -> None:
     """It lives but gets nowhere: stacks of every rank, and the one furthest behind is named."""
-    launch, row = trial("rank 1 hangs in Python", {"kind": "hang", "rank": 1, "step": 23}, "guards.hang_seconds=10")
+    launch, row = trial(
+        "rank 1 hangs in Python", {"kind": "hang", "rank": 1, "step": 23}, "guards.hang_seconds=10"
+    )
     one_reason(launch, "no progress for", "rank 1 on")
     assert row.ended_s < 60
     stacks = {path.name: path.read_text() for path in launch.run.glob("stacks/*/rank_*.txt")}
@@ -148,8 +159,12 @@ def test_exception(trial: Any) -> None:
 
 
 def test_nan_gradient(trial: Any, launches: Any) -> None:
-    """Four steps in a row on one rank: three are skipped, the run goes back and passes them over, then skips the fourth."""
-    launch, row = trial("NaN in a gradient of rank 1, 4 steps", {"kind": "nan", "rank": 1, "step": 23, "steps": 4})
+    """Four steps in a row on one rank: three are skipped, the run goes back and passes them over, then
+    skips the fourth.
+    """
+    launch, row = trial(
+        "NaN in a gradient of rank 1, 4 steps", {"kind": "nan", "rank": 1, "step": 23, "steps": 4}
+    )
     assert row.exit_code == 0, launch.output
     events = [event["event"] for event in launches.rows(launch.run / "events.jsonl")]
     assert events == ["pre-flight", *["skipped"] * 3, "rolled back", *["batch skipped"] * 3, "skipped"]
@@ -165,7 +180,9 @@ def test_loss_spike(trial: Any, launches: Any) -> None:
 
 
 def test_newest_checkpoint_corrupted(trial: Any, launches: Any, config: Path, tmp_path: Path) -> None:
-    launches.launch(config, tmp_path / "run", "train.steps=60", fault={"kind": "exception", "rank": 0, "step": 33}).wait()
+    launches.launch(
+        config, tmp_path / "run", "train.steps=60", fault={"kind": "exception", "rank": 0, "step": 33}
+    ).wait()
     file = next(tmp_path.glob("run/checkpoints/step_00000030/rank_00000.safetensors"))
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -175,7 +192,10 @@ def test_newest_checkpoint_corrupted(trial: Any, launches: Any, config: Path, tm
     assert any("checkpoint skipped" in line for line in launch.output.splitlines())
     assert any("continuing at step 20" in line for line in launch.output.splitlines())
     row.steps_lost = 13  # 33 reached, the checkpoint of 20 is the newest whole one
-    row.detected_s, row.message = 0.0, next(line for line in launch.output.splitlines() if "checkpoint skipped" in line)[:160]
+    row.detected_s, row.message = (
+        0.0,
+        next(line for line in launch.output.splitlines() if "checkpoint skipped" in line)[:160],
+    )
     row.message = row.message.replace(str(tmp_path), "...")
 
 
@@ -184,7 +204,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MB of its own."""
     path = tmp_path / "disk"
     path.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(path)], capture_output=True, text=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(path)], capture_output=True, text=True
+    )
     if made.returncode:
         pytest.skip(f"no tmpfs can be mounted: {made.stderr.strip()}")
     yield path
@@ -201,7 +223,9 @@ def test_disk_full(trial: Any, disk: Path, tmp_path: Path) -> None:
         time.sleep(2.5)  # some saves fall into it
         (disk / "filler").unlink()
 
-    launch, row = trial("disk full during a save", None, "train.steps=400", folder=disk / "run", at=4, act=fill)
+    launch, row = trial(
+        "disk full during a save", None, "train.steps=400", folder=disk / "run", at=4, act=fill
+    )
     assert row.exit_code == 0, launch.output
     assert row.steps_lost == 0
     assert "not written" in launch.output
@@ -232,7 +256,9 @@ def test_read_only_folder(trial: Any, tmp_path: Path) -> None:
 
 def test_replica_tampered(trial: Any) -> None:
     over = ("zero.stage=0", "guards.replicas_interval=5")
-    launch, row = trial("a weight of rank 1 changed by 1e-3", {"kind": "tamper", "rank": 1, "step": 23}, *over)
+    launch, row = trial(
+        "a weight of rank 1 changed by 1e-3", {"kind": "tamper", "rank": 1, "step": 23}, *over
+    )
     one_reason(launch, "replicas", "decoder.layers.0.mlp.linear_fc1.bias")
     assert (row.exit_code, row.steps_lost) == (4, 5)
 

@@ -1,4 +1,6 @@
-"""The config tree: every refusal says key, value and rule; whatever the input, nothing but ConfigError comes out."""
+"""The config tree: every refusal says key, value and rule; whatever the input, nothing but ConfigError
+comes out.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ def config(**over: Any) -> Config:
     return from_tree(changed(**over))
 
 
-# ------------------------------------------------------------------------------------------------------------- single values
+# ---------------------------------------------------------------------------------------------- single values
 
 
 @pytest.mark.parametrize(
@@ -91,12 +93,21 @@ def test_an_int_stands_for_a_float_and_nothing_else_is_converted() -> None:
 
 
 def test_all_problems_come_at_once(write: Write) -> None:
-    found = problems(lambda: config(train__steps=-1, ffn__kind="x", zero__stage=9, model__heads=None, data__text_feild="t"))
+    found = problems(
+        lambda: config(train__steps=-1, ffn__kind="x", zero__stage=9, model__heads=None, data__text_feild="t")
+    )
     assert sorted(text.split(" ")[0].rstrip(":") for text in found) == sorted(
         ["train.steps", "ffn.kind", "zero.stage", "model.heads", "data.text_feild"]
     )
-    rules = problems(lambda: config(model__heads=5, ffn__rank=30, ffn__dense_layers=[7], train__micro_batch_size=3))
-    assert {text.split(" ")[0] for text in rules} >= {"model.heads", "ffn.blocks", "ffn.dense_layers", "train.micro_batch_size"}
+    rules = problems(
+        lambda: config(model__heads=5, ffn__rank=30, ffn__dense_layers=[7], train__micro_batch_size=3)
+    )
+    assert {text.split(" ")[0] for text in rules} >= {
+        "model.heads",
+        "ffn.blocks",
+        "ffn.dense_layers",
+        "train.micro_batch_size",
+    }
     overrides = problems(lambda: load(write(SMALL), ["train.step=1", "steps", "ffn.rank=4", "model.withd=3"]))
     assert len(overrides) == 3
 
@@ -121,7 +132,9 @@ def test_a_key_near_to_nothing_names_nothing(write: Write) -> None:
 
 
 def test_a_misplaced_key_is_shown_its_place(write: Write) -> None:
-    assert problems(lambda: load(write(SMALL), ["rank=4"])) == ("rank: unknown key; the nearest known one is ffn.rank",)
+    assert problems(lambda: load(write(SMALL), ["rank=4"])) == (
+        "rank: unknown key; the nearest known one is ffn.rank",
+    )
 
 
 def test_missing_sections_are_named() -> None:

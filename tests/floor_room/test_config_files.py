@@ -67,7 +67,8 @@ def test_a_base_that_is_no_file_is_refused(base: object, write: Write) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[1]", "3", "null", "\ufeff{}", '{"a":' * 9999, '{"a": 1', "\x00", '{"a": ' + "9" * 5000 + "}"]
+    "text",
+    ["", "{", "[1]", "3", "null", "\ufeff{}", '{"a":' * 9999, '{"a": 1', "\x00", '{"a": ' + "9" * 5000 + "}"],
 )
 def test_a_file_that_is_no_object_is_refused(text: str, write: Write) -> None:
     assert "a.json" in problems(lambda: load(write(text)))[0]
@@ -85,7 +86,7 @@ def test_a_symbolic_link_to_itself_is_refused(tmp_path: Path) -> None:
     assert "loop.json" in problems(lambda: load(tmp_path / "loop.json"))[0]
 
 
-# -------------------------------------------------------------------------------------------------------- overrides and fuzz
+# ----------------------------------------------------------------------------------------- overrides and fuzz
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,9 @@ def test_overrides_that_cannot_be_meant_are_refused(override: str, write: Write)
 
 
 def test_an_override_below_a_section_that_is_no_object_is_refused(write: Write) -> None:
-    assert problems(lambda: load(write({**SMALL, "ffn": 3}), ["ffn.rank=4"])) == ("ffn = 3: must be an object of settings",)
+    assert problems(lambda: load(write({**SMALL, "ffn": 3}), ["ffn.rank=4"])) == (
+        "ffn = 3: must be an object of settings",
+    )
 
 
 LEAVES = (
@@ -159,14 +162,18 @@ LEAVES = (
     | st.sampled_from(["dense", "low_rank", "swiglu"])
 )
 TREES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
 )
 KEYS = st.sampled_from([*key_fields(), *Config.model_fields, "base"])
 
 
 @settings(max_examples=250, deadline=None)
 @given(st.lists(st.tuples(KEYS, TREES), max_size=5), st.dictionaries(st.text(max_size=6), TREES, max_size=2))
-def test_a_random_tree_gives_a_config_or_a_config_error(changes: list[tuple[str, Any]], more: dict[str, Any]) -> None:
+def test_a_random_tree_gives_a_config_or_a_config_error(
+    changes: list[tuple[str, Any]], more: dict[str, Any]
+) -> None:
     tree = {**json.loads(json.dumps(SMALL)), **more}
     for key, value in changes:
         section, _, leaf = key.partition(".")

@@ -1,4 +1,6 @@
-"""Rules that join several keys of the config, the number of ranks, unused settings, and what makes a run the same run."""
+"""Rules that join several keys of the config, the number of ranks, unused settings, and what makes a run
+the same run.
+"""
 
 from __future__ import annotations
 
@@ -56,10 +58,18 @@ def problems(call: Callable[[], object]) -> tuple[str, ...]:
         ({**LOW_RANK, "ffn.rank": None}, "ffn.rank", '"low_rank" needs it'),
         ({**SHUFFLE, "ffn.blocks": None}, "ffn.blocks", '"block_shuffle" needs it'),
         ({**LOW_RANK, "ffn.rank": 65}, "ffn.rank = 65", "must not exceed min(model.width, ffn.width) = 64"),
-        ({"ffn.blocks": 3, "ffn.width": 192, "ffn.rank": 33}, "ffn.blocks = 3", "must divide model.width = 64"),
+        (
+            {"ffn.blocks": 3, "ffn.width": 192, "ffn.rank": 33},
+            "ffn.blocks = 3",
+            "must divide model.width = 64",
+        ),
         ({"ffn.width": 254}, "ffn.blocks = 4", "must divide ffn.width = 254"),
         ({"ffn.rank": 30}, "ffn.blocks = 4", "must divide ffn.rank = 30"),
-        ({"train.micro_batch_size": 5}, "train.micro_batch_size = 5", "must divide train.global_batch_size = 16"),
+        (
+            {"train.micro_batch_size": 5},
+            "train.micro_batch_size = 5",
+            "must divide train.global_batch_size = 16",
+        ),
     ],
 )
 def test_a_broken_rule_names_key_value_and_rule(over: dict[str, Any], key: str, rule: str) -> None:
@@ -94,7 +104,9 @@ def test_the_rank_is_cut_nowhere() -> None:
 def test_a_bottleneck_is_kept_only_where_there_is_one() -> None:
     config({"recompute": "bottleneck"})
     for over in ({"ffn.kind": "dense"}, {"ffn.dense_layers": list(range(config().model.layers))}):
-        assert problems(lambda over=over: config({**over, "recompute": "bottleneck"}))[0].startswith("recompute = bottleneck: ")
+        assert problems(lambda over=over: config({**over, "recompute": "bottleneck"}))[0].startswith(
+            "recompute = bottleneck: "
+        )
 
 
 def test_the_sequence_is_split_only_with_sequence_parallelism() -> None:
@@ -103,7 +115,8 @@ def test_the_sequence_is_split_only_with_sequence_parallelism() -> None:
 
 @pytest.mark.parametrize("kind", ["block_shuffle", "block_dense"])
 @pytest.mark.parametrize(
-    ("blocks", "p", "fits"), [(4, 2, True), (4, 4, True), (2, 4, True), (1, 4, True), (6, 4, False), (3, 2, False)]
+    ("blocks", "p", "fits"),
+    [(4, 2, True), (4, 4, True), (2, 4, True), (1, 4, True), (6, 4, False), (3, 2, False)],
 )
 def test_blocks_and_ranks_divide_one_another(kind: str, blocks: int, p: int, fits: bool) -> None:
     # 96 and 288 hold every block count, 288 = 2^5 3^2 also its square
@@ -148,7 +161,10 @@ def test_the_number_of_ranks(tensor: int, world: int, fits: bool) -> None:
 @pytest.mark.parametrize(
     ("over", "problem"),
     [
-        ({"guide.mode": "window", "guide.begin": 5, "guide.end": 5}, "guide.begin = 5: must be below guide.end = 5"),
+        (
+            {"guide.mode": "window", "guide.begin": 5, "guide.end": 5},
+            "guide.begin = 5: must be below guide.end = 5",
+        ),
         ({"guide.mode": "window", "guide.begin": 10}, "guide.begin = 10: must be below train.steps = 10"),
         ({"guide.mode": "window", "guide.end": 11}, "guide.end = 11: must not exceed train.steps = 10"),
         (
@@ -156,7 +172,13 @@ def test_the_number_of_ranks(tensor: int, world: int, fits: bool) -> None:
             'guide.mode = "fixed_flop": the structured model costs',
         ),
         (
-            {"guide.mode": "fixed_flop", "guide.stochastic": True, "ffn.width": 8192, "ffn.rank": 4, "ffn.dense_layers": []},
+            {
+                "guide.mode": "fixed_flop",
+                "guide.stochastic": True,
+                "ffn.width": 8192,
+                "ffn.rank": 4,
+                "ffn.dense_layers": [],
+            },
             'guide.mode = "fixed_flop": what the structured model saves guides 1.',
         ),
     ],
@@ -180,7 +202,10 @@ def test_unused_settings_are_told_and_are_no_errors() -> None:
     assert keys({"guide.stochastic": True}) == {"guide.stochastic"}
     assert keys({"guide.mode": "fixed_step", "guide.fraction": 0.01}) == {"guide.mode", "guide.fraction"}
     assert keys({"guide.mode": "window", "guide.fraction": 0.2, "guide.begin": 1}) == {"guide.fraction"}
-    assert keys({"guide.mode": "fixed_flop", "guide.begin": 1, "guide.end": 4}) == {"guide.begin", "guide.end"}
+    assert keys({"guide.mode": "fixed_flop", "guide.begin": 1, "guide.end": 4}) == {
+        "guide.begin",
+        "guide.end",
+    }
     assert keys({"guide.stochastic": True, "guide.mode": "fixed_step"}) == set()
     assert keys({"parallel.sequence": True}) == {"parallel.sequence"}
     # values that would be refused were they used

@@ -1,4 +1,6 @@
-"""The house's floors, read from the imports: who may import whom, what stays light, what carries a docstring."""
+"""The house's floors, read from the imports: who may import whom, what stays light, what carries a
+docstring.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,25 @@ FLOORS = (
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 KINDS = ("dense", "low_rank", "block_dense", "block_shuffle")
-HEAVY = {"torch", "numpy", "megatron", "deepspeed", "datasets", "tokenizers", "triton", "transformers", "wandb", "matplotlib"}
+HEAVY = {
+    "torch",
+    "numpy",
+    "megatron",
+    "deepspeed",
+    "datasets",
+    "tokenizers",
+    "triton",
+    "transformers",
+    "wandb",
+    "matplotlib",
+}
 BY_NAME = {"importlib.import_module", "import_module", "__import__"}
 NO_TORCH = tuple(f"structured.{file}" for file in ("cut", "structure", *KINDS, "registry"))
-LOWEST = ("atomic_io", *NO_TORCH, *(f"spec.{path.stem}" for path in sorted((PACKAGE / "spec").glob("[!_]*.py"))))
+LOWEST = (
+    "atomic_io",
+    *NO_TORCH,
+    *(f"spec.{path.stem}" for path in sorted((PACKAGE / "spec").glob("[!_]*.py"))),
+)
 LIGHT = (
     *LOWEST,
     *(f"launch.{path.stem}" for path in sorted((PACKAGE / "launch").glob("[!_]*.py"))),
@@ -51,7 +68,7 @@ LIGHT = (
     *("comparison.variants", "comparison.summary", "comparison.curves"),
 )
 
-# ------------------------------------------------------------------------------------------------------------- the reading
+# ------------------------------------------------------------------------------------------------ the reading
 
 
 def module_name(path: Path) -> str:
@@ -85,7 +102,9 @@ def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]
                 base = ".".join([*parts[:kept], *([base] if base else [])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
-            yield from (str(argument.value) for argument in node.args[:1] if isinstance(argument, ast.Constant))
+            yield from (
+                str(argument.value) for argument in node.args[:1] if isinstance(argument, ast.Constant)
+            )
 
 
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:
@@ -112,7 +131,7 @@ SOURCES = sources()
 by_module = pytest.mark.parametrize("path", SOURCES, ids=[module_name(path) for path in SOURCES])
 
 
-# ------------------------------------------------------------------------------------------------------------------ floors
+# ----------------------------------------------------------------------------------------------------- floors
 
 
 @by_module
@@ -151,7 +170,9 @@ def test_the_reading_lets_right_imports_pass() -> None:
     assert not violations("from . import identity", "sffn_dist.training", is_package=True)
 
 
-@pytest.mark.parametrize("room", ["split_table", "machine", "counts", "traffic", "schedule", "validation", "memory", "plan"])
+@pytest.mark.parametrize(
+    "room", ["split_table", "machine", "counts", "traffic", "schedule", "validation", "memory", "plan"]
+)
 def test_lowest_floors_are_standard_library_and_our_own(room: str) -> None:
     source = (PACKAGE / "spec" / f"{room}.py").read_text(encoding="utf-8")
     for name in imports(source, f"sffn_dist.spec.{room}"):
@@ -162,7 +183,9 @@ def test_lowest_floors_are_standard_library_and_our_own(room: str) -> None:
 def test_modules_that_say_standard_library_only_mean_it(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     if "Standard library only" in (ast.get_docstring(ast.parse(source)) or ""):
-        foreign = {name.split(".")[0] for name in imports(source, module_name(path))} - sys.stdlib_module_names
+        foreign = {
+            name.split(".")[0] for name in imports(source, module_name(path))
+        } - sys.stdlib_module_names
         assert foreign <= {"sffn_dist", "sffn_bench"}
 
 
@@ -176,7 +199,9 @@ def imported_files(path: Path) -> set[str]:
     """Modules of ours that a file imports, wherever in it."""
     ours = {module_name(path) for path in SOURCES}
     names = imports(path.read_text(encoding="utf-8"), module_name(path), path.name == "__init__.py")
-    return {found for name in names for found in (name, name.rpartition(".")[0]) if found in ours} - {module_name(path)}
+    return {found for name in names for found in (name, name.rpartition(".")[0]) if found in ours} - {
+        module_name(path)
+    }
 
 
 def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
@@ -191,7 +216,9 @@ def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
         return seen
 
     closure = {name: reached(name) for name in graph}
-    return sorted({tuple(sorted(b for b in closure[a] if a in closure.get(b, set()))) for a in graph if a in closure[a]})
+    return sorted(
+        {tuple(sorted(b for b in closure[a] if a in closure.get(b, set()))) for a in graph if a in closure[a]}
+    )
 
 
 def test_no_modules_import_each_other() -> None:
@@ -214,10 +241,15 @@ def test_kernels_and_test_folders_shadow_no_package() -> None:
         assert importlib.util.find_spec(folder.name) is None, f"{folder} bears a package's name"
 
 
-# -------------------------------------------------------------------------------------------------------------- structures
+# ------------------------------------------------------------------------------------------------- structures
 
-# a structure's own files (whose ops take its kind from there), the exported modeling file, the sizes that benchmarks run
-NAME_KINDS = {*(f"sffn_dist.structured.{kind}" for kind in KINDS), "sffn_dist.conversion.hf.modeling_sffn", "sffn_bench.sizes"}
+# a structure's own files (whose ops take its kind from there), the exported modeling file, the sizes that
+# benchmarks run
+NAME_KINDS = {
+    *(f"sffn_dist.structured.{kind}" for kind in KINDS),
+    "sffn_dist.conversion.hf.modeling_sffn",
+    "sffn_bench.sizes",
+}
 
 
 def named_kinds(source: str) -> list[str]:
@@ -228,23 +260,29 @@ def named_kinds(source: str) -> list[str]:
             found.append(f"line {node.lineno}: {node.value}")
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
-            if any(isinstance(side, ast.Constant) and side.value == "dense" for side in sides) and "kind" in ast.unparse(node):
+            if any(
+                isinstance(side, ast.Constant) and side.value == "dense" for side in sides
+            ) and "kind" in ast.unparse(node):
                 found.append(f"line {node.lineno}: {ast.unparse(node)}")
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if room_of(module_name(p)) != "sffn_kernels"], ids=module_name)
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if room_of(module_name(p)) != "sffn_kernels"], ids=module_name
+)
 def test_a_structure_is_named_in_its_own_files_alone(path: Path) -> None:
     if module_name(path) not in NAME_KINDS:
         assert named_kinds(path.read_text(encoding="utf-8")) == []
 
 
 def test_the_reading_of_kinds_finds_them() -> None:
-    assert len(named_kinds("a = x == 'low_rank'\nb = {'block_shuffle': 1}\nc = structure.kind != 'dense'")) == 3
+    assert (
+        len(named_kinds("a = x == 'low_rank'\nb = {'block_shuffle': 1}\nc = structure.kind != 'dense'")) == 3
+    )
     assert not named_kinds("'low_rank and block_dense'\nlabel = 'dense'")
 
 
-# ------------------------------------------------------------------------------------------------------------------- light
+# ------------------------------------------------------------------------------------------------------ light
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -255,29 +293,94 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
     assert done.stdout.strip() == ""
 
 
-@pytest.mark.parametrize("arguments", [["--plan"], ["--plan", "--json"], ["parallel.tensor=3"], ["--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--plan"], ["--plan", "--json"], ["parallel.tensor=3"], ["--help"]], ids=" ".join
+)
 def test_plan_help_and_refusals_import_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-X", "importtime", str(PACKAGE / "pretrain.py"), "--config", str(ROOT / "configs/demo.json")]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        str(PACKAGE / "pretrain.py"),
+        "--config",
+        str(ROOT / "configs/demo.json"),
+    ]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == (2 if "parallel.tensor=3" in arguments else 0), done.stderr
-    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    imported = {
+        line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")
+    }
     assert "sffn_dist.spec.config" in imported, "the report of imports was not understood"
     assert not HEAVY & {name.split(".")[0] for name in imported}
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
-# ------------------------------------------------------------------------------------------------------------------ words
+# ------------------------------------------------------------------------------------------------------ words
 
 # names that the field has another word for
 RETIRED_MODULES = {
-    *("setbacks", "roll_call", "watch", "exercise", "alike", "reading", "rules", "durable", "standalone", "host"),
+    *(
+        "setbacks",
+        "roll_call",
+        "watch",
+        "exercise",
+        "alike",
+        "reading",
+        "rules",
+        "durable",
+        "standalone",
+        "host",
+    ),
     *("ending", "finish", "replicas", "guards", "shapes", "spikes", "agreement", "bottleneck"),
 }
 RETIRED_NAMES = {
-    *("Setbacks", "Line", "Watch", "Half", "Wanted", "Widened", "Begun", "Carried", "Losses", "Run", "Agreed", "Entry"),
-    *("told", "everyone", "survivors", "_spoil_partitions", "turn", "turned", "_turned_back", "calm", "too_many", "streak"),
-    *("turn_back", "objection", "standings", "see_off", "hear_all", "go_back", "owes_save", "setbacks", "ticking"),
-    *("equal_flops_share", "alpha_form", "lacks_triton", "draw_alike", "fill", "carry", "arrived", "_complete"),
+    *(
+        "Setbacks",
+        "Line",
+        "Watch",
+        "Half",
+        "Wanted",
+        "Widened",
+        "Begun",
+        "Carried",
+        "Losses",
+        "Run",
+        "Agreed",
+        "Entry",
+    ),
+    *(
+        "told",
+        "everyone",
+        "survivors",
+        "_spoil_partitions",
+        "turn",
+        "turned",
+        "_turned_back",
+        "calm",
+        "too_many",
+        "streak",
+    ),
+    *(
+        "turn_back",
+        "objection",
+        "standings",
+        "see_off",
+        "hear_all",
+        "go_back",
+        "owes_save",
+        "setbacks",
+        "ticking",
+    ),
+    *(
+        "equal_flops_share",
+        "alpha_form",
+        "lacks_triton",
+        "draw_alike",
+        "fill",
+        "carry",
+        "arrived",
+        "_complete",
+    ),
 }
 
 
@@ -317,9 +420,15 @@ def test_files_are_no_longer_than_350_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
 
 
-# -------------------------------------------------------------------------------------------------------------- docstrings
+# ------------------------------------------------------------------------------------------------- docstrings
 
-OVERRIDES = {"forward", "backward", "extra_repr", "reset_parameters", "due"}  # documented by torch's classes, and by Hook
+OVERRIDES = {
+    "forward",
+    "backward",
+    "extra_repr",
+    "reset_parameters",
+    "due",
+}  # documented by torch's classes, and by Hook
 # a class's methods are documented in its base: base -> file
 DOCUMENTED_BASES = {
     "Structure": "structured/structure.py",
@@ -335,14 +444,19 @@ def inherited(node: ast.ClassDef) -> set[str]:
 
 
 def undocumented(tree: ast.Module) -> Iterator[str]:
-    """Public definitions without a docstring. A function whose body is one statement, or a property of two, may go without."""
+    """Public definitions without a docstring.
+
+    A function whose body is one statement, or a property of two, may go without.
+    """
     if ast.get_docstring(tree) is None:
         yield "the module"
     pending: list[tuple[str, ast.Module | ast.ClassDef]] = [("", tree)]
     while pending:
         prefix, parent = pending.pop()
         for node in parent.body:
-            if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
+            if not isinstance(
+                node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+            ) or node.name.startswith("_"):
                 continue
             if isinstance(node, ast.ClassDef):
                 pending.append((f"{prefix}{node.name}.", node))

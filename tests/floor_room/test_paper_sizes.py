@@ -31,7 +31,8 @@ MODELS = {
 STRUCTURES = {
     "low_rank": {s: ((2 * r, None), (r, None)) for s, r in {"s": 192, "m": 256, "l": 384, "xl": 512}.items()},
     "block_dense": {
-        s: ((2 * r, b), (r, b)) for s, (r, b) in {"s": (256, 2), "m": (384, 4), "l": (512, 2), "xl": (768, 4)}.items()
+        s: ((2 * r, b), (r, b))
+        for s, (r, b) in {"s": (256, 2), "m": (384, 4), "l": (512, 2), "xl": (768, 4)}.items()
     },
     "block_shuffle": dict.fromkeys(MODELS, ((None, 2), (None, 4))),
 }
@@ -59,7 +60,12 @@ def paper(name: str) -> Config:
 
 
 def training_flops(config: Config) -> int:
-    return counts.flops_per_token(config) * config.model.sequence * config.train.global_batch_size * config.train.steps
+    return (
+        counts.flops_per_token(config)
+        * config.model.sequence
+        * config.train.global_batch_size
+        * config.train.steps
+    )
 
 
 def test_every_size_and_kind_has_a_file() -> None:
@@ -76,14 +82,37 @@ def test_a_file_holds_what_its_name_says(name: str) -> None:
     layers, width, ffn, heads, billions, steps, rate = MODELS[size]
     got = paper(name)
     model, train = got.model, got.train
-    assert (model.layers, model.width, got.ffn_width, model.heads, got.kv_heads) == (layers, width, ffn, heads, heads)
+    assert (model.layers, model.width, got.ffn_width, model.heads, got.kv_heads) == (
+        layers,
+        width,
+        ffn,
+        heads,
+        heads,
+    )
     assert (got.ffn.kind, got.ffn.dense_layers, got.guide.mode) == (kind, (0,), "off")
-    assert (got.ffn.rank, got.ffn.blocks) == (STRUCTURES[kind][size][share == "32"] if share else (None, None))
+    assert (got.ffn.rank, got.ffn.blocks) == (
+        STRUCTURES[kind][size][share == "32"] if share else (None, None)
+    )
     assert (train.steps, train.learning_rate) == (steps, rate)
     assert train.steps * train.global_batch_size * model.sequence == pytest.approx(billions * 1e9, rel=0.01)
-    recipe = (train.weight_decay, train.beta1, train.beta2, train.clip, train.warmup_share, train.min_learning_rate_ratio)
+    recipe = (
+        train.weight_decay,
+        train.beta1,
+        train.beta2,
+        train.clip,
+        train.warmup_share,
+        train.min_learning_rate_ratio,
+    )
     assert recipe == (0.1, 0.9, 0.999, 1.0, 0.1, 0.1)
-    fixed = (model.vocab, model.sequence, train.global_batch_size, model.rope_base, model.norm, model.activation, model.bias)
+    fixed = (
+        model.vocab,
+        model.sequence,
+        train.global_batch_size,
+        model.rope_base,
+        model.norm,
+        model.activation,
+        model.bias,
+    )
     assert fixed == (32_000, 1024, 512, 10_000, "layernorm", "gelu", True)
     assert model.tie_embeddings
 
@@ -97,7 +126,9 @@ def matrices(config: Config, part: str = "") -> float:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_and_flops_are_the_published_ones(name: str) -> None:
-    """The authors' own counts (xl) hold biases in the total but not in the FFN's; the others come from the FLOP formula: matrices."""
+    """The authors' own counts (xl) hold biases in the total but not in the FFN's; the others come from the
+    FLOP formula: matrices.
+    """
     total, ffn, flops = PUBLISHED[name]
     config = paper(name)
     millions = counts.parameters(config) / 1e6
@@ -111,7 +142,9 @@ def test_parameters_and_flops_are_the_published_ones(name: str) -> None:
         assert training_flops(config) == pytest.approx(flops, rel=0.01)
 
 
-@pytest.mark.parametrize(("name", "millions"), [("wide_lowrank_m", 219), ("wide_lowrank_l", 464), ("wide_blockdiag", 211)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("wide_lowrank_m", 219), ("wide_lowrank_l", 464), ("wide_blockdiag", 211)]
+)
 def test_the_wide_and_structured_models(name: str, millions: int) -> None:
     config = load(CONFIGS / f"{name}.json")
     assert counts.parameters(config) / 1e6 == pytest.approx(millions, abs=0.5)
@@ -144,7 +177,9 @@ def test_fixed_flop_guides_and_repeats_the_published_share_at_the_dense_models_f
                 assert equal_flops_fraction(config) == pytest.approx(share, abs=0.006)
             assert clock.guided_steps == round(equal_flops_fraction(config) * steps)
             own, guide = counts.flops_per_token(config), counts.guide_flops_per_token(config)
-            by_step = sum(own + guide * clock.expected_drawn_fraction(step) for step in range(clock.total_steps))
+            by_step = sum(
+                own + guide * clock.expected_drawn_fraction(step) for step in range(clock.total_steps)
+            )
             assert by_step * config.tokens_per_step == pytest.approx(flops(config), rel=1e-9)
 
 
@@ -181,7 +216,9 @@ def test_an_untied_embedding_is_counted_but_looked_up_for_nothing() -> None:
     ids=["", "swiglu", "guided", "gqa"],
 )
 @pytest.mark.parametrize("kind", ["low_rank", "block_dense", "block_shuffle"])
-def test_tensor_parallel_ranks_share_all_but_the_replicated(kind: str, overrides: list[str], guide: bool) -> None:
+def test_tensor_parallel_ranks_share_all_but_the_replicated(
+    kind: str, overrides: list[str], guide: bool
+) -> None:
     for p in (2, 4):
         config = load(CONFIGS / "paper" / f"s_{kind}_32.json", [f"parallel.tensor={p}", *overrides])
         specs = split_table.model_tensors(config, guide=guide).values()
@@ -192,12 +229,14 @@ def test_tensor_parallel_ranks_share_all_but_the_replicated(kind: str, overrides
         assert cut > whole
 
 
-# ------------------------------------------------------------------------------------------------------------------ memory
+# ----------------------------------------------------------------------------------------------------- memory
 
 
 def memory(data_parallel: int, precision: str = "bf16", guide: bool = False, **over: Any) -> dict[str, int]:
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in over.items()]
-    return memory_per_rank(load(CONFIGS / "paper" / "s_low_rank_32.json", overrides), precision, data_parallel, guide=guide)
+    return memory_per_rank(
+        load(CONFIGS / "paper" / "s_low_rank_32.json", overrides), precision, data_parallel, guide=guide
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -217,7 +256,9 @@ def test_each_stage_shares_what_it_says() -> None:
     assert [held[stage]["optimizer"] for stage in (1, 2, 3)] == [12 * n // 4] * 3
     assert held[2]["gradients"] * 4 == pytest.approx(held[1]["gradients"], abs=4)
     assert held[1]["weights"] == held[2]["weights"] == 2 * n == pytest.approx(4 * held[3]["weights"], abs=4)
-    assert all(row["total"] == sum(size for part, size in row.items() if part != "total") for row in held.values())
+    assert all(
+        row["total"] == sum(size for part, size in row.items() if part != "total") for row in held.values()
+    )
 
 
 def test_memory_falls_with_tensor_parallelism_recomputation_and_micro_batches() -> None:

@@ -1,4 +1,6 @@
-"""The plan: what it promises, that it is JSON, and that bad input is refused with one clear line and exit code 2."""
+"""The plan: what it promises, that it is JSON, and that bad input is refused with one clear line and exit
+code 2.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,16 @@ def small(**over: dict[str, Any]) -> Config:
 
 def pretrain(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """The script as a user starts it, in a folder of its own."""
-    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    inherited = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     command = [sys.executable, str(ROOT / "sffn_dist" / "pretrain.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, env={**inherited, **environment})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=folder, env={**inherited, **environment}
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------------------------- numbers
 
 
 def test_the_promised_keys_and_numbers() -> None:
@@ -72,8 +78,12 @@ def test_the_promised_keys_and_numbers() -> None:
         {"phase": "plain", "first_step": 2, "last_step": 7, "steps": 6, "tokens": 768, "flops": 6 * plain},
     ]
     assert memory[0] == got["memory_per_rank"]["total"], "the guided phase takes the most"
-    assert memory[1] == plan(small(guide={"mode": "off"}), 2)["memory_per_rank"]["total"], "nothing is left of the guide"
-    assert got["structured_share_of_ffn"] == parts["ffn_structured"] / (parts["ffn_structured"] + parts["ffn_dense"])
+    assert memory[1] == plan(small(guide={"mode": "off"}), 2)["memory_per_rank"]["total"], (
+        "nothing is left of the guide"
+    )
+    assert got["structured_share_of_ffn"] == parts["ffn_structured"] / (
+        parts["ffn_structured"] + parts["ffn_dense"]
+    )
     assert got["ffn_parameters_of_dense"] == pytest.approx(
         (parts["ffn_structured"] + parts["ffn_dense"]) / (3 * parts["ffn_dense"])
     )
@@ -112,7 +122,13 @@ def test_precision_asked_for_is_precision_planned() -> None:
 
 def test_the_coin_halves_the_guides_flops_in_the_total() -> None:
     always, drawn = (
-        plan(small(guide={"stochastic": coin}, train={"steps": 800, "global_batch_size": 8, "micro_batch_size": 2}), 1)
+        plan(
+            small(
+                guide={"stochastic": coin},
+                train={"steps": 800, "global_batch_size": 8, "micro_batch_size": 2},
+            ),
+            1,
+        )
         for coin in (False, True)
     )
     guide = always["flops_total"] - always["flops_per_step"] * 800
@@ -134,13 +150,21 @@ def test_unused_settings_are_shown() -> None:
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(211_000_000, "211 M"), (1e18, "1 E"), (999, "999"), (0, "0"), (1500, "1.5 k"), (2.5e12, "2.5 T"), (1e9, "1 G")],
+    [
+        (211_000_000, "211 M"),
+        (1e18, "1 E"),
+        (999, "999"),
+        (0, "0"),
+        (1500, "1.5 k"),
+        (2.5e12, "2.5 T"),
+        (1e9, "1 G"),
+    ],
 )
 def test_numbers_are_written_short(number: float, text: str) -> None:
     assert si(number) == text
 
 
-# ------------------------------------------------------------------------------------------------------------ the script
+# ------------------------------------------------------------------------------------------------- the script
 
 
 def test_plan_json_is_one_object_quickly(tmp_path: Path) -> None:
@@ -149,7 +173,15 @@ def test_plan_json_is_one_object_quickly(tmp_path: Path) -> None:
     assert time.monotonic() - started < 5
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout)
-    assert {"parameters", "parameters_by_part", "ffn", "ffn.kind", "flops_per_step", "precision", "unused"} <= got.keys()
+    assert {
+        "parameters",
+        "parameters_by_part",
+        "ffn",
+        "ffn.kind",
+        "flops_per_step",
+        "precision",
+        "unused",
+    } <= got.keys()
     assert got["run.dir"] == "runs/wide_lowrank_m"
     assert got["parameters"] == pytest.approx(219e6, abs=5e5)
     assert done.stderr == ""
@@ -158,7 +190,9 @@ def test_plan_json_is_one_object_quickly(tmp_path: Path) -> None:
 
 def test_overrides_and_the_number_of_ranks_reach_the_plan(tmp_path: Path) -> None:
     demo = ["--config", str(ROOT / "configs/demo.json"), "--plan", "--json"]
-    got = json.loads(pretrain([*demo, "train.steps=77", "run.dir=2024", "--local_rank=0"], tmp_path, WORLD_SIZE="4").stdout)
+    got = json.loads(
+        pretrain([*demo, "train.steps=77", "run.dir=2024", "--local_rank=0"], tmp_path, WORLD_SIZE="4").stdout
+    )
     assert (got["steps"], got["run.dir"], got["ranks"]) == (77, "2024", {"world": 4, "tensor": 2, "data": 2})
     assert json.loads(pretrain(demo, tmp_path).stdout)["ranks"]["world"] == 2, "a plan assumes one replica"
 
@@ -166,10 +200,19 @@ def test_overrides_and_the_number_of_ranks_reach_the_plan(tmp_path: Path) -> Non
 REFUSALS = {
     "unknown key": (["train.step=3"], ["train.step: unknown key", "train.steps"]),
     "wrong type": (["train.steps=many"], ['train.steps = "many": must be']),
-    "width": (["ffn.kind=low_rank", "ffn.width=511"], ["ffn.width = 511: must be divisible by parallel.tensor = 2"]),
+    "width": (
+        ["ffn.kind=low_rank", "ffn.width=511"],
+        ["ffn.width = 511: must be divisible by parallel.tensor = 2"],
+    ),
     "blocks": (["ffn.blocks=3"], ["ffn.blocks = 3: "]),
-    "heads": (["model.heads=1", "model.kv_heads=1"], ["model.heads = 1: must be divisible by parallel.tensor = 2"]),
-    "batch": (["train.micro_batch_size=7"], ["train.micro_batch_size = 7: must divide train.global_batch_size = 16"]),
+    "heads": (
+        ["model.heads=1", "model.kv_heads=1"],
+        ["model.heads = 1: must be divisible by parallel.tensor = 2"],
+    ),
+    "batch": (
+        ["train.micro_batch_size=7"],
+        ["train.micro_batch_size = 7: must divide train.global_batch_size = 16"],
+    ),
     "contradiction": (
         ["ffn.kind=block_shuffle", "ffn.blocks=null"],
         ['ffn.blocks: missing; ffn.kind = "block_shuffle" needs it'],
@@ -199,17 +242,24 @@ def test_bad_input_is_refused_with_a_clear_line(name: str, tmp_path: Path) -> No
 
 def test_missing_files_and_arguments_are_refused(tmp_path: Path) -> None:
     done = pretrain(["--config", "none.json", "--plan"], tmp_path)
-    assert (done.returncode, done.stderr) == (2, "pretrain.py: error: config file 'none.json': no such file\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "pretrain.py: error: config file 'none.json': no such file\n",
+    )
     done = pretrain(["--plan"], tmp_path)
     assert done.returncode == 2
     assert "--config" in done.stderr
 
 
-def test_a_run_on_the_wrong_number_of_ranks_is_refused_by_one_rank_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_run_on_the_wrong_number_of_ranks_is_refused_by_one_rank_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
     arguments = ["--config", str(ROOT / "configs/demo.json")]
     done = pretrain(arguments, tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("pretrain.py: error: parallel.tensor = 2: must divide the number of ranks, 1 ")
+    assert done.stderr.startswith(
+        "pretrain.py: error: parallel.tensor = 2: must divide the number of ranks, 1 "
+    )
     quiet = pretrain(arguments, tmp_path, RANK="1", WORLD_SIZE="3")
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (2, "", "")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,6 @@
-"""The clock: the paper's formulas, golden tables of every mode, and a coin that depends on its four arguments alone."""
+"""The clock: the paper's formulas, golden tables of every mode, and a coin that depends on its four
+arguments alone.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +47,28 @@ def from_config(guide: dict[str, Any], **train: Any) -> Schedule:
     return build_schedule(from_tree({**TREE, "guide": guide, "train": {**TREE["train"], **train}}))
 
 
-# --------------------------------------------------------------------------------------------------------------- formulas
+# --------------------------------------------------------------------------------------------------- formulas
 
 
 @pytest.mark.parametrize(
     ("step", "guided", "alpha"),
     [
-        *((0, 8, 1.0), (1, 8, 0.9619397662556434), (2, 8, 0.8535533905932737), (4, 8, 0.5), (6, 8, 0.14644660940672627)),
-        *((7, 8, 0.03806023374435663), (8, 8, 0.0), (9, 8, 0.0), (0, 1, 1.0), (1, 1, 0.0), (0, 0, 0.0), (5, 0, 0.0)),
+        *(
+            (0, 8, 1.0),
+            (1, 8, 0.9619397662556434),
+            (2, 8, 0.8535533905932737),
+            (4, 8, 0.5),
+            (6, 8, 0.14644660940672627),
+        ),
+        *(
+            (7, 8, 0.03806023374435663),
+            (8, 8, 0.0),
+            (9, 8, 0.0),
+            (0, 1, 1.0),
+            (1, 1, 0.0),
+            (0, 0, 0.0),
+            (5, 0, 0.0),
+        ),
         *((1, 3, 0.75), (2, 3, 0.25)),
     ],
 )
@@ -70,8 +86,13 @@ def test_linear_alpha() -> None:
 
 @pytest.mark.parametrize("form", ["cosine", "linear"])
 @given(guided=st.integers(1, 5000), data=st.data())
-def test_alpha_falls_from_one_to_zero_half_of_it_on_either_side(form: str, guided: int, data: st.DataObject) -> None:
-    now, step = clock(guide_end=guided, guide_schedule=form, total_steps=10**5), data.draw(st.integers(0, 2 * guided))
+def test_alpha_falls_from_one_to_zero_half_of_it_on_either_side(
+    form: str, guided: int, data: st.DataObject
+) -> None:
+    now, step = (
+        clock(guide_end=guided, guide_schedule=form, total_steps=10**5),
+        data.draw(st.integers(0, 2 * guided)),
+    )
     assert now.alpha(0) == 1.0
     assert now.alpha(guided) == 0.0
     assert now.alpha(step) >= now.alpha(step + 1)
@@ -80,12 +101,16 @@ def test_alpha_falls_from_one_to_zero_half_of_it_on_either_side(form: str, guide
         assert now.alpha(step) + now.alpha(guided - step) == pytest.approx(1.0)
     else:
         assert now.alpha(step) == 0.0
-    assert replace(now, stochastic=True).expected_drawn_steps() == pytest.approx(sum(map(now.alpha, range(guided))))
+    assert replace(now, stochastic=True).expected_drawn_steps() == pytest.approx(
+        sum(map(now.alpha, range(guided)))
+    )
 
 
 def test_learning_rate_warms_up_linearly_then_falls_by_a_cosine() -> None:
     now = clock(total_steps=100, warmup_steps=10)
-    assert [now.learning_rate_factor(step) for step in range(10)] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert [now.learning_rate_factor(step) for step in range(10)] == pytest.approx(
+        [0.1 * (step + 1) for step in range(10)]
+    )
     assert now.learning_rate_factor(10) == 1.0
     assert now.learning_rate_factor(55) == pytest.approx(0.55)  # half way between 1 and 0.1
     assert now.learning_rate_factor(100) == pytest.approx(0.1)
@@ -105,11 +130,15 @@ def test_of_reads_the_config() -> None:
     coin = {"mode": "fixed_step", "fraction": 0.25, "stochastic": True, "schedule": "linear"}
     assert from_config(coin) == Schedule(1000, 1000, 0, 250, 100, 0.1, "linear", True, 5)
     assert from_config({}).guided_steps == 0
-    assert build_schedule(from_tree({**TREE, "guide": coin, "ffn": {}})).guided_steps == 0, "a dense FFN has nothing to guide"
+    assert build_schedule(from_tree({**TREE, "guide": coin, "ffn": {}})).guided_steps == 0, (
+        "a dense FFN has nothing to guide"
+    )
     whole = from_config({"mode": "fixed_step", "fraction": 1.0})
     assert whole.guided_steps == whole.total_steps
     assert whole.at(999).phase == "guided"
-    assert from_config({"mode": "window", "begin": 7}) == Schedule(1000, 1000, 7, 1000, 100, 0.1, "cosine", False, 5)
+    assert from_config({"mode": "window", "begin": 7}) == Schedule(
+        1000, 1000, 7, 1000, 100, 0.1, "cosine", False, 5
+    )
     assert from_config({"mode": "window", "begin": 7, "end": 9, "fraction": 0.1}).phases() == [
         Phase("plain", 0, 7),
         Phase("guided", 7, 9),
@@ -119,7 +148,8 @@ def test_of_reads_the_config() -> None:
 
 def test_fixed_flop_repeats_what_it_guided_and_stretches_the_learning_rate() -> None:
     run = from_config({"mode": "fixed_flop"})
-    # by hand, MAC a token: embedding 64 x 8, attention 2 x 4 x 64, 12 x 2 x 8 x 4 / 6 of scores, dense layer 512, structured 2 x 2 x 40
+    # by hand, MAC a token: embedding 64 x 8, attention 2 x 4 x 64, 12 x 2 x 8 x 4 / 6 of scores, dense layer
+    # 512, structured 2 x 2 x 40
     dense, own, guide = 512 + 512 + 128 + 1024, 512 + 512 + 128 + 512 + 160, 512
     share = (dense - own) / (own + guide)
     assert equal_flops_fraction(from_tree({**TREE, "guide": {"mode": "fixed_flop"}})) == pytest.approx(share)
@@ -139,7 +169,9 @@ def test_a_step_outside_the_run_raises(step: int) -> None:
 
 @given(st.integers(1, 60), st.data())
 def test_phases_are_what_the_steps_say(steps: int, data: st.DataObject) -> None:
-    """Every step lies in one phase; the guide is there in the guided one alone; each repeated step's data was read while guided."""
+    """Every step lies in one phase; the guide is there in the guided one alone; each repeated step's data
+    was read while guided.
+    """
     begin = data.draw(st.integers(0, steps))
     end = data.draw(st.integers(begin, steps))
     repeated = data.draw(st.sampled_from([0, end - begin]))
@@ -154,7 +186,7 @@ def test_phases_are_what_the_steps_say(steps: int, data: st.DataObject) -> None:
     assert not run.guided(run.total_steps), "at the end of the run the guide is gone"
 
 
-# ------------------------------------------------------------------------------------------------------------------- coin
+# ------------------------------------------------------------------------------------------------------- coin
 
 PAIRS = [(1, 0), (1, 1), (2, 0), (7, 1)]
 MODES: dict[str, dict[str, Any]] = {
@@ -302,7 +334,9 @@ def test_the_coin_is_drawn_with_probability_alpha() -> None:
     run = clock(total_steps=1000, first_pass=1000, guide_end=500, stochastic=True, seed=3)
     for step in (0, 60, 125, 250, 375, 490):
         now = run.at(step)
-        draws = [run.guide_weight(now, layer, linear) is not None for layer in range(5000) for linear in (0, 1)]
+        draws = [
+            run.guide_weight(now, layer, linear) is not None for layer in range(5000) for linear in (0, 1)
+        ]
         share, deviation = sum(draws) / len(draws), math.sqrt(now.alpha * (1 - now.alpha) / len(draws))
         assert abs(share - now.alpha) <= 3 * deviation, f"step {step}: {share} of {now.alpha}"
     steps = [run.at(step) for step in range(500)]
@@ -333,14 +367,20 @@ def test_the_coin_depends_on_nothing_else() -> None:
     first = {key: uniform(9, *key) for key in asked}
     random.seed(0)
     random.shuffle(asked)
-    assert {key: uniform(9, *key) for key in asked} == first, "neither the order nor the number of draws matters"
+    assert {key: uniform(9, *key) for key in asked} == first, (
+        "neither the order nor the number of draws matters"
+    )
     run = clock(stochastic=True, seed=9)
     longer = replace(run, total_steps=99, warmup_steps=50, min_learning_rate_ratio=0.9)
     for step, layer, linear in asked:
-        assert run.guide_weight(run.at(step), layer, linear) == longer.guide_weight(longer.at(step), layer, linear)
+        assert run.guide_weight(run.at(step), layer, linear) == longer.guide_weight(
+            longer.at(step), layer, linear
+        )
     script = "from sffn_dist.spec.schedule import uniform; print(repr(uniform(9, 3, 2, 1)))"
     environment = {**os.environ, "PYTHONHASHSEED": "123", "RANK": "3", "WORLD_SIZE": "4"}
-    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, env=environment, check=True
+    )
     assert float(done.stdout) == first[3, 2, 1], "another process, another hash seed, another rank"
 
 
@@ -359,5 +399,9 @@ def test_every_curve_falls_from_1_to_0_and_is_antisymmetric() -> None:
 
 
 def test_the_learning_rate_falls_as_its_curve_says() -> None:
-    falling = clock(learning_rate_schedule="linear", total_steps=110, warmup_steps=10, min_learning_rate_ratio=0.2)
-    assert [falling.learning_rate_factor(step) for step in (9, 10, 60, 110)] == pytest.approx([1.0, 1.0, 0.6, 0.2])
+    falling = clock(
+        learning_rate_schedule="linear", total_steps=110, warmup_steps=10, min_learning_rate_ratio=0.2
+    )
+    assert [falling.learning_rate_factor(step) for step in (9, 10, 60, 110)] == pytest.approx(
+        [1.0, 1.0, 0.6, 0.2]
+    )

@@ -1,4 +1,6 @@
-"""The split table: parts tile the tensor, one layout serves all factors, sizes that do not fit are refused."""
+"""The split table: parts tile the tensor, one layout serves all factors, sizes that do not fit are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class Pair:
         return linear_tensors(self.structure, role, inputs, outputs, gated=self.gated, bias=True, guide=True)
 
     def fits(self, p: int) -> bool:
-        """Whether p ranks can share f: blocks are dealt first, then what is inside a block (the rule, written again)."""
+        """Whether p ranks can share f: blocks are dealt first, then what is inside a block (the rule,
+        written again).
+        """
         kind, blocks = self.structure.kind, self.structure.blocks or 1
         left = p // math.gcd(p, blocks)
         if kind == "block_shuffle":
@@ -86,7 +90,11 @@ def test_parts_tile_every_tensor_once_and_come_together_again(pair: Pair, p: int
             assert torch.equal(held.sort().values, full.reshape(-1)), f"{name}: every element once"
             assert spec.numel == p * math.prod(spec.local_shape(p))
         dim = spec.partition_dim(p)
-        assert dim == -1 if spec.cut is None or not spec.cut.axes else p == 1 or spec.local_shape(p)[dim] < spec.shape[dim]
+        assert (
+            dim == -1
+            if spec.cut is None or not spec.cut.axes
+            else p == 1 or spec.local_shape(p)[dim] < spec.shape[dim]
+        )
 
 
 @settings(max_examples=200, deadline=None)
@@ -96,7 +104,10 @@ def test_ranks_that_do_not_fit_are_refused(pair: Pair, p: int, role: Role) -> No
         if spec.cut is None or pair.fits(p):
             spec.local_shape(p)
             continue
-        for call in (lambda spec=spec: spec.local_shape(p), lambda spec=spec: shard(torch.zeros(spec.shape), spec, p, 0)):
+        for call in (
+            lambda spec=spec: spec.local_shape(p),
+            lambda spec=spec: shard(torch.zeros(spec.shape), spec, p, 0),
+        ):
             with pytest.raises(ValueError, match=f"{p} tensor-parallel ranks do not divide"):
                 call()
         assert name != "bias" or role == "column"
@@ -116,7 +127,9 @@ def test_first_linear_writes_the_layout_that_the_second_reads(pair: Pair, p: int
         assert torch.equal(rows, written), "the guide's rows are the bias's"
         read = shard(torch.arange(narrow.numel).reshape(narrow.shape), narrow, p, rank)[0]
         for gate, part in enumerate(written.chunk(gates)):
-            assert torch.equal(part - gate * f, read), "each half of a gated pair holds the features the second linear reads"
+            assert torch.equal(part - gate * f, read), (
+                "each half of a gated pair holds the features the second linear reads"
+            )
 
 
 @settings(max_examples=200, deadline=None)
@@ -124,7 +137,9 @@ def test_first_linear_writes_the_layout_that_the_second_reads(pair: Pair, p: int
 @example(Pair(build_structure("block_shuffle", blocks=4), 8, 16, False), 4)  # turned
 @example(Pair(build_structure("block_shuffle", blocks=4), 4, 32, True), 4)  # not worth it
 def test_factors_hold_the_features_of_the_layout_in_order(pair: Pair, p: int) -> None:
-    """Label every entry of a wide factor with the inner feature it makes or reads, cut the labels, compare with the layout."""
+    """Label every entry of a wide factor with the inner feature it makes or reads, cut the labels, compare
+    with the layout.
+    """
     assume(pair.fits(p))
     kind, blocks, f = pair.structure.kind, pair.structure.blocks or 1, pair.f
     outputs = 2 * f if pair.gated else f
@@ -136,19 +151,25 @@ def test_factors_hold_the_features_of_the_layout_in_order(pair: Pair, p: int) ->
     }[kind]
     made, read = pair.specs("column")[name_out], pair.specs("row")[name_in]
     if kind == "block_shuffle":  # row s of block l makes feature s*B + l
-        labels_out = (torch.arange(outputs // blocks)[None, :] * blocks + torch.arange(blocks)[:, None])[..., None]
+        labels_out = (torch.arange(outputs // blocks)[None, :] * blocks + torch.arange(blocks)[:, None])[
+            ..., None
+        ]
     else:
         labels_out = torch.arange(outputs)[:, None]
     labels_in = torch.arange(f).reshape(blocks, 1, f // blocks)  # input i of block k reads feature k*f/B + i
     labels_in = labels_in if kind.startswith("block") else labels_in.reshape(1, f)
     for rank in range(p):
         part = shard(labels_out.expand(made.shape).contiguous(), made, p, rank)[..., 0]
-        in_order = part.t().reshape(-1) if kind == "block_shuffle" else part  # as shuffled_block_diagonal lays them out
+        in_order = (
+            part.t().reshape(-1) if kind == "block_shuffle" else part
+        )  # as shuffled_block_diagonal lays them out
         assert torch.equal(in_order, pair.outputs_of(p, rank))
         taken = shard(labels_in.expand(read.shape).contiguous(), read, p, rank)
         expected = pair.outputs_of(p, rank)[: f // p]
         if kind == "block_shuffle" and p > f / min(pair.h, f) + 1 and blocks % p == 0:
-            expected = torch.arange(f).chunk(p)[rank]  # features are exchanged for whole blocks before they are read
+            expected = torch.arange(f).chunk(p)[
+                rank
+            ]  # features are exchanged for whole blocks before they are read
         assert torch.equal(taken[:, 0].reshape(-1) if taken.dim() == 3 else taken[0], expected)
 
 
@@ -166,7 +187,9 @@ def test_ranks_share_the_groups_of_blocks_evenly(pair: Pair, p: int) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(1, 12), st.integers(1, 16))
-def test_block_shuffle_takes_the_cheaper_of_its_two_routes(blocks: int, width: int, inner: int, p: int) -> None:
+def test_block_shuffle_takes_the_cheaper_of_its_two_routes(
+    blocks: int, width: int, inner: int, p: int
+) -> None:
     """What its second linear receives in forward, as it is cut and as it would be the other way."""
     h, f, group = blocks * width, blocks * blocks * inner, TrafficGroup(p, p, sequence=True)
     structure = build_structure("block_shuffle", blocks=blocks)
@@ -186,7 +209,10 @@ def test_block_shuffle_takes_the_cheaper_of_its_two_routes(blocks: int, width: i
     ("p", "features"),
     [
         (2, [[0, 2, 4, 6, 8, 10, 12, 14], [1, 3, 5, 7, 9, 11, 13, 15]]),  # a block each
-        (4, [[0, 2, 4, 6], [8, 10, 12, 14], [1, 3, 5, 7], [9, 11, 13, 15]]),  # then half a block's input blocks
+        (
+            4,
+            [[0, 2, 4, 6], [8, 10, 12, 14], [1, 3, 5, 7], [9, 11, 13, 15]],
+        ),  # then half a block's input blocks
         (8, [[0, 2], [4, 6], [8, 10], [12, 14], [1, 3], [5, 7], [9, 11], [13, 15]]),
     ],
 )
@@ -194,12 +220,18 @@ def test_block_shuffle_golden(p: int, features: list[list[int]]) -> None:
     pair = Pair(build_structure("block_shuffle", blocks=2), 4, 16, gated=False)
     assert [pair.outputs_of(p, rank).tolist() for rank in range(p)] == features
     gated = Pair(pair.structure, 4, 16, gated=True)
-    assert [gated.outputs_of(p, rank).tolist() for rank in range(p)] == [part + [i + 16 for i in part] for part in features]
+    assert [gated.outputs_of(p, rank).tolist() for rank in range(p)] == [
+        part + [i + 16 for i in part] for part in features
+    ]
 
 
 def test_every_first_linear_cuts_whole_gate_pairs() -> None:
     pair = Pair(build_structure("low_rank", rank=2), 4, 6, gated=True)
-    assert [pair.outputs_of(3, rank).tolist() for rank in range(3)] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    assert [pair.outputs_of(3, rank).tolist() for rank in range(3)] == [
+        [0, 1, 6, 7],
+        [2, 3, 8, 9],
+        [4, 5, 10, 11],
+    ]
 
 
 def test_what_is_replicated_and_what_is_cut() -> None:
@@ -208,9 +240,18 @@ def test_what_is_replicated_and_what_is_cut() -> None:
         return {name for name, spec in specs.items() if spec.cut is not None}
 
     assert [cut("dense", role) for role in ("column", "row")] == [{"weight", "bias"}, {"weight"}]
-    assert [cut("low_rank", role) for role in ("column", "row")] == [{"up", "guide", "bias"}, {"down", "guide"}]
-    assert [cut("block_dense", role) for role in ("column", "row")] == [{"up", "guide", "bias"}, {"block_in", "guide"}]
-    assert [cut("block_shuffle", role) for role in ("column", "row")] == [{"block_out", "guide", "bias"}, {"block_in", "guide"}]
+    assert [cut("low_rank", role) for role in ("column", "row")] == [
+        {"up", "guide", "bias"},
+        {"down", "guide"},
+    ]
+    assert [cut("block_dense", role) for role in ("column", "row")] == [
+        {"up", "guide", "bias"},
+        {"block_in", "guide"},
+    ]
+    assert [cut("block_shuffle", role) for role in ("column", "row")] == [
+        {"block_out", "guide", "bias"},
+        {"block_in", "guide"},
+    ]
 
 
 def test_a_dense_linear_has_no_guide_and_factors_come_in_order_of_use() -> None:

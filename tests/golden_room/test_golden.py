@@ -1,6 +1,8 @@
-"""What earlier commits wrote is still read: runs resume, checkpoints reshard, exports load, a prepared corpus opens.
+"""What earlier commits wrote is still read: runs resume, checkpoints reshard, exports load, a prepared corpus
+opens.
 
-``v1/`` was written by make_v1.sh. Its metrics go on beyond its checkpoints: a resumed run must write the same rows again.
+``v1/`` was written by make_v1.sh. Its metrics go on beyond its checkpoints: a resumed run must write the same
+rows again.
 """
 
 from __future__ import annotations
@@ -57,27 +59,41 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("name", "overrides"), [("plain", ()), ("guided", ("parallel.tensor=1", "parallel.sequence=false"))])
+@pytest.mark.parametrize(
+    ("name", "overrides"), [("plain", ()), ("guided", ("parallel.tensor=1", "parallel.sequence=false"))]
+)
 def test_a_run_resumes(past: Path, name: str, overrides: tuple[str, ...]) -> None:
-    """The golden run goes on from step 6, one written on two tensor-parallel ranks on a single one, and reaches the same numbers."""
-    prepared = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted((past / "data").rglob("*.*"))}
+    """The golden run goes on from step 6, one written on two tensor-parallel ranks on a single one, and
+    reaches the same numbers.
+    """
+    prepared = {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted((past / "data").rglob("*.*"))
+    }
     printed = run(past, "sffn_dist/pretrain.py", "--config", f"{name}.json", *overrides)
     assert "step_00000006" in printed
     resumed, expected = rows(past / name / "metrics.jsonl"), rows(GOLDEN / name / "metrics.jsonl")
     assert [row["step"] for row in resumed] == list(range(12))
-    assert [row["seconds"] for row in resumed[:6]] == [row["seconds"] for row in expected[:6]], "rows before step 6 stay"
+    assert [row["seconds"] for row in resumed[:6]] == [row["seconds"] for row in expected[:6]], (
+        "rows before step 6 stay"
+    )
     assert resumed[6]["seconds"] != expected[6]["seconds"], "step 6 was taken again"
     for key in ("loss", "grad_norm", "lr", "alpha", "guided_share"):
         assert [row[key] for row in resumed] == pytest.approx([row[key] for row in expected], rel=1e-4), key
     heldout = [row["heldout_loss"] for row in rows(past / name / "evaluations.jsonl")]
-    assert heldout == pytest.approx([row["heldout_loss"] for row in rows(GOLDEN / name / "evaluations.jsonl")], rel=1e-4)
-    opened = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted((past / "data").rglob("*.*"))}
+    assert heldout == pytest.approx(
+        [row["heldout_loss"] for row in rows(GOLDEN / name / "evaluations.jsonl")], rel=1e-4
+    )
+    opened = {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted((past / "data").rglob("*.*"))
+    }
     assert {path: opened[path] for path in prepared} == prepared, "the corpus is not prepared again"
 
 
 def test_another_run_is_refused(past: Path) -> None:
     """The record of the run is compared with the config, key by key."""
-    printed = run(past, "sffn_dist/pretrain.py", "--config", "guided.json", "parallel.tensor=1", "train.seed=1", code=2)
+    printed = run(
+        past, "sffn_dist/pretrain.py", "--config", "guided.json", "parallel.tensor=1", "train.seed=1", code=2
+    )
     assert "train.seed = 1: run.dir = 'guided' holds a run with 0" in printed
     assert printed.count("error:") == 1, "no renamed key seems to differ"
 

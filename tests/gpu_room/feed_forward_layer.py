@@ -1,4 +1,6 @@
-"""One feed-forward layer on one CUDA device, as a script: prints what it keeps for backward, and how far bf16 is from float64."""
+"""One feed-forward layer on one CUDA device, as a script: prints what it keeps for backward, and how far
+bf16 is from float64.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,11 @@ def layer(structure: Structure, dtype: torch.dtype, recompute: Any) -> MLP:
         perform_initialization=False,
     )
     if structure.kind == "dense":
-        made = MLP(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), ffn_hidden_size=INNER)
+        made = MLP(
+            config,
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ffn_hidden_size=INNER,
+        )
     else:
         linears = structured_mlp_submodules(structure.kind, rank=structure.rank, blocks=structure.blocks)
         made = StructuredMLP(config, linears, ffn_hidden_size=INNER, recompute=recompute)
@@ -51,7 +57,10 @@ def layer(structure: Structure, dtype: torch.dtype, recompute: Any) -> MLP:
 def run(made: MLP, dtype: torch.dtype) -> tuple[list[torch.Tensor], int]:
     """[output, gradients of x and of the weights], and the bytes kept for backward beside x."""
     generator = torch.Generator().manual_seed(2)
-    x, sent = (torch.randn(TOKENS, 1, WIDTH, generator=generator).bfloat16().to(cpu_compat.device(), dtype) for _ in range(2))
+    x, sent = (
+        torch.randn(TOKENS, 1, WIDTH, generator=generator).bfloat16().to(cpu_compat.device(), dtype)
+        for _ in range(2)
+    )
     x.requires_grad_()
     cuda = cpu_compat.has_cuda()
     before = torch.cuda.memory_allocated() if cuda else 0
@@ -73,7 +82,10 @@ def main() -> None:
     low, usual = run(layer(structure, torch.bfloat16, "none"), torch.bfloat16)
     rebuilt, narrow = run(layer(structure, torch.bfloat16, "bottleneck"), torch.bfloat16)
     high, _ = run(layer(structure, torch.float64, "none"), torch.float64)
-    errors = [((a.double() - b).square().mean() / b.square().mean()).sqrt().item() for a, b in zip(low, high, strict=True)]
+    errors = [
+        ((a.double() - b).square().mean() / b.square().mean()).sqrt().item()
+        for a, b in zip(low, high, strict=True)
+    ]
     x = TOKENS * WIDTH * 2  # kept in any case, and made outside
     found = {"dense": dense + x, "none": usual + x, "bottleneck": narrow + x, "error": max(errors)}
     print(json.dumps({**found, "equal": all(torch.equal(a, b) for a, b in zip(low, rebuilt, strict=True))}))

@@ -27,7 +27,9 @@ STRUCTURES = [
 ]
 
 
-@pytest.mark.parametrize(("structure", "inputs", "outputs"), STRUCTURES, ids=lambda value: getattr(value, "kind", ""))
+@pytest.mark.parametrize(
+    ("structure", "inputs", "outputs"), STRUCTURES, ids=lambda value: getattr(value, "kind", "")
+)
 def test_bf16_equals_float64(structure: Structure, inputs: int, outputs: int) -> None:
     """Output and every gradient, relative RMS under 5e-3."""
     generator = torch.Generator().manual_seed(0)
@@ -50,11 +52,15 @@ def test_bf16_equals_float64(structure: Structure, inputs: int, outputs: int) ->
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_main_job(root: Path, tmp_path: Path, stage: int) -> None:
-    """bf16 on one device by the script itself: it trains, says which precision, and goes on from its checkpoint."""
+    """bf16 on one device by the script itself: it trains, says which precision, and goes on from its
+    checkpoint.
+    """
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     (tmp_path / "text").mkdir()
     for name in ("argparse", "ast", "calendar", "csv", "datetime", "enum"):
-        (tmp_path / "text" / f"{name}.txt").write_text((stdlib / f"{name}.py").read_text(encoding="utf-8"), encoding="utf-8")
+        (tmp_path / "text" / f"{name}.txt").write_text(
+            (stdlib / f"{name}.py").read_text(encoding="utf-8"), encoding="utf-8"
+        )
     tree: dict[str, Any] = {
         "model": {"layers": 2, "width": 128, "heads": 4, "kv_heads": 2, "sequence": 64, "vocab": 512},
         "ffn": {"kind": "block_dense", "rank": 64, "blocks": 4},
@@ -67,7 +73,9 @@ def test_main_job(root: Path, tmp_path: Path, stage: int) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps(tree), encoding="utf-8")
     command = [sys.executable, "sffn_dist/pretrain.py", "--config", str(tmp_path / "config.json")]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "bf16 on cuda" in result.stdout
@@ -96,7 +104,9 @@ def test_main_job(root: Path, tmp_path: Path, stage: int) -> None:
     ids=lambda value: value["kind"] if isinstance(value, dict) else "",
 )
 def test_the_bottlenecks_alone_are_kept(structure: dict[str, Any], share: float) -> None:
-    """By the allocator, bf16, a third of the dense parameters: bytes kept for backward; the same bits; near float64."""
+    """By the allocator, bf16, a third of the dense parameters: bytes kept for backward; the same bits;
+    near float64.
+    """
     script = Path(__file__).with_name("feed_forward_layer.py")
     command = [sys.executable, str(script), json.dumps(structure)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)

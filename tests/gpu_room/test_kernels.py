@@ -1,4 +1,6 @@
-"""On a CUDA device: every kernel in bf16 against float64, the fused layer's memory, decoding within a CUDA graph."""
+"""On a CUDA device: every kernel in bf16 against float64, the fused layer's memory, decoding within a CUDA
+graph.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ STRUCTURES = {
 def drawn(*shapes: tuple[int, ...]) -> list[Tensor]:
     """bf16 on the device, with gradients."""
     torch.manual_seed(0)
-    return [(torch.randn(shape, device="cuda") / shape[-1] ** 0.5).bfloat16().requires_grad_() for shape in shapes]
+    return [
+        (torch.randn(shape, device="cuda") / shape[-1] ** 0.5).bfloat16().requires_grad_() for shape in shapes
+    ]
 
 
 def equal(op: Callable[..., Tensor], leaves: list[Tensor]) -> None:
@@ -103,7 +107,9 @@ def test_decode_in_a_cuda_graph(name: str, tokens: int) -> None:
 
 
 def test_memory_of_a_layer(root: Path) -> None:
-    """30,000 tokens at 32%: with the bottlenecks alone kept, forward + backward hold at most a quarter of what dense does."""
+    """30,000 tokens at 32%: with the bottlenecks alone kept, forward + backward hold at most a quarter of
+    what dense does.
+    """
     command = [
         sys.executable,
         "tools/bench.py",
@@ -119,6 +125,10 @@ def test_memory_of_a_layer(root: Path) -> None:
     ]
     result = subprocess.run([*command, "--json"], cwd=root, capture_output=True, text=True, timeout=550)
     assert result.returncode == 0, result.stderr
-    peak = {(row["kind"], row["provider"]): row["peak_mb"] for row in json.loads(result.stdout) if row["mode"] != "forward"}
+    peak = {
+        (row["kind"], row["provider"]): row["peak_mb"]
+        for row in json.loads(result.stdout)
+        if row["mode"] != "forward"
+    }
     for kind in ("low_rank", "block_dense"):
         assert peak[kind, "ours_bottleneck"] <= peak["dense", "dense"] / 4

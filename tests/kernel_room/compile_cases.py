@@ -1,8 +1,10 @@
-"""Compiles every shipped tiling for a chip that is not here, as a script: a JSON line for each kernel, of what was read from it.
+"""Compiles every shipped tiling for a chip that is not here, as a script: a JSON line for each kernel, of
+what was read from it.
 
     python compile_cases.py 90 [module ...]
 
-The kernels are launched as ever, within ``launching.compiling()`` and on tensors without memory, under a driver that only names the chip.
+The kernels are launched as ever, within ``launching.compiling()`` and on tensors without memory, under a
+driver that only names the chip.
 """
 
 from __future__ import annotations

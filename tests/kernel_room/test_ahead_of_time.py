@@ -1,5 +1,5 @@
-"""Every shipped tiling, compiled for chips that need not be here, in bf16 and as it would be for a 2048 or 4096 wide layer: tensor cores
-are used, shared memory suffices, no register spills.
+"""Every shipped tiling, compiled for chips that need not be here, in bf16 and as it would be for a 2048 or
+4096 wide layer: tensor cores are used, shared memory suffices, no register spills.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def test_every_tiling(started: dict[int, subprocess.Popen[str]], chip: int) -> N
         if kernel["spilled"] != 0:
             problems.append(f"{kernel['name']}: {kernel['spilled']} bytes of registers spilled")
         if kernel["shared"] > SHARED[chip]:
-            problems.append(f"{kernel['name']}: {kernel['shared']} bytes of shared memory, a program may have {SHARED[chip]}")
+            problems.append(
+                f"{kernel['name']}: {kernel['shared']} bytes of shared memory, a program may have "
+                f"{SHARED[chip]}"
+            )
         # every tile has at least 64 rows, or 64 of the weights' rows where few tokens are decoded
         if not kernel["wgmma" if chip >= 90 else "mma"]:
             problems.append(f"{kernel['name']}: no tensor-core instruction")

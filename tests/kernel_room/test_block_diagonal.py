@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 Op = Callable[[Tensor, Tensor], Tensor]
 BLOCKS = 3
-SIZES = [(3, 32, 20), (3, 96, 7), (1, 5, 4), (5, 1, 3), (4, 8, 8)]  # blocks, inputs of a block, outputs of a block
+SIZES = [
+    (3, 32, 20),
+    (3, 96, 7),
+    (1, 5, 4),
+    (5, 1, 3),
+    (4, 8, 8),
+]  # blocks, inputs of a block, outputs of a block
 
 
 def plain_reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -58,7 +64,12 @@ def compare(op: Op, reference: Op, x: Tensor, weight: Tensor, tolerance: float) 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("leading", [(0,), (1,), (7,), (), (2, 3)], ids=str)
 def test_outputs_and_gradients_are_einsums(
-    op: Op, reference: Op, dtype: torch.dtype, tolerance: float, sizes: tuple[int, int, int], leading: tuple[int, ...]
+    op: Op,
+    reference: Op,
+    dtype: torch.dtype,
+    tolerance: float,
+    sizes: tuple[int, int, int],
+    leading: tuple[int, ...],
 ) -> None:
     torch.manual_seed(0)
     blocks, inputs, outputs = sizes
@@ -71,7 +82,12 @@ def test_inputs_and_weights_that_are_not_contiguous(op: Op, reference: Op) -> No
     torch.manual_seed(1)
     wide = torch.randn(5, 24, 4, dtype=torch.float64)
     weights = torch.randn(3, 8, 7, dtype=torch.float64).transpose(1, 2)
-    for x in (wide[:, :, 2], wide.transpose(1, 2), wide[::2].permute(2, 0, 1), torch.randn(24).double().expand(6, 24)):
+    for x in (
+        wide[:, :, 2],
+        wide.transpose(1, 2),
+        wide[::2].permute(2, 0, 1),
+        torch.randn(24).double().expand(6, 24),
+    ):
         compare(op, reference, x, weights, 1e-12)
         compare(op, reference, x, weights.contiguous(), 1e-12)
 
@@ -117,7 +133,13 @@ def test_the_parameter_itself_is_saved_for_backward(op: Op, reference: Op) -> No
     x = torch.randn(5, 6, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         op(x, weight)
-    of_weight = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()]
+    of_weight = [
+        tensor
+        for tensor in saved
+        if tensor.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    ]
     assert len(of_weight) == 1, "saved once"
     assert of_weight[0] is weight
-    assert sum(tensor.numel() for tensor in saved) == weight.numel() + x.numel(), "nothing but x and the weight"
+    assert sum(tensor.numel() for tensor in saved) == weight.numel() + x.numel(), (
+        "nothing but x and the weight"
+    )

@@ -1,4 +1,6 @@
-"""Block-diagonal products by Triton: every tiling, any strides, split sums; the operation under its checks."""
+"""Block-diagonal products by Triton: every tiling, any strides, split sums; the operation under its
+checks.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert got.shape == expected.shape
     assert got.dtype == dtype
     if expected.numel() and expected.any():
-        assert (got.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt() < TOLERANCE[dtype]
+        assert (got.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt() < TOLERANCE[
+            dtype
+        ]
     else:
         assert not got.any()
 
@@ -38,7 +42,8 @@ def test_every_tiling(tile: Tile, view: Callable[[Tensor], Tensor], dtype: torch
     """Tokens, inputs and outputs that no tile divides; 3 blocks; an output in the shuffled order too."""
     for tokens in (0, 1, 150):
         x, weight, grad = (
-            torch.randn(shape, device=DEVICE).to(dtype) for shape in ((tokens, 3, 96), (3, 70, 96), (tokens, 3, 70))
+            torch.randn(shape, device=DEVICE).to(dtype)
+            for shape in ((tokens, 3, 96), (3, 70, 96), (tokens, 3, 70))
         )
         x64, weight64, grad64 = x.double(), weight.double(), grad.double()
         forward = torch.einsum("tki,koi->tko", x64, weight64)
@@ -46,8 +51,14 @@ def test_every_tiling(tile: Tile, view: Callable[[Tensor], Tensor], dtype: torch
         out = view(torch.empty(tokens, 3, 70, dtype=dtype, device=DEVICE))
         assert ours.product(view(x), weight, tile, out) is out
         close(out, forward, dtype)
-        close(ours.input_gradient(view(grad), view(weight), tile), torch.einsum("tko,koi->tki", grad64, weight64), dtype)
-        close(ours.weight_gradient(view(grad), view(x), tile), torch.einsum("tko,tki->koi", grad64, x64), dtype)
+        close(
+            ours.input_gradient(view(grad), view(weight), tile),
+            torch.einsum("tko,koi->tki", grad64, weight64),
+            dtype,
+        )
+        close(
+            ours.weight_gradient(view(grad), view(x), tile), torch.einsum("tko,tki->koi", grad64, x64), dtype
+        )
 
 
 def test_a_long_sum_is_split_and_always_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +66,9 @@ def test_a_long_sum_is_split_and_always_the_same(monkeypatch: pytest.MonkeyPatch
     x, grad = torch.randn(391, 2, 20, device=DEVICE), torch.randn(391, 2, 10, device=DEVICE)
     seen: list[torch.Size] = []
     batched = ours.batched
-    monkeypatch.setattr(ours, "batched", lambda a, b, out, tile: (seen.append(out.shape), batched(a, b, out, tile)))
+    monkeypatch.setattr(
+        ours, "batched", lambda a, b, out, tile: (seen.append(out.shape), batched(a, b, out, tile))
+    )
     first, again = (ours.weight_gradient(grad, x, ours.CONFIGS[3]) for _ in range(2))
     assert seen[0] == (6, 2, 10, 20), "six partial sums"
     assert torch.equal(first, again)

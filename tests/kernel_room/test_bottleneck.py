@@ -1,4 +1,6 @@
-"""From bottleneck to bottleneck: plain torch, the operation with autograd, and every Triton tiling, against the formula in float64."""
+"""From bottleneck to bottleneck: plain torch, the operation with autograd, and every Triton tiling,
+against the formula in float64.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ ACTIVATIONS = ["gelu", "gelu_erf", "swiglu"]
 
 
 class Case(NamedTuple):
-    """Sizes of a shard: L blocks of U with R inputs each (L = 0: a matrix), K blocks of V (0: a matrix), f features, O outputs."""
+    """Sizes of a shard: L blocks of U with R inputs each (L = 0: a matrix), K blocks of V (0: a matrix), f
+    features, O outputs.
+    """
 
     blocks: int
     inputs: int
@@ -50,7 +54,11 @@ def shard(
     rows = case.features * (2 if activation == "swiglu" else 1)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).div(math.sqrt(shape[-1])).to(DEVICE, dtype)
+        return (
+            torch.randn(shape, generator=generator, dtype=torch.float64)
+            .div(math.sqrt(shape[-1]))
+            .to(DEVICE, dtype)
+        )
 
     l, k = case.blocks, case.k
     z = draw(tokens, l, case.inputs) if l else draw(tokens, case.inputs)
@@ -107,7 +115,7 @@ def computed(tensors: list[Tensor | None], activation: str, *, keep: bool) -> li
     return [out, *bottleneck.backward(grad, *weights, kept)]  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------------------------------------------------------- plain torch
+# ------------------------------------------------------------------------------------------------ plain torch
 
 
 @SHARDS
@@ -123,7 +131,9 @@ def test_plain_torch(case: Case, activation: str, keep: bool, tokens: int) -> No
 
 @SHARDS
 def test_some_tokens_at_a_time(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In parts, the last one shorter: the same, and dL/dz is handed over once, complete, before the weights' gradients are."""
+    """In parts, the last one shorter: the same, and dL/dz is handed over once, complete, before the
+    weights' gradients are.
+    """
     tensors = shard(case, "swiglu", torch.float64, 37)
     monkeypatch.setattr(bottleneck, "at_a_time", lambda tokens: 8)
     compare(computed(tensors, "swiglu", keep=False), truth(tensors, "swiglu"), torch.float64)
@@ -193,14 +203,18 @@ def test_what_does_not_fit_is_refused() -> None:
         bottleneck.apply(torch.zeros(3, 2, 5), blocks, None, torch.zeros(2, 3, 9), "gelu")
 
 
-# ------------------------------------------------------------------------------------------------------------------- autograd
+# --------------------------------------------------------------------------------------------------- autograd
 
 
 @pytest.mark.parametrize("case", [Case(0, 3, 0, 4, 2), Case(2, 2, 2, 4, 2)], ids=["matrix", "blocks"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_gradcheck(case: Case, activation: str, tokens: int) -> None:
-    leaves = [tensor.requires_grad_() for tensor in shard(case, activation, torch.float64, tokens)[:4] if tensor is not None]
+    leaves = [
+        tensor.requires_grad_()
+        for tensor in shard(case, activation, torch.float64, tokens)[:4]
+        if tensor is not None
+    ]
     assert torch.autograd.gradcheck(lambda *tensors: bottleneck.apply(*tensors, activation), leaves)
 
 
@@ -239,7 +253,7 @@ def test_compiled_and_recomputed(setting: str) -> None:
         torch.testing.assert_close(gradient, results[0][1])
 
 
-# --------------------------------------------------------------------------------------------------------------------- Triton
+# ----------------------------------------------------------------------------------------------------- Triton
 
 
 def strided(tensors: list[Tensor | None]) -> list[Tensor | None]:

@@ -1,4 +1,6 @@
-"""Decoding by kernels and by plain torch against float64 formulas: sizes, structures, determinism, counters, compilation."""
+"""Decoding by kernels and by plain torch against float64 formulas: sizes, structures, determinism,
+counters, compilation.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ def compare(got: Tensor, expected: Tensor) -> None:
         assert error < TOLERANCE[got.dtype]
 
 
-# ------------------------------------------------------------------------------------------------- the formulas, in float64
+# ----------------------------------------------------------------------------------- the formulas, in float64
 
 
 def by_blocks(x: Tensor, weight: Tensor) -> Tensor:
@@ -78,17 +80,26 @@ def layer(x: Tensor, factors: Factors, activation: str) -> Tensor:
     return second_factor(by_blocks(features, first2), second2, bias2)
 
 
-# ----------------------------------------------------------------------------------------------------------------- drawing
+# ---------------------------------------------------------------------------------------------------- drawing
 
 
 def drawn(kind: str, activation: str, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> Factors:
     """A layer's factors, of sizes that are no multiple of a tile's."""
     wide = WIDE * (2 if activation == "swiglu" else 1)
     b = BLOCKS
-    first1 = draw(RANK, INPUTS, dtype=dtype) if kind == "low_rank" else draw(b, RANK // b, INPUTS // b, dtype=dtype)
-    first2 = draw(RANK, WIDE, dtype=dtype) if kind == "low_rank" else draw(b, RANK // b, WIDE // b, dtype=dtype)
+    first1 = (
+        draw(RANK, INPUTS, dtype=dtype)
+        if kind == "low_rank"
+        else draw(b, RANK // b, INPUTS // b, dtype=dtype)
+    )
+    first2 = (
+        draw(RANK, WIDE, dtype=dtype) if kind == "low_rank" else draw(b, RANK // b, WIDE // b, dtype=dtype)
+    )
     if kind == "block_shuffle":
-        second1, second2 = draw(b, wide // b, RANK // b, dtype=dtype), draw(b, OUTPUTS // b, RANK // b, dtype=dtype)
+        second1, second2 = (
+            draw(b, wide // b, RANK // b, dtype=dtype),
+            draw(b, OUTPUTS // b, RANK // b, dtype=dtype),
+        )
     else:
         second1, second2 = draw(wide, RANK, dtype=dtype), draw(OUTPUTS, RANK, dtype=dtype)
     bias1, bias2 = (draw(wide, dtype=dtype), draw(OUTPUTS, dtype=dtype)) if bias else (None, None)
@@ -105,7 +116,7 @@ def strided(tensor: Tensor) -> Tensor:
     return out.copy_(tensor)
 
 
-# ------------------------------------------------------------------------------------------------------------------- tests
+# ------------------------------------------------------------------------------------------------------ tests
 
 
 @pytest.mark.parametrize("setting", ["triton", "torch"])
@@ -128,7 +139,11 @@ def test_a_bottleneck_of_any_strides(kind: str, activation: str, bias: bool) -> 
     expected = by_blocks(activated(second_factor(z, second, b), activation), first)
     compare(decode.bottleneck(dealt(z, second), second, b, first, activation), expected)
     got = decode.bottleneck(
-        strided(dealt(z, second)), strided(second), None if b is None else strided(b), strided(first), activation
+        strided(dealt(z, second)),
+        strided(second),
+        None if b is None else strided(b),
+        strided(first),
+        activation,
     )
     compare(got, expected)
 
@@ -141,12 +156,17 @@ def test_a_product_of_any_strides(shape: tuple[int, ...], bias: bool, interleave
     k, outputs, inputs = weight.shape if weight.dim() == 3 else (1, *weight.shape)
     x, b = draw(7, k * inputs), draw(k * outputs) if bias else None
     expected = by_blocks(x, weight).reshape(7, k, outputs)
-    expected = (expected.transpose(1, 2) if interleaved else expected).flatten(1) + (0 if b is None else b.double())
+    expected = (expected.transpose(1, 2) if interleaved else expected).flatten(1) + (
+        0 if b is None else b.double()
+    )
     for given in (strided(x), x.reshape(7, k, inputs), x[:1].expand(7, -1)):
         flat = given.reshape(7, -1)
         right = expected if flat.equal(x) else expected[:1].expand(7, -1)
         compare(decode.product(given, weight, b, interleaved=interleaved), right)
-    compare(decode.product(x, strided(weight), None if b is None else strided(b), interleaved=interleaved), expected)
+    compare(
+        decode.product(x, strided(weight), None if b is None else strided(b), interleaved=interleaved),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("tokens", [33])
@@ -172,13 +192,17 @@ def test_every_tiling_gives_the_formula(kind: str, tokens: int) -> None:
 def test_any_division_of_the_features_among_programs(
     monkeypatch: pytest.MonkeyPatch, kind: str, cores: int, scratch: int
 ) -> None:
-    """One program that sums all tiles of features by itself, one each, and some of several; outputs in one chunk and in more."""
+    """One program that sums all tiles of features by itself, one each, and some of several; outputs in one
+    chunk and in more.
+    """
     monkeypatch.setattr(decode_triton, "BOTTLENECK_CONFIGS", (Tile(16, 16, 32, 4, 1),))
     monkeypatch.setattr(decode_triton, "REACH", 64)
     monkeypatch.setattr(decode_triton, "SCRATCH", scratch)
     monkeypatch.setattr(decode_triton, "cores", lambda device: cores)
     b = BLOCKS
-    second, first = (draw(b, 120, 8), draw(b, 70, 120)) if kind == "block_shuffle" else (draw(120, 24), draw(100, 120))
+    second, first = (
+        (draw(b, 120, 8), draw(b, 70, 120)) if kind == "block_shuffle" else (draw(120, 24), draw(100, 120))
+    )
     if kind == "block_dense":
         first = draw(b, 70, 40)
     for tokens in (2, 18):
@@ -212,7 +236,7 @@ def test_more_counters_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(partial_sums_triton.counters(DEVICE, 3)) == 3
 
 
-# ----------------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------- refusals
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -244,7 +268,7 @@ def test_a_gradient_is_refused() -> None:
         decode.product(x, weight)
 
 
-# -------------------------------------------------------------------------------------------------------------- compilation
+# ------------------------------------------------------------------------------------------------ compilation
 
 
 def test_registered_as_torch_requires() -> None:

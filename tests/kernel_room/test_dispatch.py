@@ -98,11 +98,16 @@ def test_a_choice_that_no_longer_fits_falls_back(card: dict[str, float]) -> None
         raise OutOfResourcesError
 
     dispatch._State.table = {"op float16 128x8": "quick"}
-    assert dispatch.run("op", (100, 8), Card, lambda: "torch", lambda: {"slow": lambda: "slow", "quick": grown}) == "torch"  # type: ignore[arg-type, type-var]
+    assert (
+        dispatch.run("op", (100, 8), Card, lambda: "torch", lambda: {"slow": lambda: "slow", "quick": grown})
+        == "torch"
+    )  # type: ignore[arg-type, type-var]
     assert dispatch._State.table == {"op float16 128x8": "torch"}
 
 
-def test_several_ranks_that_do_not_agree_measure_nothing(card: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_ranks_that_do_not_agree_measure_nothing(
+    card: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dispatch, "_alone", lambda: False)
     assert chosen() == "torch"
     assert card["measured"] == 0
@@ -130,7 +135,9 @@ def test_asking_for_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.undo()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert dispatch.unavailable(torch.device("cuda")) == "needs compute capability 8.0, and this device has 7.5"
+    assert (
+        dispatch.unavailable(torch.device("cuda")) == "needs compute capability 8.0, and this device has 7.5"
+    )
 
 
 def test_what_is_fastest_is_kept(card: dict[str, float], tmp_path: Path) -> None:
@@ -174,7 +181,9 @@ def test_a_tiling_too_large_for_the_chip_is_never_chosen(card: dict[str, float])
         assert chosen(tokens=1000) == "slow"
 
 
-def test_nothing_is_measured_within_a_graph_capture(card: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_within_a_graph_capture(
+    card: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert chosen() == "torch"
     assert not dispatch._State.table
@@ -215,7 +224,15 @@ def test_ranks_decide_together(card: dict[str, float], monkeypatch: pytest.Monke
 def test_a_run_that_asks_for_triton_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-X", "importtime", "sffn_dist/pretrain.py", "--config", "configs/demo.json", "kernels=triton"]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "sffn_dist/pretrain.py",
+        "--config",
+        "configs/demo.json",
+        "kernels=triton",
+    ]
     command += ["parallel.tensor=1", f"run.dir={tmp_path}"]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2

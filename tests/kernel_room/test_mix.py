@@ -17,7 +17,9 @@ ALPHAS = [0.0, 1e-6, 0.3, 0.5, 0.9, 1.0]
 def drawn(tokens: int, dtype: torch.dtype, bias: bool = True) -> list[Tensor | None]:
     """[x, W, z, U, b]."""
     shapes = ((tokens, 70), (83, 70), (tokens, 33), (83, 33), (83,))
-    made: list[Tensor | None] = [torch.randn(shape, dtype=torch.float64, device=DEVICE).to(dtype) for shape in shapes]
+    made: list[Tensor | None] = [
+        torch.randn(shape, dtype=torch.float64, device=DEVICE).to(dtype) for shape in shapes
+    ]
     return made if bias else [*made[:4], None]
 
 
@@ -30,7 +32,9 @@ def truth(tensors: list[Tensor | None], alpha: float) -> Tensor:
 def close(got: Tensor, expected: Tensor) -> None:
     assert got.shape == expected.shape
     if expected.numel():
-        assert (got.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt() < TOLERANCE[got.dtype]
+        assert (got.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt() < TOLERANCE[
+            got.dtype
+        ]
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -52,7 +56,9 @@ def test_gradients(setting: str, alpha: float) -> None:
         for bias in (True, False):
             tensors = drawn(20, torch.float32, bias)
             leaves = [None if tensor is None else tensor.requires_grad_() for tensor in tensors]
-            high = [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in tensors]
+            high = [
+                None if tensor is None else tensor.detach().double().requires_grad_() for tensor in tensors
+            ]
             y, expected = mix.apply(*leaves[:4], alpha, leaves[4]), truth(high, alpha)  # type: ignore[arg-type]
             close(y, expected)
             sent = torch.randn_like(y)
@@ -70,9 +76,12 @@ def test_checks(setting: str) -> None:
         leaves = [tensor.requires_grad_() for tensor in drawn(5, torch.float32) if tensor is not None]
         torch.library.opcheck(torch.ops.sffn.mix.default, (*leaves[:4], 0.3, leaves[4]))
         small = [
-            torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (5, 4), (3, 2), (5, 2), (5,))
+            torch.randn(shape, dtype=torch.float64, requires_grad=True)
+            for shape in ((3, 4), (5, 4), (3, 2), (5, 2), (5,))
         ]
-        assert torch.autograd.gradcheck(lambda *four_and_b: mix.apply(*four_and_b[:4], 0.3, four_and_b[4]), small)
+        assert torch.autograd.gradcheck(
+            lambda *four_and_b: mix.apply(*four_and_b[:4], 0.3, four_and_b[4]), small
+        )
     for alpha in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"alpha = .*: must be within"):
             mix.apply(*drawn(1, torch.float32)[:4], alpha)  # type: ignore[arg-type]

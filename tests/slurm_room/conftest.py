@@ -31,18 +31,27 @@ class Cluster:
         self.folder, self.root = folder, root
         leave = ("SLURM_", "SBATCH_", "SFFN_", "GLOO_", "NCCL_")
         self.environment = {
-            key: value for key, value in os.environ.items() if not key.startswith(leave) and key not in LAUNCHED
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(leave) and key not in LAUNCHED
         }
         self.environment |= {"SLURM_CONF": f"{folder}/slurm.conf", "OMP_NUM_THREADS": "1"}
 
     def administer(self, verb: str, *words: str) -> None:
-        done = subprocess.run(["bash", str(SCRIPT), verb, self.folder, *words], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            ["bash", str(SCRIPT), verb, self.folder, *words], capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
 
     def command(self, *words: str, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
         """Any command with the cluster's configuration."""
         return subprocess.run(
-            words, cwd=cwd or self.root, env=self.environment | more, capture_output=True, text=True, timeout=120
+            words,
+            cwd=cwd or self.root,
+            env=self.environment | more,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
 
     def submit(self, *words: str, **more: str) -> list[str]:
@@ -59,7 +68,11 @@ class Cluster:
         return found | ({"StdOut": path[1]} if path else {})
 
     def wait(
-        self, number: str, until: Callable[[dict[str, str]], bool], seconds: float = 120.0, pause: float = 0.25
+        self,
+        number: str,
+        until: Callable[[dict[str, str]], bool],
+        seconds: float = 120.0,
+        pause: float = 0.25,
     ) -> dict[str, str]:
         """What Slurm says of the job once ``until`` holds of it; the job's log if it never does."""
         deadline = time.monotonic() + seconds
@@ -102,7 +115,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text").mkdir()
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for name in ("argparse", "ast", "bisect", "calendar", "cmd", "copy", "csv", "datetime", "enum", "glob"):
-        (folder / "text" / f"{name}.txt").write_text((stdlib / f"{name}.py").read_text(encoding="utf-8"), encoding="utf-8")
+        (folder / "text" / f"{name}.txt").write_text(
+            (stdlib / f"{name}.py").read_text(encoding="utf-8"), encoding="utf-8"
+        )
     settings: dict[str, Any] = {
         "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "sequence": 32, "vocab": 512},
         "ffn": {"kind": "low_rank", "width": 128, "rank": 16, "dense_layers": []},
@@ -136,6 +151,8 @@ def _curve(run: Path) -> list[tuple[Any, ...]]:
 def alone(root: Path, tiny: Path, cluster: Cluster) -> list[tuple[Any, ...]]:
     """The curve of one process, without a cluster; the corpus is prepared on the way."""
     run = tiny / "alone"
-    done = cluster.command(sys.executable, "sffn_dist/pretrain.py", "--config", f"{tiny}/tiny.json", f"run.dir={run}")
+    done = cluster.command(
+        sys.executable, "sffn_dist/pretrain.py", "--config", f"{tiny}/tiny.json", f"run.dir={run}"
+    )
     assert done.returncode == 0, done.stderr
     return _curve(run)

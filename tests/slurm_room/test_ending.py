@@ -71,7 +71,19 @@ def test_starts_are_counted_in_the_jobs_logs(tmp_path: Path, capsys: pytest.Capt
     run, history, told = tmp_path / "run", tmp_path / "starts.jsonl", tmp_path / "end.json"
 
     def ended(code: int = 1) -> int:
-        words = ["ended", "--code", str(code), "--asked", "", "--record", told, "--history", history, "--run-dir", run]
+        words = [
+            "ended",
+            "--code",
+            str(code),
+            "--asked",
+            "",
+            "--record",
+            told,
+            "--history",
+            history,
+            "--run-dir",
+            run,
+        ]
         return questions.main([str(word) for word in words])
 
     assert [ended(), ended()] == [questions.GO_ON] * 2

@@ -1,4 +1,7 @@
-"""Runs as jobs of a real Slurm: its nodes, signals, requeues, arrays, a node that dies. ``make test-slurm``."""
+"""Runs as jobs of a real Slurm: its nodes, signals, requeues, arrays, a node that dies.
+
+``make test-slurm``.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ LAUNCHERS = {  # with GPUs that only Slurm takes for such
 
 def saved(run: Path) -> int:
     """Step of the newest checkpoint; 0 without one."""
-    found = [int(path.parent.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*/manifest.json")]
+    found = [
+        int(path.parent.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*/manifest.json")
+    ]
     return max(found, default=0)
 
 
@@ -37,7 +42,9 @@ def started(cluster: Any, number: str, run: Path, curve: Any, steps: int) -> Non
 
 @contextmanager
 def held(cluster: Any, number: str, run: Path, curve: Any, steps: int) -> Iterator[list[int]]:
-    """Once the run has done ``steps``, its ranks stand still, so that what happens to it happens before its end."""
+    """Once the run has done ``steps``, its ranks stand still, so that what happens to it happens before
+    its end.
+    """
     started(cluster, number, run, curve, steps)
     ranks = ranks_of(run)
     for pid in ranks:
@@ -80,7 +87,7 @@ def ranks_of(run: Path) -> list[int]:
     return sorted(found)
 
 
-# ------------------------------------------------------------------------------------------------------------ two nodes
+# -------------------------------------------------------------------------------------------------- two nodes
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +106,14 @@ def test_two_nodes_train_what_one_process_does(cluster: Any, whole: Any, alone: 
         assert row == pytest.approx(reference, rel=2e-4), "equal but for the order of sums over ranks"
     logs = run / "logs" / number / "start_0"
     assert {path.name for path in logs.iterdir()} == {
-        *("rank_0.n1.log", "rank_1.n2.log", "environment.n1.txt", "environment.n2.txt", "launcher.n1.log", "launcher.n2.log")
+        *(
+            "rank_0.n1.log",
+            "rank_1.n2.log",
+            "environment.n1.txt",
+            "environment.n2.txt",
+            "launcher.n1.log",
+            "launcher.n2.log",
+        )
     }
     rank, log = (logs / "rank_0.n1.log").read_text(), cluster.log(cluster.job(number))
     assert "held-out loss" in rank
@@ -126,10 +140,19 @@ def test_sbatchs_refusals_are_passed_on(cluster: Any, tiny: Path) -> None:
 
 def test_the_script_by_itself_refuses_and_is_not_requeued(cluster: Any, tiny: Path, root: Path) -> None:
     """Handed to sbatch as it is, with a mistake that shows at once, and one that shows on the nodes."""
-    words = ("sbatch", "--parsable", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={tiny}/%j.log")
+    words = (
+        "sbatch",
+        "--parsable",
+        "--nodes=1",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=0",
+        f"--output={tiny}/%j.log",
+    )
     words += ("slurm/pretrain.sbatch", "--config", f"{tiny}/tiny.json")
     for mistake in (f"train.stps={tiny}", "kernels=triton"):
-        done = cluster.command(*words, f"run.dir={tiny}/mistake", mistake, VENV=sys.prefix, TRITON_INTERPRET="0")
+        done = cluster.command(
+            *words, f"run.dir={tiny}/mistake", mistake, VENV=sys.prefix, TRITON_INTERPRET="0"
+        )
         assert done.returncode == 0, done.stderr
         number = done.stdout.strip()
         assert cluster.end(number) == ("FAILED", "2"), cluster.log(cluster.job(number))
@@ -137,7 +160,7 @@ def test_the_script_by_itself_refuses_and_is_not_requeued(cluster: Any, tiny: Pa
         assert mistake.split("=")[0] in cluster.log(cluster.job(number))
 
 
-# -------------------------------------------------------------------------------------------------------------- signals
+# ---------------------------------------------------------------------------------------------------- signals
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +169,9 @@ def warned(cluster: Any, tiny: Path, alone: Any, curve: Any) -> dict[str, tuple[
     found = {}
     for launcher in LAUNCHERS:
         run = tiny / f"warned_{launcher}"
-        (number,) = cluster.submit("--config", f"{tiny}/tiny.json", *TWO_NODES, *LAUNCHERS[launcher], f"run.dir={run}")
+        (number,) = cluster.submit(
+            "--config", f"{tiny}/tiny.json", *TWO_NODES, *LAUNCHERS[launcher], f"run.dir={run}"
+        )
         found[launcher] = (number, run)
     for number, run in found.values():
         warn(cluster, number, run, curve)
@@ -177,10 +202,14 @@ def test_a_time_limit_requeues_and_scancel_ends_both_with_a_save(
 ) -> None:
     """Slurm looks at the limits every half a minute: the array trains meanwhile."""
     run = tiny / "long"
-    (number,) = cluster.submit("--config", f"{tiny}/tiny.json", *TWO_NODES, f"run.dir={run}", "train.steps=100000")
+    (number,) = cluster.submit(
+        "--config", f"{tiny}/tiny.json", *TWO_NODES, f"run.dir={run}", "train.steps=100000"
+    )
     started(cluster, number, run, curve, 3)
     minutes = 2 + int(cluster.job(number)["RunTime"].split(":")[-2])
-    done = cluster.command("scontrol", "update", f"jobid={number}", f"TimeLimit={minutes}")  # nearer than the grace time
+    done = cluster.command(
+        "scontrol", "update", f"jobid={number}", f"TimeLimit={minutes}"
+    )  # nearer than the grace time
     assert done.returncode == 0, done.stderr
     restarted(number, cluster)
     first = saved(run)
@@ -201,7 +230,12 @@ def test_a_preempted_run_saves_and_goes_on(cluster: Any, tiny: Path, whole: Any,
     """Slurm signals the ranks alone, and would take the end of the batch script for a failure."""
     run = tiny / "preempted"
     (number,) = cluster.submit(
-        "--config", f"{tiny}/tiny.json", *TWO_NODES, "--partition=low", "--sbatch=--exclusive", f"run.dir={run}"
+        "--config",
+        f"{tiny}/tiny.json",
+        *TWO_NODES,
+        "--partition=low",
+        "--sbatch=--exclusive",
+        f"run.dir={run}",
     )
     with held(cluster, number, run, curve, 3):
         other = cluster.command(
@@ -219,7 +253,7 @@ def test_a_preempted_run_saves_and_goes_on(cluster: Any, tiny: Path, whole: Any,
     assert curve(run) == curve(whole[1])
 
 
-# --------------------------------------------------------------------------------------------------------------- deaths
+# ----------------------------------------------------------------------------------------------------- deaths
 
 
 @pytest.fixture
@@ -236,7 +270,9 @@ def mended(cluster: Any) -> Iterator[Callable[[], None]]:
     mend()
 
 
-def test_a_killed_rank_and_a_dead_node(cluster: Any, tiny: Path, whole: Any, curve: Any, mended: Callable[[], None]) -> None:
+def test_a_killed_rank_and_a_dead_node(
+    cluster: Any, tiny: Path, whole: Any, curve: Any, mended: Callable[[], None]
+) -> None:
     run, words = tiny / "deaths", ("checkpoint.interval=2", "guards.lost_seconds=5")
     (number,) = cluster.submit("--config", f"{tiny}/tiny.json", *TWO_NODES, f"run.dir={run}", *words)
     with held(cluster, number, run, curve, 5) as ranks:
@@ -254,10 +290,12 @@ def test_a_killed_rank_and_a_dead_node(cluster: Any, tiny: Path, whole: Any, cur
     assert curve(run) == curve(whole[1])
 
 
-# ---------------------------------------------------------------------------------------------------- chains and sweeps
+# ------------------------------------------------------------------------------------------ chains and sweeps
 
 
-def test_a_chain_goes_on_where_the_one_before_stopped(cluster: Any, tiny: Path, alone: Any, curve: Any) -> None:
+def test_a_chain_goes_on_where_the_one_before_stopped(
+    cluster: Any, tiny: Path, alone: Any, curve: Any
+) -> None:
     run = tiny / "chain"
     numbers = cluster.submit("--config", f"{tiny}/tiny.json", *ONE_NODE, "--chain", "4", f"run.dir={run}")
     assert len(numbers) == 4
@@ -266,7 +304,9 @@ def test_a_chain_goes_on_where_the_one_before_stopped(cluster: Any, tiny: Path, 
     assert cluster.end(numbers[0])[0] == "FAILED"
     assert cluster.job(numbers[0])["Restarts"] == "0"
     assert cluster.end(numbers[1]) == ("COMPLETED", "0")
-    for number in numbers[2:]:  # there is nothing left to do, and the last would take the third's end for a failure
+    for number in numbers[
+        2:
+    ]:  # there is nothing left to do, and the last would take the third's end for a failure
         assert cluster.end(number)[0] == "CANCELLED"
         assert cluster.job(number)["RunTime"] == "00:00:00"
     assert curve(run) == alone
@@ -294,7 +334,9 @@ def four(cluster: Any, tiny: Path, root: Path, alone: Any) -> str:
 def test_an_array_trains_a_sweep_of_four(cluster: Any, tiny: Path, four: str, curve: Any) -> None:
     times = []
     for index in range(4):
-        assert cluster.end(f"{four}_{index}") == ("COMPLETED", "0"), cluster.log(cluster.job(f"{four}_{index}"))
+        assert cluster.end(f"{four}_{index}") == ("COMPLETED", "0"), cluster.log(
+            cluster.job(f"{four}_{index}")
+        )
         job = cluster.job(f"{four}_{index}")
         times.append((job["StartTime"], job["EndTime"]))
     # how many ran when each began
@@ -306,4 +348,6 @@ def test_an_array_trains_a_sweep_of_four(cluster: Any, tiny: Path, four: str, cu
     losses = {json.loads((run / "summary.json").read_text())["heldout_loss"] for run in runs}
     assert len(losses) == 4
     assert all(len(curve(run)) == 4 for run in runs)
-    assert sorted(path.name for path in (tiny / "runs/four/logs").iterdir()) == [f"{four}_{index}.log" for index in range(4)]
+    assert sorted(path.name for path in (tiny / "runs/four/logs").iterdir()) == [
+        f"{four}_{index}.log" for index in range(4)
+    ]

@@ -28,7 +28,7 @@ STEP = {  # of the third of five tasks on nodes of two
 }
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
-# ------------------------------------------------------------------------------------------------------------------- adopt
+# ------------------------------------------------------------------------------------------------------ adopt
 
 
 def test_a_task_of_srun_is_described_as_torchrun_would() -> None:
@@ -43,11 +43,16 @@ def test_a_task_of_srun_is_described_as_torchrun_would() -> None:
 
 
 def test_what_is_set_stays() -> None:
-    environ = STEP | {"MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "1234", "GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib"}
+    environ = STEP | {
+        "MASTER_ADDR": "10.0.0.9",
+        "MASTER_PORT": "1234",
+        "GLOO_SOCKET_IFNAME": "ib0",
+        "NCCL_SOCKET_IFNAME": "ib",
+    }
     assert environment.set_rank_variables(environ)
-    assert [environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")] == [
-        *("10.0.0.9", "1234", "ib0", "ib")
-    ]
+    assert [
+        environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    ] == [*("10.0.0.9", "1234", "ib0", "ib")]
     by_torchrun = STEP | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     before = dict(by_torchrun)
     assert not environment.set_rank_variables(by_torchrun)
@@ -94,15 +99,22 @@ def test_bad_variables_are_refused_by_name(name: str, value: str | None, words: 
 
 
 def test_bad_variables_end_a_run_with_code_2_said_once(root: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(root / "sffn_dist/pretrain.py"), "--config", str(root / "configs/demo.json")]
+    command = [
+        sys.executable,
+        str(root / "sffn_dist/pretrain.py"),
+        "--config",
+        str(root / "configs/demo.json"),
+    ]
     for rank in ("0", "1"):
         environment = os.environ | STEP | {"SLURM_PROCID": rank, "SLURM_NODEID": "zero"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 2
         assert done.stderr.count("SLURM_NODEID") == (rank == "0"), done.stderr
 
 
-# --------------------------------------------------------------------------------------------------------------- interface
+# -------------------------------------------------------------------------------------------------- interface
 
 
 def test_the_interface_is_that_of_the_route_and_never_loopback() -> None:
@@ -117,16 +129,28 @@ def test_the_interface_is_that_of_the_route_and_never_loopback() -> None:
 
 
 @pytest.mark.parametrize(("ranks", "expected"), [("2", None), ("4", "eth7")])
-def test_interfaces_are_set_with_several_nodes_only(ranks: str, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where another launcher started the ranks: gloo would listen on the address of the host's name all the same."""
-    monkeypatch.setattr(environment, "interface_to", lambda names: "eth7" if names[:2] == ["n9", "n1"] else None)
-    environ = {"RANK": "0", "WORLD_SIZE": ranks, "LOCAL_SIZE": "2", "MASTER_ADDR": "n9", "SLURM_JOB_NODELIST": "n[1-2]"}
+def test_interfaces_are_set_with_several_nodes_only(
+    ranks: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another launcher started the ranks: gloo would listen on the address of the host's name
+    all the same.
+    """
+    monkeypatch.setattr(
+        environment, "interface_to", lambda names: "eth7" if names[:2] == ["n9", "n1"] else None
+    )
+    environ = {
+        "RANK": "0",
+        "WORLD_SIZE": ranks,
+        "LOCAL_SIZE": "2",
+        "MASTER_ADDR": "n9",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+    }
     environment.set_rank_variables(environ)
     assert environ.get("GLOO_SOCKET_IFNAME") == expected
     assert environ.get("NCCL_SOCKET_IFNAME") == (expected and f"={expected}")
 
 
-# --------------------------------------------------------------------------------------------------------------- notations
+# -------------------------------------------------------------------------------------------------- notations
 
 
 @pytest.mark.parametrize(
@@ -142,7 +166,9 @@ def test_hosts(text: str, names: list[str]) -> None:
     assert environment.hosts(text) == names
 
 
-@pytest.mark.parametrize("text", ["", "a,,b", "n[1-", "n1]", "n[[1]]", "n[a]", "n[3-1]", "n[]", "n[1-99999999]", "a b"])
+@pytest.mark.parametrize(
+    "text", ["", "a,,b", "n[1-", "n1]", "n[[1]]", "n[a]", "n[3-1]", "n[]", "n[1-99999999]", "a b"]
+)
 def test_what_is_no_list_of_hosts_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         environment.hosts(text)
@@ -190,7 +216,9 @@ def test_hosts_as_slurm_reads_them(tmp_path: Path) -> None:
     @given(host_lists(tails=("",)))  # it shows nothing for n[1]-ib
     def agree(case: tuple[str, list[str]]) -> None:
         text, _ = case
-        done = subprocess.run(["scontrol", "show", "hostnames", text], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", text], env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert environment.hosts(text) == done.stdout.split()
 

@@ -25,7 +25,17 @@ from sffn_dist.cluster import job, sweep
 DEMO = ("--config", "configs/demo.json", "train.micro_batch_size=1")
 SIZE = ("--nodes", "2", "--gpus-per-node", "8", "--time", "12:00:00")
 BASH = shutil.which("bash") or "bash"
-SETTINGS = ("LAUNCHER", "REPOSITORY", "VENV", "INTERFACE", "CONTAINER", "MOUNTS", "CHAIN", "ARGUMENTS", "RUN_DIR")
+SETTINGS = (
+    "LAUNCHER",
+    "REPOSITORY",
+    "VENV",
+    "INTERFACE",
+    "CONTAINER",
+    "MOUNTS",
+    "CHAIN",
+    "ARGUMENTS",
+    "RUN_DIR",
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,9 @@ class Said:
 
 
 @pytest.fixture
-def submit(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+def submit(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Said]:
     """tools/submit.py, called; where there is no sbatch."""
     spec = importlib.util.spec_from_file_location("submit", root / "tools/submit.py")
     assert spec
@@ -69,7 +81,9 @@ def script_of(submit: Callable[..., Said]) -> Callable[..., str]:
 
 def directives(script: str) -> dict[str, str]:
     return dict(
-        line.removeprefix("#SBATCH --").partition("=")[::2] for line in script.splitlines() if line.startswith("#SBATCH")
+        line.removeprefix("#SBATCH --").partition("=")[::2]
+        for line in script.splitlines()
+        if line.startswith("#SBATCH")
     )
 
 
@@ -77,11 +91,13 @@ def evaluated(script: str, *names: str, **variables: str) -> list[list[str]]:
     """Values of a script's settings, as bash reads them."""
     head = script[: script.index(f"\n{job.BODY}")]
     shown = "\n".join(f'printf "%s\\0" "${{{name}[@]}}"; printf "\\1\\0"' for name in names)
-    done = subprocess.run([BASH, "-c", f"{head}\n{shown}"], env=variables, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [BASH, "-c", f"{head}\n{shown}"], env=variables, capture_output=True, text=True, check=True
+    )
     return [part.split("\0")[:-1] for part in done.stdout.split("\1\0")[:-1]]
 
 
-# ------------------------------------------------------------------------------------------------------------- one run
+# ---------------------------------------------------------------------------------------------------- one run
 
 
 def test_a_script_says_what_was_asked(root: Path, tmp_path: Path, script_of: Any) -> None:
@@ -89,13 +105,42 @@ def test_a_script_says_what_was_asked(root: Path, tmp_path: Path, script_of: Any
     folder.mkdir()
     config = root / "configs/demo.json"
     run = ("train.micro_batch_size=1", "run.dir=my runs/it's", "sample.prompt=$HOME `x`")
-    more = ("--partition", "h100", "--account", "me", "--qos", "long", "--constraint", "a&b", "--cpus-per-rank", "12")
+    more = (
+        "--partition",
+        "h100",
+        "--account",
+        "me",
+        "--qos",
+        "long",
+        "--constraint",
+        "a&b",
+        "--cpus-per-rank",
+        "12",
+    )
     more += ("--sbatch=--exclusive", "--interface", "ib0", "--grace", "600", "--launcher", "deepspeed")
     script = script_of("--config", str(config), *SIZE, *more, *run, cwd=folder)
     found = directives(script)
-    wanted = {"nodes": "2", "ntasks-per-node": "8", "gpus-per-node": "8", "time": "12:00:00", "signal": "B:USR1@600"}
-    wanted |= {"partition": "h100", "account": "me", "qos": "long", "constraint": "a&b", "cpus-per-task": "12"}
-    wanted |= {"requeue": "", "open-mode": "append", "exclusive": "", "job-name": "demo", "chdir": f'"{folder}"'}
+    wanted = {
+        "nodes": "2",
+        "ntasks-per-node": "8",
+        "gpus-per-node": "8",
+        "time": "12:00:00",
+        "signal": "B:USR1@600",
+    }
+    wanted |= {
+        "partition": "h100",
+        "account": "me",
+        "qos": "long",
+        "constraint": "a&b",
+        "cpus-per-task": "12",
+    }
+    wanted |= {
+        "requeue": "",
+        "open-mode": "append",
+        "exclusive": "",
+        "job-name": "demo",
+        "chdir": f'"{folder}"',
+    }
     assert found == wanted | {"output": f'"{folder}/my runs/it\'s/logs/%j.log"'.replace("100%/", "100%%/")}
     assert evaluated(script, *SETTINGS) == [
         *(["deepspeed"], [str(root)], [sys.prefix], ["ib0"], [""]),
@@ -121,7 +166,9 @@ def test_the_body_is_the_one_that_sbatch_takes_directly(root: Path, script_of: A
 
 
 def test_ranks_on_cpus_ask_for_no_gpus(root: Path, script_of: Any) -> None:
-    found = directives(script_of(*DEMO, "--nodes", "2", "--gpus-per-node", "0", "--ranks-per-node", "4", "--time", "30"))
+    found = directives(
+        script_of(*DEMO, "--nodes", "2", "--gpus-per-node", "0", "--ranks-per-node", "4", "--time", "30")
+    )
     assert found["ntasks-per-node"] == "4"
     assert "gpus-per-node" not in found
 
@@ -130,7 +177,10 @@ def test_ranks_on_cpus_ask_for_no_gpus(root: Path, script_of: Any) -> None:
     ("image", "words"),
     [
         ("images/sffn.sif", ["apptainer exec --nv --pwd", "--bind"]),
-        ("nvcr.io#nvidia/pytorch:25.01-py3", ["--container-image=", "--container-mounts=", "--container-workdir="]),
+        (
+            "nvcr.io#nvidia/pytorch:25.01-py3",
+            ["--container-image=", "--container-mounts=", "--container-workdir="],
+        ),
     ],
 )
 def test_containers(root: Path, tmp_path: Path, image: str, words: list[str], script_of: Any) -> None:
@@ -138,7 +188,14 @@ def test_containers(root: Path, tmp_path: Path, image: str, words: list[str], sc
     corpus.mkdir()
     (corpus / "a.txt").write_text("text")
     script = script_of(
-        *DEMO, *SIZE, "--container", image, "--mount", "/scratch/x", f"data.source={corpus}", "run.dir=/fast/run"
+        *DEMO,
+        *SIZE,
+        "--container",
+        image,
+        "--mount",
+        "/scratch/x",
+        f"data.source={corpus}",
+        "run.dir=/fast/run",
     )
     container, mounts = evaluated(script, "CONTAINER", "MOUNTS")
     assert container == [str(root / image) if image.endswith(".sif") else image]
@@ -175,7 +232,9 @@ def test_containers(root: Path, tmp_path: Path, image: str, words: list[str], sc
         (("init_from=/no/such/place",), "init_from"),
     ],
 )
-def test_refusals_come_before_anything_is_submitted(root: Path, words: tuple[str, ...], says: str, submit: Any) -> None:
+def test_refusals_come_before_anything_is_submitted(
+    root: Path, words: tuple[str, ...], says: str, submit: Any
+) -> None:
     done = submit(*DEMO, *SIZE, "--submit", *words)
     assert done.returncode == 2, done.stderr
     assert says in done.stderr
@@ -210,7 +269,9 @@ def test_the_scripts_are_shell(root: Path) -> None:
     checker = shutil.which("shellcheck")
     if checker:
         done = subprocess.run(
-            [checker, *map(str, scripts), str(root / "tests/slurm_room/cluster.sh")], capture_output=True, text=True
+            [checker, *map(str, scripts), str(root / "tests/slurm_room/cluster.sh")],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stdout
 
@@ -225,18 +286,32 @@ def test_the_environment_report_shows_no_secret(root: Path) -> None:
     }
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "NCCL_DEBUG": "INFO", **secrets}
     done = subprocess.run(
-        [BASH, str(root / "slurm/environment.sh")], env=environment, capture_output=True, text=True, timeout=60
+        [BASH, str(root / "slurm/environment.sh")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0
     assert "abc" not in done.stdout
     assert "SLURM_JWT=(not shown)" in done.stdout
     assert "NCCL_DEBUG=INFO" in done.stdout
-    for word in ("date", "node", "kernel", "gpu", "revision", "python", "torch", "megatron-core", "deepspeed"):
+    for word in (
+        "date",
+        "node",
+        "kernel",
+        "gpu",
+        "revision",
+        "python",
+        "torch",
+        "megatron-core",
+        "deepspeed",
+    ):
         assert re.search(rf"^{word} +\S", done.stdout, flags=re.MULTILINE), word
     assert not done.stderr, done.stderr
 
 
-# -------------------------------------------------------------------------------------------------------------- sweeps
+# ----------------------------------------------------------------------------------------------------- sweeps
 
 
 def test_the_example_is_sizes_by_structures_by_learning_rates(root: Path, script_of: Any) -> None:
@@ -268,7 +343,7 @@ def test_config_and_sweep(root: Path, tmp_path: Path, script_of: Any, submit: An
     assert submit(*SIZE).returncode == 2
 
 
-# ------------------------------------------------------------------------------------------------- questions of the body
+# -------------------------------------------------------------------------------------- questions of the body
 
 
 def test_deepspeeds_launcher_is_told_of_all_nodes_and_of_this_ones_devices() -> None:

@@ -35,7 +35,12 @@ def test_every_combination_but_those_left_out(root: Path, tmp_path: Path) -> Non
     labels = ["dense-learning_rate_0.001", "low-learning_rate_0.001", "low-learning_rate_0.002"]
     assert [run.name for run in runs] == [f"{label}-tensor_{tensor}" for label in labels for tensor in (1, 2)]
     last = runs[-1].config
-    assert (last.ffn.kind, last.ffn.rank, last.train.learning_rate, last.parallel.tensor) == ("low_rank", 64, 2e-3, 2)
+    assert (last.ffn.kind, last.ffn.rank, last.train.learning_rate, last.parallel.tensor) == (
+        "low_rank",
+        64,
+        2e-3,
+        2,
+    )
     assert (last.train.steps, last.train.seed) == (50, 7)
     assert last.run.dir == f"runs/try/{runs[-1].name}"
 
@@ -64,7 +69,10 @@ GOOD = {"name": "x", "configs": ["demo.json"], "grid": {"train.seed": [1, 2]}}
         ({"overrides": {"train.seed": 3}}, "train.seed: is an axis"),
         ({"overrides": {"run.dir": "x"}}, "run.dir: is set for each run"),
         ({"grid": {"s": {"a": {"run.dir": "x"}}}}, "run.dir: is set for each run"),
-        ({"overrides": {"parallel.tensor": 1}, "grid": {"train.micro_batch_size": [8, 16]}}, "(run micro_batch_size_16)"),
+        (
+            {"overrides": {"parallel.tensor": 1}, "grid": {"train.micro_batch_size": [8, 16]}},
+            "(run micro_batch_size_16)",
+        ),
     ],
 )
 def test_sweeps_are_refused_whole(root: Path, tmp_path: Path, change: Any, says: str) -> None:

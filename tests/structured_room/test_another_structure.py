@@ -1,8 +1,10 @@
-"""A structure that the package does not know, declared in this file alone: it trains, reshards, is planned and exported like the others.
+"""A structure that the package does not know, declared in this file alone: it trains, reshards, is planned
+and exported like the others.
 
-W = A (x) B, a Kronecker pair: A ``left`` (M/k, N/k), B ``right`` (k, k), k = ``ffn.blocks``. With x as a matrix X (N/k, k), y = A X B^T.
-Column use applies B first and cuts the rows of A, row use applies A first and cuts its columns: another order for each role, a bottleneck
-of h features, weights that are used more than once a token. Nothing of it is as in the package's own structures.
+W = A (x) B, a Kronecker pair: A ``left`` (M/k, N/k), B ``right`` (k, k), k = ``ffn.blocks``. With x as a
+matrix X (N/k, k), y = A X B^T. Column use applies B first and cuts the rows of A, row use applies A first and
+cuts its columns: another order for each role, a bottleneck of h features, weights that are used more than
+once a token. Nothing of it is as in the package's own structures.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ class Kronecker(Structure):
     def layout(self, features: int) -> Layout:
         return Layout((features // self.needed_blocks, self.needed_blocks), (0,))
 
-    def wide_factor(self, role: Role, inputs: int, outputs: int, gate: tuple[int, ...] = ()) -> tuple[str, Cut]:
+    def wide_factor(
+        self, role: Role, inputs: int, outputs: int, gate: tuple[int, ...] = ()
+    ) -> tuple[str, Cut]:
         rows, columns = self.factor_shapes(inputs, outputs)["left"]
         if role == "column":
             return "left", Cut((*gate, rows // math.prod(gate), columns), (len(gate),))
@@ -70,7 +74,10 @@ class Kronecker(Structure):
     def size_problems(self, outer: Size, inner: Size, prefix: str = "") -> Any:
         yield from must_divide(f"{prefix}blocks", self.blocks, outer, inner)
         if outer.value > inner.value:
-            yield f"{outer.name} = {outer.value}: must not exceed {inner.name} = {inner.value} for {prefix}kind = {self.kind}"
+            yield (
+                f"{outer.name} = {outer.value}: must not exceed {inner.name} = {inner.value} for "
+                f"{prefix}kind = {self.kind}"
+            )
 
 
 class Left:
@@ -102,7 +109,9 @@ class Right:
 
 
 class KroneckerOps(StructureOps):
-    """The nearest Kronecker product is a rank-1 approximation of the matrix's entries in another order (Van Loan)."""
+    """The nearest Kronecker product is a rank-1 approximation of the matrix's entries in another order
+    (Van Loan).
+    """
 
     def products(self, role: Role) -> tuple[Product, Product]:
         return (Right(), Left()) if role == "column" else (Left(), Right())
@@ -114,7 +123,9 @@ class KroneckerOps(StructureOps):
     def from_dense(self, matrix: Tensor) -> dict[str, Tensor]:
         k = self.structure.needed_blocks
         rows, columns = matrix.shape[0] // k, matrix.shape[1] // k
-        u, s, vh = torch.linalg.svd(matrix.view(rows, k, columns, k).transpose(1, 2).reshape(rows * columns, k * k))
+        u, s, vh = torch.linalg.svd(
+            matrix.view(rows, k, columns, k).transpose(1, 2).reshape(rows * columns, k * k)
+        )
         root = s[0].sqrt()
         return {"right": (root * vh[0]).view(k, k), "left": (root * u[:, 0]).view(rows, columns)}
 
@@ -128,11 +139,24 @@ STEPS, SAVED = 9, 4  # guided in steps 2 to 5: saved while it lasts
 
 def tree(run: Path, *, tensor: int = 1, model: dict[str, Any] | None = None, **over: Any) -> dict[str, Any]:
     return {
-        "model": {"layers": LAYERS, "width": H, "heads": 4, "sequence": SEQUENCE, "vocab": VOCAB, **(model or {})},
+        "model": {
+            "layers": LAYERS,
+            "width": H,
+            "heads": 4,
+            "sequence": SEQUENCE,
+            "vocab": VOCAB,
+            **(model or {}),
+        },
         "ffn": {"width": F, "kind": "kronecker", "blocks": K},
         "guide": {"mode": "window", "begin": 2, "end": 6, "stochastic": True},
         # an epsilon above the noise in gradients that are 0 by symmetry
-        "train": {"steps": 12, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2, "epsilon": 1e-5},
+        "train": {
+            "steps": 12,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "learning_rate": 1e-2,
+            "epsilon": 1e-5,
+        },
         "parallel": {"tensor": tensor, "sequence": tensor > 1},
         "checkpoint": {"keep": 9},
         "run": {"dir": str(run)},
@@ -141,7 +165,9 @@ def tree(run: Path, *, tensor: int = 1, model: dict[str, Any] | None = None, **o
 
 
 def train(tree: dict[str, Any], steps: int) -> dict[str, Any]:
-    """In a rank: the same as training_cases.train, which loads no other structure than the registered ones."""
+    """In a rank: the same as training_cases.train, which loads no other structure than the registered
+    ones.
+    """
     spec = importlib.util.spec_from_file_location(
         "training_cases", Path(__file__).parents[1] / "distributed" / "training_cases.py"
     )
@@ -155,7 +181,9 @@ def train(tree: dict[str, Any], steps: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("gated", [False, True], ids=["gelu", "swiglu"])
 def test_two_ranks_with_a_guide_equal_one(ranks: Callable[..., Any], tmp_path: Path, gated: bool) -> None:
-    """Losses, weights and moments; the second rank's run is resumed from the first one's checkpoint, resharded."""
+    """Losses, weights and moments; the second rank's run is resumed from the first one's checkpoint,
+    resharded.
+    """
     model = {"activation": "swiglu" if gated else "gelu"}
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
     start = ranks(1).run(__file__, "train", tree=tree(one, model=model), steps=SAVED)[0]
@@ -205,14 +233,20 @@ def test_it_is_exported_merged_and_refused_structured(ranks: Callable[..., Any],
 
 def test_its_map_is_its_dense_matrix_and_its_rules_are_the_configs(tmp_path: Path) -> None:
     structure = registry.build_structure("kronecker", blocks=2)
-    factors = {name: torch.randn(shape, dtype=torch.float64) for name, shape in structure.factor_shapes(6, 10).items()}
+    factors = {
+        name: torch.randn(shape, dtype=torch.float64)
+        for name, shape in structure.factor_shapes(6, 10).items()
+    }
     dense = functional.to_dense(structure, factors)
     torch.testing.assert_close(dense, torch.kron(factors["left"], factors["right"]))
     torch.testing.assert_close(functional.to_dense(structure, functional.from_dense(structure, dense)), dense)
     with pytest.raises(ConfigError) as error:
         loading.from_tree(tree(tmp_path, tensor=8, ffn={"kind": "kronecker", "width": 60, "blocks": 5}))
     assert {"ffn.blocks = 5: must divide model.width = 32"} < set(error.value.problems)
-    assert any(text.startswith("ffn.width = 60: must be divisible by parallel.tensor = 8") for text in error.value.problems)
+    assert any(
+        text.startswith("ffn.width = 60: must be divisible by parallel.tensor = 8")
+        for text in error.value.problems
+    )
     with pytest.raises(ConfigError, match=r'ffn\.blocks: missing; ffn\.kind = "kronecker" needs it'):
         loading.from_tree(tree(tmp_path, ffn={"kind": "kronecker"}))
 

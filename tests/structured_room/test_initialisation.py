@@ -1,4 +1,6 @@
-"""Initialisation: the singular values the paper asks for, the guide as the dense meaning, reproducible draws."""
+"""Initialisation: the singular values the paper asks for, the guide as the dense meaning, reproducible
+draws.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_low_rank_is_the_truncated_svd_of_a_dense_draw(inputs: int, outputs: int
 @pytest.mark.parametrize("structure", STRUCTURES[2:], ids=lambda structure: structure.kind)
 def test_block_factors_have_singular_values_one(structure: Structure, inputs: int, outputs: int) -> None:
     factors = draw(structure, inputs, outputs, STD, seeded(1))
-    assert {name: tuple(factor.shape) for name, factor in factors.items()} == structure.factor_shapes(inputs, outputs)
+    assert {name: tuple(factor.shape) for name, factor in factors.items()} == structure.factor_shapes(
+        inputs, outputs
+    )
     for factor in factors.values():
         values = torch.linalg.svdvals(factor.double())
         torch.testing.assert_close(values, torch.ones_like(values), rtol=0, atol=1e-5)
@@ -61,10 +65,14 @@ def test_block_factors_have_singular_values_one(structure: Structure, inputs: in
 def test_nearest_orthonormal_is_the_nearest() -> None:
     matrix = torch.randn(3, 5, 4, dtype=torch.float64, generator=seeded(2))
     nearest = nearest_orthonormal(matrix)
-    torch.testing.assert_close(nearest.transpose(-1, -2) @ nearest, torch.eye(4).double().expand(3, 4, 4), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        nearest.transpose(-1, -2) @ nearest, torch.eye(4).double().expand(3, 4, 4), rtol=0, atol=1e-12
+    )
     distance = (matrix - nearest).square().sum()
     for seed in range(30):
-        other = torch.linalg.qr(matrix + 0.3 * torch.randn(3, 5, 4, dtype=torch.float64, generator=seeded(seed))).Q
+        other = torch.linalg.qr(
+            matrix + 0.3 * torch.randn(3, 5, 4, dtype=torch.float64, generator=seeded(seed))
+        ).Q
         signs = torch.sign((other * matrix).sum(-2, keepdim=True))
         assert (matrix - other * signs).square().sum() > distance
 

@@ -1,4 +1,5 @@
-"""Structured matrices: the map is its dense meaning, from_dense is the optimum, initialisation is the paper's.
+"""Structured matrices: the map is its dense meaning, from_dense is the optimum, initialisation is the
+paper's.
 
 The references are written from the paper's formulas with plain loops, not with the package's own maps.
 """
@@ -19,11 +20,15 @@ from sffn_dist.structured.linalg import truncated_svd
 from sffn_dist.structured.registry import build_structure
 from sffn_dist.structured.structure import Structure
 
-# (structure, inputs N, outputs M): square, wide, tall, odd sizes, bottlenecks that the blocks do not divide evenly
+# (structure, inputs N, outputs M): square, wide, tall, odd sizes, bottlenecks that the blocks do not divide
+# evenly
 CASES = [
     (build_structure("dense"), 5, 7),
     *((build_structure("low_rank", rank=r), n, m) for r, n, m in [(3, 7, 5), (1, 4, 9), (5, 5, 5)]),
-    *((build_structure("block_dense", r, b), n, m) for r, b, n, m in [(6, 3, 9, 7), (4, 2, 6, 3), (3, 1, 5, 7), (8, 4, 8, 16)]),
+    *(
+        (build_structure("block_dense", r, b), n, m)
+        for r, b, n, m in [(6, 3, 9, 7), (4, 2, 6, 3), (3, 1, 5, 7), (8, 4, 8, 16)]
+    ),
     *(
         (build_structure("block_shuffle", blocks=b), n, m)
         for b, n, m in [(2, 8, 16), (3, 9, 27), (3, 6, 15), (4, 16, 8), (1, 3, 5)]
@@ -44,7 +49,9 @@ structured_cases = pytest.mark.parametrize(("structure", "inputs", "outputs"), S
 def random_factors(structure: Structure, inputs: int, outputs: int, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = structure.factor_shapes(inputs, outputs)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()
+    }
 
 
 def reference(structure: Structure, factors: Mapping[str, Tensor], inputs: int, outputs: int) -> Tensor:
@@ -72,7 +79,9 @@ def reference(structure: Structure, factors: Mapping[str, Tensor], inputs: int, 
 
 @every_case
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3), (0,), (3, 0, 2), (1, 1, 5)], ids=str)
-def test_forward_is_the_dense_matrix(structure: Structure, inputs: int, outputs: int, leading: tuple[int, ...]) -> None:
+def test_forward_is_the_dense_matrix(
+    structure: Structure, inputs: int, outputs: int, leading: tuple[int, ...]
+) -> None:
     factors = random_factors(structure, inputs, outputs)
     dense = reference(structure, factors, inputs, outputs)
     x = torch.randn(*leading, inputs, dtype=torch.float64)
@@ -94,26 +103,42 @@ def test_forward_of_what_is_not_contiguous(structure: Structure, inputs: int, ou
         wide[::2, :, 1].transpose(1, 2),
         torch.randn(1, inputs).double().expand(5, -1),
     ):
-        torch.testing.assert_close(functional.apply(structure, x, factors), x @ dense.t(), rtol=1e-12, atol=1e-12)
-    strided = {name: factor.transpose(-1, -2).contiguous().transpose(-1, -2) for name, factor in factors.items()}
-    torch.testing.assert_close(functional.apply(structure, wide[..., 0, 0], strided), wide[..., 0, 0] @ dense.t())
+        torch.testing.assert_close(
+            functional.apply(structure, x, factors), x @ dense.t(), rtol=1e-12, atol=1e-12
+        )
+    strided = {
+        name: factor.transpose(-1, -2).contiguous().transpose(-1, -2) for name, factor in factors.items()
+    }
+    torch.testing.assert_close(
+        functional.apply(structure, wide[..., 0, 0], strided), wide[..., 0, 0] @ dense.t()
+    )
 
 
 @every_case
-def test_gradients_are_those_through_the_dense_matrix(structure: Structure, inputs: int, outputs: int) -> None:
-    factors = {name: factor.requires_grad_() for name, factor in random_factors(structure, inputs, outputs).items()}
+def test_gradients_are_those_through_the_dense_matrix(
+    structure: Structure, inputs: int, outputs: int
+) -> None:
+    factors = {
+        name: factor.requires_grad_() for name, factor in random_factors(structure, inputs, outputs).items()
+    }
     x = torch.randn(2, 3, inputs, dtype=torch.float64, requires_grad=True)
-    sent = torch.randn(3, 2, outputs, dtype=torch.float64).transpose(0, 1)  # a gradient that is not contiguous
+    sent = torch.randn(3, 2, outputs, dtype=torch.float64).transpose(
+        0, 1
+    )  # a gradient that is not contiguous
     ours = torch.autograd.grad(functional.apply(structure, x, factors), [x, *factors.values()], sent)
     dense = reference(structure, factors, inputs, outputs)
     theirs = torch.autograd.grad(x @ dense.t(), [x, *factors.values()], sent)
     for name, got, expected in zip(["x", *factors], ours, theirs, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got, expected, rtol=1e-11, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @structured_cases
 def test_gradcheck(structure: Structure, inputs: int, outputs: int) -> None:
-    factors = {name: factor.requires_grad_() for name, factor in random_factors(structure, inputs, outputs).items()}
+    factors = {
+        name: factor.requires_grad_() for name, factor in random_factors(structure, inputs, outputs).items()
+    }
     x = torch.randn(2, inputs, dtype=torch.float64, requires_grad=True)
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
@@ -122,7 +147,7 @@ def test_gradcheck(structure: Structure, inputs: int, outputs: int) -> None:
     assert torch.autograd.gradcheck(run, (x, *factors.values()))
 
 
-# -------------------------------------------------------------------------------------------------------------- from_dense
+# ------------------------------------------------------------------------------------------------- from_dense
 
 
 def optimum(structure: Structure, matrix: Tensor) -> float:
@@ -135,7 +160,9 @@ def optimum(structure: Structure, matrix: Tensor) -> float:
         per_block, n = min(inputs, outputs) // b, inputs // b
         blocks = []
         for k in range(b):
-            joined = [feature % b for feature in range(k * per_block, (k + 1) * per_block)]  # the output blocks that k feeds
+            joined = [
+                feature % b for feature in range(k * per_block, (k + 1) * per_block)
+            ]  # the output blocks that k feeds
             blocks += [(matrix[l::b, k * n : (k + 1) * n], joined.count(l)) for l in range(b)]
     return sum(float(torch.linalg.svdvals(part)[rank:].square().sum()) for part, rank in blocks)
 
@@ -146,10 +173,14 @@ def squared_error(structure: Structure, factors: Mapping[str, Tensor], matrix: T
 
 
 @every_case
-def test_from_dense_reaches_the_optimum_and_no_random_step_improves_it(structure: Structure, inputs: int, outputs: int) -> None:
+def test_from_dense_reaches_the_optimum_and_no_random_step_improves_it(
+    structure: Structure, inputs: int, outputs: int
+) -> None:
     matrix = torch.randn(outputs, inputs, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     factors = from_dense(structure, matrix)
-    assert {name: tuple(factor.shape) for name, factor in factors.items()} == structure.factor_shapes(inputs, outputs)
+    assert {name: tuple(factor.shape) for name, factor in factors.items()} == structure.factor_shapes(
+        inputs, outputs
+    )
     error = squared_error(structure, factors, matrix)
     best = 0.0 if structure.kind == "dense" else optimum(structure, matrix)
     assert error == pytest.approx(best, rel=1e-9, abs=1e-20)
@@ -160,7 +191,9 @@ def test_from_dense_reaches_the_optimum_and_no_random_step_improves_it(structure
 
 
 @every_case
-def test_from_dense_gives_back_what_has_the_structure(structure: Structure, inputs: int, outputs: int) -> None:
+def test_from_dense_gives_back_what_has_the_structure(
+    structure: Structure, inputs: int, outputs: int
+) -> None:
     dense = reference(structure, random_factors(structure, inputs, outputs), inputs, outputs)
     again = reference(structure, from_dense(structure, dense), inputs, outputs)
     torch.testing.assert_close(again, dense, rtol=1e-10, atol=1e-10)
@@ -184,7 +217,9 @@ def test_from_dense_at_full_rank_is_exact(structure: Structure, inputs: int, out
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
 def test_from_dense_is_the_optimum_for_any_shape(blocks: int, rank: int, n: int, m: int, seed: int) -> None:
-    matrix = torch.randn(m * blocks, n * blocks, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    matrix = torch.randn(
+        m * blocks, n * blocks, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     for structure in (
         build_structure("low_rank", rank=rank),
         build_structure("block_dense", rank * blocks, blocks),

@@ -27,18 +27,37 @@ def path(tmp_path: Path) -> str:
 
 
 def made(path: str, text: str, *overrides: str) -> dict[str, PlannedVariant]:
-    return {entry.label: entry for entry in variants.planned_variants(path, overrides, variants.parse(text), "flops")}
+    return {
+        entry.label: entry
+        for entry in variants.planned_variants(path, overrides, variants.parse(text), "flops")
+    }
 
 
 def write_run(folder: Path, entry: PlannedVariant, losses: list[float], steps: int = 4) -> None:
     """The files of a run: ``losses`` at its evaluations, the last one at its end."""
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "flops": 10.0}) + "\n" for i in range(steps)))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i, "flops": 10.0}) + "\n" for i in range(steps))
+    )
     at = [steps * (i + 1) // len(losses) for i in range(len(losses))]
-    rows = [json.dumps({"step": step, "heldout_loss": loss}) + "\n" for step, loss in zip(at, losses, strict=True)]
+    rows = [
+        json.dumps({"step": step, "heldout_loss": loss}) + "\n" for step, loss in zip(at, losses, strict=True)
+    ]
     (folder / "evaluations.jsonl").write_text("".join(rows))
-    summary = {"heldout_loss": losses[-1], "perplexity": 1.0, "bits_per_byte": 2.0, "unigram_entropy": 3.0, "steps": steps}
-    summary |= {"tokens": 1000, "tokens_per_s": 50.0, "seconds": 20.0, "precision": "fp32", "ranks": {"world": 1}}
+    summary = {
+        "heldout_loss": losses[-1],
+        "perplexity": 1.0,
+        "bits_per_byte": 2.0,
+        "unigram_entropy": 3.0,
+        "steps": steps,
+    }
+    summary |= {
+        "tokens": 1000,
+        "tokens_per_s": 50.0,
+        "seconds": 20.0,
+        "precision": "fp32",
+        "ranks": {"world": 1},
+    }
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "run.json").write_text(json.dumps({"config": entry.config.model_dump(mode="json")}))
 
@@ -73,14 +92,21 @@ def test_table_has_mean_spread_and_paired_difference(results: list[summary.Resul
 
 
 def test_rows_say_what_was_run_and_measured(results: list[summary.Result]) -> None:
-    rows = list(csv.DictReader(summary.csv_text([summary.run_row(result) for result in results]).splitlines()))
+    rows = list(
+        csv.DictReader(summary.csv_text([summary.run_row(result) for result in results]).splitlines())
+    )
     assert [(row["variant"], row["seed"]) for row in rows] == [
         ("dense", "0"),
         ("dense", "1"),
         ("low_rank+guide", "0"),
         ("low_rank+guide", "1"),
     ]
-    assert (rows[0]["width"], rows[0]["rank"], rows[2]["rank"], rows[2]["guide"]) == ("192", "", "12", "fixed_flop")
+    assert (rows[0]["width"], rows[0]["rank"], rows[2]["rank"], rows[2]["guide"]) == (
+        "192",
+        "",
+        "12",
+        "fixed_flop",
+    )
     assert (rows[3]["heldout_loss"], rows[3]["flops"]) == ("4.4", "40")
 
 
@@ -94,7 +120,9 @@ def test_curves_average_over_seeds_by_flops_spent(results: list[summary.Result])
     assert len(summary.curve_rows(results)) == 8
 
 
-def test_a_run_is_finished_once_it_has_all_its_steps_and_the_evaluation_asked_for(path: str, tmp_path: Path) -> None:
+def test_a_run_is_finished_once_it_has_all_its_steps_and_the_evaluation_asked_for(
+    path: str, tmp_path: Path
+) -> None:
     config = made(path, "dense")["dense"].config
     entry = made(path, "dense")["dense"]
     write_run(tmp_path / "whole", entry, [4.0], steps=200)

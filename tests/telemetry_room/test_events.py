@@ -39,8 +39,12 @@ def test_a_torn_line_is_ended_and_left_out(tmp_path: Path) -> None:
     assert path.read_bytes().count(b"\n") == 4
 
 
-def test_what_cannot_be_written_comes_later_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The folder is gone and comes back; one warning, and at most as many lines are kept as memory shall hold."""
+def test_what_cannot_be_written_comes_later_in_order(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The folder is gone and comes back; one warning, and at most as many lines are kept as memory shall
+    hold.
+    """
     path = tmp_path / "run" / "events.jsonl"
     log, quiet = EventLog(path), EventLog(path, warns=False)
     with caplog.at_level(logging.WARNING):
@@ -78,6 +82,8 @@ log.write("a", 3)
 
 def test_a_full_disk_tears_no_line(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, env={**os.environ})
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, env={**os.environ}
+    )
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]

@@ -23,10 +23,14 @@ def test_every_step_once_over_any_kills_and_resumes(tmp_path_factory, data):
     path, total = tmp_path_factory.mktemp("run") / "metrics.jsonl", 12
     resume, writer = 0, {}
     for life in range(data.draw(st.integers(0, 4), "kills") + 1):
-        before = [line for line in path.read_bytes().splitlines(True) if b"\n" in line] if path.exists() else []
+        before = (
+            [line for line in path.read_bytes().splitlines(True) if b"\n" in line] if path.exists() else []
+        )
         log = MetricsLog(path, resume)
         kept = path.read_bytes().splitlines(True)
-        assert kept == before[: len(kept)] or len(kept) == len(before) + 1  # the last may have lacked but its end of line
+        assert (
+            kept == before[: len(kept)] or len(kept) == len(before) + 1
+        )  # the last may have lacked but its end of line
         stop = data.draw(st.integers(resume, total), "stop") if life < 4 else total
         for step in range(resume, stop):
             log.write(row(step, life))
@@ -84,7 +88,12 @@ def test_not_finite_values_are_seen_and_the_file_stays_strict_json(tmp_path):
         log.write({"step": 0, "loss": math.nan, "grad_norm": math.inf, "more": [-math.inf, None]})
     line = path.read_text()
     refuse = lambda name: pytest.fail(f"{name} is not JSON")  # noqa: E731
-    assert json.loads(line, parse_constant=refuse) == {"step": 0, "loss": "nan", "grad_norm": "inf", "more": ["-inf", None]}
+    assert json.loads(line, parse_constant=refuse) == {
+        "step": 0,
+        "loss": "nan",
+        "grad_norm": "inf",
+        "more": ["-inf", None],
+    }
     (back,) = read(path)
     assert math.isnan(back["loss"])
     assert back["grad_norm"] == math.inf
@@ -130,7 +139,9 @@ log.close()
 """
 
 
-@pytest.mark.parametrize("start", [500, 100])  # full while it runs; full from the start, when the old file must be rewritten
+@pytest.mark.parametrize(
+    "start", [500, 100]
+)  # full while it runs; full from the start, when the old file must be rewritten
 def test_full_disk_neither_stops_nor_leaves_holes_or_torn_lines(tmp_path, start):
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path, 0) as log:

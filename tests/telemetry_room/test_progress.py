@@ -20,7 +20,15 @@ class Clock:
 
 
 def row(step, **more):
-    return {"step": step, "loss": 7.5, "alpha": 0.25, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 12345.6, **more}
+    return {
+        "step": step,
+        "loss": 7.5,
+        "alpha": 0.25,
+        "lr": 1e-3,
+        "grad_norm": 1.0,
+        "tokens_per_s": 12345.6,
+        **more,
+    }
 
 
 def test_log_file_gets_a_plain_line_now_and_then():

@@ -44,9 +44,13 @@ def test_wandb_offline_keeps_one_id_over_a_kill_and_its_files_in_the_run_folder(
     codes, ids, errors = [], [], ""
     for start, stop in ((0, 5), (3, 6)):
         words = [sys.executable, "-c", WANDB, str(run_dir), str(start), str(stop)]
-        with open(tmp_path / "errors", "w") as file:  # no pipe: W&B's own process holds it open when ours is killed
+        with open(
+            tmp_path / "errors", "w"
+        ) as file:  # no pipe: W&B's own process holds it open when ours is killed
             codes.append(
-                subprocess.call(words, env=logged_out(elsewhere), cwd=elsewhere, stdout=file, stderr=file, timeout=120)
+                subprocess.call(
+                    words, env=logged_out(elsewhere), cwd=elsewhere, stdout=file, stderr=file, timeout=120
+                )
             )
         ids.append((run_dir / "wandb_id").read_text().strip())
         errors += (tmp_path / "errors").read_text()
@@ -72,10 +76,17 @@ def test_logged_in_is_seen_without_asking_anybody(tmp_path):
         ({"WANDB_MODE": "online"}, "False"),
     ]
     started = [
-        subprocess.Popen([sys.executable, "-c", code], env={**logged_out(tmp_path), **more}, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**logged_out(tmp_path), **more},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for more, _ in cases
     ]
-    assert [process.communicate(timeout=120)[0].strip() for process in started] == [expected for _, expected in cases]
+    assert [process.communicate(timeout=120)[0].strip() for process in started] == [
+        expected for _, expected in cases
+    ]
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
@@ -108,13 +119,16 @@ def test_tensorboard_shows_what_a_run_went_back_over_once(tmp_path):
     tracked.finish({})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(s, 1.0 if s < 2 else 2.0) for s in range(7)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (s, 1.0 if s < 2 else 2.0) for s in range(7)
+    ]
     assert "events/text_summary" in events.Tags()["tensors"]
 
 
 def test_nothing_asked_for_imports_nothing(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from sffn_dist.spec.config import Logging; from sffn_dist.telemetry import trackers\n"
+        "import sys; from pathlib import Path; from sffn_dist.spec.config import Logging; from "
+        "sffn_dist.telemetry import trackers\n"
         "trackers.check_trackers(Logging(wandb=True, tensorboard=True))\n"
         "trackers.open_trackers(Logging(), Path('.'), {}, 0).log({}, 0)\n"
         "assert not {'wandb', 'torch', 'tensorboard'} & set(sys.modules)"
@@ -131,7 +145,10 @@ def test_not_installed_is_refused_even_beside_a_folder_of_that_name(tmp_path, mo
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ConfigError) as refusal:
         check_trackers(Logging(wandb=True, tensorboard=True))
-    assert [problem.split(" ")[0] for problem in refusal.value.problems] == ["logging.wandb", "logging.tensorboard"]
+    assert [problem.split(" ")[0] for problem in refusal.value.problems] == [
+        "logging.wandb",
+        "logging.tensorboard",
+    ]
     check_trackers(Logging())
 
 

@@ -42,7 +42,7 @@ def refused(path: str, text: str, *overrides: str, equal: variants.Equal = "flop
     return "\n".join(caught.value.problems)
 
 
-# ------------------------------------------------------------------------------------------------------------------- names
+# ------------------------------------------------------------------------------------------------------ names
 
 
 def test_names_are_read_and_written_the_same() -> None:
@@ -84,7 +84,7 @@ def test_seeds() -> None:
             variants.seeds(wrong)
 
 
-# ------------------------------------------------------------------------------------------------------------------- sizes
+# ------------------------------------------------------------------------------------------------------ sizes
 
 
 def miss(config: Config, target: int, **values: Any) -> int:
@@ -106,7 +106,11 @@ def test_sizes_are_the_nearest_by_trying_all(
 ) -> None:
     tree = json.loads(json.dumps(TREE)) | {"parallel": {"tensor": tensor}}
     tree["model"] |= {"width": width, "activation": activation, "bias": bias}
-    tree["ffn"] |= {"width": factor * width, "rank": max(1, round(share * width)), "dense_layers": dense_layers}
+    tree["ffn"] |= {
+        "width": factor * width,
+        "rank": max(1, round(share * width)),
+        "dense_layers": dense_layers,
+    }
     config = from_tree(tree)
     target = ffn_parameters(config)
 
@@ -137,7 +141,8 @@ def test_sizes_are_the_nearest_by_trying_all(
 
 def test_own_and_written_sizes_win(path: str) -> None:
     found = made(
-        path, "low_rank,low_rank:rank=20,block_dense:blocks=2,block_dense:rank=24:blocks=2,dense_narrow:width=40,dense"
+        path,
+        "low_rank,low_rank:rank=20,block_dense:blocks=2,block_dense:rank=24:blocks=2,dense_narrow:width=40,dense",
     )
     assert found["low_rank"].sizes == {"rank": 12}
     assert found["low_rank:rank=20"].sizes == {"rank": 20}
@@ -159,7 +164,7 @@ def test_a_narrow_dense_model_has_as_many_ffn_parameters(path: str) -> None:
     assert ffn_parameters(found["dense"].config) > 1.5 * target
 
 
-# ------------------------------------------------------------------------------------------------------------------- steps
+# ------------------------------------------------------------------------------------------------------ steps
 
 
 @settings(max_examples=40, deadline=None)
@@ -206,19 +211,39 @@ def test_a_dense_model_keeps_no_bottleneck(path: str) -> None:
     assert [entry.config.recompute for entry in found.values()] == ["none", "none", "bottleneck"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
     ("text", "overrides", "says"),
     [
         ("low_rank:rank=49", (), "variant low_rank:rank=49: ffn.rank = 49: must not exceed"),
-        ("dense,block_dense:rank=10", (), "variant block_dense:rank=10: ffn.blocks = 4: must divide ffn.rank = 10"),
-        ("block_dense:blocks=5", (), "variant block_dense:blocks=5: ffn.blocks = 5: must divide model.width = 48"),
+        (
+            "dense,block_dense:rank=10",
+            (),
+            "variant block_dense:rank=10: ffn.blocks = 4: must divide ffn.rank = 10",
+        ),
+        (
+            "block_dense:blocks=5",
+            (),
+            "variant block_dense:blocks=5: ffn.blocks = 5: must divide model.width = 48",
+        ),
         ("block_dense:blocks=500", (), "blocks = 500: must not exceed 48"),
-        ("dense_narrow:width=33", ("parallel.tensor=2",), "ffn.width = 33: must be divisible by parallel.tensor = 2"),
-        ("dense,low_rank", ("ffn.kind=dense",), "variant low_rank: ffn.kind = 'dense' has no structured layer"),
-        ("dense_narrow", ("ffn.dense_layers=[0,1,2]",), "variant dense_narrow: ffn.kind = 'low_rank' has no structured layer"),
+        (
+            "dense_narrow:width=33",
+            ("parallel.tensor=2",),
+            "ffn.width = 33: must be divisible by parallel.tensor = 2",
+        ),
+        (
+            "dense,low_rank",
+            ("ffn.kind=dense",),
+            "variant low_rank: ffn.kind = 'dense' has no structured layer",
+        ),
+        (
+            "dense_narrow",
+            ("ffn.dense_layers=[0,1,2]",),
+            "variant dense_narrow: ffn.kind = 'low_rank' has no structured layer",
+        ),
         ("low_rank,low_rank:rank=12", (), "variant low_rank:rank=12: is the same run as variant low_rank"),
         ("low_rank+guide", ("ffn.rank=48",), "variant low_rank+guide: guide.mode"),
         ("low_rank+guide", ("train.steps=1",), "guides no step"),
@@ -229,7 +254,9 @@ def test_a_dense_model_keeps_no_bottleneck(path: str) -> None:
         ("dense", ("model.heads=5",), "model.heads = 5: must divide"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(path: str, text: str, overrides: tuple[str, ...], says: str) -> None:
+def test_what_does_not_fit_is_refused_by_name(
+    path: str, text: str, overrides: tuple[str, ...], says: str
+) -> None:
     assert says in refused(path, text, *overrides)
 
 
@@ -240,5 +267,12 @@ def test_problems_of_all_variants_come_together(path: str) -> None:
 
 
 def test_written_sizes_need_no_structured_config(path: str) -> None:
-    found = made(path, "dense,low_rank:rank=8,block_dense:rank=8:blocks=2,dense_narrow:width=50", "ffn.kind=dense")
-    assert [entry.config.ffn.kind for entry in found.values()] == ["dense", "low_rank", "block_dense", "dense"]
+    found = made(
+        path, "dense,low_rank:rank=8,block_dense:rank=8:blocks=2,dense_narrow:width=50", "ffn.kind=dense"
+    )
+    assert [entry.config.ffn.kind for entry in found.values()] == [
+        "dense",
+        "low_rank",
+        "block_dense",
+        "dense",
+    ]

@@ -1,4 +1,6 @@
-"""What the layer benchmarks time: do all providers compute one and the same layer, and are its FLOPs what is said."""
+"""What the layer benchmarks time: do all providers compute one and the same layer, and are its FLOPs what
+is said.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +31,23 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 
 def errors(kind: Any, share: int, width: int, tokens: int) -> dict[str, dict[str, float]]:
-    """Provider -> relative RMS errors: of the output (against the dense layer), and of the gradients (against bmm's)."""
+    """Provider -> relative RMS errors: of the output (against the dense layer), and of the gradients
+    (against bmm's).
+    """
     _alone()
     layer, generator = sizes.layer(kind, share, width), torch.Generator().manual_seed(5)
     made = layers.providers(layer, CPU)
     shapes = {name: held.shape for name, held in made["bmm"].named_parameters()}
-    weights = {name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+    weights = {
+        name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for name, shape in shapes.items()
+    }
     x, sent = (torch.randn(tokens, width, generator=generator) for _ in range(2))
     want = _dense(layer, weights, x)
     gradients = {name: _run(name, module, weights, x, sent) for name, module in made.items()}
     found = {
-        name: {part: _error(got, want if part == "y" else gradients["bmm"][part]) for part, got in parts.items()}
+        name: {
+            part: _error(got, want if part == "y" else gradients["bmm"][part]) for part, got in parts.items()
+        }
         for name, parts in gradients.items()
     }
     for name, forward in decode.providers(layer).items():
@@ -47,7 +55,9 @@ def errors(kind: Any, share: int, width: int, tokens: int) -> dict[str, dict[str
     return found
 
 
-def _run(provider: str, module: nn.Module, weights: dict[str, Tensor], x: Tensor, sent: Tensor) -> dict[str, Tensor]:
+def _run(
+    provider: str, module: nn.Module, weights: dict[str, Tensor], x: Tensor, sent: Tensor
+) -> dict[str, Tensor]:
     """The output, and the gradients of x and of every parameter, as the benchmark runs the layer."""
     held = {name.removeprefix("mlp."): parameter for name, parameter in module.named_parameters()}
     assert list(held) == list(weights)
@@ -86,4 +96,6 @@ def flops(kind: Any, width: int, tokens: int) -> dict[str, tuple[int, int]]:
 def floors(width: int, tokens: int, devices: list[str]) -> list[float | None]:
     """floor_ms of the dense layer's forward pass in bf16, by device."""
     layer = sizes.Layer(build_structure("dense"), width)
-    return [feed_forward.floor(layer, tokens, "forward", torch.bfloat16, name)["floor_ms"] for name in devices]
+    return [
+        feed_forward.floor(layer, tokens, "forward", torch.bfloat16, name)["floor_ms"] for name in devices
+    ]

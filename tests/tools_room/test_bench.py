@@ -32,7 +32,9 @@ def rows(root: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 def test_what_travels_beside_dense(root: Path) -> None:
-    """h 2048, f 8192: low_rank of rank 512, block_dense of rank 768 in 4 blocks, block_shuffle of 4 blocks, as a share of dense."""
+    """h 2048, f 8192: low_rank of rank 512, block_dense of rank 768 in 4 blocks, block_shuffle of 4
+    blocks, as a share of dense.
+    """
     found = {(row["kind"], row["p"]): row for row in rows(root, "comm")}
     assert {p for _, p in found} == {2, 4, 8}
     for p, shuffle in ((2, 0.75), (4, 0.625), (8, 0.375)):
@@ -49,7 +51,10 @@ def test_every_provider_is_timed(root: Path, tmp_path: Path) -> None:
     """Two real ranks, a layer so small that the times say nothing."""
     sizes = ["--width", "32", "--tokens", "16", "--repeats", "2", "--sequence", "both"]
     found = rows(root, "tp", *sizes, "--csv", str(tmp_path / "rows.csv"))
-    kinds, providers = {"low_rank", "block_dense", "block_shuffle"}, {"dense", "naive", "bottleneck", "recomputed"}
+    kinds, providers = (
+        {"low_rank", "block_dense", "block_shuffle"},
+        {"dense", "naive", "bottleneck", "recomputed"},
+    )
     assert {(row["kind"], row["provider"], row["sequence"]) for row in found} == {
         (kind, provider, sequence) for kind in kinds for provider in providers for sequence in (True, False)
     }
@@ -65,14 +70,20 @@ def test_every_provider_is_timed(root: Path, tmp_path: Path) -> None:
 def test_the_guide_is_timed(root: Path) -> None:
     """One rank; the ratios are those of the medians beside them."""
     found = {
-        (row["kind"], row["provider"]): row for row in rows(root, "guide", "--width", "32", "--tokens", "16", "--repeats", "2")
+        (row["kind"], row["provider"]): row
+        for row in rows(root, "guide", "--width", "32", "--tokens", "16", "--repeats", "2")
     }
-    kinds, providers = ("low_rank", "block_dense", "block_shuffle"), ("dense", "unguided", "undrawn", "guided", "three_passes")
+    kinds, providers = (
+        ("low_rank", "block_dense", "block_shuffle"),
+        ("dense", "unguided", "undrawn", "guided", "three_passes"),
+    )
     assert list(found) == [(kind, provider) for kind in kinds for provider in providers]
     for (kind, _), row in found.items():
         assert (row["op"], row["repeats"], row["threads"]) == ("ffn_guided", 2, machine.cores())
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-        unguided, dense, plain = (found[kind, name]["median_ms"] for name in ("unguided", "dense", "three_passes"))
+        unguided, dense, plain = (
+            found[kind, name]["median_ms"] for name in ("unguided", "dense", "three_passes")
+        )
         assert row["over_unguided"] == pytest.approx(row["median_ms"] / unguided, rel=0.01, abs=0.01)
         assert row["over_dense"] == pytest.approx(row["median_ms"] / dense, rel=0.01, abs=0.01)
         assert row["speedup_over_three_passes"] == pytest.approx(plain / row["median_ms"], rel=0.01, abs=0.01)
@@ -101,7 +112,9 @@ def test_interrupted_saves_leave_nothing(root: Path, tmp_path: Path) -> None:
     """Ctrl-C at a terminal: to the whole process group, once files are being written."""
     arguments = ["checkpoint", "--gigabytes", "0.3", "--repeats", "99", "--folder", str(tmp_path)]
     command = [sys.executable, str(root / "tools" / "bench.py"), *arguments]
-    bench = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    bench = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.rglob("*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -113,10 +126,16 @@ def test_interrupted_saves_leave_nothing(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "structure",
-    [{"kind": "low_rank", "rank": 6}, {"kind": "block_dense", "rank": 8, "blocks": 4}, {"kind": "block_shuffle", "blocks": 4}],
+    [
+        {"kind": "low_rank", "rank": 6},
+        {"kind": "block_dense", "rank": 8, "blocks": 4},
+        {"kind": "block_shuffle", "blocks": 4},
+    ],
     ids=lambda structure: structure["kind"],
 )
-def test_the_guide_in_three_passes_is_the_same_layer(root: Path, ranks: Callable[..., Any], structure: dict[str, Any]) -> None:
+def test_the_guide_in_three_passes_is_the_same_layer(
+    root: Path, ranks: Callable[..., Any], structure: dict[str, Any]
+) -> None:
     """What the benchmark compares the guided layer with computes the same output and the same gradients."""
     cases = root / "tests" / "distributed" / "naive_cases.py"
     (errors,) = ranks(1).run(cases, "three_passes_errors", structure=structure, h=16, f=32, alpha=0.3)
@@ -134,18 +153,33 @@ def test_layers_are_timed(root: Path, tmp_path: Path) -> None:
     found = rows(root, *arguments, "--csv", str(tmp_path / "rows.csv"))
     structured = [(kind, share) for kind in KINDS for share in SHARES[kind]]
     forward = [(*one, "forward", name) for one in structured for name in ("bmm", "ours")]
-    training = [(*one, "forward_backward", name) for one in structured for name in ("bmm", "ours", "ours_bottleneck")]
-    want = [("dense", 1.0, "forward", "dense"), *forward, ("dense", 1.0, "forward_backward", "dense"), *training]
+    training = [
+        (*one, "forward_backward", name) for one in structured for name in ("bmm", "ours", "ours_bottleneck")
+    ]
+    want = [
+        ("dense", 1.0, "forward", "dense"),
+        *forward,
+        ("dense", 1.0, "forward_backward", "dense"),
+        *training,
+    ]
     assert [(row["kind"], row["share"], row["mode"], row["provider"]) for row in found] == want
     dense = {row["mode"]: row["median_ms"] for row in found if row["kind"] == "dense"}
     for row in found:
-        assert (row["op"], row["tokens"], row["width"], row["inner"], row["dtype"]) == ("ffn", 32, 64, 256, "float32")
+        assert (row["op"], row["tokens"], row["width"], row["inner"], row["dtype"]) == (
+            "ffn",
+            32,
+            64,
+            256,
+            "float32",
+        )
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["speedup_over_dense"] == pytest.approx(dense[row["mode"]] / row["median_ms"], rel=1e-4)
         weights = matrices(row)
         passes, parameters, tokens = (1, 1, 2) if row["mode"] == "forward" else (3, 2, 4)
         assert row["gflop"] == pytest.approx(1e-9 * passes * 2 * 32 * weights, rel=1e-5)
-        assert row["gbytes"] == pytest.approx(4e-9 * (parameters * (weights + 256 + 64) + tokens * 32 * 64), rel=1e-5)
+        assert row["gbytes"] == pytest.approx(
+            4e-9 * (parameters * (weights + 256 + 64) + tokens * 32 * 64), rel=1e-5
+        )
         assert row["peak_mb"] is row["floor_ms"] is None
     with (tmp_path / "rows.csv").open(encoding="utf-8", newline="") as file:
         assert [row["median_ms"] for row in csv.DictReader(file)] == [str(row["median_ms"]) for row in found]
@@ -164,7 +198,19 @@ def matrices(row: dict[str, Any]) -> int:
 
 
 def test_a_training_step_is_timed(root: Path) -> None:
-    arguments = ["step", "--device", "cpu", "--width", "64", "--tokens", "32", "--repeats", "2", "--shares", "32"]
+    arguments = [
+        "step",
+        "--device",
+        "cpu",
+        "--width",
+        "64",
+        "--tokens",
+        "32",
+        "--repeats",
+        "2",
+        "--shares",
+        "32",
+    ]
     found = rows(root, *arguments)
     providers = [(kind, name) for kind in KINDS for name in ("bmm", "ours", "ours_bottleneck")]
     assert [(row["kind"], row["provider"]) for row in found] == [("dense", "dense"), *providers]
@@ -176,7 +222,9 @@ def test_a_training_step_is_timed(root: Path) -> None:
 
 
 def test_generation_is_timed(root: Path) -> None:
-    """A row for each width, number of tokens and provider; the dense layer's first, which the others are compared with."""
+    """A row for each width, number of tokens and provider; the dense layer's first, which the others are
+    compared with.
+    """
     sizes = ["--width", "64", "96", "--batch", "1", "5", "--kinds", "low_rank"]
     found = rows(root, "decode", "--device", "cpu", *sizes, "--repeats", "2")
     providers = ["torch", "ours"] if importlib.util.find_spec("sffn_kernels.decode") else ["torch"]
@@ -198,8 +246,12 @@ def test_a_run_that_does_not_fit_is_refused_before_it_is_timed(root: Path) -> No
 
 @pytest.mark.parametrize("share", [32, 63])
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_providers_compute_the_same_layer(root: Path, ranks: Callable[..., Any], kind: str, share: int) -> None:
-    """Output and all gradients, relative RMS, against the dense layer of what the factors stand for or against one another."""
+def test_all_providers_compute_the_same_layer(
+    root: Path, ranks: Callable[..., Any], kind: str, share: int
+) -> None:
+    """Output and all gradients, relative RMS, against the dense layer of what the factors stand for or
+    against one another.
+    """
     cases = root / "tests" / "tools_room" / "layer_cases.py"
     (found,) = ranks(1).run(cases, "errors", kind=kind, share=share, width=64, tokens=6)
     assert found.keys() >= {"bmm", "ours", "ours_bottleneck", "decode torch"}
@@ -217,8 +269,12 @@ def test_no_layer_is_counted_cheaper_than_it_is(root: Path, ranks: Callable[...,
 
 
 @pytest.mark.parametrize("tokens", [1, 30000])
-def test_the_least_time_is_that_of_the_slower_of_both_peaks(root: Path, ranks: Callable[..., Any], tokens: int) -> None:
-    """Width 2048 in bf16: of one token the memory's, of many the tensor cores'; a device that is not known has none."""
+def test_the_least_time_is_that_of_the_slower_of_both_peaks(
+    root: Path, ranks: Callable[..., Any], tokens: int
+) -> None:
+    """Width 2048 in bf16: of one token the memory's, of many the tensor cores'; a device that is not known
+    has none.
+    """
     peaks = {  # FLOP/s, bytes/s
         "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
         "NVIDIA H100 PCIe": (756e12, 2.0e12),
@@ -266,15 +322,30 @@ def test_cuda_without_a_device_is_refused(root: Path, command: str) -> None:
         (["checkpoint", "--gigabytes", "1e6"], "--gigabytes 1e+06: must be above 0 and not exceed 8.7"),
         (["checkpoint", "--gigabytes", "nan"], "--gigabytes nan: must be above 0"),
         (["checkpoint", "--folder", "nowhere"], "--folder nowhere: there is no such folder"),
-        (["checkpoint", "--folder", "/proc"], "--gigabytes 1.2: needs 3.61 GB, 0 GB free on the disk of --folder /proc"),
+        (
+            ["checkpoint", "--folder", "/proc"],
+            "--gigabytes 1.2: needs 3.61 GB, 0 GB free on the disk of --folder /proc",
+        ),
         (["checkpoint", "--repeats", "1"], "--repeats 1: must be at least 2"),
         (["checkpoint", "--csv", "nowhere/rows.csv"], "--csv nowhere/rows.csv: there is no folder"),
         (["guide", "--csv", "nowhere/rows.csv"], "--csv nowhere/rows.csv: there is no folder"),
         (["ffn", "--csv", "nowhere/rows.csv"], "--csv nowhere/rows.csv: there is no folder"),
-        (["ffn", "--width", "64", "80"], "--width 80: must be divisible by 32 for block_dense with 32% of the parameters"),
-        (["step", "--width", "72", "--shares", "63"], "--width 72: must be divisible by 16 for block_dense with 63%"),
-        (["decode", "--widths", "66", "--kinds", "low_rank"], "--width 66: must be divisible by 4 for low_rank with 32%"),
-        (["ffn", "--width", "7", "--shares", "63", "--kinds", "block_shuffle"], "--width 7: must be divisible by 2"),
+        (
+            ["ffn", "--width", "64", "80"],
+            "--width 80: must be divisible by 32 for block_dense with 32% of the parameters",
+        ),
+        (
+            ["step", "--width", "72", "--shares", "63"],
+            "--width 72: must be divisible by 16 for block_dense with 63%",
+        ),
+        (
+            ["decode", "--widths", "66", "--kinds", "low_rank"],
+            "--width 66: must be divisible by 4 for low_rank with 32%",
+        ),
+        (
+            ["ffn", "--width", "7", "--shares", "63", "--kinds", "block_shuffle"],
+            "--width 7: must be divisible by 2",
+        ),
         (["ffn", "--shares", "50"], "--shares: invalid choice: 50"),
         (["ffn", "--kinds", "dense"], "--kinds: invalid choice: 'dense'"),
         (["ffn", "--tokens", "0"], "--tokens: 0 is not above 0"),

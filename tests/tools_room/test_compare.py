@@ -39,7 +39,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(root: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(root / "tools" / "compare.py"), "--config", str(folder / "tiny.json"), *arguments]
+    command = [
+        sys.executable,
+        str(root / "tools" / "compare.py"),
+        "--config",
+        str(folder / "tiny.json"),
+        *arguments,
+    ]
     environment = os.environ | {"MPLCONFIGDIR": str(folder / "matplotlib")}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
@@ -54,7 +60,9 @@ def whole(folder: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A comparison of two variants, both at once, with neither having prepared data."""
     out = folder / "out"
     root = Path(__file__).resolve().parents[2]
-    return out, compare(root, folder, "--variants", VARIANTS, "--seeds", "3", "--jobs", "2", "--out", str(out))
+    return out, compare(
+        root, folder, "--variants", VARIANTS, "--seeds", "3", "--jobs", "2", "--out", str(out)
+    )
 
 
 def test_table_rows_and_plot(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -100,12 +108,16 @@ def test_another_run_in_the_folder_is_refused(
     root: Path, folder: Path, whole: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     out, _ = whole
-    done = compare(root, folder, "--variants", VARIANTS, "--seeds", "3", "--out", str(out), "train.learning_rate=0.1")
+    done = compare(
+        root, folder, "--variants", VARIANTS, "--seeds", "3", "--out", str(out), "train.learning_rate=0.1"
+    )
     assert done.returncode == 2
     assert "variant dense seed 3: train.learning_rate = 0.1: run.dir" in done.stderr
 
 
-def test_others_go_on_where_one_fails(root: Path, folder: Path, whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_others_go_on_where_one_fails(
+    root: Path, folder: Path, whole: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
     """A run that cannot write its record; the others are there already."""
     out, _ = whole
     (out / "dense_narrow" / "seed_3" / "metrics.jsonl").mkdir(parents=True)
@@ -118,7 +130,15 @@ def test_others_go_on_where_one_fails(root: Path, folder: Path, whole: tuple[Pat
 
 
 def test_plan_trains_nothing(root: Path, folder: Path) -> None:
-    done = compare(root, folder, "--variants", "dense,block_dense,low_rank:rank=8", "--out", str(folder / "none"), "--plan")
+    done = compare(
+        root,
+        folder,
+        "--variants",
+        "dense,block_dense,low_rank:rank=8",
+        "--out",
+        str(folder / "none"),
+        "--plan",
+    )
     assert done.returncode == 0, done.stderr
     assert "| `low_rank:rank=8`" in done.stdout
     assert "100.0%" in done.stdout
@@ -130,7 +150,10 @@ def test_plan_trains_nothing(root: Path, folder: Path) -> None:
     [
         (["--variants", "dense,monarch"], "variant 'monarch': must read"),
         (["--variants", "dense", "--seeds", "x"], "--seeds x: 'x' is no seed"),
-        (["--variants", "dense,low_rank:rank=64"], "variant low_rank:rank=64: ffn.rank = 64: must not exceed"),
+        (
+            ["--variants", "dense,low_rank:rank=64"],
+            "variant low_rank:rank=64: ffn.rank = 64: must not exceed",
+        ),
         (
             ["--variants", "dense", "parallel.tensor=2"],
             "variant dense seed 0: parallel.tensor = 2: must divide the number of ranks, 1",
@@ -140,7 +163,9 @@ def test_plan_trains_nothing(root: Path, folder: Path) -> None:
         (["--variants", "dense", "--jobs", "two"], "invalid int value: 'two'"),
     ],
 )
-def test_bad_input_is_refused_before_the_first_run(root: Path, folder: Path, arguments: list[str], says: str) -> None:
+def test_bad_input_is_refused_before_the_first_run(
+    root: Path, folder: Path, arguments: list[str], says: str
+) -> None:
     done = compare(root, folder, *arguments, "--out", str(folder / "refused"))
     assert done.returncode == 2
     assert says in done.stderr

@@ -20,12 +20,16 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of pretrain.py on the CPU: BlockDense, SwiGLU and RMSNorm, in its guided phase at the first of its two checkpoints."""
+    """A run of pretrain.py on the CPU: BlockDense, SwiGLU and RMSNorm, in its guided phase at the first of
+    its two checkpoints.
+    """
     folder = tmp_path_factory.mktemp("convert")
     text = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text(encoding="utf-8")
     (folder / "text").mkdir()
     for part in range(3):
-        (folder / "text" / f"{part}.txt").write_text(text[part * 20_000 : (part + 1) * 20_000], encoding="utf-8")
+        (folder / "text" / f"{part}.txt").write_text(
+            text[part * 20_000 : (part + 1) * 20_000], encoding="utf-8"
+        )
     tree = {
         "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "sequence": 32, "vocab": 512, "activation": "swiglu",
                   "norm": "rmsnorm", "bias": False, "tie_embeddings": False},
@@ -48,13 +52,21 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _python(*command: Any) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, check=False, env=environment
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
     )
 
 
 @pytest.fixture
 def convert(root: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """``convert(*arguments, code=0)``: what the tool prints. Logits are compared in a process of their own, since that starts ranks."""
+    """``convert(*arguments, code=0)``: what the tool prints.
+
+    Logits are compared in a process of their own, since that starts ranks.
+    """
     spec = importlib.util.spec_from_file_location("convert_tool", root / "tools" / "convert.py")
     assert spec
     assert spec.loader
@@ -98,26 +110,49 @@ def test_inspect(convert: Callable[..., str], run: Path, tmp_path: Path) -> None
 
 
 def test_there_and_back(root: Path, convert: Callable[..., str], run: Path, tmp_path: Path) -> None:
-    """The guided checkpoint goes out merged and structured, both say what it says; the merged one comes back as it went."""
-    source, merged, structured, back = step(run, 2), tmp_path / "merged", tmp_path / "structured", tmp_path / "back"
+    """The guided checkpoint goes out merged and structured, both say what it says; the merged one comes
+    back as it went.
+    """
+    source, merged, structured, back = (
+        step(run, 2),
+        tmp_path / "merged",
+        tmp_path / "structured",
+        tmp_path / "back",
+    )
     convert("to-hf", source, merged, "--ffn", "merged")
     convert("to-hf", source, structured, "--ffn", "structured", "--shard-size", "0.0001")
     assert (merged / "tokenizer.json").exists()
     assert len(list(structured.glob("model-*.safetensors"))) > 1
     assert (source.parents[1] / "evaluations.jsonl").exists()
-    assert "heldout_loss" in (merged / "README.md").read_text(encoding="utf-8"), "the model card has the results"
+    assert "heldout_loss" in (merged / "README.md").read_text(encoding="utf-8"), (
+        "the model card has the results"
+    )
     assert "the same likeliest token at 100.0%" in convert("verify", source, merged)
     convert("from-hf", merged, back)
     assert json.loads(convert("verify", structured, back, "--tolerance", "1e-5", "--json"))["same"]
     approximated = tmp_path / "approximated"
-    convert("from-hf", merged, approximated, "--ffn", "block_shuffle", "--blocks", "2", "--guide", "--dense-layers", "none")
+    convert(
+        "from-hf",
+        merged,
+        approximated,
+        "--ffn",
+        "block_shuffle",
+        "--blocks",
+        "2",
+        "--guide",
+        "--dense-layers",
+        "none",
+    )
     found = json.loads(convert("inspect", approximated, "--no-spectra", "--json"))
     text = str(run.parent / "text")
     start = _python(root / "sffn_dist" / "pretrain.py", "--config", approximated / "start.json", "--plan", "--json", "train.steps=8",
                     f"data.source={text}")  # fmt: skip
     assert start.returncode == 0, start.stderr
     plan = json.loads(start.stdout)
-    assert (plan["ffn.kind"], [phase["phase"] for phase in plan["phases"]]) == ("block_shuffle", ["guided", "plain"])
+    assert (plan["ffn.kind"], [phase["phase"] for phase in plan["phases"]]) == (
+        "block_shuffle",
+        ["guided", "plain"],
+    )
     assert (found["ffn"]["kind"], found["phase"], found["alpha"], found["tensors"]) == (
         "block_shuffle",
         "guided",

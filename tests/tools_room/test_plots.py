@@ -20,7 +20,11 @@ def plots(root: Path, *arguments: Path | str) -> subprocess.CompletedProcess[str
 
 def measured(op: str, mode: str, width: int, tokens: int) -> Iterator[dict[str, Any]]:
     """Rows of a made-up benchmark."""
-    for provider, kind, share in (("dense", "dense", 1.0), ("ours", "low_rank", 0.3125), ("bmm", "block_dense", 0.293)):
+    for provider, kind, share in (
+        ("dense", "dense", 1.0),
+        ("ours", "low_rank", 0.3125),
+        ("bmm", "block_dense", 0.293),
+    ):
         median = share * width * tokens / 1e4
         times = {"median_ms": median, "p20_ms": 0.9 * median, "p80_ms": 1.2 * median}
         shape = {"kind": kind, "share": share, "tokens": tokens, "width": width, "dtype": "float32"}
@@ -36,10 +40,22 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def test_every_axis_that_was_measured_is_drawn(root: Path, tmp_path: Path) -> None:
-    """Training against width, also where there is one alone; generation against tokens, and against width where there are several."""
-    rows = [row for mode in ("forward", "forward_backward") for h in (64, 128) for row in measured("ffn", mode, h, 32)]
+    """Training against width, also where there is one alone; generation against tokens, and against width
+    where there are several.
+    """
+    rows = [
+        row
+        for mode in ("forward", "forward_backward")
+        for h in (64, 128)
+        for row in measured("ffn", mode, h, 32)
+    ]
     rows += measured("step", "training", 64, 32)
-    rows += [row for width in (64, 128) for tokens in (1, 8) for row in measured("decode", "forward", width, tokens)]
+    rows += [
+        row
+        for width in (64, 128)
+        for tokens in (1, 8)
+        for row in measured("decode", "forward", width, tokens)
+    ]
     done = plots(root, write(tmp_path / "rows.csv", rows), "--out", tmp_path / "new" / "folder")
     assert done.returncode == 0, done.stderr
     drawn = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
@@ -62,13 +78,20 @@ def test_every_axis_that_was_measured_is_drawn(root: Path, tmp_path: Path) -> No
 def test_a_figure_holds_what_its_title_says(root: Path) -> None:
     """Of one op and mode, the other size fixed; its lines in the order of the axis."""
     here = runpy.run_path(str(root / "benchmarks" / "sffn_bench" / "plots.py"))
-    rows = [row for width in (128, 64) for tokens in (8, 1) for row in measured("decode", "forward", width, tokens)]
+    rows = [
+        row
+        for width in (128, 64)
+        for tokens in (8, 1)
+        for row in measured("decode", "forward", width, tokens)
+    ]
     rows += [row for mode in ("forward", "forward_backward") for row in measured("ffn", mode, 64, 8)]
     found = here["figures"](rows)
     assert len(found) == 2 + 2 + 2
     for figure in found:
         fixed = {"width": "tokens", "tokens": "width"}[figure.axis]
-        assert {(row["op"], row["mode"], row[fixed]) for row in figure.rows} == {(figure.op, figure.mode, figure.fixed)}
+        assert {(row["op"], row["mode"], row[fixed]) for row in figure.rows} == {
+            (figure.op, figure.mode, figure.fixed)
+        }
         assert len(figure.rows) == (6 if figure.op == "decode" else 3)
         for line in here["lines"](figure.rows, figure.axis).values():
             sizes = [row[figure.axis] for row in line]
@@ -99,7 +122,10 @@ def test_a_file_of_something_else_is_refused(root: Path, tmp_path: Path) -> None
     """Columns of another benchmark, an empty file, none at all, and one that is no text."""
     path = tmp_path / "rows.csv"
     for content, says in (
-        (b"op,provider,mode,kind,device,dtype\nffn_guided,ours,x,x,x,x\n", "has no column share, tokens, width"),
+        (
+            b"op,provider,mode,kind,device,dtype\nffn_guided,ours,x,x,x,x\n",
+            "has no column share, tokens, width",
+        ),
         (b"", "has no column op, provider"),
         (b"\xff\xfe\x00", "is no text"),
     ):

@@ -18,7 +18,13 @@ def test_the_first_record_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     exit_codes.record(exit_codes.DIVERGED, "first")
     exit_codes.record(exit_codes.FAILED, "second")
     tree = json.loads(path.read_text())
-    assert (tree["code"], tree["name"], tree["restart"], tree["reason"], tree["rank"]) == (3, "diverged", False, "first", 3)
+    assert (tree["code"], tree["name"], tree["restart"], tree["reason"], tree["rank"]) == (
+        3,
+        "diverged",
+        False,
+        "first",
+        3,
+    )
 
 
 @pytest.mark.parametrize("path", ["", "/dev/full", "/dev/null/none", "/none/end.json", "\0"])
@@ -47,8 +53,12 @@ def test_names() -> None:
     ]
 
 
-def test_srun_variables_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """Before any rank has a number of its own, only the first task speaks; the others leave with the same code."""
+def test_srun_variables_that_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before any rank has a number of its own, only the first task speaks; the others leave with the same
+    code.
+    """
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pretrain.cli.time, "sleep", lambda seconds: None)

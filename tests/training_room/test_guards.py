@@ -52,7 +52,9 @@ def environment(**more):
 
 
 def start(*command, **more):
-    return subprocess.Popen([str(word) for word in command], env=environment(**more), text=True, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [str(word) for word in command], env=environment(**more), text=True, stdout=subprocess.PIPE
+    )
 
 
 def until(true, seconds=15.0):
@@ -73,7 +75,7 @@ def alive(pid):
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
-# ------------------------------------------------------------------------------------------------------------------- lock
+# ------------------------------------------------------------------------------------------------------- lock
 
 
 @pytest.fixture
@@ -97,7 +99,12 @@ def test_second_run_is_refused_and_told_who_holds_it(tmp_path, holder):
     for _ in range(2):  # being refused must not harm what the holder wrote
         with pytest.raises(ConfigError) as refusal:
             RunLock(tmp_path / "run").acquire()
-        for part in ("run.dir", str(tmp_path / "run"), f"pid {holder.pid} on {os.uname().nodename}", "since 2"):
+        for part in (
+            "run.dir",
+            str(tmp_path / "run"),
+            f"pid {holder.pid} on {os.uname().nodename}",
+            "since 2",
+        ):
             assert part in str(refusal.value)
     told = json.loads((tmp_path / "run" / "lock").read_text())
     assert set(told) == {"host", "pid", "started", "user", "command"}
@@ -132,7 +139,7 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path):
             RunLock(bad).acquire()
 
 
-# --------------------------------------------------------------------------------------------------------------- launcher
+# --------------------------------------------------------------------------------------------------- launcher
 
 
 class Chain:
@@ -144,7 +151,12 @@ class Chain:
         for path in paths:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(LAUNCH)
-        words = [sys.executable, *(str(folder / path) for path in paths), str(folder / "rank.py"), str(folder / "pid")]
+        words = [
+            sys.executable,
+            *(str(folder / path) for path in paths),
+            str(folder / "rank.py"),
+            str(folder / "pid"),
+        ]
         if shell:
             words = ["bash", "-c", " ".join(words) + "; true"]
         with open(folder / "errors", "w") as errors:
@@ -194,7 +206,9 @@ def test_rank_ends_with_the_deepspeed_command_above_its_launcher(chain, tmp_path
     pid = one.top.pid
     one.kill()
     assert until(lambda: not alive(one.rank))
-    assert until((tmp_path / "deepspeed/launcher/launch.code").exists), "launch.py itself goes on until its ranks end"
+    assert until((tmp_path / "deepspeed/launcher/launch.code").exists), (
+        "launch.py itself goes on until its ranks end"
+    )
     assert (tmp_path / "deepspeed/launcher/launch.code").read_text() == "7"
     assert one.errors.startswith("rank 5: ")
     assert f"pid {pid} " in one.errors  # the command's path may be too long for the line
@@ -206,8 +220,16 @@ def test_rank_ends_with_the_deepspeed_command_above_its_launcher(chain, tmp_path
         (["some.py"], False, None),  # no launcher: the parent is whoever started it
         (["bin/deepspeed", "deepspeed/launcher/launch.py"], False, None),
         (["torchrun.py"], True, "0"),  # the user's shell above torchrun
-        (["deepspeed/launcher/launch.py"], True, "0"),  # a shell whose command line names deepspeed, but is not its command
-        (["deepspeed_jobs/submit.py", "torchrun.py"], False, "0"),  # above another launcher nothing is watched
+        (
+            ["deepspeed/launcher/launch.py"],
+            True,
+            "0",
+        ),  # a shell whose command line names deepspeed, but is not its command
+        (
+            ["deepspeed_jobs/submit.py", "torchrun.py"],
+            False,
+            "0",
+        ),  # above another launcher nothing is watched
     ],
 )
 def test_rank_goes_on_without_what_is_no_launcher(chain, paths, shell, local_rank):

@@ -81,7 +81,9 @@ def test_what_is_passed_over_outlives_the_process(tmp_path: Path) -> None:
     again.record_save(9)
     assert again.rollbacks == [4, 0], "a checkpoint before the end of the trouble is no progress"
     again.record_save(12)
-    assert again.rollbacks == [4, 0], "nor is one of the state from before it, after the bad steps were passed over"
+    assert again.rollbacks == [4, 0], (
+        "nor is one of the state from before it, after the bad steps were passed over"
+    )
     assert not again.can_save
     again.record(12, None, 3.0)
     assert again.can_save
@@ -91,18 +93,24 @@ def test_what_is_passed_over_outlives_the_process(tmp_path: Path) -> None:
 
 def test_enough_is_enough(tmp_path: Path) -> None:
     bad_steps = BadSteps(Guards(max_rollbacks=0), tmp_path)
-    with pytest.raises(DivergedError, match=r"steps 3 to 5 could not be taken, after 0 returns .*guards.max_rollbacks = 0"):
+    with pytest.raises(
+        DivergedError, match=r"steps 3 to 5 could not be taken, after 0 returns .*guards.max_rollbacks = 0"
+    ):
         after(bad_steps, 3, 4, 5).begin_rollback()
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"steps": ["x"], "returns": [], "trouble": 0}', '{"steps": [1]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"steps": ["x"], "returns": [], "trouble": 0}', '{"steps": [1]}']
+)
 def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / NAME).write_text(text)
     with pytest.raises(ConfigError, match=r"passed_over\.json: cannot be read"):
         BadSteps(Guards(), tmp_path)
 
 
-def test_a_record_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_record_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     bad_steps = BadSteps(Guards(), tmp_path)
     bad_steps._path = tmp_path / "nowhere" / NAME
     bad_steps.write()

@@ -1,4 +1,6 @@
-"""What is told and how it ends, when ranks fail, go, stop or hang: real processes and a real store, no model."""
+"""What is told and how it ends, when ranks fail, go, stop or hang: real processes and a real store, no
+model.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def scenes(nursery: Any, tmp_path_factory: pytest.TempPathFactory, request: pyte
         return SimpleNamespace(
             **outcomes[name],
             folder=folder / name,
-            errors=[line for text in outcomes[name]["printed"] for line in text.splitlines() if "error: " in line],
+            errors=[
+                line for text in outcomes[name]["printed"] for line in text.splitlines() if "error: " in line
+            ],
             events=[json.loads(line) for line in events.read_text().splitlines()] if events.exists() else [],
             record=json.loads(record.read_text()) if record.exists() else None,
             stacks={path.name: path.read_text() for path in (folder / name).glob("stacks/*/rank_*.txt")},
@@ -52,12 +56,19 @@ def played(*names: str) -> Callable[[Any], Any]:
 
 @played("ends")
 def test_an_end(scenes: Scenes) -> None:
-    """Nothing is told, and rank 0, which serves the store, waits for who ends seconds later than lost_seconds."""
+    """Nothing is told, and rank 0, which serves the store, waits for who ends seconds later than
+    lost_seconds.
+    """
     ends = scenes("ends")
     assert ends.codes == [0, 0, 0]
     assert ends.printed == ["", "", ""]
     assert ends.ended[0] >= float((ends.folder / "stopped_2").read_text()) > ends.ended[1] + 3.0
-    assert sorted(path.name for path in ends.folder.iterdir() if path.is_dir() or path.suffix.startswith(".json")) == []
+    assert (
+        sorted(
+            path.name for path in ends.folder.iterdir() if path.is_dir() or path.suffix.startswith(".json")
+        )
+        == []
+    )
 
 
 @played("one_fails", "alone")
@@ -127,7 +138,9 @@ def test_the_server_of_the_store_is_gone(scenes: Scenes) -> None:
     assert "store" in agent.errors[0]
     late = scenes("agent_ends_late")
     assert late.codes == [6, 0]
-    assert late.errors == ["pretrain.py: error: the rendezvous store does not answer: the process that serves it is gone"]
+    assert late.errors == [
+        "pretrain.py: error: the rendezvous store does not answer: the process that serves it is gone"
+    ]
 
 
 @played("stopped")
@@ -144,7 +157,9 @@ def test_a_stopped_rank(scenes: Scenes) -> None:
 
 @played("hangs", "alone_hangs", "no_stacks", "no_folder")
 def test_a_hang(scenes: Scenes) -> None:
-    """Stacks of all ranks, and who is behind is named first; whatever becomes of the stacks, the reason is told."""
+    """Stacks of all ranks, and who is behind is named first; whatever becomes of the stacks, the reason is
+    told.
+    """
     hung = scenes("hangs")
     assert hung.codes == [5, 5, 5]
     (error,) = hung.errors
@@ -191,7 +206,9 @@ def test_errors_with_a_code_of_their_own(scenes: Scenes) -> None:
 
 @played("asked")
 def test_stacks_on_signal(scenes: Scenes) -> None:
-    """While the main thread is in C, before the run handles signals, with over a thousand files open; and the run goes on."""
+    """While the main thread is in C, before the run handles signals, with over a thousand files open; and
+    the run goes on.
+    """
     asked = scenes("asked")
     assert asked.codes == [0, 0, 0]
     (path,) = asked.folder.glob("stacks/*/rank_00001.txt")
@@ -235,7 +252,10 @@ def test_ranks_on_other_machines(scenes: Scenes) -> None:
     """Who is first to see a hang names the rank that is behind, not one that it has not heard of."""
     hung = scenes("remote_hang")
     assert hung.codes == [5, 5, 5]
-    assert "rank 2 on node2 at step 7, training, rank 1 on node1 at step 8, training, rank 0 on node0" in hung.errors[0]
+    assert (
+        "rank 2 on node2 at step 7, training, rank 1 on node1 at step 8, training, rank 0 on node0"
+        in hung.errors[0]
+    )
     killed = scenes("remote_killed")
     assert killed.codes == [6, 6, -9]
     assert len(killed.errors) == 1

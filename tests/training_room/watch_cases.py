@@ -1,7 +1,9 @@
-"""Ranks that only watch one another: no model, a real store, real ends. Called inside the nursery, which forks them.
+"""Ranks that only watch one another: no model, a real store, real ends.
 
-A scene is what each rank does once all watch, and what somebody does to them from outside. Many are played at a time: most of their
-seconds are waiting.
+Called inside the nursery, which forks them.
+
+A scene is what each rank does once all watch, and what somebody does to them from outside. Many are played at
+a time: most of their seconds are waiting.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class Scene(NamedTuple):
 
     part: Callable[[Watchdog, int], object]  # what a rank does while it is watched
     guards: dict[str, float] = {}
-    act: Callable[[Stage], Iterator[float]] | None = None  # from outside, once all watch; yields seconds to wait
+    act: Callable[[Stage], Iterator[float]] | None = (
+        None  # from outside, once all watch; yields seconds to wait
+    )
     world: int = 3
     before: Callable[[int], object] = lambda rank: None  # in the rank, first of all
     agent: bool = False  # the store is served by a process beside the ranks, as torchrun's agent does
@@ -55,7 +59,9 @@ class Stage:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.agent = _fork(lambda: _serve(self.port)) if scene.agent else 0
-        self.pids = [_fork(lambda rank=rank: _play_rank(scene, rank, folder, self.port)) for rank in range(scene.world)]
+        self.pids = [
+            _fork(lambda rank=rank: _play_rank(scene, rank, folder, self.port)) for rank in range(scene.world)
+        ]
         self.codes: dict[int, int] = {}
         self.ended: dict[int, float] = {}
         self.began = self._next = time.monotonic()
@@ -73,7 +79,11 @@ class Stage:
                     self.codes[rank], self.ended[rank] = os.waitstatus_to_exitcode(status), time.monotonic()
                 elif time.monotonic() > self.began + 60.0:
                     self.kill(rank)
-        if self._act is None and self.scene.act and len(list(self.folder.glob("ready_*"))) == self.scene.world:
+        if (
+            self._act is None
+            and self.scene.act
+            and len(list(self.folder.glob("ready_*"))) == self.scene.world
+        ):
             self._act = self.scene.act(self)
         if self._act and time.monotonic() >= self._next:
             self._next = time.monotonic() + next(self._act, 1e9)
@@ -152,7 +162,7 @@ def _play_rank(scene: Scene, rank: int, folder: Path, port: int) -> None:
     os._exit(code)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ parts
+# ------------------------------------------------------------------------------------------------------ parts
 
 
 def wait() -> None:
@@ -261,7 +271,9 @@ def ends_late(own: Watchdog, rank: int) -> None:
 
 
 def pause(stage: Stage) -> Iterator[float]:
-    """Stop all for longer than a rank may go without a heartbeat or progress, as Ctrl-Z and `scontrol suspend` do."""
+    """Stop all for longer than a rank may go without a heartbeat or progress, as Ctrl-Z and `scontrol
+    suspend` do.
+    """
     for rank in range(stage.scene.world):
         stage.kill(rank, signal.SIGSTOP)
     yield 4.0
@@ -382,7 +394,9 @@ def own_nodes(rank: int) -> None:
 
 
 def remote_hang(own: Watchdog, rank: int) -> None:
-    """Rank 2 is behind; rank 1, which needs to hear of nobody but rank 0, is the first to have waited too long."""
+    """Rank 2 is behind; rank 1, which needs to hear of nobody but rank 0, is the first to have waited too
+    long.
+    """
     for step in (5, 6, 7):
         own.tick("training", step)
     if rank != 1:
@@ -458,7 +472,9 @@ SCENES = {
 
 
 def places(own: int) -> list[str]:
-    """Which of some places a rank on this machine takes for a process that it can see: here, elsewhere, gone, another's number."""
+    """Which of some places a rank on this machine takes for a process that it can see: here, elsewhere,
+    gone, another's number.
+    """
     line = heartbeat.Heartbeat.__new__(heartbeat.Heartbeat)
     line.host = "here"
     began = processes.start_time(own)

@@ -22,8 +22,10 @@ PARTS = {
     "norms": "norms",
 }
 LOADING = {
-    "merged": "Plain `transformers` loads it; feed-forward layers that were structured are multiplied out to dense matrices.",
-    "structured": "The feed-forward layers are kept as factors. Loading runs `modeling_sffn.py` of this folder, which applies them.",
+    "merged": "Plain `transformers` loads it; feed-forward layers that were structured are multiplied out "
+    "to dense matrices.",
+    "structured": "The feed-forward layers are kept as factors. Loading runs `modeling_sffn.py` of this "
+    "folder, which applies them.",
 }
 
 
@@ -38,13 +40,19 @@ def card(name: str, weights: Weights, source: Config, ffn: FFN, dtype: DType) ->
         parts.append(("guides, besides", f"{counts.guide_parameters(config):,}"))
     steps = f" {step:,} steps of training lie behind these weights." if step else ""
     cited = f"[arXiv {PAPER}](https://arxiv.org/abs/{PAPER})"
-    kind = f" Its feed-forward layers are structured: `{source.ffn.kind}` of {cited}." if source.structured else ""
+    kind = (
+        f" Its feed-forward layers are structured: `{source.ffn.kind}` of {cited}."
+        if source.structured
+        else ""
+    )
     sections = [
         _header(source, weights.facts),
         f"# {_plain(name)}",
         f"A GPT-style language model of {counts.parameters(config):,} parameters.{kind}{steps}",
-        f"## Loading\n\n{LOADING[ffn]}\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("folder"{remote})\ntokenizer = AutoTokenizer.from_pretrained("folder")\n```',
+        f"## Loading\n\n{LOADING[ffn]}\n\n```python\nfrom transformers import AutoModelForCausalLM, "
+        f"AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("folder"{remote})\ntokenizer = '
+        f'AutoTokenizer.from_pretrained("folder")\n```',
         "## Model\n\n" + _table(("setting", "value"), _settings(config, source, dtype)),
         "## Parameters\n\n" + _table(("part", "parameters"), parts),
         "## Provenance\n\n" + _table(("", ""), [("weights of", weights.origin), *_facts(weights.facts)]),
@@ -68,8 +76,16 @@ def _settings(config: Config, source: Config, dtype: DType) -> Iterable[tuple[st
     yield from (("layers", model.layers), ("width", model.width), ("feed-forward width", config.ffn_width))
     yield from (("heads", model.heads), ("key/value heads", config.kv_heads), ("head size", config.head_dim))
     yield from (("context, tokens", model.sequence), ("vocabulary", model.vocab), ("norm", model.norm))
-    yield from (("activation", model.activation), ("bias", model.bias), ("tied embeddings", model.tie_embeddings))
-    yield from (("rotary base", model.rope_base), ("numbers", dtype), ("feed-forward structure, as trained", ffn.kind))
+    yield from (
+        ("activation", model.activation),
+        ("bias", model.bias),
+        ("tied embeddings", model.tie_embeddings),
+    )
+    yield from (
+        ("rotary base", model.rope_base),
+        ("numbers", dtype),
+        ("feed-forward structure, as trained", ffn.kind),
+    )
     structure = configured_structure(source, ffn.kind)
     yield from ((name, getattr(structure, name)) for name in structure.settings)
     if not structure.dense:

@@ -1,6 +1,7 @@
 """config.json read: what a folder's model is in our terms.
 
-What this project's model cannot represent is refused with every reason at once, each by config.json's own key and value.
+What this project's model cannot represent is refused with every reason at once, each by config.json's own key
+and value.
 """
 
 from __future__ import annotations
@@ -85,7 +86,12 @@ class Values:
         """A finite number that is not negative."""
         value = self.get(key)
         value = otherwise if value is None else value
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e300 and math.isfinite(value):
+        if (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and 0 <= value < 1e300
+            and math.isfinite(value)
+        ):
             return float(value)
         self.refuse(key, "must be a number")
         return otherwise
@@ -122,8 +128,14 @@ def read(folder: Path) -> Description:
     values = Values(tree, DEFAULTS[model_type])
     config_tree, without_bias = _tree(values, model_type)
     _refuse_what_differs(values, model_type)
-    alpha = None if values.get("guide_alpha") is None or model_type != "sffn" else values.number("guide_alpha")
-    step = values.integer_or("training_steps", 0) if model_type == "sffn" and values.get("training_steps") != 0 else 0
+    alpha = (
+        None if values.get("guide_alpha") is None or model_type != "sffn" else values.number("guide_alpha")
+    )
+    step = (
+        values.integer_or("training_steps", 0)
+        if model_type == "sffn" and values.get("training_steps") != 0
+        else 0
+    )
     if alpha is not None and alpha > 1:
         values.refuse("guide_alpha", "must be between 0 and 1")
     if values.problems:
@@ -131,7 +143,9 @@ def read(folder: Path) -> Description:
     try:
         config = loading.from_tree(config_tree)
     except ConfigError as error:
-        raise ConfigError([f"{path}: in this project's terms {problem}" for problem in error.problems]) from None
+        raise ConfigError(
+            [f"{path}: in this project's terms {problem}" for problem in error.problems]
+        ) from None
     return Description(config, FAMILIES[model_type], model_type, without_bias, alpha, step or 0)
 
 
@@ -141,7 +155,11 @@ def read_object(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such file; a Hugging Face model folder has one"]) from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number too long
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: not UTF-8, not JSON, a number too long
         raise ConfigError([f"{path}: cannot be read as JSON: {error}"]) from None
     if not isinstance(tree, dict):
         raise ConfigError([f"{path}: holds a {type(tree).__name__}, must hold an object"])
@@ -152,7 +170,9 @@ def _tree(values: Values, model_type: str) -> tuple[dict[str, Any], frozenset[st
     """The tree of our config, and the modules without bias."""
     family = FAMILIES[model_type]
     gated = "mlp.gate_proj" in family.modules["mlp.linear_fc1"] or (family is SFFN and values.flag("gated"))
-    layernorm = model_type in EPSILON or (family is SFFN and values.choice("norm", {"layernorm": "layernorm", "rmsnorm": ""}))
+    layernorm = model_type in EPSILON or (
+        family is SFFN and values.choice("norm", {"layernorm": "layernorm", "rmsnorm": ""})
+    )
     biases = _biases(values, model_type)
     heads = values.integer("num_attention_heads")
     width = values.integer("hidden_size")
@@ -188,10 +208,18 @@ def _ffn(values: Values, model_type: str) -> dict[str, Any]:
         return section
     kinds = [kind for kind in registry.kinds() if registry.structure_class(kind).in_modeling_file]
     layers = values.get("dense_layers")
-    if not isinstance(layers, list) or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+    if not isinstance(layers, list) or not all(
+        isinstance(layer, int) and not isinstance(layer, bool) for layer in layers
+    ):
         values.refuse("dense_layers", "must be a list of layers")
-    section |= {"kind": values.choice("ffn_kind", dict(zip(kinds, kinds, strict=True))), "dense_layers": layers}
-    return section | {"rank": values.integer_or("ffn_rank", None), "blocks": values.integer_or("ffn_blocks", None)}
+    section |= {
+        "kind": values.choice("ffn_kind", dict(zip(kinds, kinds, strict=True))),
+        "dense_layers": layers,
+    }
+    return section | {
+        "rank": values.integer_or("ffn_rank", None),
+        "blocks": values.integer_or("ffn_blocks", None),
+    }
 
 
 def _biases(values: Values, model_type: str) -> dict[str, bool]:
@@ -217,7 +245,9 @@ def _biases(values: Values, model_type: str) -> dict[str, bool]:
 
 
 def _rope(values: Values) -> Mapping[str, Any]:
-    """transformers 5 has everything of rotary embeddings in ``rope_parameters``, 4 had ``rope_scaling`` beside ``rope_theta``."""
+    """transformers 5 has everything of rotary embeddings in ``rope_parameters``, 4 had ``rope_scaling``
+    beside ``rope_theta``.
+    """
     for key in ("rope_scaling", "rope_parameters"):
         found = values.get(key)
         if found is None:
@@ -227,18 +257,28 @@ def _rope(values: Values) -> Mapping[str, Any]:
             continue
         kind = found.get("rope_type", found.get("type", "default"))
         if kind != "default" or any(isinstance(part, dict) for part in found.values()):
-            values.refuse(key, "this model's rotary embeddings are the default ones, not scaled, the same in every layer")
+            values.refuse(
+                key,
+                "this model's rotary embeddings are the default ones, not scaled, the same in every layer",
+            )
         return found
     return {}
 
 
 def _rope_base(values: Values) -> int:
     rope = _rope(values)
-    flat = next((key for key in ("rope_theta", "rotary_emb_base") if values.get(key) is not None), "rope_theta")
+    flat = next(
+        (key for key in ("rope_theta", "rotary_emb_base") if values.get(key) is not None), "rope_theta"
+    )
     key = "rope_theta" if rope.get("rope_theta") is not None else flat
     base = rope.get("rope_theta", values.get(flat))
     base = 10_000 if base is None else base
-    if isinstance(base, bool) or not isinstance(base, (int, float)) or not 0 < base < 2**53 or base != int(base):
+    if (
+        isinstance(base, bool)
+        or not isinstance(base, (int, float))
+        or not 0 < base < 2**53
+        or base != int(base)
+    ):
         values.problems.append(f"{key} = {shown(base)}: must be a positive whole number")
         return 1
     for name in ("partial_rotary_factor", "rotary_pct"):
@@ -258,10 +298,14 @@ def _refuse_what_differs(values: Values, model_type: str) -> None:
     if slides and not wide and model_type != "gpt_neox":  # a window over the whole context is none
         values.refuse("sliding_window", "every position attends to all before it here; must be null")
     layer_types = values.get("layer_types")
-    if layer_types is not None and (not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)):
+    if layer_types is not None and (
+        not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
+    ):
         values.refuse("layer_types", 'must be "full_attention" for every layer')
     if model_type == "gpt_neox" and values.flag("use_parallel_residual"):
-        values.refuse("use_parallel_residual", "attention and feed-forward follow one another here; must be false")
+        values.refuse(
+            "use_parallel_residual", "attention and feed-forward follow one another here; must be false"
+        )
     if values.get("quantization_config") is not None:
         values.refuse("quantization_config", "weights must be floating-point numbers")
     if values.get("is_encoder_decoder") is True or values.get("add_cross_attention") is True:

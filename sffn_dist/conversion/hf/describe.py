@@ -1,4 +1,6 @@
-"""The small files of an exported folder: config.json, generation_config.json and the tokenizer's, as mappings."""
+"""The small files of an exported folder: config.json, generation_config.json and the tokenizer's, as
+mappings.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,15 @@ class Special:
 
 
 def family_of(config: Config, ffn: FFN) -> Family:
-    """The architecture that an export is of; raises ConfigError where none has this norm with this activation."""
+    """The architecture that an export is of; raises ConfigError where none has this norm with this
+    activation.
+    """
     if ffn == "structured":
         if not configured_structure(config, config.ffn.kind).in_modeling_file:
             raise ConfigError(
                 [
-                    f"ffn.kind = {config.ffn.kind}: modeling_sffn.py does not compute it; export the model as merged, which is dense"
+                    f"ffn.kind = {config.ffn.kind}: modeling_sffn.py does not compute it; export the model "
+                    f"as merged, which is dense"
                 ]
             )
         return SFFN
@@ -43,14 +48,17 @@ def family_of(config: Config, ffn: FFN) -> Family:
     if (model.norm, config.gated) != ("rmsnorm", True):
         raise ConfigError(
             [
-                f"model.norm = {model.norm} with model.activation = {model.activation}: neither {LLAMA.architecture} (rmsnorm, swiglu) "
-                f"nor {STARCODER2.architecture} (layernorm, gelu or gelu_erf) has both; export it as structured, which has"
+                f"model.norm = {model.norm} with model.activation = {model.activation}: neither "
+                f"{LLAMA.architecture} (rmsnorm, swiglu) "
+                f"nor {STARCODER2.architecture} (layernorm, gelu or gelu_erf) has both; export it as "
+                f"structured, which has"
             ]
         )
     if model.width % model.heads:
         raise ConfigError(
             [
-                f"model.heads = {model.heads}: {LLAMA.architecture} wants it to divide model.width = {model.width}; "
+                f"model.heads = {model.heads}: {LLAMA.architecture} wants it to divide model.width = "
+                f"{model.width}; "
                 "export it as structured, which does not"
             ]
         )
@@ -72,7 +80,8 @@ def config_json(
         "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rope_base)},
         "attention_dropout": 0.0,
         "use_cache": True,
-        # nothing pads here, though the end of text does in the tokenizer: torch trains no embedding of a padding token
+        # nothing pads here, though the end of text does in the tokenizer: torch trains no embedding of a
+        # padding token
         "bos_token_id": special.id,
         "eos_token_id": special.id,
         "pad_token_id": None,
@@ -80,7 +89,12 @@ def config_json(
     }
     if family is STARCODER2:
         dropouts = dict.fromkeys(("residual_dropout", "embedding_dropout"), 0.0)
-        starcoder = {"norm_epsilon": model.norm_epsilon, "use_bias": model.bias, "sliding_window": None, **dropouts}
+        starcoder = {
+            "norm_epsilon": model.norm_epsilon,
+            "use_bias": model.bias,
+            "sliding_window": None,
+            **dropouts,
+        }
         return {"model_type": "starcoder2", **tree, **starcoder}
     tree |= {"rms_norm_eps": model.norm_epsilon, "attention_bias": model.bias, "mlp_bias": model.bias}
     if family is LLAMA:
@@ -112,7 +126,10 @@ def _structured(config: Config) -> dict[str, Any]:
     """What modeling_sffn.SffnConfig has beyond LlamaConfig."""
     structure = configured_structure(config, config.ffn.kind)
     return {
-        "auto_map": {"AutoConfig": "modeling_sffn.SffnConfig", "AutoModelForCausalLM": "modeling_sffn.SffnForCausalLM"},
+        "auto_map": {
+            "AutoConfig": "modeling_sffn.SffnConfig",
+            "AutoModelForCausalLM": "modeling_sffn.SffnForCausalLM",
+        },
         "norm": config.model.norm,
         "gated": config.gated,
         "ffn_kind": structure.kind,
@@ -126,11 +143,19 @@ def generation_config_json(special: Special) -> dict[str, Any]:
     """Generation ends with the end of text, and pads with it."""
     if special.id is None:
         return {"do_sample": False}
-    return {"bos_token_id": special.id, "eos_token_id": special.id, "pad_token_id": special.id, "do_sample": False}
+    return {
+        "bos_token_id": special.id,
+        "eos_token_id": special.id,
+        "pad_token_id": special.id,
+        "do_sample": False,
+    }
 
 
 def tokenizer_config_json(special: Special, length: int) -> dict[str, Any]:
-    """tokenizer_config.json. The end of text also begins texts and pads: a batch of texts can be tokenized as it is."""
+    """tokenizer_config.json.
+
+    The end of text also begins texts and pads: a batch of texts can be tokenized as it is.
+    """
     tree: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": length,

@@ -3,8 +3,8 @@
     merged       LlamaForCausalLM or Starcoder2ForCausalLM, feed-forward factors multiplied out and guides folded in
     structured   SffnForCausalLM (modeling_sffn.py, which travels with the folder): the factors as they are
 
-Tensors are read, cut and written one at a time, so memory holds about twice the largest. The folder is written beside its place and renamed
-into it: it is whole or not there.
+Tensors are read, cut and written one at a time, so memory holds about twice the largest. The folder is
+written beside its place and renamed into it: it is whole or not there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ MODELING = Path(__file__).with_name("modeling_sffn.py")
 Shard = dict[str, TensorEntry]
 
 
-def export(weights: Weights, folder: Path, *, ffn: FFN, dtype: DType, shard_bytes: int = 5_000_000_000) -> Path:
+def export(
+    weights: Weights, folder: Path, *, ffn: FFN, dtype: DType, shard_bytes: int = 5_000_000_000
+) -> Path:
     """Write ``folder`` and return it; files of tensors hold at most ``shard_bytes`` each, or one tensor.
 
     Raises:
@@ -44,7 +46,10 @@ def export(weights: Weights, folder: Path, *, ffn: FFN, dtype: DType, shard_byte
     """
     if ffn not in ("merged", "structured") or dtype not in TORCH_TYPES or shard_bytes < 1:
         raise ConfigError(
-            [f"ffn = {ffn!r}, dtype = {dtype!r}, shard_bytes = {shard_bytes!r}: merged or structured; fp32 or bf16; 1 or more"]
+            [
+                f"ffn = {ffn!r}, dtype = {dtype!r}, shard_bytes = {shard_bytes!r}: merged or structured; "
+                f"fp32 or bf16; 1 or more"
+            ]
         )
     family = describe.family_of(weights.config, ffn)
     special = describe.special_of(weights.tokenizer)
@@ -70,12 +75,16 @@ def export(weights: Weights, folder: Path, *, ffn: FFN, dtype: DType, shard_byte
 
 def _refuse_existing(folder: Path) -> None:
     if folder.exists() or folder.is_symlink():
-        raise ConfigError([f"{folder}: exists; an export overwrites nothing: name another folder, or remove it"])
+        raise ConfigError(
+            [f"{folder}: exists; an export overwrites nothing: name another folder, or remove it"]
+        )
 
 
 def _begin(temporary: Path, folder: Path) -> None:
     if temporary.exists():
-        raise ConfigError([f"{temporary} exists: another export writes {folder}, or one was killed; remove it if none does"])
+        raise ConfigError(
+            [f"{temporary} exists: another export writes {folder}, or one was killed; remove it if none does"]
+        )
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
@@ -87,7 +96,7 @@ def _without_idle_guide(weights: Weights) -> Weights:
     return weights if weights.config.structured else dataclasses.replace(weights, guide=False, alpha=0.0)
 
 
-# ----------------------------------------------------------------------------------------------------------------- tensors
+# ---------------------------------------------------------------------------------------------------- tensors
 
 
 def plan(weights: Weights, family: Family, dtype: DType, shard_bytes: int) -> list[Shard]:
@@ -109,7 +118,9 @@ def _tensors(weights: Weights, family: Family, dtype: DType) -> Iterator[tuple[s
     for name, spec in model_tensors(weights.config, guide=weights.guide).items():
         tensor = weights.full(name)
         if tuple(tensor.shape) != spec.shape:
-            raise ConfigError([f"{weights.origin}: {name} is {list(tensor.shape)}, must be {list(spec.shape)}"])
+            raise ConfigError(
+                [f"{weights.origin}: {name} is {list(tensor.shape)}, must be {list(spec.shape)}"]
+            )
         for other, part in names.split(family, name, tensor, weights.config):
             yield other, part.to(TORCH_TYPES[dtype])
         del tensor, part  # before the next one is read: only one is in memory
@@ -119,7 +130,9 @@ def _tensors(weights: Weights, family: Family, dtype: DType) -> Iterator[tuple[s
 def _write_tensors(weights: Weights, folder: Path, family: Family, dtype: DType, shard_bytes: int) -> None:
     shards = plan(weights, family, dtype, shard_bytes)
     files = (
-        [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)] if len(shards) > 1 else [SINGLE]
+        [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        if len(shards) > 1
+        else [SINGLE]
     )
     check_room(folder, sum(entry.bytes for shard in shards for entry in shard.values()))
     tensors = _tensors(weights, family, dtype)
@@ -138,7 +151,7 @@ def _write_tensors(weights: Weights, folder: Path, family: Family, dtype: DType,
         _write_json(folder / INDEX, {"metadata": total, "weight_map": where})
 
 
-# --------------------------------------------------------------------------------------------------------------- the others
+# ------------------------------------------------------------------------------------------------- the others
 
 
 def _write_rest(

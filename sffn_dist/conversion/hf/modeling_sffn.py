@@ -1,7 +1,9 @@
-"""GPT with structured feed-forward layers (arXiv 2406.16450) for transformers: Llama's attention, cache and generation around them.
+"""GPT with structured feed-forward layers (arXiv 2406.16450) for transformers: Llama's attention, cache and
+generation around them.
 
 Self-contained: a copy of this file travels with exported models, which load by
-``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. A feed-forward linear is kept as its factors and applied as such:
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. A feed-forward linear is kept as its
+factors and applied as such:
 
     low_rank       y = up (down x)                      down (R, N), up (M, R)
     block_dense    y = up (block_in x)                  block_in (B, R/B, N/B), up (M, R)
@@ -16,11 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
 
 
 class SffnConfig(LlamaConfig):
-    """Llama's configuration, and of the feed-forward layers: their structure, their activation, which are dense; the norm."""
+    """Llama's configuration, and of the feed-forward layers: their structure, their activation, which are
+    dense; the norm.
+    """
 
     model_type = "sffn"
     base_model_tp_plan = {
@@ -104,9 +113,11 @@ class SffnLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def initialise(self) -> None:
-        """Gaussian weights, of factors such that the product's entries are of initializer_range; for what no file has set.
+        """Gaussian weights, of factors such that the product's entries are of initializer_range; for what no
+        file has set.
 
-        Loaded tensors bear a mark; recent versions of transformers skip them in torch.nn.init's functions, this does in all.
+        Loaded tensors bear a mark; recent versions of transformers skip them in torch.nn.init's functions,
+        this does in all.
         """
         terms = {"low_rank": lambda: self.down.shape[0], "block_dense": lambda: self.block_in.shape[1]}
         terms["block_shuffle"] = lambda: max(1, self.block_in.shape[1] // self.block_in.shape[0])
@@ -166,7 +177,9 @@ class SffnModel(LlamaModel):
         super(LlamaModel, self).__init__(config)
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList([SffnDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(
+            [SffnDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
+        )
         self.norm = norm_layer(config)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -177,7 +190,9 @@ class SffnModel(LlamaModel):
 
 
 class SffnForCausalLM(LlamaForCausalLM):
-    """Llama's causal language model on top: KV cache, generate and attention back ends are transformers' own."""
+    """Llama's causal language model on top: KV cache, generate and attention back ends are transformers'
+    own.
+    """
 
     config_class = SffnConfig
     _no_split_modules = ["SffnDecoderLayer"]

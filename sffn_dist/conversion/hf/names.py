@@ -5,8 +5,8 @@ A tensor of ours is one tensor there (``whole``), or several, of its rows:
     qkv      linear_qkv, rows grouped by key/value head [its query heads, its key, its value]  ->  q_proj, k_proj, v_proj
     halves   a gated linear_fc1, rows [gate; up]                                              ->  gate_proj, up_proj
 
-GPT-NeoX keeps query, key and value in one matrix, grouped by head as ours is where every head has its own key. Rotary embeddings are the
-rotate-half form everywhere, so rows keep their order within a head.
+GPT-NeoX keeps query, key and value in one matrix, grouped by head as ours is where every head has its own
+key. Rotary embeddings are the rotate-half form everywhere, so rows keep their order within a head.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ HOW: Mapping[int, How] = {1: "whole", 2: "halves", 3: "qkv"}
 
 @dataclass(frozen=True)
 class Family:
-    """How an architecture calls its modules. ``modules`` are a layer's, ours -> theirs; ``outside`` are the others."""
+    """How an architecture calls its modules.
+
+    ``modules`` are a layer's, ours -> theirs; ``outside`` are the others.
+    """
 
     architecture: str  # the class of its causal language model
     layers: str
@@ -51,7 +54,8 @@ _ROTARY = (".rotary_emb.inv_freq",)
 LLAMA = Family(
     architecture="LlamaForCausalLM",
     layers="model.layers",
-    modules=_AROUND | {"mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"), "mlp.linear_fc2": ("mlp.down_proj",)},
+    modules=_AROUND
+    | {"mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"), "mlp.linear_fc2": ("mlp.down_proj",)},
     outside=_OUTSIDE,
     unread=_ROTARY,
 )
@@ -80,7 +84,8 @@ GPT_NEOX = Family(
     },
     unread=(*_ROTARY, ".attention.bias", ".attention.masked_bias"),
 )
-SFFN = Family(  # the structured format: Llama's attention around our feed-forward linears, factors by their own names
+# the structured format: Llama's attention around our feed-forward linears, factors by their own names
+SFFN = Family(
     architecture="SffnForCausalLM",
     layers="model.layers",
     modules=_AROUND | {"mlp.linear_fc1": ("mlp.linear_fc1",), "mlp.linear_fc2": ("mlp.linear_fc2",)},

@@ -1,4 +1,7 @@
-"""``read``: a Hugging Face folder -> weights in this project's terms. Runs no code of the folder, needs no transformers."""
+"""``read``: a Hugging Face folder -> weights in this project's terms.
+
+Runs no code of the folder, needs no transformers.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,11 @@ SHOWN = 20  # problems told of a folder
 
 
 def read(folder: Path, overrides: Sequence[str] = ()) -> Weights:
-    """The model in ``folder``: of type llama, mistral, qwen2, starcoder2, gpt_neox, or an export of ours (sffn).
+    """The model in ``folder``: of type llama, mistral, qwen2, starcoder2, gpt_neox, or an export of ours
+    (sffn).
 
-    Settings, names and shapes are checked here, from headers; tensors are read when asked for, and cast to fp32. A bias that the model has
-    nowhere but in some linears is zero in the others.
+    Settings, names and shapes are checked here, from headers; tensors are read when asked for, and cast to
+    fp32. A bias that the model has nowhere but in some linears is zero in the others.
 
     Raises:
         ConfigError: with every setting that this project's model cannot represent, or every tensor that is missing, has another shape, or
@@ -69,7 +73,11 @@ class _Source:
     def _absent(self, name: str) -> bool:
         """A bias that the linear has not there."""
         module, _, leaf = name.rpartition(".")
-        return leaf == "bias" and ".layers." in module and module.split(".", 3)[3] in self.description.without_bias
+        return (
+            leaf == "bias"
+            and ".layers." in module
+            and module.split(".", 3)[3] in self.description.without_bias
+        )
 
     def _alias(self, name: str) -> str:
         """transformers calls GPT-NeoX's output layer lm_head in some versions and embed_out in files."""
@@ -87,17 +95,30 @@ class _Source:
                 if found is None:
                     yield f"tensor {other} is missing"
                 elif other in self.tensors.other_types:
-                    yield f"tensor {other} is of {self.tensors.other_types[other]}, must be floating-point numbers"
+                    yield (
+                        f"tensor {other} is of {self.tensors.other_types[other]}, must be floating-point "
+                        f"numbers"
+                    )
                 elif found != shape:
                     yield f"tensor {other} is {list(found)}, {config_json.NAME} means {list(shape)}"
         tied = {"lm_head.weight", "embed_out.weight"} if self.config.model.tie_embeddings else set()
         for other in self.tensors.shapes:
-            if other not in used and other not in tied and not other.endswith(self.description.family.unread or ("\0",)):
+            if (
+                other not in used
+                and other not in tied
+                and not other.endswith(self.description.family.unread or ("\0",))
+            ):
                 yield f"tensor {shown(other)} has no place in the model that {config_json.NAME} describes"
 
     def hint(self, problem: str) -> str:
-        """The problem, and of a missing tensor the name there that is most like it; slow, so for problems that are shown."""
-        near = difflib.get_close_matches(problem.split()[1], self.tensors.shapes, n=1) if problem.endswith("is missing") else []
+        """The problem, and of a missing tensor the name there that is most like it; slow, so for problems
+        that are shown.
+        """
+        near = (
+            difflib.get_close_matches(problem.split()[1], self.tensors.shapes, n=1)
+            if problem.endswith("is missing")
+            else []
+        )
         return problem + (f"; the nearest there is {near[0]}" if near else "")
 
     def _expected(self, name: str, spec: TensorSpec) -> dict[str, tuple[int, ...]]:

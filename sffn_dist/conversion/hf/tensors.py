@@ -17,7 +17,10 @@ from sffn_dist.conversion import pickles
 from sffn_dist.conversion.hf.config_json import read_object, shown
 from sffn_dist.spec.config import ConfigError
 
-FORMATS = (("model.safetensors", ".safetensors"), ("pytorch_model.bin", ".bin"))  # the first that is there is read
+FORMATS = (
+    ("model.safetensors", ".safetensors"),
+    ("pytorch_model.bin", ".bin"),
+)  # the first that is there is read
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -52,7 +55,9 @@ class _Safetensors:
 class _Pickled:
     def __init__(self, path: Path):
         tree = pickles.load(path)
-        if not isinstance(tree, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tree.items()):
+        if not isinstance(tree, dict) or not all(
+            isinstance(k, str) and isinstance(v, Tensor) for k, v in tree.items()
+        ):
             raise ConfigError([f"{path}: holds something other than tensors by name"])
         self._tensors = tree
 
@@ -61,7 +66,11 @@ class _Pickled:
 
     def other_types(self) -> dict[str, str]:
         plain = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-        odd = {n: t for n, t in self._tensors.items() if t.dtype not in plain or t.layout != torch.strided or t.is_meta}
+        odd = {
+            n: t
+            for n, t in self._tensors.items()
+            if t.dtype not in plain or t.layout != torch.strided or t.is_meta
+        }
         return {name: f"{tensor.dtype}, {tensor.layout}, {tensor.device}" for name, tensor in odd.items()}
 
     def get(self, name: str) -> Tensor:
@@ -101,7 +110,9 @@ def _where(folder: Path) -> tuple[dict[str, str] | None, str]:
         index = folder / f"{single}.index.json"
         if index.exists():
             return _weight_map(index), ""
-    raise ConfigError([f"{folder}: holds neither {' nor '.join(single for single, _ in FORMATS)}, nor the index of one"])
+    raise ConfigError(
+        [f"{folder}: holds neither {' nor '.join(single for single, _ in FORMATS)}, nor the index of one"]
+    )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -112,7 +123,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     for file in found.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffixes):
             raise ConfigError(
-                [f"{index}: weight_map names {shown(file)}: must be a {' or '.join(suffixes)} file of this folder"]
+                [
+                    f"{index}: weight_map names {shown(file)}: must be a {' or '.join(suffixes)} file of "
+                    f"this folder"
+                ]
             )
     return found
 

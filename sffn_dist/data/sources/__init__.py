@@ -1,4 +1,7 @@
-"""Sources of documents by what ``data.source`` says. Another one is a file here and a line in :data:`SOURCES`."""
+"""Sources of documents by what ``data.source`` says.
+
+Another one is a file here and a line in :data:`SOURCES`.
+"""
 
 from __future__ import annotations
 

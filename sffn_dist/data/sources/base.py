@@ -28,7 +28,9 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def identity(self, data: Data) -> dict[str, Any]:
-        """What decides the text, as far as it is known before reading it; another identity is another prepared folder."""
+        """What decides the text, as far as it is known before reading it; another identity is another
+        prepared folder.
+        """
 
     @abc.abstractmethod
     def label(self, data: Data) -> str:
@@ -49,7 +51,8 @@ def no_column(data: Data, columns: Iterable[str]) -> ConfigError:
     names = ", ".join(sorted(map(str, columns))) or "none"
     return ConfigError(
         [
-            f"data.text_field = {json.dumps(data.text_field)}: must be a column of data.source = {data.source!r}, which has: {names}"
+            f"data.text_field = {json.dumps(data.text_field)}: must be a column of data.source = "
+            f"{data.source!r}, which has: {names}"
         ]
     )
 
@@ -60,7 +63,12 @@ def text_of(data: Data, value: Any) -> str:
         return ""
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise ConfigError([f"data.text_field = {json.dumps(data.text_field)}: must be a column of text; a row holds a {kind}"])
+        raise ConfigError(
+            [
+                f"data.text_field = {json.dumps(data.text_field)}: must be a column of text; a row holds a "
+                f"{kind}"
+            ]
+        )
     return value
 
 

@@ -1,4 +1,5 @@
-"""Local files: which there are, in which order they are read, and how they are opened through HuggingFace ``datasets``.
+"""Local files: which there are, in which order they are read, and how they are opened through HuggingFace
+``datasets``.
 
 They are streamed, never copied into a cache, and with no word to the hub. Line ends become ``\\n``.
 """
@@ -24,15 +25,22 @@ class SourceFile(NamedTuple):
 
 
 def in_reading_order(files: Iterable[SourceFile]) -> list[SourceFile]:
-    """By a hash of the relative path: the same everywhere, and the first megabytes are a fair sample of the whole.
+    """By a hash of the relative path: the same everywhere, and the first megabytes are a fair sample of the
+    whole.
 
     (A tokenizer is trained on them; alphabetical order is no fair sample.)
     """
-    return sorted(files, key=lambda file: (hashlib.blake2b(os.fsencode(file.relative)).digest(), file.relative))
+    return sorted(
+        files, key=lambda file: (hashlib.blake2b(os.fsencode(file.relative)).digest(), file.relative)
+    )
 
 
-def walk(top: Path, suffixes: tuple[str, ...], left_out: frozenset[str] = frozenset()) -> Iterator[SourceFile]:
-    """Every file below ``top`` (or ``top`` itself) with one of the suffixes; hidden names and folders ``left_out`` are passed over."""
+def walk(
+    top: Path, suffixes: tuple[str, ...], left_out: frozenset[str] = frozenset()
+) -> Iterator[SourceFile]:
+    """Every file below ``top`` (or ``top`` itself) with one of the suffixes; hidden names and folders
+    ``left_out`` are passed over.
+    """
     if top.is_file():
         yield _source_file(top, top.parent)
         return
@@ -68,7 +76,9 @@ def open_files(builder: str, files: list[Path], **options: Any) -> Any:
 
 @contextlib.contextmanager
 def _quietly_offline() -> Iterator[None]:
-    """No network (if datasets is first imported here) and no progress bars for local files; the environment is put back."""
+    """No network (if datasets is first imported here) and no progress bars for local files; the
+    environment is put back.
+    """
     before = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:

@@ -1,4 +1,6 @@
-"""``hf:<dataset>`` or ``hf:<dataset>:<configuration>``: split ``train`` of a dataset of the hub, column ``data.text_field``."""
+"""``hf:<dataset>`` or ``hf:<dataset>:<configuration>``: split ``train`` of a dataset of the hub, column
+``data.text_field``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def name_and_configuration(source: str) -> tuple[str, str | None]:
 
 
 class Hub(Source):
-    """Downloaded once by datasets and read from its memory-mapped copy; known by its name until it is first prepared."""
+    """Downloaded once by datasets and read from its memory-mapped copy; known by its name until it is
+    first prepared.
+    """
 
     form = '"hf:<dataset>"'
 

@@ -1,7 +1,8 @@
 """A file, or a folder of files, of .txt, .jsonl and .parquet.
 
-* a ``.txt`` file is a document; one of more than :data:`LARGE` bytes is cut into documents of about :data:`PART` characters at line
-  ends, so that neither memory nor the split into training and held-out text hangs on one huge file.
+* a ``.txt`` file is a document; one of more than :data:`LARGE` bytes is cut into documents of about
+  :data:`PART` characters at line ends, so that neither memory nor the split into training and held-out text
+  hangs on one huge file.
 * ``.jsonl`` and ``.parquet``: a document a row, column ``data.text_field``; null and empty texts are skipped.
 """
 
@@ -95,7 +96,10 @@ def _parts(file: Path) -> Iterator[str]:
 
 
 def _json_lines(data: Data, files: list[Path]) -> Iterator[str]:
-    """Rows of .jsonl files. Parsed line by line: the JSON builder wants all rows of all files to have one schema."""
+    """Rows of .jsonl files.
+
+    Parsed line by line: the JSON builder wants all rows of all files to have one schema.
+    """
     for file in files:
         for number, line in enumerate(_lines(file), start=1):
             if not line.strip("\ufeff \t\n"):

@@ -12,7 +12,9 @@ from sffn_dist.data.sources.base import Source, digest
 from sffn_dist.data.sources.files import SourceFile, in_reading_order, walk, whole_files
 from sffn_dist.spec.config import Data
 
-LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__"})  # installed packages are no part of it
+LEFT_OUT = frozenset(
+    {"site-packages", "dist-packages", "__pycache__"}
+)  # installed packages are no part of it
 
 
 def folder() -> Path:
@@ -38,7 +40,8 @@ class StandardLibrary(Source):
         return None
 
     def identity(self, data: Data) -> dict[str, Any]:
-        # builds of one version differ (some leave the tests out), so the listing is part of it; times of installation are not
+        # builds of one version differ (some leave the tests out), so the listing is part of it; times of
+        # installation are not
         listing = [(file.relative, file.size) for file in in_reading_order(files())]
         return {"stdlib": platform.python_version(), "files": digest(listing)}
 

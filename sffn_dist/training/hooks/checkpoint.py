@@ -42,11 +42,15 @@ class SaveCheckpoint(Hook):
 
 
 def save(run: TrainingRun) -> None:
-    """Begin a checkpoint of ``run.step``; a failed one (disk full, folder gone) is reported and does not stop training."""
+    """Begin a checkpoint of ``run.step``; a failed one (disk full, folder gone) is reported and does not
+    stop training.
+    """
     started = time.perf_counter()
     steps, guide_steps = engine_state.step_counts(run.engine)
     guided = run.schedule.guided(run.step)
-    held = (fragment for fragment in engine_state.fragments(run.engine) if guided or not is_guide(fragment.name))
+    held = (
+        fragment for fragment in engine_state.fragments(run.engine) if guided or not is_guide(fragment.name)
+    )
     fragments = writer.owned_fragments(held, run.config, run.topology)
     position = writer.Position(
         run.step,
@@ -63,20 +67,26 @@ def save(run: TrainingRun) -> None:
 
 
 def require_saved(run: TrainingRun, stop: signal.Signals | None = None) -> None:
-    """The end of training: its last save is on disk, tried twice at the run's end. Raises LostWeightsError on every rank."""
+    """The end of training: its last save is on disk, tried twice at the run's end.
+
+    Raises LostWeightsError on every rank.
+    """
     total = run.schedule.total_steps
     path = finished_save(run)
     if stop:
         if path is None:
             raise LostWeightsError(
-                f"{stop.name}: the state after step {run.step} could not be saved in {run.dir}; see the warnings above"
+                f"{stop.name}: the state after step {run.step} could not be saved in {run.dir}; see the "
+                f"warnings above"
             )
         text = f"stopped by {stop.name} after step {run.step} of {total}; saved in {path}"
         run.tell("stopped", text, signal=stop.name)
     elif path is None and run.steps_taken:
         save(run)  # the last save is worth a second try
         if finished_save(run) is None:
-            raise LostWeightsError(f"the finished run's weights could not be saved in {run.dir}; see the warnings above")
+            raise LostWeightsError(
+                f"the finished run's weights could not be saved in {run.dir}; see the warnings above"
+            )
 
 
 def finished_save(run: TrainingRun) -> Path | None:

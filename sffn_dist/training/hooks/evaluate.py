@@ -15,7 +15,9 @@ from sffn_dist.training.step_result import StepResult
 
 
 class Evaluate(Hook):
-    """Not where the run stops: a stop does not wait for it, and the next start makes up for it (:func:`evaluate_missed`)."""
+    """Not where the run stops: a stop does not wait for it, and the next start makes up for it
+    (:func:`evaluate_missed`).
+    """
 
     def __init__(self, config: Config):
         self._interval = config.evaluation.interval
@@ -28,7 +30,10 @@ class Evaluate(Hook):
 
 
 def evaluate_missed(run: TrainingRun) -> None:
-    """Evaluate at a start where an evaluation was due when a signal stopped the run. All ranks must call it."""
+    """Evaluate at a start where an evaluation was due when a signal stopped the run.
+
+    All ranks must call it.
+    """
     total = run.schedule.total_steps
     was_due = 0 < run.step < total and schedule.due(run.step, run.config.evaluation.interval, total)
     if was_due and broadcast_object(run.reports is not None and run.reports.evaluations.last != run.step):
@@ -36,7 +41,9 @@ def evaluate_missed(run: TrainingRun) -> None:
 
 
 def evaluate_run(run: TrainingRun) -> Evaluation:
-    """Held-out loss after ``run.step`` steps: of the mix that is trained while guided, of the structure alone at the end."""
+    """Held-out loss after ``run.step`` steps: of the mix that is trained while guided, of the structure
+    alone at the end.
+    """
     if run.step in run.evaluated:
         return run.evaluated[run.step]
     started = time.perf_counter()

@@ -9,7 +9,9 @@ from sffn_dist.training.step_result import StepResult
 
 
 class RankReport(Hook):
-    """On CUDA the report follows one step later: that step waits for the device at each mark, so that its times are right."""
+    """On CUDA the report follows one step later: that step waits for the device at each mark, so that its
+    times are right.
+    """
 
     def due(self, run: TrainingRun, result: StepResult) -> bool:
         return result.report or run.recorder.precise

@@ -21,4 +21,6 @@ class ReplicaCheck(Hook):
         return self._interval > 0 and (run.step % self._interval == 0 or self._save.due(run, result))
 
     def __call__(self, run: TrainingRun, result: StepResult) -> None:
-        replica_check.check_replicas(run.model, engine_state.separate_masters(run.engine), run.config, run.topology)
+        replica_check.check_replicas(
+            run.model, engine_state.separate_masters(run.engine), run.config, run.topology
+        )

@@ -1,4 +1,6 @@
-"""Back to a good checkpoint after bad steps in a row: their batches are skipped from then on (bad_steps.py)."""
+"""Back to a good checkpoint after bad steps in a row: their batches are skipped from then on
+(bad_steps.py).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ from sffn_dist.training.step_result import StepResult
 
 
 class Rollback(Hook):
-    """Due after ``guards.rollback_after`` bad steps in a row. Raises DivergedError where it has been done often enough."""
+    """Due after ``guards.rollback_after`` bad steps in a row.
+
+    Raises DivergedError where it has been done often enough.
+    """
 
     rewinds = True
 
@@ -24,7 +29,9 @@ class Rollback(Hook):
 
 
 def roll_back(run: TrainingRun) -> None:
-    """Start again from the newest checkpoint before the bad steps, or from the start if there is none. All ranks must call it.
+    """Start again from the newest checkpoint before the bad steps, or from the start if there is none.
+
+    All ranks must call it.
 
     The metrics of the steps that are undone go; the events stay.
     """
