@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from sffn_bench import arguments, sizes
+from sffn_bench.columns import table_of
 
 from sffn_dist.spec import counts, loading, machine, validation
 from sffn_dist.spec.config import ConfigError
@@ -264,81 +265,6 @@ COMMANDS = {
     "step": layers,
     "decode": layers,
 }
-LAYER = (
-    "kind",
-    "share",
-    "width",
-    "tokens",
-    "provider",
-    "mode",
-    "median_ms",
-    "p20_ms",
-    "p80_ms",
-    "speedup_over_dense",
-)
-COLUMNS = {
-    "ffn": (*LAYER, "peak_mb", "gflop", "gbytes", "floor_ms"),
-    "step": (*LAYER, "peak_mb", "gflop", "gbytes", "floor_ms"),
-    "decode": (*LAYER, "layers", "gflop", "gbytes", "floor_ms"),
-    "comm": (
-        "kind",
-        "p",
-        "elements",
-        "ratio_to_dense",
-        "backward",
-        "gradients",
-        "without_sp_forward",
-        "without_sp_backward",
-    ),
-    "tp": (
-        "kind",
-        "p",
-        "sequence",
-        "provider",
-        "median_ms",
-        "p20_ms",
-        "p80_ms",
-        "speedup_over_naive",
-        "speedup_over_dense",
-    ),
-    "guide": (
-        "kind",
-        "provider",
-        "median_ms",
-        "p20_ms",
-        "p80_ms",
-        "over_unguided",
-        "over_dense",
-        "speedup_over_three_passes",
-    ),
-    "checkpoint": (
-        "provider",
-        "gigabytes",
-        "first_ms",
-        "median_ms",
-        "p20_ms",
-        "p80_ms",
-        "over_sync",
-        "total_s",
-        "gb_per_s",
-    ),
-    "guards": ("provider", "config", "ranks", "steps", "step_ms", "calls", "median_ms", "share"),
-}
-
-
-def table(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
-    """Rows for a terminal."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, float):
-            return f"{value:.3f}".rstrip("0").rstrip(".") if value >= 0.1 or not value else f"{value:.3g}"
-        return "-" if value is None else str(value)
-
-    cells = [list(columns), *[[text(row[column]) for column in columns] for row in rows]]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -354,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             writer = csv.DictWriter(file, rows[0].keys())
             writer.writeheader()
             writer.writerows(rows)
-    print(json.dumps(rows, indent=1) if args.json else table(rows, COLUMNS[args.command]))
+    print(json.dumps(rows, indent=1) if args.json else table_of(rows, args.command))
 
 
 if __name__ == "__main__":

@@ -318,9 +318,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0; 1 where runs failed; 2 where the input is refused, before the first run."""
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # so that runs under way are ended too
+    # so that runs under way are ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser = arguments()
     args = parser.parse_intermixed_args(argv)
     if args.jobs < 1 or args.gpus < 0:

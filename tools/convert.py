@@ -24,7 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sffn_dist.checkpoint.manifest import BrokenCheckpoint, Manifest, find_checkpoint
+from sffn_dist.checkpoint.manifest import BrokenCheckpoint, Manifest
+from sffn_dist.checkpoint.run_folder import find_checkpoint
 from sffn_dist.conversion.formats import IMPORTED, format_of, is_checkpoint, weights_of
 from sffn_dist.launch.error_output import print_errors
 from sffn_dist.spec.config import ConfigError

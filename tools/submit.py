@@ -135,7 +135,10 @@ def runs_of(args: argparse.Namespace, options: job.Options) -> tuple[str, list[r
 def describe(options: job.Options, found: Sequence[runs.JobRun], log: Path) -> None:
     """What the script will do, to standard error."""
     devices = "GPU" if options.gpus else "CPU"
-    say = f"{options.nodes} node(s) x {options.ranks_per_node} {devices} ranks by {options.launcher}, {options.time} a start"
+    say = (
+        f"{options.nodes} node(s) x {options.ranks_per_node} {devices} ranks by {options.launcher}, "
+        f"{options.time} a start"
+    )
     many = f"{len(found)} runs, " if len(found) > 1 else ""
     print(f"{many}{say}; job logs in {log}", file=sys.stderr)
     for run in found:

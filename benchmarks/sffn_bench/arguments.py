@@ -133,7 +133,10 @@ def _paper_sizes(commands: Commands, name: str, text: str) -> argparse.ArgumentP
     """A command on the paper's layers of several widths."""
     sub = _command(commands, name, text)
     sub.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a device")
-    said = "measure anew which kernels are fastest, into the device's table in DIR (kernels/sffn_kernels/tables ships it)"
+    said = (
+        "measure anew which kernels are fastest, into the device's table in DIR "
+        "(kernels/sffn_kernels/tables ships it)"
+    )
     sub.add_argument("--table", type=Path, metavar="DIR", help=said)
     said = f"model widths h; the inner width is 4 h (default {CUDA_WIDTHS} on CUDA, {CPU_WIDTHS} on the CPU)"
     sub.add_argument("--width", "--widths", dest="widths", type=positive, nargs="+", metavar="H", help=said)

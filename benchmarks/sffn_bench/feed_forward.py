@@ -1,7 +1,8 @@
 """Times one feed-forward layer on one device, and a training step of it; as ``tools/bench.py ffn`` and
 ``step`` start it.
 
-    ffn     modes forward (nothing kept for backward) and forward_backward (gradients of the input and of all parameters)
+    ffn     mode forward: nothing is kept for backward
+            mode forward_backward: gradients of the input and of all parameters
     step    mode training: forward, backward, and AdamW's step on the layer's parameters
 
 Settings come as one JSON object in the first argument; the rows are printed as one JSON list.

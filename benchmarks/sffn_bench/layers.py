@@ -1,7 +1,7 @@
 """One GELU feed-forward layer with biases, y = W2 gelu(W1 x + b1) + b2, by provider: x and y (T, h), W1 (f,
 h), W2 (h, f), f = 4 h.
 
-    dense            two dense matrices; on CUDA devices compiled as a whole, so that biases and GELU are fused
+    dense            two dense matrices; on CUDA compiled as a whole, so that biases and GELU are fused
     bmm              Monarch's classic formulation by plain autograd: batched products, permutations, copies
     torch            the product's layer, every operation in plain torch
     ours             the product's layer as a run computes it

@@ -106,9 +106,11 @@ def work(of: Layer, tokens: int, mode: Mode, element: int) -> tuple[int, int]:
 
     With W weights, P parameters and T tokens::
 
-        forward             2 T W   FLOPs   (P + 2 T h)  numbers: parameters, x in; y out
-        forward_backward    6 T W           (2 P + 4 T h)         parameters, x, dy in; y, dx, dP out
-        training            6 T W           (9 P + 4 T h)         then AdamW: dP, P and both moments in; P and both moments out
+                            FLOPs   numbers         of which
+        forward             2 T W   P + 2 T h       parameters, x in; y out
+        forward_backward    6 T W   2 P + 4 T h     parameters, x, dy in; y, dx, dP out
+        training            6 T W   9 P + 4 T h     these, then AdamW: dP, P and both moments in;
+                                                    P and both moments out
 
     Elementwise operations count for nothing, and what passes between the two linears may stay on the chip.
     """

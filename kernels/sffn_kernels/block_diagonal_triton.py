@@ -1,10 +1,12 @@
 """Block-diagonal products by Triton: one kernel, three passes, any strides.
 
-    out[k] = A[k] B[k]      A (K, M, S), B (K, S, N), out (K, M, N): views, so a shuffle is in their strides and nothing is copied
+    out[k] = A[k] B[k]  A (K, M, S)              B (K, S, N)              out (K, M, N)
 
     product             A = x as (K, T, I)     B = weight as (K, I, O)    out = y as (K, T, O)
     input gradient      A = dy as (K, T, O)    B = weight (K, O, I)       out = dx as (K, T, I)
     weight gradient     A = dy as (K, O, T)    B = x as (K, T, I)         out = dw (K, O, I)
+
+All three are views: a shuffle is in their strides, and nothing is copied.
 
 The weight gradient has few tiles and a long sum over tokens: that is split over programs, whose partial sums
 are added in a fixed order.

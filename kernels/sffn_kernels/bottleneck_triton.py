@@ -1,9 +1,13 @@
-"""From bottleneck to bottleneck by Triton (see split_linear.py for the formula and the shapes).
+"""From bottleneck to bottleneck by Triton (see bottleneck.py for the formula and the shapes).
 
-    through   z -> out. The wide features are streamed through the chip, as attention kernels stream keys: none is written to memory.
-    wide      z -> y, a                     forward, keeping what backward needs: second factor, bias and activation in one pass
-              y, dout -> dy, db             backward of the same: dL/da, times the activation's slope as it leaves the product
-              z, dout -> a, dy, db          backward where nothing was kept: y and dL/da are rebuilt side by side and never written
+    through   z -> out              the wide features are streamed through the chip, as attention kernels
+                                    stream keys: none is written to memory
+    wide      z -> y, a             forward, keeping what backward needs: second factor, bias and activation
+                                    in one pass
+              y, dout -> dy, db     backward of the same: dL/da, times the activation's slope as it leaves
+                                    the product
+              z, dout -> a, dy, db  backward where nothing was kept: y and dL/da are rebuilt side by side and
+                                    never written
 
 Grids and strides are those of L blocks of U, K blocks of V and runs of J = f/(K L) features, which one block
 of U writes and one of V reads; (L, K) is (1, 1) for low_rank, (1, K) for block_dense, (L, K) for
@@ -12,8 +16,7 @@ block_shuffle. Gated: a block of U has its gates' rows first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -49,7 +52,8 @@ def _wide(  # noqa: C901  its three modes are chosen at compile time
     L, K,
     z_t, z_l, z_r, u_l, u_s, u_r, g_t, g_k, g_o, v_k, v_o, v_l,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    ACTIVATION: tl.constexpr, BUILD: tl.constexpr, BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, BUILD: tl.constexpr, BACKWARD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(J, BN)
     row, column = in_groups(tl.program_id(0), tl.cdiv(T, BM), L * K * tiles, 8)
@@ -326,43 +330,3 @@ def through(
         _through, grid, *tensors, *shape, *given, warps=tile.warps, stages=tile.stages, **constants, **modes
     )
     return out.flatten(1)
-
-
-def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, launch) of every tiling, in bf16 on tensors without memory: what an ahead-of-time check
-    compiles.
-    """
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
-
-    t, h, f = 30_000, 2048, 8192
-    low_rank = empty(t, 512), empty(f, 512), empty(512, f)
-    block_dense = empty(t, 768), empty(f, 768), empty(4, 192, f // 4)
-    block_shuffle = empty(t, 4, h // 4), empty(4, f // 4, h // 4), empty(4, h // 4, f // 4)
-    gated = block_shuffle[0], empty(4, f // 2, h // 4), block_shuffle[2]
-    shards: tuple[tuple[str, Activation, tuple[Tensor, Tensor, Tensor]], ...] = (
-        ("low_rank", "gelu", low_rank),
-        ("block_dense", "gelu_erf", block_dense),
-        ("block_shuffle", "gelu", block_shuffle),
-        ("block_shuffle", "swiglu", gated),
-    )
-    for kind, activation, (z, second, first) in shards:
-        name = f"{kind} {activation}"
-        rows = second.shape[:-1].numel()
-        bias, grad = empty(rows), empty(t, first.shape[:-1].numel())
-        kept = Kept(empty(t, 1, rows), empty(t, 1, f))  # as many elements, whatever L and K are
-        for tile in tilings(activation):
-            yield f"build, {name} {tile.name}", partial(build, z, second, bias, first, activation, tile)
-        for tile in BACKWARD:
-            for mode, held in (("backward", kept), ("rebuild", None)):
-                yield (
-                    f"{mode}, {name} {tile.name}",
-                    partial(wide_backward, grad, z, second, bias, first, activation, held, tile),
-                )
-        for tile, outputs in STREAMS if second.dim() == 2 else STREAMS_BLOCKS:
-            short = z[..., : tile.k], second[..., : tile.k]
-            yield (
-                f"through, {name} {tile.name}",
-                partial(through, *short, bias, first, activation, tile, outputs),
-            )

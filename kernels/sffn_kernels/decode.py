@@ -4,9 +4,10 @@ Inference only: there is no backward.
 
 What such a step costs is reading the weights once, and starting what reads them. A layer is three launches:
 
-    z   = W1 x                          :func:`product`       first linear, first factor
-    out = V activation(U z + b1)        :func:`bottleneck`    first linear, second factor; second linear, first factor
-    y   = W2 out + b2                   :func:`product`       second linear, second factor
+    z   = W1 x                      :func:`product`     first linear, first factor
+    out = V activation(U z + b1)    :func:`bottleneck`  first linear, second factor;
+                                                        second linear, first factor
+    y   = W2 out + b2               :func:`product`     second linear, second factor
 
 The kernels split the summed features among so many programs that all of a device's multiprocessors read; see
 ``decode_triton``. Without Triton, and where plain torch was measured to be faster, the same is plain torch
@@ -36,7 +37,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, interleave
         x: (T, K*I), features grouped by block, or (T, K, I), of any strides.
         weight: (K, O, I), or dense (O, I).
         bias: (K*O,), in the order of the outputs.
-        interleaved: y of block k, row o is feature o*K + k, in place of k*O + o: Monarch's second factor with its output shuffle.
+        interleaved: y of block k, row o is feature o*K + k, in place of k*O + o: Monarch's second
+            factor with its output shuffle.
 
     Returns:
         (T, K*O), contiguous.
@@ -68,8 +70,8 @@ def bottleneck(z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, ac
         (T, O), contiguous.
 
     Raises:
-        ValueError: more than 64 tokens, sizes that do not fit (K must divide f/L: ``bottleneck_plain.fits``), more than one dtype,
-            an unknown activation.
+        ValueError: more than 64 tokens, sizes that do not fit (K must divide f/L: ``bottleneck_plain.fits``),
+            more than one dtype, an unknown activation.
         RuntimeError: an argument whose gradient is asked for.
     """
     checked = act.checked(activation)

@@ -115,7 +115,10 @@ def unavailable(device: torch.device) -> str | None:
         )
     found = torch.cuda.get_device_capability(device)
     if found < LEAST_CAPABILITY:
-        return f"needs compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}, and this device has {found[0]}.{found[1]}"
+        return (
+            f"needs compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}, and this device has "
+            f"{found[0]}.{found[1]}"
+        )
     return None
 
 

@@ -13,19 +13,15 @@ before anything of it is used. ``step`` counts the steps taken, so the next step
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
-import shutil
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sffn_dist.atomic_io import hash_file, sync, write_text
-from sffn_dist.spec.config import ConfigError
+from sffn_dist.atomic_io import hash_file, write_text
 from sffn_dist.spec.renamed_keys import translate
 
 FORMAT, VERSION = "sffn_dist checkpoint", 2
@@ -73,12 +69,10 @@ class Manifest:
 
     folder: Path
     step: int
-    optimizer_steps: (
-        int  # Adam's own count: behind ``step`` by the steps that were skipped for a non-finite gradient
-    )
-    guide_optimizer_steps: (
-        int | None
-    )  # the guide's own: it counts from where guidance begins; None without a guide
+    # Adam's own count: behind ``step`` by the steps that were skipped for a non-finite gradient
+    optimizer_steps: int
+    # the guide's own: it counts from where guidance begins; None without a guide
+    guide_optimizer_steps: int | None
     data_fingerprint: str | None
     tensor_parallel: int
     kinds: tuple[str, ...]  # of KINDS: an imported model has no moments
@@ -89,9 +83,8 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     revision: str | None = None
     origin: str | None = None  # what it was imported from
-    recent_losses: tuple[
-        float, ...
-    ] = ()  # of the last accepted steps, nats: what the next ones are judged by
+    # of the last accepted steps, nats: what the next ones are judged by
+    recent_losses: tuple[float, ...] = ()
     alpha: float | None = None  # of an import's guides; None: that of the run's schedule at ``step``
 
     @classmethod
@@ -225,91 +218,6 @@ def _text(path: Path) -> str:
 # --------------------------------------------------------------------------------------------- a run's folder
 
 
-def folder_of(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step_{step:08d}"
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Folders that bear a checkpoint's name, oldest first.
-
-    Raises OSError where they cannot be listed (a glob would find none).
-    """
-    try:
-        names = os.listdir(run_dir / "checkpoints")
-    except FileNotFoundError:
-        return []
-    steps = {
-        name: name.removeprefix("step_") for name in names if name.startswith("step_") and name.isascii()
-    }
-    found = sorted(
-        (name for name, step in steps.items() if step.isdecimal()), key=lambda name: int(steps[name])
-    )
-    return [run_dir / "checkpoints" / name for name in found]
-
-
-def latest_checkpoint(
-    run_dir: Path, besides: Container[Path] = (), up_to: int | None = None
-) -> Manifest | None:
-    """The newest complete checkpoint of a run; broken ones are skipped and named in a warning.
-
-    Content is not read: see ``damage``.
-
-    ``up_to``: the last step that it may be of.
-
-    None if there is none at all. Raises ConfigError if there are some and all are broken (or among
-    ``besides``, already known to be), or if they cannot be listed: starting anew would overwrite the run.
-    """
-    reasons: list[str] = []
-    told = 0
-    try:
-        folders = checkpoints(run_dir)
-    except OSError as error:
-        raise ConfigError(
-            [f"run.dir = {str(run_dir)!r}: its checkpoints cannot be listed: {error}"]
-        ) from None
-    for folder in reversed(folders):
-        if up_to is not None and int(folder.name[5:]) > up_to:
-            continue
-        if folder in besides:
-            reasons.append(f"{folder}: its content is damaged, see above")
-            told = len(reasons)  # those before it by the call that found it
-            continue
-        try:
-            found = Manifest.read(folder)
-        except BrokenCheckpoint as error:
-            reasons.append(str(error))
-            continue
-        for reason in reasons[told:]:
-            log.warning("checkpoint skipped: %s", reason)
-        return found
-    if reasons:
-        raise ConfigError(
-            [f"run.dir = {str(run_dir)!r}: no checkpoint in it is complete: {reason}" for reason in reasons]
-        )
-    return None
-
-
-def find_checkpoint(key: str, path: str) -> Manifest:
-    """The checkpoint that ``path`` (a checkpoint, or a run whose newest is meant) names; raises
-    ConfigError naming ``key``.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError([f"{key} = {path!r}: no such folder; must be a checkpoint or a run.dir"])
-    if (folder / NAME).exists():
-        try:
-            return Manifest.read(folder)
-        except BrokenCheckpoint as error:
-            raise ConfigError([f"{key} = {path!r}: {error}"]) from None
-    try:
-        found = latest_checkpoint(folder)
-    except ConfigError as error:
-        raise ConfigError([f"{key} = {path!r}: {problem}" for problem in error.problems]) from None
-    if found is None:
-        raise ConfigError([f"{key} = {path!r}: holds no complete checkpoint"])
-    return found
-
-
 def missing_tensors(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
     """A sentence for each tensor of ``shapes`` that the checkpoint lacks or has in another shape."""
     for name, shape in shapes.items():
@@ -317,43 +225,3 @@ def missing_tensors(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> I
             yield f"{name} is not in it"
         elif manifest.shapes[name] != shape:
             yield f"{name} is {list(manifest.shapes[name])} there, {list(shape)} here"
-
-
-def prune(run_dir: Path, keep: int, keep_every: int, saved: Path) -> None:
-    """Remove what is no longer wanted once ``saved``, which was just written, is there.
-
-    Kept: the ``keep`` newest complete ones up to ``saved``, those of steps that ``keep_every`` divides, what
-    another version of this code wrote or the disk does not read, and whatever lies beyond ``saved``: a start
-    may have gone on from an older one for a disk's bad hour.
-    """
-    complete, broken = [], []
-    for folder in checkpoints(run_dir):
-        if int(folder.name[5:]) > int(saved.name[5:]):
-            break
-        try:
-            Manifest.read(folder)
-        except UnreadableCheckpoint:
-            continue
-        except BrokenCheckpoint:
-            broken.append(folder)
-            continue
-        complete.append(folder)
-    kept = {
-        saved,
-        *complete[-keep:],
-        *(folder for folder in complete if keep_every and int(folder.name[5:]) % keep_every == 0),
-    }
-    for folder in (*complete, *broken):
-        if folder not in kept:
-            remove(folder)
-
-
-def remove(folder: Path) -> None:
-    """The manifest goes first: whatever interrupts the rest leaves no checkpoint that looks complete."""
-    with contextlib.suppress(OSError):  # it is only tidying up: a save that is there must not fail by it
-        if not folder.is_dir():
-            folder.unlink()
-            return
-        (folder / NAME).unlink(missing_ok=True)
-        sync(folder)
-    shutil.rmtree(folder, ignore_errors=True)

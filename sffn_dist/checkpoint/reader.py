@@ -13,14 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sffn_dist.checkpoint.manifest import (
-    KINDS,
-    TOKENIZER,
-    BrokenCheckpoint,
-    Manifest,
-    find_checkpoint,
-    missing_tensors,
-)
+from sffn_dist.checkpoint.manifest import KINDS, TOKENIZER, BrokenCheckpoint, Manifest, missing_tensors
+from sffn_dist.checkpoint.run_folder import find_checkpoint
 from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.checkpoint.writer import Fragment
 from sffn_dist.parallel.split import part_view, shard

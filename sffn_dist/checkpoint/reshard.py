@@ -23,8 +23,9 @@ from sffn_dist.atomic_io import atomic_folder, hash_file, write_text
 from sffn_dist.checkpoint.manifest import TOKENIZER, File, Manifest, Piece
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.checkpoint.tensor_file import TensorEntry, TensorFile
+from sffn_dist.checkpoint.versions import revision, versions
 from sffn_dist.checkpoint.weights import Weights
-from sffn_dist.checkpoint.writer import check_room, revision, versions
+from sffn_dist.checkpoint.writer import check_room
 from sffn_dist.parallel.split import shard
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import ConfigError

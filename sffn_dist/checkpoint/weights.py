@@ -37,9 +37,8 @@ class Weights:
     alpha: float = 0.0
     step: int = 0  # steps of training behind it
     tokenizer: str | None = None  # the text of its tokenizer.json
-    facts: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # for model cards: data fingerprint, revision, results, ...
+    # for model cards: data fingerprint, revision, results, ...
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """Every tensor's name, in the model's order."""
@@ -50,9 +49,8 @@ def merged(weights: Weights) -> Weights:
     """The same map with dense feed-forward layers: W = U V multiplied out, guides folded in with their
     alpha.
     """
-    sources = dict.fromkeys(
-        weights.names()
-    )  # in order: to_dense reads the sizes from the factor applied first
+    # in order: to_dense reads the sizes from the factor applied first
+    sources = dict.fromkeys(weights.names())
 
     def full(name: str) -> Tensor:
         if name in sources:
@@ -95,8 +93,8 @@ def approximated(weights: Weights, ffn: Mapping[str, Any], *, guide: bool = Fals
             if not torch.isfinite(dense_matrix).all():
                 raise ConfigError(
                     [
-                        f"{weights.origin}: {prefix}.weight holds values that are not finite: nothing is "
-                        f"near it"
+                        f"{weights.origin}: {prefix}.weight holds values that are not finite: "
+                        f"nothing is near it"
                     ]
                 )
             last[prefix] = from_dense(ffn_structure(config, _layer(name)), dense_matrix)

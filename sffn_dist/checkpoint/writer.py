@@ -11,11 +11,7 @@ training's.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.metadata
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,24 +25,19 @@ from sffn_dist.atomic_io import hash_file, sync
 from sffn_dist.checkpoint.manifest import (
     KINDS,
     TOKENIZER,
-    BrokenCheckpoint,
     File,
     Manifest,
     Piece,
-    UnreadableCheckpoint,
-    folder_of,
-    prune,
-    remove,
 )
+from sffn_dist.checkpoint.run_folder import PARTIAL, folder_of, prune, replace
 from sffn_dist.checkpoint.tensor_file import TensorEntry, TensorFile
+from sffn_dist.checkpoint.versions import revision, versions
 from sffn_dist.parallel.object_collectives import all_gather_object, broadcast_object
 from sffn_dist.spec.config import Config
 from sffn_dist.spec.split_table import model_tensors
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import, and a conversion has no ranks
     from sffn_dist.parallel.topology import Topology
-
-PARTIAL, OLDER = ".partial", ".older.partial"
 
 
 @dataclass(frozen=True)
@@ -174,9 +165,8 @@ class Saver:
         )
         report, problem = None, None
         try:
-            report = self._write(
-                temporary, job
-            )  # in rank 0's folder: a rank that does not see it must not make its own
+            # in rank 0's folder: a rank that does not see it must not make its own
+            report = self._write(temporary, job)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         job.tensors = {}
@@ -256,45 +246,10 @@ class Saver:
         manifest.check_sizes()  # every rank's file is where this one looks
         manifest.write()
         sync(temporary)
-        _replace(temporary, target)
-        with contextlib.suppress(
-            OSError
-        ):  # the save is there; tidying up has its next chance with the next one
+        replace(temporary, target)
+        # the save is there; tidying up has its next chance with the next one
+        with contextlib.suppress(OSError):
             prune(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every, target)
-
-
-def _replace(source: Path, target: Path) -> None:
-    """Give ``source`` the name ``target``.
-
-    What bore it, the same step saved before and broken since, goes once that is done.
-
-    What another version of this code wrote, or the disk does not read, stays, as ``step_....other``.
-    """
-    older, other = target.with_name(f".{target.name}{OLDER}"), target.with_name(f"{target.name}.other")
-    if target.exists():
-        remove(older)  # left by a save whose tidying up failed
-        target.rename(older)
-    try:
-        source.rename(target)
-    except OSError:
-        if older.exists():
-            older.rename(target)
-        raise
-    with contextlib.suppress(OSError):  # the save is there
-        sync(target.parent)
-        if older.exists() and _usable_by_other_version(older) and not other.exists():
-            older.rename(other)
-    remove(older)
-
-
-def _usable_by_other_version(folder: Path) -> bool:
-    try:
-        Manifest.read(folder)
-    except UnreadableCheckpoint:
-        return True
-    except BrokenCheckpoint:
-        return False
-    return False
 
 
 class _Staging:
@@ -348,43 +303,3 @@ def copy_in(source: Path, target: Path) -> File:
     shutil.copyfile(source, target)
     sync(target)
     return File(target.stat().st_size, hash_file(target))
-
-
-def remove_leftovers(run_dir: Path) -> None:
-    """Remove what interrupted saves left; only the holder of the run's lock may."""
-    for folder in (run_dir / "checkpoints").glob(
-        f".step_*{OLDER}"
-    ):  # killed between two renames: the name is its own again
-        target = folder.with_name(folder.name[1:].removesuffix(OLDER))
-        if not target.exists():
-            folder.rename(target)
-    for folder in (run_dir / "checkpoints").glob(f".step_*{PARTIAL}"):
-        remove(folder)
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Versions of what computed the weights."""
-    found = {"python": sys.version.split()[0]}
-    for name in ("sffn_dist", "torch", "megatron-core", "deepspeed", "safetensors"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
-@functools.cache  # of the code that runs, not of what lies there when a later checkpoint is saved
-def revision() -> str | None:
-    """The git revision of the code, "+" after it if it was changed since."""
-    here = Path(__file__).parent
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
-        )
-        state = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10
-        )
-        if head.returncode == 0:
-            return head.stdout.strip() + ("+" if state.stdout.strip() else "")
-    return None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sffn_dist.checkpoint import manifest
+from sffn_dist.checkpoint import manifest, run_folder
 from sffn_dist.launch import exit_codes
 
 STARTS = 3  # in a row without a new checkpoint
@@ -55,8 +55,8 @@ def decide(code: int, asked: str, record: dict[str, Any] | None, newest: Sequenc
     if asked == "TERM":
         return RequeueDecision(
             False,
-            f"ended by Slurm; {at}; unless Slurm starts it again (a preemption, a lost node), submit it to "
-            f"continue",
+            f"ended by Slurm; {at}; unless Slurm starts it again (a preemption, a lost node), submit "
+            f"it to continue",
         )
     warned = asked in ("USR1", "PREEMPTED") or cause == WARNING
     if not warned and record and not record["restart"]:
@@ -99,7 +99,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 def newest_checkpoint(run_dir: Path) -> str:
     """Name of the newest complete checkpoint, nothing where there is none; content is not read."""
     try:
-        folders = manifest.checkpoints(run_dir)
+        folders = run_folder.checkpoints(run_dir)
     except OSError:
         return ""
     return next((folder.name for folder in reversed(folders) if (folder / manifest.NAME).is_file()), "")

@@ -66,9 +66,8 @@ FORMATS: tuple[ImportFormat, ...] = (
     ),
     ImportFormat(HUGGING_FACE, _holds("config.json"), "sffn_dist.conversion.hf.source:read", dense=True),
 )
-IMPORTED = tuple(
-    entry for entry in FORMATS if entry.name not in (CHECKPOINT, UNIVERSAL)
-)  # become checkpoints for init_from
+# become checkpoints for init_from
+IMPORTED = tuple(entry for entry in FORMATS if entry.name not in (CHECKPOINT, UNIVERSAL))
 
 
 def format_of(path: Path) -> ImportFormat:
@@ -80,8 +79,8 @@ def format_of(path: Path) -> ImportFormat:
             return entry
     raise ConfigError(
         [
-            f"{path}: neither a checkpoint nor a run of sffn_dist, nor a Hugging Face, Megatron or "
-            f"universal DeepSpeed folder"
+            f"{path}: neither a checkpoint nor a run of sffn_dist, nor a Hugging Face, Megatron or universal "
+            f"DeepSpeed folder"
         ]
     )
 

@@ -175,8 +175,8 @@ def render(found: dict[str, Any]) -> str:
     if "spectra" in found:
         lines += [
             "",
-            "spectra: layer, linear, most ranks, largest and smallest singular value, stable and effective "
-            "rank",
+            "spectra: layer, linear, most ranks, largest and smallest singular value, stable and "
+            "effective rank",
         ]
         lines += [
             f"  {s.layer:>3} {s.linear:<10} {s.kind:<13} {s.bound:>6} {s.largest:>10.4g} {s.smallest:>10.4g} "

@@ -11,6 +11,7 @@ GELU: Megatron-LM's own is exact, but fused with the bias, which is its default,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.conversion import inferred_config
-from sffn_dist.conversion.megatron_files import Checkpoint, MegatronTensor, open_checkpoint
+from sffn_dist.conversion.megatron_files import open_checkpoint
+from sffn_dist.conversion.megatron_tensor import Checkpoint, MegatronTensor
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.spec.split_table import model_tensors
@@ -132,12 +134,15 @@ def _named(found: Checkpoint) -> dict[str, MegatronTensor]:
             gate, up = (found.entries.get(name[:-2] + half) for half in HALVES)
             if gate is not None and up is not None:
                 shape = (gate.shape[0] + up.shape[0], *gate.shape[1:])
-                entries[name[:-2]] = MegatronTensor(
-                    shape, lambda g=gate, u=up: torch.cat([g.read(), u.read()])
-                )  # type: ignore[misc]
+                both = functools.partial(_read_both, gate, up)
+                entries[name[:-2]] = MegatronTensor(shape, both)
                 continue
         entries[name] = entry
     return entries
+
+
+def _read_both(gate: MegatronTensor, up: MegatronTensor) -> Tensor:
+    return torch.cat([gate.read(), up.read()])
 
 
 def _representable(found: Checkpoint, entries: Mapping[str, MegatronTensor]) -> None:

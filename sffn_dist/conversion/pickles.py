@@ -156,17 +156,16 @@ def _unreadable(path: Path, error: Exception) -> ConfigError:
         return ConfigError([f"{path}: cannot be read: {text}"])
     return ConfigError(
         [
-            f"{path}: not a file that torch.save (1.6 or newer) wrote, or damaged: {type(error).__name__}: "
-            f"{text}"
+            f"{path}: not a file that torch.save (1.6 or newer) wrote, or damaged: "
+            f"{type(error).__name__}: {text}"
         ]
     )
 
 
 def _globals(path: Path, file: BinaryIO) -> list[str]:
     """Names in the file that need a stand-in; raises ConfigError for one that is given none."""
-    with zipfile.ZipFile(
-        file
-    ) as archive:  # torch.save stores; deflated entries could hold any amount, and cannot be mapped
+    # torch.save stores; deflated entries could hold any amount, and cannot be mapped
+    with zipfile.ZipFile(file) as archive:
         if any(
             entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in archive.infolist()
         ):
@@ -261,9 +260,8 @@ def unpickle(path: Path) -> Any:
                 raise ConfigError(
                     [f"{path}: has the pickle instruction {opcode.name}, which data needs none of"]
                 )
-            if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(
-                data
-            ):  # the memo would grow to it
+            # the memo would grow to it
+            if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(data):
                 raise ValueError(f"memo place {argument}")
         return _Unpickler(path, data).load()
     except ConfigError:

@@ -120,9 +120,8 @@ def is_heldout(text: bytes, share: float) -> bool:
 
 def _pieces(texts: Iterable[str], share: float) -> Iterator[_Piece]:
     for text in texts:
-        raw = text.encode(
-            "utf-8", errors="replace"
-        )  # "replace": JSON may hold half a surrogate pair, which is no text
+        # "replace": JSON may hold half a surrogate pair, which is no text
+        raw = text.encode("utf-8", errors="replace")
         parts = list(pieces(raw.decode()))
         heldout = is_heldout(raw, share)
         for index, part in enumerate(parts, start=1):

@@ -27,9 +27,8 @@ from sffn_dist.data.sources import forms, source_of
 from sffn_dist.data.sources.base import digest
 from sffn_dist.spec.config import Config, ConfigError, Data
 
-FORMAT: Final = (
-    1  # of the prepared folder: raise it whenever the same source and settings would give other files
-)
+# of the prepared folder: raise it whenever the same source and settings would give other files
+FORMAT: Final = 1
 SMALLEST_VOCAB = 257  # 256 bytes and the end-of-text token
 
 

@@ -15,13 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from sffn_dist.spec.config import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
-SEPARATORS = (
-    END_OF_TEXT,
-    "</s>",
-    "<eos>",
-    "<|end_of_text|>",
-    "[SEP]",
-)  # the first that a given tokenizer has is used
+# the first that a given tokenizer has is used
+SEPARATORS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 PIECE = 1 << 20  # characters that are encoded in one call
 
 

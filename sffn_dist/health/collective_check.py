@@ -27,10 +27,8 @@ from torch import Tensor
 
 from sffn_dist.parallel.object_collectives import all_gather_object
 
-BYTES = {
-    "cuda": 64_000_000,
-    "cpu": 4_000_000,
-}  # of a buffer: what fills NVLink, and what gloo moves in some ms
+# of a buffer: what fills NVLink, and what gloo moves in some ms
+BYTES = {"cuda": 64_000_000, "cpu": 4_000_000}
 SECONDS, REPEATS = 0.05, 5  # that one collective is repeated for, and how often at most
 PERIOD = 251  # of the values sent: prime, so that a part in another's place has other values
 

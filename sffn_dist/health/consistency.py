@@ -27,17 +27,21 @@ import torch
 import torch.distributed as dist
 
 import sffn_dist
-from sffn_dist.checkpoint import writer
+from sffn_dist.checkpoint import versions
 from sffn_dist.parallel import cpu_compat
 from sffn_dist.parallel.object_collectives import all_gather_object, broadcast_object
 from sffn_dist.spec import machine
-from sffn_dist.spec.config import Config, ConfigError, flatten
+from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.config_keys import flatten
 
 # facts: two hashes, of which the keys and the git revision are told; a name, of which others are odd and no
 # more
 CONFIG, CODE, DEVICE = "config", "code", "device"
-# seconds for a file to be seen on other nodes: NFS clients keep what they know of a folder for 3 s and more
-FOLDER_TIMEOUT = 10.0
+FOLDER_TIMEOUT = (
+    # seconds for a file to be seen on other nodes: NFS clients keep what they know of a folder for 3 s and
+    # more
+    10.0
+)
 MAX_NAMED_HOSTS = 4  # hosts named one by one; of more, the first ones and how many there are
 
 
@@ -49,7 +53,7 @@ def facts(config: Config, precision: str) -> dict[str, str]:
     CPU or CUDA, device.
     """
     cuda = cpu_compat.has_cuda()
-    found = {"host": socket.gethostname(), **writer.versions(), "triton": _version("triton")}
+    found = {"host": socket.gethostname(), **versions.versions(), "triton": _version("triton")}
     if cuda:
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     canonical = json.dumps(flatten(config), sort_keys=True)
@@ -106,7 +110,7 @@ def check_consistency(mine: Mapping[str, str], settings: Mapping[str, Any]) -> t
             for key, text in differences(all_gather_object(dict(settings)), hosts).items()
         }
     if CODE in differing:
-        revisions = all_gather_object(writer.revision() or "unknown")
+        revisions = all_gather_object(versions.revision() or "unknown")
         named = [
             {CODE: f"{held[CODE]}, git {revision}"}
             for held, revision in zip(gathered, revisions, strict=True)

@@ -56,9 +56,8 @@ class Heartbeat:
         self._mine: Verdict | None = None
         self._places: dict[int, tuple[str, int, str]] = {}
         self._near: list[int] = []  # ranks whose processes can be seen from here
-        self._beats: dict[
-            int, tuple[float, dict[str, Any]]
-        ] = {}  # when it last changed, by this rank's clock
+        # when it last changed, by this rank's clock
+        self._beats: dict[int, tuple[float, dict[str, Any]]] = {}
         self._contact, self._broken = time.monotonic(), False
         self._gone: dict[int, float] = {}  # since when processes of this machine are seen to be gone
         self._heard = 0
@@ -67,9 +66,8 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._talk, name="heartbeat", daemon=True)
         self._number, self._asked, self.fault = 0, 0.0, ""
         self._all = rank == 0  # hear of every rank, not only of those of this machine
-        self.awake = (
-            0.0  # when this process last came back from having been stopped: no silence counts from before
-        )
+        # when this process last came back from having been stopped: no silence counts from before
+        self.awake = 0.0
 
     def start(self) -> None:
         """Tell where this rank is, wait until all have, and begin."""
@@ -150,7 +148,10 @@ class Heartbeat:
         gone = self._near_and_gone()
         if gone is not None:
             host, pid, _ = self._places[gone]
-            return f"rank {gone} (pid {pid}) on {host} exited without an error message: killed from outside, out of memory, or crashed"
+            return (
+                f"rank {gone} (pid {pid}) on {host} exited without an error message: killed from outside, "
+                f"out of memory, or crashed"
+            )
         if not self._patience:
             return None
         if self._broken or self._out_of_contact():
@@ -226,9 +227,8 @@ class Heartbeat:
         """
         for rank, (_, pid, started) in self._places.items():
             if rank != self.rank and process_state(pid, started) == "T":
-                with suppress(
-                    OSError
-                ):  # stopped: no signal but this one reaches it, and launchers wait for it
+                # stopped: no signal but this one reaches it, and launchers wait for it
+                with suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
         if self._broken or (verdict.rank != self.rank and self.rank):
             return

@@ -28,7 +28,8 @@ from sffn_dist.parallel import topology
 from sffn_dist.parallel.object_collectives import all_gather_object
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.spec import machine
-from sffn_dist.spec.config import Config, ConfigError, flatten
+from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.config_keys import flatten
 from sffn_dist.telemetry.peak import measured_flops
 
 CLOCK_SECONDS = 5.0  # beyond which logs and events of nodes do not line up

@@ -43,11 +43,8 @@ from sffn_dist.telemetry.peak import measured_flops
 WINDOW = 64  # steps
 REQUEST = "report"  # a file of this name in run_dir asks for a report
 LOG = "ranks.jsonl"
-DEVIATIONS, COMPUTE, PRODUCTS = (
-    3.0,
-    1.15,
-    0.85,
-)  # of a straggler: robust standard deviations, x median seconds; x median rate
+# of a straggler: robust standard deviations, x median seconds; x median rate
+DEVIATIONS, COMPUTE, PRODUCTS = 3.0, 1.15, 0.85
 ROBUST = 1.4826  # x the median absolute deviation is the standard deviation, of a normal distribution
 MEASURED_SECONDS = 0.05
 
@@ -65,9 +62,8 @@ class Row:
     compute: float | None
     wait: float | None
     step: float | None
-    tokens_per_s: (
-        float | None
-    )  # of the rank's share of a step's tokens, those of a tensor-parallel group shared out
+    # of the rank's share of a step's tokens, those of a tensor-parallel group shared out
+    tokens_per_s: float | None
     peak_bytes: int  # of the device's memory; on CPU, resident
     flops: float  # FLOP/s of matrix products, now
 

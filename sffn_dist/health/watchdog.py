@@ -33,16 +33,17 @@ from sffn_dist.spec.config import ConfigError, Guards
 from sffn_dist.telemetry.events import EventLog
 
 POLL_SECONDS = 0.5  # seconds between looks
-LINGER_SECONDS = (
-    5.0  # seconds that who serves the store, or wrote the verdict, waits for the others to have read it
-)
+# seconds that who serves the store, or wrote the verdict, waits for the others to have read it
+LINGER_SECONDS = 5.0
 STARTUP_FACTOR = 3  # times guards.hang_seconds until the first progress: weights are read, kernels compiled
 SLOW_FACTOR = 10  # times the longest wait for progress lately is no hang yet, however long a step takes
-# what is left of it after one progress more: a kernel that compiled for minutes counts for some steps only
-LONGEST_DECAY = 0.98
-EXPLANATION_SECONDS = (
-    10.0  # seconds beyond guards.lost_seconds that a broken connection waits for who knows why
+LONGEST_DECAY = (
+    # what is left of it after one progress more: a kernel that compiled for minutes counts for some steps
+    # only
+    0.98
 )
+# seconds beyond guards.lost_seconds that a broken connection waits for who knows why
+EXPLANATION_SECONDS = 10.0
 REARM, BEYOND = 30.0, 120.0  # the last resort is set so often, to so many seconds beyond a hang
 EXIT_SECONDS = 30.0  # seconds that an end may take: a pipe or a file system may block for ever
 # seconds for a wait of GLANCE beyond which this process itself was stopped (Ctrl-Z) or kept from running
@@ -104,9 +105,8 @@ class Watchdog:
             self._heartbeat.propose(
                 Verdict(code, self._rank, f"{self._where()}{_short(error)}", self._text(error))
             )
-            self._thread.join(
-                EXIT_SECONDS + LINGER_SECONDS
-            )  # it ends this process, unless it waits for the store
+            # it ends this process, unless it waits for the store
+            self._thread.join(EXIT_SECONDS + LINGER_SECONDS)
         _write_stderr(self._text(error))
         exit_codes.record(code, _short(error))
         return code
@@ -223,7 +223,10 @@ class Watchdog:
 
     def dump_stacks(self, folder: Path) -> Path | None:
         """Every thread's Python stack into ``folder``, or to standard error where that cannot be written."""
-        header = f"rank {self._rank}, pid {os.getpid()}: {self._doing}, for {time.monotonic() - self._ticked:.1f} seconds\n\n"
+        header = (
+            f"rank {self._rank}, pid {os.getpid()}: {self._doing}, for "
+            f"{time.monotonic() - self._ticked:.1f} seconds\n\n"
+        )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"rank_{self._rank:05d}.txt"

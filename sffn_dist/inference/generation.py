@@ -39,13 +39,11 @@ def sample(
     ids = list(prompt)
     for _ in range(tokens):
         window = ids[-context:]
-        padded = (
-            math.ceil(len(window) / topology.tensor) * topology.tensor
-        )  # sequence parallelism wants equal parts
+        # sequence parallelism wants equal parts
+        padded = math.ceil(len(window) / topology.tensor) * topology.tensor
         batch = torch.tensor([window + [0] * (padded - len(window))], device=topology.device)
-        local = logits(model, batch)[
-            0, len(window) - 1
-        ].float()  # what stands right of it is not seen by causal attention
+        # what stands right of it is not seen by causal attention
+        local = logits(model, batch)[0, len(window) - 1].float()
         full = _gather(local, topology)[:vocab].cpu()
         following = torch.tensor([_draw(full, temperature, generator)], device=topology.device)
         if topology.world > 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sffn_dist.checkpoint import manifest
+from sffn_dist.checkpoint import run_folder
 from sffn_dist.data import metadata
 from sffn_dist.launch import run_identity
 from sffn_dist.spec import machine, validation
@@ -28,7 +28,7 @@ def check_run(config: Config, ranks: int, *, starts: bool = True) -> None:
         prepared = metadata.locate(config)
         fingerprint = metadata.read_meta(prepared).fingerprint if metadata.is_usable(prepared) else None
         run_identity.check_identity(config, fingerprint)
-    if config.init_from and manifest.latest_checkpoint(Path(config.run.dir)) is None:
+    if config.init_from and run_folder.latest_checkpoint(Path(config.run.dir)) is None:
         run_identity.check_source_of_weights(config)
 
 

@@ -25,9 +25,11 @@ from sffn_dist.spec.config import Config, ConfigError
 if TYPE_CHECKING:
     from sffn_dist.health.watchdog import Watchdog
 
-# seconds that other ranks wait before they end: a launcher ends all ranks once one has, and rank 0 speaks
-# first
-REFUSAL_DELAY = 3.0
+REFUSAL_DELAY = (
+    # seconds that other ranks wait before they end: a launcher ends all ranks once one has, and rank 0 speaks
+    # first
+    3.0
+)
 
 
 def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog], int]) -> int:

@@ -19,9 +19,8 @@ from collections.abc import Iterator, MutableMapping, Sequence
 
 from sffn_dist.spec.config import ConfigError
 
-_RESERVED_STEPS = (
-    0xFFFFFFF0  # from here on step ids are Slurm's names for the batch script, an allocation's shell, ...
-)
+# from here on step ids are Slurm's names for the batch script, an allocation's shell, ...
+_RESERVED_STEPS = 0xFFFFFFF0
 _FIRST_PORT, _PORTS = 20000, 12000  # below those that the kernel gives out by itself, from 32768 on
 _MOST_HOSTS = 1_000_000
 _SIOCGIFADDR = 0x8915
@@ -81,7 +80,8 @@ def _translate(environ: MutableMapping[str, str]) -> None:
         raise ConfigError(
             [
                 f"environment variable SLURM_NODEID = {node}: SLURM_STEP_TASKS_PER_NODE = {text!r} has no "
-                f"such node"
+                f"such "
+                f"node"
             ]
         )
     found = {

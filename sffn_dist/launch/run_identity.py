@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sffn_dist import atomic_io
-from sffn_dist.checkpoint.manifest import find_checkpoint, missing_tensors
-from sffn_dist.spec import config as configs
-from sffn_dist.spec import loading, validation
+from sffn_dist.checkpoint.manifest import missing_tensors
+from sffn_dist.checkpoint.run_folder import find_checkpoint
+from sffn_dist.spec import config_keys, loading, validation
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.renamed_keys import translate_flat
 from sffn_dist.spec.split_table import model_tensors
@@ -72,7 +72,7 @@ def check_identity(config: Config, data_fingerprint: str | None = None) -> None:
 
 
 def _defaults(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in configs.defaults().items() if key in validation.identity(config)}
+    return {key: value for key, value in config_keys.defaults().items() if key in validation.identity(config)}
 
 
 def check_source_of_weights(config: Config) -> None:

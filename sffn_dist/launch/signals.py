@@ -15,11 +15,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGINT,
-)  # where several came, the first of these gives the exit code
+# where several came, the first of these gives the exit code
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REPORT_SIGNAL = signal.SIGUSR2  # for stacks, and for a report of all ranks
 _Handler = Callable[[int, FrameType | None], Any] | int | None
 

@@ -142,8 +142,8 @@ class Exchange:
         if self.tokens == "tokens":
             if z.shape[0] % self.ranks:
                 raise ValueError(
-                    f"{z.shape[0]} rows of the sequence cannot be split over {self.ranks} tensor-parallel "
-                    f"ranks"
+                    f"{z.shape[0]} rows of the sequence cannot be split over {self.ranks} "
+                    f"tensor-parallel ranks"
                 )
             by_rank = z.unflatten(0, (self.ranks, -1))
             if self.count == 1:
@@ -153,9 +153,8 @@ class Exchange:
             return all_gather(z, self.group).then(self._sum_chunks)
         if self.tokens == "replicated" and self.count > 1 and z.numel() % self.ranks == 0:
             # each rank sums one p-th part of every chunk: r/n, then r; a zero-padded all-reduce would be 2r
-            summed = (
-                all_to_all(z.reshape(self.ranks, -1), self.group).then(self._sum_chunks).wait()
-            )  # (n, numel/p)
+            # (n, numel/p)
+            summed = all_to_all(z.reshape(self.ranks, -1), self.group).then(self._sum_chunks).wait()
             return all_gather(summed, self.group).then(
                 lambda parts: parts.movedim(0, 1).reshape(self.count, *z.shape)
             )

@@ -90,9 +90,8 @@ def prepare() -> None:
     cpu = torch.device("cpu")
     cuda: Any = torch.cuda
     cuda.current_device = lambda: cpu
-    cuda.synchronize = lambda device=None: (
-        None
-    )  # its checkpoint writer waits for copies; here they are done when they return
+    # its checkpoint writer waits for copies; here they are done when they return
+    cuda.synchronize = lambda device=None: None
     state: Any = megatron_random
     if not isinstance(state._CUDA_RNG_STATE_TRACKER, CpuRandomTracker):
         state._CUDA_RNG_STATE_TRACKER = CpuRandomTracker()

@@ -18,15 +18,12 @@ are operations of their own, with Megatron's code between the linears.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.transformer_config import TransformerConfig
 from sffn_kernels import bottleneck as shard
 from sffn_kernels import decode
 from sffn_kernels.activation import Activation
@@ -35,10 +32,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sffn_dist.parallel import ledger
+from sffn_dist.parallel.activation_name import activation_of
 from sffn_dist.parallel.collectives import Pending
 from sffn_dist.parallel.functions import autocast, gradients_of, weights_of
+from sffn_dist.parallel.linear_tensors import Gradients, NeedsGrad, Weights
 from sffn_dist.parallel.linears import StructuredLinear
-from sffn_dist.parallel.split_linear import ColumnSplit, Gradients, NeedsGrad, RowSplit, Weights, wait_for
+from sffn_dist.parallel.split_linear import ColumnSplit, RowSplit, wait_for
 
 Recompute = Literal["none", "bottleneck"]
 
@@ -276,9 +275,8 @@ class _Direct(torch.autograd.Function):
         own_bias = None if bias is None else bias.to(wide.dtype)
         rows = column.rows(wide)
         tokens = rows.numel()
-        if (
-            kept is None and row.exchange.ranks > 1 and tokens <= shard.at_a_time(tokens)
-        ):  # while dz travels, if all at once
+        # while dz travels, if all at once
+        if kept is None and row.exchange.ranks > 1 and tokens <= shard.at_a_time(tokens):
             kept = shard.rebuild(_flat(wide, rows), first.second, own_bias, second.first, ctx.activation)
         grad_z, grad_second = wait_for(begun.grad_z), begun.grad_second
         travelling: list[Pending] = []
@@ -326,27 +324,6 @@ class _Direct(torch.autograd.Function):
 def _flat(tensor: Tensor, rows: torch.Size) -> Tensor:
     """(rows, ..., features) -> (T, features)."""
     return tensor.flatten(0, len(rows) - 1)
-
-
-def activation_of(config: TransformerConfig) -> Activation | None:
-    """The activation that Megatron's settings ask for, by the name it has here; None for another one."""
-    function: Any = config.activation_func
-    approximate = "none"
-    if (
-        isinstance(function, functools.partial)
-        and not function.args
-        and set(function.keywords) == {"approximate"}
-    ):
-        function, approximate = function.func, function.keywords["approximate"]
-    if config.use_te_activation_func or config.activation_func_fp8_input_store:
-        return None
-    if config.gated_linear_unit:
-        plain = config.activation_func_clamp_value is None and not config.glu_linear_offset
-        return "swiglu" if function is F.silu and plain else None
-    if function is not F.gelu:
-        return None
-    # fused with its bias, Megatron's is the tanh formula whatever the function says
-    return "gelu" if approximate == "tanh" or config.bias_activation_fusion else "gelu_erf"
 
 
 def _weights(

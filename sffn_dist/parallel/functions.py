@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sffn_dist.parallel.split_linear import ColumnSplit, Gradients, NeedsGrad, RowSplit, Weights
+from sffn_dist.parallel.linear_tensors import Gradients, NeedsGrad, Weights
+from sffn_dist.parallel.split_linear import ColumnSplit, RowSplit
 
 
 class ColumnFunction(torch.autograd.Function):

@@ -54,9 +54,9 @@ class NormLayer:
     A class, since Megatron's specs call classes and keep functions.
     """
 
-    def __new__(
+    def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
-    ) -> nn.Module:  # type: ignore[misc]
+    ) -> nn.Module:
         if not HAVE_APEX or not cpu_compat.has_cuda():
             return Norm(config, hidden_size, eps, **kwargs)
         fused = FusedRMSNorm if config.normalization == "RMSNorm" else FusedLayerNorm
@@ -92,9 +92,8 @@ class CoreAttention(nn.Module):
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # (batch, heads, S, d)
         group = q.shape[1] // k.shape[1]
         grouped = group > 1 and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-        if (
-            group > 1 and not grouped
-        ):  # only flash attention knows grouped heads; without it the scores would be kept
+        # only flash attention knows grouped heads; without it the scores would be kept
+        if group > 1 and not grouped:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

@@ -40,9 +40,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Purpose = Literal["forward", "backward", "gradient", "other"]
 Counts = list[Fraction | int]  # elements received, a tensor each
-Rule = Callable[
-    [list[Tensor], dict[str, Any], int, int], Counts
-]  # tensors of the first argument, all arguments, p, own rank
+# tensors of the first argument, all arguments, p, own rank
+Rule = Callable[[list[Tensor], dict[str, Any], int, int], Counts]
 
 _c10d: Any = dist.distributed_c10d  # type: ignore[attr-defined]
 _autograd: Any = torch._C._autograd
@@ -275,10 +274,8 @@ class Ledger(TorchDispatchMode):
         if self._hooks:
             raise RuntimeError("the ledger is open already")
         self._thread = threading.get_ident()
-        for (
-            name,
-            module,
-        ) in self._modules.items():  # outermost of the module's hooks: theirs may communicate too (ZeRO 3)
+        # outermost of the module's hooks: theirs may communicate too (ZeRO 3)
+        for name, module in self._modules.items():
             self._hooks.append(
                 module.register_forward_pre_hook(functools.partial(self._enter, name), prepend=True)
             )

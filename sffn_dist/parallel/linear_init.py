@@ -17,9 +17,8 @@ from sffn_dist.structured.cut import Role, TensorSpec
 from sffn_dist.structured.registry import structured_kinds
 from sffn_dist.structured.structure import Size, Structure, refuse
 
-_NEXT_EXPERT_RANK = (
-    0x9E3779B97F4A7C15  # between the seeds of expert-parallel ranks: odd and far from small numbers
-)
+# between the seeds of expert-parallel ranks: odd and far from small numbers
+_NEXT_EXPERT_RANK = 0x9E3779B97F4A7C15
 
 
 def check_structure(structure: Structure) -> None:

@@ -183,7 +183,10 @@ class StructuredLinear(nn.Module, abc.ABC):
 
     def extra_repr(self) -> str:
         structure = f"{self.structure.kind}, rank={self.structure.rank}, blocks={self.structure.blocks}"
-        return f"{self.input_size} -> {self.output_size}, {structure}, guide={self.guide is not None}, ranks={self.ranks}"
+        return (
+            f"{self.input_size} -> {self.output_size}, {structure}, guide={self.guide is not None}, "
+            f"ranks={self.ranks}"
+        )
 
 
 class StructuredColumnParallelLinear(StructuredLinear):
@@ -270,8 +273,8 @@ class StructuredRowParallelLinear(StructuredLinear):
     ):
         if not input_is_parallel:
             raise ValueError(
-                "input_is_parallel = False: a structured row-parallel linear takes features that are cut "
-                "already"
+                "input_is_parallel = False: a structured row-parallel linear takes features "
+                "that are cut already"
             )
         super().__init__(
             input_size,

@@ -42,9 +42,8 @@ def connect(rank: int, world: int, patience: float = RENDEZVOUS_TIMEOUT) -> Any:
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError([f"environment variable MASTER_PORT = {port!r}: must be a port number"])
     store = _connect(host, int(port), rank, patience)
-    if (
-        _agent_serves()
-    ):  # it outlives the ranks: those that it starts again must not read the words of those before
+    # it outlives the ranks: those that it starts again must not read the words of those before
+    if _agent_serves():
         store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     try:
         _wait_for_all(store, rank, world, patience)
@@ -64,7 +63,10 @@ def _connect(host: str, port: int, rank: int, patience: float) -> Any:
         if "EADDRINUSE" in str(error):
             rule = f"is in use on {platform.node()}; another run may have it: choose a free port"
             raise RendezvousError([f"MASTER_PORT = {port}: {rule}"]) from None
-        rule = f"{platform.node()} cannot reach it in {patience:g} seconds ({_first_line(error)}); rank 0 must run there"
+        rule = (
+            f"{platform.node()} cannot reach it in {patience:g} seconds ({_first_line(error)}); rank 0 must "
+            f"run there"
+        )
         raise RendezvousError([f"MASTER_ADDR = {host}, MASTER_PORT = {port}: {rule}"]) from None
 
 
@@ -93,7 +95,10 @@ def _wait_for_all(store: Any, rank: int, world: int, patience: float) -> None:
 def _absent(missing: list[int], world: int, patience: float, store: Any) -> str:
     hosts = sorted({store.get(f"here/{rank}").decode() for rank in range(world) if rank not in missing})
     names = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
-    return f"rank {names} of {world} did not come in {patience:g} seconds; there are {world - len(missing)}, on {', '.join(hosts)}"
+    return (
+        f"rank {names} of {world} did not come in {patience:g} seconds; there are {world - len(missing)}, "
+        f"on {', '.join(hosts)}"
+    )
 
 
 def _first_line(error: BaseException) -> str:

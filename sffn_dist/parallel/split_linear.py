@@ -30,6 +30,7 @@ from sffn_kernels import mix
 from torch import Tensor
 
 from sffn_dist.parallel.collectives import Exchange, Pending, all_to_all, sum_gradient
+from sffn_dist.parallel.linear_tensors import Gradients, NeedsGrad, Weights
 from sffn_dist.structured.cut import Role
 from sffn_dist.structured.products import (
     MatrixProduct,
@@ -40,33 +41,6 @@ from sffn_dist.structured.products import (
 )
 from sffn_dist.structured.registry import ops
 from sffn_dist.structured.structure import Structure
-
-
-class Weights(NamedTuple):
-    """A linear's first and second factor, and its guide where that takes part."""
-
-    first: Tensor
-    second: Tensor
-    guide: Tensor | None = None
-
-
-class NeedsGrad(NamedTuple):
-    """Whose gradients are wanted; what is frozen costs no product and no sum. The same on every rank."""
-
-    x: bool = True
-    first: bool = True
-    second: bool = True
-    guide: bool = True
-
-
-class Gradients(NamedTuple):
-    """What a backward pass returns; None for what was not wanted, and for a guide that took no part."""
-
-    x: Tensor | None
-    first: Tensor | None
-    second: Tensor | None
-    guide: Tensor | None
-
 
 _DENSE = MatrixProduct()
 
@@ -262,9 +236,8 @@ class RowSplit(SplitLinear):
         if not self.needs_exchange:
             return Pending(x)
         p, blocks = self.exchange.ranks, self.structure.needed_blocks
-        parts = x.unflatten(-1, (p, -1, blocks // p)).movedim(
-            -3, 0
-        )  # by groups of k: (p, rows, ..., k s', own l)
+        # by groups of k: (p, rows, ..., k s', own l)
+        parts = x.unflatten(-1, (p, -1, blocks // p)).movedim(-3, 0)
         return all_to_all(parts, self.exchange.group).then(lambda came: came.movedim(0, -2).flatten(-3))
 
     def _exchange_features_back(self, x: Tensor) -> Pending:

@@ -7,7 +7,7 @@ rules between keys stand in spec/validation.py, and spec/loading.py makes the tr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -101,8 +101,8 @@ class Guide(Section):
 
     mode: Literal["off", "fixed_step", "fixed_flop", "window"] = Field(
         "off",
-        description="fixed_flop: guided steps, repeated at the end, such that the run costs what the dense "
-        "model's costs",
+        description="fixed_flop: guided steps, repeated at the end, such that the run costs what the "
+        "dense model's costs",
     )
     fraction: Fraction = Field(
         0.5, description="of train.steps that are guided, from the first on (fixed_step)"
@@ -311,45 +311,3 @@ class Config(Section):
 
     def kind_of_layer(self, layer: int) -> str:
         return registry.DENSE if layer in self.ffn.dense_layers else self.ffn.kind
-
-
-def key_fields() -> dict[str, Any]:
-    """Every dotted key -> its type annotation."""
-    found: dict[str, Any] = {}
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            found.update({f"{name}.{leaf}": item.annotation for leaf, item in section.model_fields.items()})
-        else:
-            found[name] = field.annotation
-    return found
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """Dotted key -> value."""
-    flat: dict[str, Any] = {}
-    for name, value in config.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            flat.update({f"{name}.{leaf}": item for leaf, item in value.items()})
-        else:
-            flat[name] = value
-    return flat
-
-
-def defaults() -> dict[str, Any]:
-    """Dotted key -> default, of the keys that have one."""
-    found: dict[str, Any] = {}
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            fields = {f"{name}.{leaf}": item for leaf, item in section.model_fields.items()}
-        else:
-            fields = {name: field}
-        found.update(
-            {
-                key: list(v) if isinstance(v := item.default, tuple) else v
-                for key, item in fields.items()
-                if not item.is_required()
-            }
-        )
-    return found

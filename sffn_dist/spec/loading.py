@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from sffn_dist.spec import validation
-from sffn_dist.spec.config import Config, ConfigError, key_fields
+from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.config_keys import key_fields
 from sffn_dist.spec.renamed_keys import RENAMED, translate
 
 # written beside imported weights, perhaps by an earlier version: a record, not a user's file
@@ -78,9 +79,8 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 
 
 def _parsed(tree: Mapping[str, Any]) -> Config:
-    return Config.model_validate_json(
-        json.dumps(tree)
-    )  # JSON mode: lists stand for tuples, all else is strict
+    # JSON mode: lists stand for tuples, all else is strict
+    return Config.model_validate_json(json.dumps(tree))
 
 
 def _problems_of_the_rest(tree: Mapping[str, Any], error: ValidationError) -> list[str]:

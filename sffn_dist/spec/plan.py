@@ -158,14 +158,20 @@ def _received_line(plan: dict[str, Any]) -> str:
     received = {key: plan["communication"][key]["bytes"] for key in ("step", "guide", "all_dense")}
     guide = f", + {si(received['guide'], 'B')} where guides are drawn" if received["guide"] else ""
     dense = f" (all dense: {si(received['all_dense'], 'B')})" if plan["ffn"]["kind"] != DENSE else ""
-    return f"{si(received['step'], 'B')} a rank and step by tensor parallelism{dense}{guide}; {_layer_line(plan)}"
+    return (
+        f"{si(received['step'], 'B')} a rank and step by tensor parallelism{dense}{guide}; "
+        f"{_layer_line(plan)}"
+    )
 
 
 def _checkpoint_line(plan: dict[str, Any]) -> str:
     size, settings = plan["checkpoint_bytes"], plan["checkpoint"]
     when = f"every {settings['interval']} steps" if settings["interval"] else "at the end"
     forever = f", and every {settings['keep_every']} steps for good" if settings["keep_every"] else ""
-    disk = f"{settings['keep']} kept{forever}, {si((settings['keep'] + 1) * size, 'B')} of disk while one is written"
+    disk = (
+        f"{settings['keep']} kept{forever}, {si((settings['keep'] + 1) * size, 'B')} of disk while one is "
+        f"written"
+    )
     return f"{si(size, 'B')} {when}; {disk}" + (
         ", as much host memory as one" if settings["asynchronous"] else ""
     )

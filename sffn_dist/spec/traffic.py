@@ -196,9 +196,8 @@ def layer_traffic(config: Config, layer: int, *, guide: bool = False) -> list[Tr
     if not guide:
         at("self_attention.linear_qkv", dense_linear(group, "column", h, h))
         at("self_attention.linear_proj", dense_linear(group, "row", h, h))
-    if (
-        config.recompute == "full"
-    ):  # forward again, up to the last tensor that backward reads: a dense layer's last sum is not
+    # forward again, up to the last tensor that backward reads: a dense layer's last sum is not
+    if config.recompute == "full":
         moved += [
             replace(one, purpose="backward")
             for one in moved
@@ -218,9 +217,8 @@ def model_traffic(config: Config) -> list[Transfer]:
     def at(place: str, some: Iterable[Transfer]) -> None:
         moved.extend(replace(one, place=f"{place}.{one.place}" if one.place else place) for one in some)
 
-    at(
-        "embedding.word_embeddings", dense_linear(group, "row", h, h)
-    )  # rows of the vocabulary are cut: partial sums
+    # rows of the vocabulary are cut: partial sums
+    at("embedding.word_embeddings", dense_linear(group, "row", h, h))
     for layer in range(config.model.layers):
         at(f"decoder.layers.{layer}", layer_traffic(config, layer))
     for name, spec in model_tensors(config, guide=False).items():

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from sffn_dist.spec import schedule
-from sffn_dist.spec.config import Config, ConfigError, Guide, defaults, flatten
+from sffn_dist.spec.config import Config, ConfigError, Guide
+from sffn_dist.spec.config_keys import defaults, flatten
 from sffn_dist.spec.split_table import configured_structure
 from sffn_dist.structured.registry import DENSE, structure_class
 from sffn_dist.structured.structure import Size

@@ -54,9 +54,8 @@ class Structure(abc.ABC):
     factors: ClassVar[tuple[str, ...]]  # names, the one applied first before the other
     dense: ClassVar[bool] = False  # a plain matrix: no bottleneck, and nothing to guide
     fused_kernels: ClassVar[bool] = False  # sffn_kernels.bottleneck and .decode know its factors
-    in_modeling_file: ClassVar[bool] = (
-        False  # conversion/hf/modeling_sffn.py, which travels with a structured export, knows it
-    )
+    # conversion/hf/modeling_sffn.py, which travels with a structured export, knows it
+    in_modeling_file: ClassVar[bool] = False
 
     @property
     def needed_rank(self) -> int:

@@ -161,10 +161,8 @@ class Progress:
         now = self._clock()
         seconds = row["seconds"] if "seconds" in row else now - self._before
         self._before = now
-        before, self.done = (
-            self.done,
-            row.get("step", self.done) + 1,
-        )  # the batches of some steps may have been skipped
+        # the batches of some steps may have been skipped
+        before, self.done = self.done, row.get("step", self.done) + 1
         self._estimate.observe("step", seconds)
         if row.get("heldout_loss") is not None:
             self._heldout = row["heldout_loss"]
@@ -190,9 +188,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of its own, above the bar; also where the progress itself is not shown."""
-        self._before = (
-            self._clock() if self.done > self.start else self._before
-        )  # what a note reports was no part of a step
+        # what a note reports was no part of a step
+        self._before = self._clock() if self.done > self.start else self._before
         if self._bar is not None:
             self._try(lambda: self._bar.write(text, file=self._stream))
         else:

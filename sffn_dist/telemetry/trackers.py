@@ -148,9 +148,8 @@ class _Wandb:
                 dir=str(run_dir),
                 mode=mode,
                 config=dict(config_flat),
-                settings=wandb.Settings(
-                    init_timeout=30
-                ),  # seconds that the other ranks wait where the server is out of reach
+                # seconds that the other ranks wait where the server is out of reach
+                settings=wandb.Settings(init_timeout=30),
                 # a restart may change what does not make another run of it, e.g. micro_batch_size
                 allow_val_change=True,
             )

@@ -57,9 +57,8 @@ def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guid
         },
         "bf16": {"enabled": bf16},
     }
-    if (
-        bf16 and stage > 0
-    ):  # sums over micro-steps in fp32: hundreds of bf16 additions would lose the small gradients
+    # sums over micro-steps in fp32: hundreds of bf16 additions would lose the small gradients
+    if bf16 and stage > 0:
         tree["data_types"] = {"grad_accum_dtype": "fp32"}
     return tree
 

@@ -109,8 +109,8 @@ def table(numbers: dict[str, Any], run: TrainingRun) -> str:
         ("steps", f"{numbers['steps']}, {numbers['tokens']:,} tokens"),
         (
             "speed",
-            f"{numbers['tokens_per_s']:,.0f} tokens/s, {format_duration(numbers['seconds'])} of training "
-            f"steps",
+            f"{numbers['tokens_per_s']:,.0f} tokens/s, {format_duration(numbers['seconds'])} of "
+            f"training steps",
         ),
         ("written to", f"{run.dir}/ (metrics.jsonl, evaluations.jsonl, summary.json, checkpoints/)"),
     ]

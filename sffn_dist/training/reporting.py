@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path
 
 from sffn_dist import model as models
-from sffn_dist.checkpoint import writer
-from sffn_dist.checkpoint.manifest import checkpoints
+from sffn_dist.checkpoint import run_folder
+from sffn_dist.checkpoint.run_folder import checkpoints
 from sffn_dist.health import stragglers
 from sffn_dist.health.preflight import PreflightReport
 from sffn_dist.launch import run_identity
 from sffn_dist.parallel.topology import Topology
-from sffn_dist.spec.config import Config, ConfigError, flatten
+from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.config_keys import flatten
 from sffn_dist.spec.plan import checkpoint_bytes
 from sffn_dist.spec.schedule import StepSchedule, build_schedule
 from sffn_dist.telemetry.peak import measured_flops
@@ -38,7 +39,7 @@ def open_reports(
         return None
     run_dir = Path(config.run.dir)
     try:
-        writer.remove_leftovers(run_dir)
+        run_folder.remove_leftovers(run_dir)
         run_identity.write_record(config, data_fingerprint)
         finished = step == build_schedule(config).total_steps and (run_dir / "summary.json").exists()
         trackers = Trackers() if finished else open_trackers(config.logging, run_dir, flatten(config), step)

@@ -91,9 +91,8 @@ def _estimate(config: Config, topology: Topology, step: int, guide_cost: float) 
     # sequence
     one_sequence = 1 / 3 / config.train.global_batch_size
     sampled = config.sample.tokens**2 / 2 / config.model.sequence
-    saved = (
-        12 * counts.parameters_per_rank(config, guide=False) * topology.tensor
-    )  # bytes: fp32 weight and two moments
+    # bytes: fp32 weight and two moments
+    saved = 12 * counts.parameters_per_rank(config, guide=False) * topology.tensor
     return Estimate(
         clock.total_steps,
         step,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sffn_dist import model as models
 from sffn_dist.atomic_io import hash_file
-from sffn_dist.checkpoint import manifest as manifests
+from sffn_dist.checkpoint import run_folder
 from sffn_dist.checkpoint.manifest import TOKENIZER, BrokenCheckpoint, Manifest, UnreadableCheckpoint
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.data.tokenizer import differing_tokens
@@ -38,7 +38,7 @@ def latest_good_checkpoint(run_dir: Path, topology: Topology, up_to: int | None 
     damaged: set[Path] = set()
     while (
         checkpoint := _rank_zero_choice(
-            lambda: manifests.latest_checkpoint(run_dir, damaged, up_to), topology
+            lambda: run_folder.latest_checkpoint(run_dir, damaged, up_to), topology
         )
     ) is not None:
         problems = verify_files(checkpoint, topology)
@@ -59,7 +59,7 @@ def find_initial_weights(config: Config, topology: Topology) -> Manifest:
     """
     assert config.init_from
     source = _rank_zero_choice(
-        functools.partial(manifests.find_checkpoint, "init_from", config.init_from), topology
+        functools.partial(run_folder.find_checkpoint, "init_from", config.init_from), topology
     )
     assert source
     if problems := verify_files(source, topology):
@@ -131,7 +131,7 @@ def require_equal_records(run_dir: Path, data_fingerprint: str, bad_steps: BadSt
     """What every rank reads for itself from folders that should be the same; raises ConfigError on every
     rank where it is not.
     """
-    checkpoint = manifests.latest_checkpoint(run_dir)
+    checkpoint = run_folder.latest_checkpoint(run_dir)
     require_equal(
         {
             "data fingerprint": data_fingerprint,

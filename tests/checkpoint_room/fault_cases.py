@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sffn_dist.checkpoint import writer
+from sffn_dist.checkpoint import run_folder, writer
 from sffn_dist.parallel.topology import Topology
 
 _spec = importlib.util.spec_from_file_location("saving_cases", Path(__file__).with_name("saving_cases.py"))
@@ -115,7 +115,7 @@ def every_call(folder: Path, fault: str) -> list[dict[str, Any]]:
 def after_kill(run: Path) -> dict[str, Any]:
     """What the next start finds and leaves, and whether a new process goes on from there."""
     found = saving.found(run)
-    writer.remove_leftovers(run)
+    run_folder.remove_leftovers(run)
     swept = saving.names(run)
     later = saving.saved(run, [found["step"] + 1], keep=2)[0]
     return {**found, "swept": swept, "later": later, "then": saving.found(run)["step"]}
@@ -133,7 +133,7 @@ def stolen_name(run_dir: Path) -> list[str]:
     )
     (checkpoints / ".step_00000002.older.partial").write_text("a file")
     (checkpoints / "step_00000002").mkdir()
-    writer.remove_leftovers(run_dir)
+    run_folder.remove_leftovers(run_dir)
     return saving.names(run_dir)
 
 
@@ -185,7 +185,7 @@ def killed_at_random(
         reported = int(said[-1]) if said and said[-1].isdecimal() else before
         found = saving.found(run_dir) if saving.names(run_dir) else {"step": None, "wrong": []}
         left = saving.names(run_dir)
-        writer.remove_leftovers(run_dir)
+        run_folder.remove_leftovers(run_dir)
         rows.append(
             {
                 **found,

@@ -29,14 +29,17 @@ def arguments(**extra: Any) -> argparse.Namespace:
     """What Megatron-LM keeps of its command line, as far as it describes the model."""
     return argparse.Namespace(
         **{
-            "num_layers": LAYERS, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 1, "group_query_attention": False,
-            "kv_channels": 6, "ffn_hidden_size": 40, "swiglu": False, "normalization": "LayerNorm", "norm_epsilon": 1e-5,
-            "untie_embeddings_and_output_weights": False, "rotary_base": 10000, "rotary_percent": 1.0, "rotary_interleaved": False,
-            "position_embedding_type": "rope", "add_bias_linear": True, "add_qkv_bias": False, "bias_gelu_fusion": False,
-            "openai_gelu": False, "squared_relu": False, "padded_vocab_size": VOCAB, "max_position_embeddings": LENGTH,
-            "seq_length": LENGTH, "num_experts": None, "apply_layernorm_1p": False, "qk_layernorm": False, "train_iters": 30,
-            "lr": 3e-4, "adam_beta2": 0.95, "params_dtype": torch.float32, "use_rope_scaling": False, "window_size": None,
-            "global_batch_size": 8, "micro_batch_size": 2, "clip_grad": 1.0, "seed": 1234, "multi_latent_attention": False,
+            "num_layers": LAYERS, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 1,
+            "group_query_attention": False, "kv_channels": 6, "ffn_hidden_size": 40, "swiglu": False,
+            "normalization": "LayerNorm", "norm_epsilon": 1e-5, "untie_embeddings_and_output_weights": False,
+            "rotary_base": 10000, "rotary_percent": 1.0, "rotary_interleaved": False,
+            "position_embedding_type": "rope", "add_bias_linear": True, "add_qkv_bias": False,
+            "bias_gelu_fusion": False, "openai_gelu": False, "squared_relu": False,
+            "padded_vocab_size": VOCAB, "max_position_embeddings": LENGTH, "seq_length": LENGTH,
+            "num_experts": None, "apply_layernorm_1p": False, "qk_layernorm": False, "train_iters": 30,
+            "lr": 3e-4, "adam_beta2": 0.95, "params_dtype": torch.float32, "use_rope_scaling": False,
+            "window_size": None, "global_batch_size": 8, "micro_batch_size": 2, "clip_grad": 1.0,
+            "seed": 1234, "multi_latent_attention": False,
             **extra,
         }
     )  # fmt: skip
@@ -55,14 +58,16 @@ def _groups(tensor: int) -> None:
 def model_of(args: argparse.Namespace, tensor: int) -> GPTModel:
     """The model as Megatron-LM builds it of its arguments, with weights of some size everywhere."""
     config = TransformerConfig(
-        num_layers=args.num_layers, hidden_size=args.hidden_size, num_attention_heads=args.num_attention_heads,
+        num_layers=args.num_layers, hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
         num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         kv_channels=args.kv_channels, ffn_hidden_size=args.ffn_hidden_size, normalization=args.normalization,
-        layernorm_epsilon=args.norm_epsilon, gated_linear_unit=args.swiglu, activation_func=F.silu if args.swiglu else F.gelu,
-        bias_activation_fusion=args.bias_gelu_fusion, add_bias_linear=args.add_bias_linear, add_qkv_bias=args.add_qkv_bias,
-        hidden_dropout=0.0, attention_dropout=0.0, tensor_model_parallel_size=tensor, use_cpu_initialization=True,
-        init_method_std=0.2, masked_softmax_fusion=False, bias_dropout_fusion=False, gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
+        layernorm_epsilon=args.norm_epsilon, gated_linear_unit=args.swiglu,
+        activation_func=F.silu if args.swiglu else F.gelu, bias_activation_fusion=args.bias_gelu_fusion,
+        add_bias_linear=args.add_bias_linear, add_qkv_bias=args.add_qkv_bias, hidden_dropout=0.0,
+        attention_dropout=0.0, tensor_model_parallel_size=tensor, use_cpu_initialization=True,
+        init_method_std=0.2, masked_softmax_fusion=False, bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False, apply_rope_fusion=False,
     )  # fmt: skip
     torch.manual_seed(7)
     model = GPTModel(
@@ -142,8 +147,8 @@ def _halves(model: GPTModel, args: argparse.Namespace, folder: Path) -> None:
 def _file(state: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """What Megatron-LM writes beside the weights."""
     rng = {
-        "random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(), "torch_rng_state": torch.get_rng_state(),
-        "cuda_rng_state": torch.get_rng_state(), "rng_tracker_states": {},
+        "random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(), "cuda_rng_state": torch.get_rng_state(), "rng_tracker_states": {},
     }  # fmt: skip
     args.model_type = ModelType.encoder_or_decoder
     return {

@@ -24,10 +24,12 @@ METHODS = {
 def configured(method: str, act: str, norm: str, *, bias: bool, guided: bool | None) -> dict[str, Any]:
     """Their settings; ``guided``: None without a guide, else whether its steps go on."""
     model = {
-        "hidden_dim": H, "attn_dim": A, "ffn_dim": INNER, "num_q_heads": HEADS, "num_kv_heads": KV, "num_layers": LAYERS,
-        "max_position_embeddings": LENGTH, "vocab_size": VOCAB, "tie_word_embeddings": bias, "ln": norm, "act": act, "bias": bias,
+        "hidden_dim": H, "attn_dim": A, "ffn_dim": INNER, "num_q_heads": HEADS, "num_kv_heads": KV,
+        "num_layers": LAYERS, "max_position_embeddings": LENGTH, "vocab_size": VOCAB,
+        "tie_word_embeddings": bias, "ln": norm, "act": act, "bias": bias,
         "scale_attn_by_inverse_layer_idx": False,
-        "pos_emb": {"name": "rope", "rotary_interleaved": False, "seq_len_interpolation_factor": None, "rotary_base": 500},
+        "pos_emb": {"name": "rope", "rotary_interleaved": False, "seq_len_interpolation_factor": None,
+                    "rotary_base": 500},
     }  # fmt: skip
     tree: dict[str, Any] = {
         "model": {"name": "gpt2", "kwargs": model},

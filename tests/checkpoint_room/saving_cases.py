@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sffn_dist.checkpoint import manifest as manifests
-from sffn_dist.checkpoint import writer
+from sffn_dist.checkpoint import run_folder, versions, writer
 from sffn_dist.checkpoint.manifest import KINDS, Manifest
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.parallel.topology import Topology
@@ -38,7 +38,7 @@ from sffn_dist.training import resume
 torch.set_num_threads(1)  # no pool of threads that a forked child would lack
 NEWUSER, NEWNS = 0x10000000, 0x00020000  # of unshare(2)
 Outcome = tuple[bool, Any]
-writer.revision(), writer.versions()  # known to every child
+versions.revision(), versions.versions()  # known to every child
 
 
 def config(width: int = 32, **checkpoint: Any) -> Config:
@@ -224,7 +224,7 @@ def found_while_unreadable(run_dir: Path, name: str) -> list[dict[str, Any]]:
     """What a start finds while the disk answers with errors for a file of the newest checkpoint, and
     after.
     """
-    usual, newest = manifests.hash_file, manifests.checkpoints(run_dir)[-1]
+    usual, newest = manifests.hash_file, run_folder.checkpoints(run_dir)[-1]
 
     def failing(path: Path) -> str:
         if path == newest / name:
@@ -248,7 +248,7 @@ def names(run_dir: Path) -> list[str]:
 def complete(run_dir: Path) -> list[int]:
     """Steps of the checkpoints that are whole, content and all."""
     whole = []
-    for folder in manifests.checkpoints(run_dir):
+    for folder in run_folder.checkpoints(run_dir):
         with contextlib.suppress(manifests.BrokenCheckpoint):
             one = Manifest.read(folder)
             if not wrong_tensors(one):

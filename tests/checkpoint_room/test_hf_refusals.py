@@ -48,7 +48,8 @@ def refusal(folder: Path) -> tuple[str, ...]:
 
 
 NEOX = {
-    "model_type": "gpt_neox", "hidden_act": "gelu", "use_parallel_residual": False, "rotary_pct": 1.0, "rope_parameters": ...,
+    "model_type": "gpt_neox", "hidden_act": "gelu", "use_parallel_residual": False, "rotary_pct": 1.0,
+    "rope_parameters": ...,
 }  # fmt: skip
 SETTINGS: dict[str, tuple[Edit, str]] = {
     "type": (
@@ -338,8 +339,10 @@ def test_a_torn_pickle_is_refused(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- fuzz
 
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 40), st.integers(), st.floats(), st.text(max_size=4), st.just(10**400),
-    st.sampled_from(["llama", "mistral", "qwen2", "starcoder2", "gpt_neox", "sffn", "gelu", "silu", "layernorm", "low_rank"]),
+    st.none(), st.booleans(), st.integers(-3, 40), st.integers(), st.floats(), st.text(max_size=4),
+    st.just(10**400),
+    st.sampled_from(["llama", "mistral", "qwen2", "starcoder2", "gpt_neox", "sffn",
+                     "gelu", "silu", "layernorm", "low_rank"]),
 )  # fmt: skip
 VALUES = st.recursive(
     SCALARS,
@@ -349,16 +352,16 @@ ROPE_KEYS = st.sampled_from(
     ["rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "full_attention"]
 )
 MORE_KEYS = (
-    "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base", "sliding_window", "use_sliding_window", "layer_types",
-    "quantization_config", "use_parallel_residual", "layer_norm_eps", "norm_epsilon", "use_bias", "training_steps", "guide_alpha",
-    "is_encoder_decoder",
+    "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base", "sliding_window",
+    "use_sliding_window", "layer_types", "quantization_config", "use_parallel_residual", "layer_norm_eps",
+    "norm_epsilon", "use_bias", "training_steps", "guide_alpha", "is_encoder_decoder",
 )  # fmt: skip
 
 
 ODD = (
-    None, True, False, 0, 1, -1, 3, 10**400, 2**60, 0.5, -0.0, float("nan"), float("inf"), "", "x", "silu", [], [1], ["x"], [[]],
-    {}, {"x": 1}, {"rope_type": []}, {"rope_theta": "1"}, {"rope_theta": float("nan")}, {"rope_theta": float("inf")},
-    {"partial_rotary_factor": []}, {"type": {}},
+    None, True, False, 0, 1, -1, 3, 10**400, 2**60, 0.5, -0.0, float("nan"), float("inf"), "", "x", "silu",
+    [], [1], ["x"], [[]], {}, {"x": 1}, {"rope_type": []}, {"rope_theta": "1"}, {"rope_theta": float("nan")},
+    {"rope_theta": float("inf")}, {"partial_rotary_factor": []}, {"type": {}},
 )  # fmt: skip
 
 

@@ -31,8 +31,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "gelu": {},
     "fused gelu": {"bias_gelu_fusion": True},
     "swiglu": {
-        "swiglu": True, "normalization": "RMSNorm", "add_bias_linear": False, "group_query_attention": True, "num_query_groups": 2,
-        "kv_channels": 10, "untie_embeddings_and_output_weights": True, "rotary_base": 700, "norm_epsilon": 1e-3,
+        "swiglu": True, "normalization": "RMSNorm", "add_bias_linear": False, "group_query_attention": True,
+        "num_query_groups": 2, "kv_channels": 10, "untie_embeddings_and_output_weights": True,
+        "rotary_base": 700, "norm_epsilon": 1e-3,
     },
     "swiglu with biases": {"swiglu": True},
     "qkv bias": {"add_bias_linear": False, "add_qkv_bias": True, "swiglu": True},
@@ -200,9 +201,10 @@ def test_only_the_asked_layer_of_a_stacked_tensor_is_read(
 # -------------------------------------------------------------------------------------------- what is refused
 
 UNFIT = {
-    "position_embedding_type": "learned_absolute", "rotary_percent": 0.5, "rotary_interleaved": True, "use_rope_scaling": True,
-    "num_experts": 8, "multi_latent_attention": True, "squared_relu": True, "qk_layernorm": True, "normalization": "L2Norm",
-    "window_size": (128, 0), "rotary_seq_len_interpolation_factor": 2, "mtp_num_layers": 1,
+    "position_embedding_type": "learned_absolute", "rotary_percent": 0.5, "rotary_interleaved": True,
+    "use_rope_scaling": True, "num_experts": 8, "multi_latent_attention": True, "squared_relu": True,
+    "qk_layernorm": True, "normalization": "L2Norm", "window_size": (128, 0),
+    "rotary_seq_len_interpolation_factor": 2, "mtp_num_layers": 1,
 }  # fmt: skip
 
 

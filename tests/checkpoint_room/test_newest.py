@@ -10,15 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sffn_dist.checkpoint.manifest import (
-    NAME,
-    File,
-    Manifest,
-    checkpoints,
-    find_checkpoint,
-    folder_of,
-    latest_checkpoint,
-)
+from sffn_dist.checkpoint.manifest import NAME, File, Manifest
+from sffn_dist.checkpoint.run_folder import checkpoints, find_checkpoint, folder_of, latest_checkpoint
 from sffn_dist.spec.config import ConfigError
 
 

@@ -174,7 +174,8 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
         from sffn_dist.checkpoint.manifest import Manifest
 
         def anonymous():
-            return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
+            found = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+            return 1024 * int(found.split()[1])
 
         def watch():
             while True:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sffn_dist.checkpoint.manifest import KINDS, Manifest, latest_checkpoint
+from sffn_dist.checkpoint.manifest import KINDS, Manifest
 from sffn_dist.checkpoint.reader import Reader
+from sffn_dist.checkpoint.run_folder import latest_checkpoint
 from sffn_dist.conversion import deepspeed, universal
 from sffn_dist.conversion.verification import differences
 from sffn_dist.spec.split_table import is_guide, model_tensors
@@ -95,8 +96,8 @@ def back(tree: dict[str, Any], folder: str, steps: int) -> dict[str, float]:
     target = Path(folder) / "universal"
     ds_to_universal.main(
         argparse.Namespace(
-            input_folder=f"{folder}/own", output_folder=str(target), num_extract_workers=1, num_merge_workers=1,
-            keep_temp_folder=False, strict=True, inject_missing_state=True,
+            input_folder=f"{folder}/own", output_folder=str(target), num_extract_workers=1,
+            num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True,
         )
     )  # fmt: skip
     engines.destroy(run.engine)

@@ -55,10 +55,11 @@ def _groups(tensor: int) -> None:
 
 def _config(tensor: int = 1, **extra: Any) -> TransformerConfig:
     options: dict[str, Any] = {
-        "num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "ffn_hidden_size": 48, "hidden_dropout": 0.0,
-        "attention_dropout": 0.0, "tensor_model_parallel_size": tensor, "sequence_parallel": tensor > 1,
-        "use_cpu_initialization": True, "init_method_std": 0.2, "masked_softmax_fusion": False, "bias_dropout_fusion": False,
-        "gradient_accumulation_fusion": False, "bias_activation_fusion": False, "apply_rope_fusion": False,
+        "num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "ffn_hidden_size": 48,
+        "hidden_dropout": 0.0, "attention_dropout": 0.0, "tensor_model_parallel_size": tensor,
+        "sequence_parallel": tensor > 1, "use_cpu_initialization": True, "init_method_std": 0.2,
+        "masked_softmax_fusion": False, "bias_dropout_fusion": False, "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False, "apply_rope_fusion": False,
     }  # fmt: skip
     return TransformerConfig(**{**options, **extra})
 
@@ -265,9 +266,10 @@ def _mixture(
     _groups(ranks if layout == "tensor" else 1)
     collection, sizes = _moe_groups(layout)
     config = _config(
-        **sizes, num_moe_experts=2, moe_router_topk=2, moe_router_load_balancing_type="none", moe_token_dispatcher_type="allgather",
-        add_bias_linear=bias, moe_ffn_hidden_size=48, gated_linear_unit=gated, activation_func=F.silu if gated else F.gelu,
-        params_dtype=torch.float64, moe_router_dtype="fp64",
+        **sizes, num_moe_experts=2, moe_router_topk=2, moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="allgather", add_bias_linear=bias, moe_ffn_hidden_size=48,
+        gated_linear_unit=gated, activation_func=F.silu if gated else F.gelu, params_dtype=torch.float64,
+        moe_router_dtype="fp64",
     )  # fmt: skip
     experts = ModuleSpec(module=SequentialMLP, submodules=structured_mlp_submodules(**structure))
     layer = MoELayer(config, MoESubmodules(experts=experts), layer_number=1, pg_collection=collection)

@@ -157,8 +157,8 @@ def feed_forward_errors(
 
 
 def traffic(
-    kind: str, rank: int | None, blocks: int | None, h: int, f: int, gated: bool, sequence: bool, alpha: float | None,
-    rows: int, batch: int, recompute: str,
+    kind: str, rank: int | None, blocks: int | None, h: int, f: int, gated: bool, sequence: bool,
+    alpha: float | None, rows: int, batch: int, recompute: str,
 ) -> dict[tuple[str, str, str], Fraction]:  # fmt: skip
     """Elements that this rank receives in forward and backward of one layer, by (linear, purpose, kind);
     dense is Megatron's own.

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from sffn_dist import model as models
-from sffn_dist.checkpoint.manifest import latest_checkpoint
 from sffn_dist.checkpoint.reader import Reader
+from sffn_dist.checkpoint.run_folder import latest_checkpoint
 from sffn_dist.inference.evaluation import evaluate
 from sffn_dist.inference.generation import sample
 from sffn_dist.parallel import cpu_compat, topology

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from sffn_dist import model as models
-from sffn_dist.checkpoint.manifest import MOMENTS, latest_checkpoint
+from sffn_dist.checkpoint.manifest import MOMENTS
+from sffn_dist.checkpoint.run_folder import latest_checkpoint
 from sffn_dist.parallel.split import shard
 from sffn_dist.spec import schedule as schedules
 from sffn_dist.spec.split_table import ffn_structure, is_guide, model_tensors
@@ -294,7 +295,11 @@ class Reference:
 def forced(coins: Sequence[int], begin: int) -> Iterator[None]:
     """The coin shows ``coins`` in the steps from ``begin`` on, for every linear."""
     usual = schedules.uniform
-    schedules.uniform = lambda seed, step, layer, linear: 0.0 if coins[step - begin] else 1.0  # type: ignore[assignment]
+
+    def uniform(seed: int, step: int, layer: int, linear: int) -> float:
+        return 0.0 if coins[step - begin] else 1.0
+
+    schedules.uniform = uniform
     try:
         yield
     finally:

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from sffn_dist.health import collective_check, consistency, preflight
 from sffn_dist.parallel import cpu_compat, topology
 from sffn_dist.spec import loading
-from sffn_dist.spec.config import ConfigError, flatten
+from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.config_keys import flatten
 
 
 def join(tensor: int) -> topology.Topology:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sffn_dist.checkpoint import manifest as manifests
+from sffn_dist.checkpoint import run_folder
 from sffn_dist.training import engine as engines
 from sffn_dist.training import loop
 from sffn_dist.training.hooks.checkpoint import LostWeightsError
@@ -70,7 +70,7 @@ def trained(
         lost = str(error)
     finally:
         engines.train_step = usual_step
-    names = [path.name for path in manifests.checkpoints(run.dir)]
+    names = [path.name for path in run_folder.checkpoints(run.dir)]
     result = {
         "state": training.state_digests(run.engine),
         "events": events,

@@ -48,8 +48,9 @@ def test_ranks_equal_one_device(ranks: Callable[..., Any], shape: tuple[Any, ...
         if sequence and world == 1:
             continue
         arguments: dict[str, Any] = {
-            "kind": kind, "rank": rank, "blocks": blocks, "h": h, "f": f, "gated": gated, "bias": bias, "recompute": recompute,
-            "sequence": sequence, "alpha": 0.3 if guided else None, "rows": 3 * world if sequence else 5, "batch": 3,
+            "kind": kind, "rank": rank, "blocks": blocks, "h": h, "f": f, "gated": gated, "bias": bias,
+            "recompute": recompute, "sequence": sequence, "alpha": 0.3 if guided else None,
+            "rows": 3 * world if sequence else 5, "batch": 3,
         }  # fmt: skip
         for errors in ranks(world, world).run(CASES, "feed_forward_errors", **arguments):
             worst = max(errors, key=lambda name: errors[name])

@@ -38,7 +38,10 @@ def test_another_config_is_refused_by_its_keys(ranks: Callable[..., Any]) -> Non
     """On every rank: the dotted key, both values, the hosts that hold them."""
     other = {"overrides": {"train": {**TREE["train"], "learning_rate": 1e-3}}}
     problems = ranks(4, 2).run(CASES, "agreed", tree=TREE, odd={3: other})
-    expected = "ranks disagree: config: train.learning_rate = 0.0006 on n0, n1 (ranks 0-2); 0.001 on n1 (rank 3), the odd one"
+    expected = (
+        "ranks disagree: config: train.learning_rate = 0.0006 on n0, n1 (ranks 0-2); "
+        "0.001 on n1 (rank 3), the odd one"
+    )
     assert problems == [[expected]] * 4
 
 

@@ -120,7 +120,10 @@ def test_many_differing_parameters_are_counted() -> None:
         {"data": ((0, 1, 2), dict.fromkeys(names, rank == 1)), "tensor": ((rank,), {})} for rank in range(3)
     ]
     error = describe(["a", "b", "c"], [60] * 3, found)
-    wanted = "50 of 60 tensors over the data-parallel group of ranks 0, 1, 2, odd: b (rank 1): layer.0, layer.1, layer.2 and 47 more"
+    wanted = (
+        "50 of 60 tensors over the data-parallel group of ranks 0, 1, 2, odd: b (rank 1): "
+        "layer.0, layer.1, layer.2 and 47 more"
+    )
     assert str(error) == f"replicas of the weights differ: {wanted}; so it is b (rank 1)"
     assert error.ranks == (1,)
     assert len(error.parameters) == 50

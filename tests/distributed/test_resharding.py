@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from sffn_dist.checkpoint import reshard
-from sffn_dist.checkpoint.manifest import Manifest, folder_of
+from sffn_dist.checkpoint.manifest import Manifest
 from sffn_dist.checkpoint.reader import Reader
+from sffn_dist.checkpoint.run_folder import folder_of
 from sffn_dist.checkpoint.weights import approximated
 from sffn_dist.conversion.verification import differences
 

@@ -133,16 +133,18 @@ def test_an_engine_may_evaluate_before_it_trains(ranks: Callable[..., Any], reco
 @pytest.mark.parametrize(
     "options",
     [
-        {"tensor": 2, "sequence": True, "stage": 3, "model": {"activation": "swiglu", "norm": "rmsnorm", "bias": False}},
+        {"tensor": 2, "sequence": True, "stage": 3,
+         "model": {"activation": "swiglu", "norm": "rmsnorm", "bias": False}},
         {"tensor": 2, "sequence": True, "stage": 2, "recompute": "full"},
         {"tensor": 2, "stage": 3, "recompute": "full", "model": {"tie_embeddings": False}},
-        {"tensor": 2, "sequence": True, "stage": 3, "recompute": "bottleneck", "model": {"activation": "swiglu"}},
+        {"tensor": 2, "sequence": True, "stage": 3, "recompute": "bottleneck",
+         "model": {"activation": "swiglu"}},
         {"tensor": 2, "stage": 1, "recompute": "bottleneck"},
         {"kind": "low_rank", "tensor": 2, "sequence": True, "stage": 2, "recompute": "bottleneck"},
         {"kind": "block_dense", "tensor": 2, "stage": 3, "recompute": "bottleneck"},
     ],
-    ids=["swiglu-rmsnorm-nobias-zero3", "recompute-zero2", "recompute-zero3-untied", "bottleneck-zero3", "bottleneck-zero1",
-         "bottleneck-zero2-low_rank", "bottleneck-zero3-block_dense"],
+    ids=["swiglu-rmsnorm-nobias-zero3", "recompute-zero2", "recompute-zero3-untied", "bottleneck-zero3",
+         "bottleneck-zero1", "bottleneck-zero2-low_rank", "bottleneck-zero3-block_dense"],
 )  # fmt: skip
 def test_four_ranks(train: Callable[..., dict[str, Any]], options: dict[str, Any]) -> None:
     """TP 2 x DP 2 under ZeRO 2 and 3, recomputation, the other model options: equal to one plain rank."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from sffn_dist import pretrain
 from sffn_dist.checkpoint import writer
-from sffn_dist.checkpoint.manifest import latest_checkpoint
+from sffn_dist.checkpoint.run_folder import latest_checkpoint
 
 
 def start(argv: list[str], world: int, log: Path) -> list[int]:

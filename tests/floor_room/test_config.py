@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from sffn_dist.spec.config import Config, ConfigError, flatten, key_fields
+from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.config_keys import flatten, key_fields
 from sffn_dist.spec.loading import from_tree, load
 
 SMALL: dict[str, Any] = {

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sffn_dist.spec.config import Config, ConfigError, defaults, flatten, key_fields
+from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.config_keys import defaults, flatten, key_fields
 from sffn_dist.spec.loading import from_tree, load
 from sffn_dist.spec.renamed_keys import RENAMED, translate, translate_flat
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sffn_dist.spec.config import Config, ConfigError, flatten
+from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.config_keys import flatten
 from sffn_dist.spec.loading import from_tree
 from sffn_dist.spec.split_table import model_tensors
 from sffn_dist.spec.validation import check_world, identity, unused_settings

@@ -22,7 +22,7 @@ from sffn_kernels import launching
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-MODULES = ("block_diagonal_triton", "bottleneck_triton", "mix_triton", "decode_triton")
+MODULES = ("block_diagonal_triton", "bottleneck_compiled", "mix_triton", "decode_triton")
 
 
 class NamedChip:

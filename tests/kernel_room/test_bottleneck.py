@@ -172,7 +172,8 @@ def test_what_is_frozen_is_not_computed() -> None:
         bottleneck.NeedsGrad(z=False),
         bottleneck.NeedsGrad(second=False, bias=False),
     ):
-        found = bottleneck.backward(grad, z, second, bias, first, "gelu", None, wanted)  # type: ignore[arg-type]
+        tensors = (grad, z, second, bias, first)
+        found = bottleneck.backward(*tensors, "gelu", None, wanted)  # type: ignore[arg-type]
         assert [gradient is not None for gradient in found] == list(wanted)
 
 

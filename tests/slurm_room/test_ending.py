@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sffn_dist.checkpoint import manifest
+from sffn_dist.checkpoint import manifest, run_folder
 from sffn_dist.cluster import __main__ as questions
 from sffn_dist.cluster import requeue
 from sffn_dist.launch import exit_codes
@@ -62,7 +62,7 @@ def test_given_up_after_three_starts_without_a_new_checkpoint() -> None:
 
 
 def complete(run: Path, step: int) -> None:
-    folder = manifest.folder_of(run, step)
+    folder = run_folder.folder_of(run, step)
     folder.mkdir(parents=True)
     (folder / manifest.NAME).write_text("{}")
 
@@ -88,7 +88,7 @@ def test_starts_are_counted_in_the_jobs_logs(tmp_path: Path, capsys: pytest.Capt
 
     assert [ended(), ended()] == [questions.GO_ON] * 2
     complete(run, 5)
-    manifest.folder_of(run, 9).mkdir()  # torn: no manifest
+    run_folder.folder_of(run, 9).mkdir()  # torn: no manifest
     assert [ended(), ended(), ended()] == [questions.GO_ON, questions.GO_ON, questions.LEAVE]
     assert "given up" in capsys.readouterr().out
     complete(run, 10)

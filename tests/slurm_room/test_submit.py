@@ -203,7 +203,10 @@ def test_containers(root: Path, tmp_path: Path, image: str, words: list[str], sc
     assert len(mounts) == len(set(mounts)) == 4, "the data's folder is inside the project's"
     # what the body makes of it: srun is a stand-in that shows its arguments
     body = script[script.index("# ---- what runs where") : script.index("cluster() {")]
-    setting = f"CONTAINER={shlex.quote(container[0])}; MOUNTS=({shlex.join(mounts)}); VENV=/none; refuse() {{ exit 9; }}"
+    setting = (
+        f"CONTAINER={shlex.quote(container[0])}; MOUNTS=({shlex.join(mounts)}); "
+        f"VENV=/none; refuse() {{ exit 9; }}"
+    )
     shown = subprocess.run(
         [BASH, "-uc", f'{setting}\n{body}\nprintf "%s " "${{IMAGE[@]}}" "${{INSIDE[@]}}"'],
         capture_output=True,

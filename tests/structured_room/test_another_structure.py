@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from sffn_dist.checkpoint import reshard
-from sffn_dist.checkpoint.manifest import Manifest, folder_of
+from sffn_dist.checkpoint.manifest import Manifest
 from sffn_dist.checkpoint.reader import Reader
+from sffn_dist.checkpoint.run_folder import folder_of
 from sffn_dist.conversion.hf.export import export
 from sffn_dist.conversion.verification import compare_logits, differences
 from sffn_dist.spec import counts, loading, plan

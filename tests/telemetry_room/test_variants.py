@@ -22,7 +22,10 @@ TREE: dict[str, Any] = {
     "ffn": {"kind": "low_rank", "width": 192, "rank": 12},
     "train": {"steps": 200, "global_batch_size": 8, "micro_batch_size": 8},
 }
-ALL = "dense,dense_narrow,low_rank,low_rank+guide,block_dense,block_dense+guide,block_shuffle,block_shuffle+guide"
+ALL = (
+    "dense,dense_narrow,low_rank,low_rank+guide,"
+    "block_dense,block_dense+guide,block_shuffle,block_shuffle+guide"
+)
 
 
 @pytest.fixture
@@ -46,7 +49,10 @@ def refused(path: str, text: str, *overrides: str, equal: variants.Equal = "flop
 
 
 def test_names_are_read_and_written_the_same() -> None:
-    text = "dense,dense_narrow:width=100,low_rank+guide,block_dense:rank=96:blocks=4+guide,block_shuffle:blocks=2"
+    text = (
+        "dense,dense_narrow:width=100,low_rank+guide,"
+        "block_dense:rank=96:blocks=4+guide,block_shuffle:blocks=2"
+    )
     assert ",".join(variant.label for variant in parse(text)) == text
     assert parse("block_dense:blocks=4:rank=96")[0] == Variant("block_dense", (("rank", 96), ("blocks", 4)))
     assert len({variant.folder for variant in parse(text)}) == 5
@@ -142,7 +148,8 @@ def test_sizes_are_the_nearest_by_trying_all(
 def test_own_and_written_sizes_win(path: str) -> None:
     found = made(
         path,
-        "low_rank,low_rank:rank=20,block_dense:blocks=2,block_dense:rank=24:blocks=2,dense_narrow:width=40,dense",
+        "low_rank,low_rank:rank=20,block_dense:blocks=2,block_dense:rank=24:blocks=2,"
+        "dense_narrow:width=40,dense",
     )
     assert found["low_rank"].sizes == {"rank": 12}
     assert found["low_rank:rank=20"].sizes == {"rank": 20}

@@ -31,8 +31,8 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             text[part * 20_000 : (part + 1) * 20_000], encoding="utf-8"
         )
     tree = {
-        "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "sequence": 32, "vocab": 512, "activation": "swiglu",
-                  "norm": "rmsnorm", "bias": False, "tie_embeddings": False},
+        "model": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "sequence": 32, "vocab": 512,
+                  "activation": "swiglu", "norm": "rmsnorm", "bias": False, "tie_embeddings": False},
         "ffn": {"kind": "block_dense", "width": 64, "rank": 16, "blocks": 2},
         "guide": {"mode": "fixed_step", "fraction": 0.75},
         "data": {"dir": str(folder / "data"), "source": str(folder / "text"), "heldout_share": 0.34},
@@ -145,8 +145,10 @@ def test_there_and_back(root: Path, convert: Callable[..., str], run: Path, tmp_
     )
     found = json.loads(convert("inspect", approximated, "--no-spectra", "--json"))
     text = str(run.parent / "text")
-    start = _python(root / "sffn_dist" / "pretrain.py", "--config", approximated / "start.json", "--plan", "--json", "train.steps=8",
-                    f"data.source={text}")  # fmt: skip
+    start = _python(
+        root / "sffn_dist" / "pretrain.py", "--config", approximated / "start.json", "--plan", "--json",
+        "train.steps=8", f"data.source={text}",
+    )  # fmt: skip
     assert start.returncode == 0, start.stderr
     plan = json.loads(start.stdout)
     assert (plan["ffn.kind"], [phase["phase"] for phase in plan["phases"]]) == (

@@ -48,7 +48,8 @@ def export(
         raise ConfigError(
             [
                 f"ffn = {ffn!r}, dtype = {dtype!r}, shard_bytes = {shard_bytes!r}: merged or structured; "
-                f"fp32 or bf16; 1 or more"
+                f"fp32 "
+                f"or bf16; 1 or more"
             ]
         )
     family = describe.family_of(weights.config, ffn)

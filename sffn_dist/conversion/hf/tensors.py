@@ -17,10 +17,8 @@ from sffn_dist.conversion import pickles
 from sffn_dist.conversion.hf.config_json import read_object, shown
 from sffn_dist.spec.config import ConfigError
 
-FORMATS = (
-    ("model.safetensors", ".safetensors"),
-    ("pytorch_model.bin", ".bin"),
-)  # the first that is there is read
+# the first that is there is read
+FORMATS = (("model.safetensors", ".safetensors"), ("pytorch_model.bin", ".bin"))
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -125,7 +123,8 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise ConfigError(
                 [
                     f"{index}: weight_map names {shown(file)}: must be a {' or '.join(suffixes)} file of "
-                    f"this folder"
+                    f"this "
+                    f"folder"
                 ]
             )
     return found

@@ -65,8 +65,8 @@ def text_of(data: Data, value: Any) -> str:
         kind = type(value).__name__
         raise ConfigError(
             [
-                f"data.text_field = {json.dumps(data.text_field)}: must be a column of text; a row holds a "
-                f"{kind}"
+                f"data.text_field = {json.dumps(data.text_field)}: must be a column of text; a "
+                f"row holds a {kind}"
             ]
         )
     return value

@@ -12,9 +12,8 @@ from sffn_dist.data.sources.base import Source, digest
 from sffn_dist.data.sources.files import SourceFile, in_reading_order, walk, whole_files
 from sffn_dist.spec.config import Data
 
-LEFT_OUT = frozenset(
-    {"site-packages", "dist-packages", "__pycache__"}
-)  # installed packages are no part of it
+# installed packages are no part of it
+LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 def folder() -> Path:

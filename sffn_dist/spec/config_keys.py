@@ -1,0 +1,49 @@
+"""The config tree by dotted keys: types, values, defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sffn_dist.spec.config import Config, Section
+
+
+def key_fields() -> dict[str, Any]:
+    """Every dotted key -> its type annotation."""
+    found: dict[str, Any] = {}
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            found.update({f"{name}.{leaf}": item.annotation for leaf, item in section.model_fields.items()})
+        else:
+            found[name] = field.annotation
+    return found
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key -> value."""
+    flat: dict[str, Any] = {}
+    for name, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{leaf}": item for leaf, item in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def defaults() -> dict[str, Any]:
+    """Dotted key -> default, of the keys that have one."""
+    found: dict[str, Any] = {}
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            fields = {f"{name}.{leaf}": item for leaf, item in section.model_fields.items()}
+        else:
+            fields = {name: field}
+        found.update(
+            {
+                key: list(v) if isinstance(v := item.default, tuple) else v
+                for key, item in fields.items()
+                if not item.is_required()
+            }
+        )
+    return found
