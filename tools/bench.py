@@ -1,14 +1,14 @@
 """What a structured feed-forward layer costs: how long it takes, and what it sends; what a checkpoint costs,
 and a run's guards.
 
-python tools/bench.py ffn       time and memory of one layer on one device, forward and forward + backward, against dense
-python tools/bench.py step      time of a training step of one layer on one device: forward + backward + AdamW
-python tools/bench.py decode    time of one layer for a few tokens, as in generation
-python tools/bench.py comm      elements that a rank receives under tensor parallelism, by structure and number of ranks
-python tools/bench.py tp        time of one layer over p ranks: ours, the naive split, dense
-python tools/bench.py guide     time of one layer on one rank: with the guide, with one that takes no part, without, dense
-python tools/bench.py checkpoint    time that training waits for a save: written while it waits, or behind it
-python tools/bench.py guards    time that a run's watch, checks and telemetry take of its steps
+bench.py ffn         time and memory of one layer on one device, forward and forward + backward, against dense
+bench.py step        time of a training step of one layer on one device: forward + backward + AdamW
+bench.py decode      time of one layer for a few tokens, as in generation
+bench.py comm        elements that a rank receives under tensor parallelism, by structure and number of ranks
+bench.py tp          time of one layer over p ranks: ours, the naive split, dense
+bench.py guide       time of one layer on one rank: with the guide, an idle one, none, dense
+bench.py checkpoint  time that training waits for a save: written while it waits, or behind it
+bench.py guards      time that a run's watchdog, checks and telemetry take of its steps
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Checkpoints from one form into another, and what is in them.
 
-python tools/convert.py inspect DIR                  what it is: phase, step, parameters, splits, spectra, integrity
-python tools/convert.py verify A B                   two checkpoints bit for bit, or two formats by their logits
-python tools/convert.py reshard A B --tensor P       for P tensor-parallel ranks (x --data D)
-python tools/convert.py to-hf A B --ffn merged       LlamaForCausalLM or Starcoder2ForCausalLM; --ffn structured keeps the factors
-python tools/convert.py from-hf A B [--ffn KIND ...] a dense Llama, Starcoder2 or GPT-NeoX; its FFNs nearest in Frobenius norm
-python tools/convert.py from-megatron A B [...]      a dense megatron-core GPT, torch_dist or mp_rank_XX
-python tools/convert.py from-official A B            the paper's authors' .pth
-python tools/convert.py to-deepspeed A B             DeepSpeed's universal format; from-deepspeed back
+convert.py inspect DIR                   what it is: phase, step, parameters, splits, spectra, integrity
+convert.py verify A B                    two checkpoints bit for bit, or two formats by their logits
+convert.py reshard A B --tensor P        for P tensor-parallel ranks (x --data D)
+convert.py to-hf A B --ffn merged        Llama or Starcoder2 for transformers; --ffn structured: the factors
+convert.py from-hf A B [--ffn KIND ...]  a dense Llama, Starcoder2 or GPT-NeoX; its FFNs approximated
+convert.py from-megatron A B [...]       a dense megatron-core GPT, torch_dist or mp_rank_XX
+convert.py from-official A B             the paper's authors' .pth
+convert.py to-deepspeed A B              DeepSpeed's universal format; from-deepspeed back
 
 A is a checkpoint or a run (its newest), B must not exist. Nothing of what is read is executed.
 """

@@ -5,7 +5,7 @@ provider.
     unguided       ours, built without a guide
     undrawn        ours with a guide that takes no part in this step: it only adds the guide's gradient, zero
     guided         ours with the guide: alpha W x + (1 - alpha) U V x mixed within the matrix products
-    three_passes   the same in plain operations: two scalings and a sum of whole outputs, and of their gradients
+    three_passes   the same, not fused: two scalings and a sum of whole outputs, and of their gradients
 
 Started by ``tools/bench.py guide``, which hands it one JSON object of settings; the rows are printed as one
 JSON list.

@@ -1,5 +1,4 @@
-"""What is compiled without a device of bottleneck_triton.py: every tiling of its kernels, at one layer's sizes.
-"""
+"""The launches of bottleneck_triton.py that are compiled ahead of time, without a device."""
 
 from __future__ import annotations
 

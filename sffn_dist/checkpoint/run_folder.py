@@ -1,4 +1,4 @@
-"""A run's folder of checkpoints: their names, the newest complete one, what is kept. Standard library only."""
+"""A run's folder of checkpoints: names, the newest complete one, what is kept. Standard library only."""
 
 from __future__ import annotations
 

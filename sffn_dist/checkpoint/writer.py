@@ -1,8 +1,9 @@
 """Save: each rank writes the fragments it owns, in the background if wanted; a checkpoint is complete or not
 there.
 
-    main thread    copy of the rank's fragments to host memory                             (all that training waits for)
-    thread         room? -> file of this rank, hashed on the way -> everyone's reports -> rank 0: manifest, rename, prune
+    main thread    copy of the rank's fragments to host memory; all that training waits for
+    thread         room? -> file of this rank, hashed on the way -> everyone's reports -> rank 0: manifest,
+                   rename, prune
 
 The thread's agreement between ranks goes over a gloo group of its own, so it meets no collective of the
 training's.

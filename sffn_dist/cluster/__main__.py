@@ -1,10 +1,11 @@
-"""What slurm/pretrain.sbatch asks: where a run writes, how deepspeed's launcher is told of the nodes, what
-follows an end.
+"""What slurm/pretrain.sbatch asks.
 
-python -m sffn_dist.cluster run-dir ARGUMENTS-OF-PRETRAIN...         prints run.dir; exit code 2 where they are refused
-python -m sffn_dist.cluster world-info NODE RANKS HOST...            prints the launcher's --world_info, as node number NODE sees it
+python -m sffn_dist.cluster run-dir ARGUMENTS-OF-PRETRAIN...
+    prints run.dir; exit code 2 where the arguments are refused
+python -m sffn_dist.cluster world-info NODE RANKS HOST...
+    prints the --world_info of deepspeed's launcher, as node number NODE sees it
 python -m sffn_dist.cluster ended --code N --asked SIGNAL --record FILE --history FILE --run-dir DIR
-                                                                     prints what follows; exit code 0: start again, 3: do not
+    prints what follows an end; exit code 0: start again, 3: do not
 """
 
 from __future__ import annotations

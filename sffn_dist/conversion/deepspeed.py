@@ -1,15 +1,18 @@
 """DeepSpeed's universal checkpoint format (0.19): full fp32 weights and moments by name, which any ZeRO stage
 and size can load.
 
-    latest_universal                            the newest tag
-    <tag>/mp_rank_00_model_states.pt            counters (global_steps, skipped_steps, dp_world_size, mp_world_size); "module" is not read
-          zero_pp_rank_0_mp_rank_00_...         the same, by the name that ZeRO 3 looks for
-          zero/optimizer_state.pt               "param_groups", in the optimiser's order; ds_version; for ZeRO 3 also
-                                                "optimizer_state_dict": {"state": {0: {"step"}}, "param_groups"}
-          zero/<name>/fp32.pt                   {"param": tensor, "cat_dim": the axis that tensor-parallel ranks chunk,
-                      exp_avg.pt                 "param_n_sub_params": 2 where each half is chunked by itself};
-                      exp_avg_sq.pt              of ZeRO 3 the flat tensor alone
-                      step.pt                   Adam's count (ZeRO 1 and 2, one a parameter group; ZeRO 3 has one for all)
+    latest_universal                     the newest tag
+    <tag>/mp_rank_00_model_states.pt     counters (global_steps, skipped_steps, dp_world_size, mp_world_size);
+                                         "module" is not read
+          zero_pp_rank_0_mp_rank_00_...  the same, by the name that ZeRO 3 looks for
+          zero/optimizer_state.pt        "param_groups", in the optimizer's order; ds_version; for ZeRO 3 also
+                                         "optimizer_state_dict": {"state": {0: {"step"}}, "param_groups"}
+          zero/<name>/fp32.pt            {"param": tensor,
+                      exp_avg.pt          "cat_dim": the axis that tensor-parallel ranks chunk,
+                      exp_avg_sq.pt       "param_n_sub_params": 2 where each half is chunked by itself};
+                                         of ZeRO 3 the flat tensor alone
+                      step.pt            Adam's count (ZeRO 1 and 2, one a parameter group; ZeRO 3 has one
+                                         for all)
 
 It is what ``ds_to_universal`` makes of a DeepSpeed checkpoint and ``checkpoint.load_universal`` lets an
 engine load. Other cuts than chunks of an axis have no form in it, see :func:`uncut`; and ZeRO 3 loads none

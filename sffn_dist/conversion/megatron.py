@@ -12,7 +12,7 @@ GELU: Megatron-LM's own is exact, but fused with the bias, which is its default,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,11 +235,12 @@ def _zero_biases(entries: Mapping[str, MegatronTensor], shapes: Shapes) -> dict[
     to linear_qkv alone.
     """
     bare = [linear for linear in LINEARS if not any(name.endswith(f"{linear}.bias") for name in entries)]
-    made: Callable[[tuple[int, ...]], MegatronTensor] = lambda shape: MegatronTensor(
-        shape, lambda: torch.zeros(shape)
-    )  # noqa: E731
+
+    def zeros(shape: tuple[int, ...]) -> MegatronTensor:
+        return MegatronTensor(shape, functools.partial(torch.zeros, shape))
+
     return {
-        name: made(shape)
+        name: zeros(shape)
         for name, shape in shapes.items()
         if name.endswith(".bias") and name.removesuffix(".bias").endswith(tuple(bare))
     }

@@ -1,19 +1,9 @@
-"""The two formats that Megatron writes checkpoints in, as tensors by megatron-core's names with the layers
-numbered over the whole model.
+"""A Megatron checkpoint of either format, as tensors by megatron-core's names, layers numbered over all.
 
-``torch_dist`` (torch.distributed.checkpoint):
+``torch_dist``: megatron_torch_dist.py. Legacy (``torch``):
 
-    iter_0000100/.metadata        a pickle: of each tensor the full size and its chunks; of each chunk the file, offset and length
-                 __0_0.distcp     chunks, each as torch.save writes a tensor
-                 common.pt        torch.save of what is no sharded tensor: args, iteration, ...
-
-    A layer's tensors lie under a key of their own, or all layers' as one tensor with a leading axis
-    (decoder.layers.mlp.linear_fc2.weight). Chunks are read without torch.distributed.checkpoint, whose
-    planner unpickles what the metadata calls bytes, whatever it holds.
-
-legacy (``torch``):
-
-    iter_0000100/mp_rank_XX[_PPP]/model_optim_rng.pt    torch.save of {"model": state_dict, "args": Namespace, "iteration", ...}
+    iter_0000100/mp_rank_XX[_PPP]/model_optim_rng.pt    torch.save of {"model": state_dict, "args": Namespace,
+                                                        "iteration", ...}
 
     XX is the tensor-parallel and PPP the pipeline-parallel rank; with interleaved stages "model0", "model1",
     ... in place of "model". Each stage counts its layers from 0. Gated linear_fc1 parts are [gate; up] on

@@ -13,7 +13,8 @@ from torch import Tensor
 # beside the model: the optimiser, random states, the scheduler; and Transformer Engine's records of fp8
 # scales
 BESIDE = re.compile(
-    r"(optimizer|chained_\d+|rng_state|opt_param_scheduler|rerun_state_machine\w*|param_groups)(\..*|/.*)?|.*_extra_state.*"
+    r"(optimizer|chained_\d+|rng_state|opt_param_scheduler|rerun_state_machine\w*|param_groups)(\..*|/.*)?"
+    r"|.*_extra_state.*"
 )
 NUMBERED = re.compile(r"decoder\.layers\.(\d{1,4})\.(.+)")
 

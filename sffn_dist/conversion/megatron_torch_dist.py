@@ -1,4 +1,14 @@
-"""Megatron's torch_dist format: tensors read without torch.distributed.checkpoint, whose planner unpickles whatever the metadata calls bytes."""
+"""Megatron's ``torch_dist`` format (torch.distributed.checkpoint).
+
+    iter_0000100/.metadata        a pickle: of each tensor the full size and its chunks; of each chunk the
+                                  file, offset and length
+                 __0_0.distcp     chunks, each as torch.save writes a tensor
+                 common.pt        torch.save of what is no sharded tensor: args, iteration, ...
+
+A layer's tensors lie under a key of their own, or all layers' as one tensor with a leading axis
+(decoder.layers.mlp.linear_fc2.weight). Chunks are read without torch.distributed.checkpoint, whose planner
+unpickles what the metadata calls bytes, whatever it holds.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +44,7 @@ class _Chunk:
 
 
 def torch_dist(folder: Path) -> Checkpoint:
+    """The checkpoint in an iteration's folder; raises ConfigError if its metadata is not of this format."""
     common: Any = pickles.load(folder / "common.pt") if (folder / "common.pt").is_file() else {}
     common = common if isinstance(common, dict) else {}
     try:

@@ -4,15 +4,16 @@ Their trainer saves ``<step>.pth``: a dictionary of ``model`` (a state_dict), ``
 taken, from 0), ``config`` (OmegaConf), the optimiser's and the scheduler's state. Its names against ours, for
 a linear of h or f inputs:
 
-    model.wte, lm_head (the same storage where tied)      embedding.word_embeddings, output_layer
-    model.layers.i.ln1, ln2; model.ln_f                   input_layernorm, pre_mlp_layernorm; decoder.final_layernorm
-    .qkv_linear    rows [all Q; all K; all V]             rows by key/value head: its queries, its key, its value
-    .o_linear, .mlp.fc1, .mlp.fc2                         linear_proj, linear_fc1, linear_fc2; of a gated fc1 [gate; up] in both
-    lr1 (R, N), lr2 (M, R)                                down, up                                                     low_rank
-    blkdiag (B, R/B, N/B), lr (M, R)                      block_in, up                                                 block_dense
-    blkdiag1 (B, n/B, N/B), blkdiag2 (B, M/B, n/B)        block_in, block_out; features are dealt alike                block_shuffle
-    guide_linear (M, N), in plain feature order           guide
-    count, ratio                                          guided steps taken, alpha of the next one
+    model.wte, lm_head (the same storage where tied)   embedding.word_embeddings, output_layer
+    model.layers.i.ln1, ln2; model.ln_f                input_layernorm, pre_mlp_layernorm; final_layernorm
+    .qkv_linear    rows [all Q; all K; all V]          rows by key/value head: its queries, its key, its value
+    .o_linear, .mlp.fc1, .mlp.fc2                      linear_proj, linear_fc1, linear_fc2; of a gated fc1
+                                                       [gate; up] in both
+    lr1 (R, N), lr2 (M, R)                             down, up: low_rank
+    blkdiag (B, R/B, N/B), lr (M, R)                   block_in, up: block_dense
+    blkdiag1 (B, n/B, N/B), blkdiag2 (B, M/B, n/B)     block_in, block_out: block_shuffle, the same shuffle
+    guide_linear (M, N), in plain feature order        guide
+    count, ratio                                       guided steps taken, alpha of the next one
 
 ``ratio`` counts while ``method.kwargs.training.enabled`` does: their code leaves the guide in the model after
 its last step, unused. Rotary embeddings turn halves of a head, not pairs; GELU is the tanh form; norms add

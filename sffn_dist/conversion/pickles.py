@@ -35,12 +35,15 @@ from sffn_dist.spec.config import ConfigError
 INERT = re.compile(
     r"""
     omegaconf\.[\w.]+ | deepspeed\.[\w.]+ | megatron\.[\w.]+
-    | argparse\.Namespace | types\.SimpleNamespace | typing\.Any | builtins\.(dict|list|tuple|str|int|float|bool|bytes|type)
-    | collections\.(OrderedDict|defaultdict) | (_io|io)\.BytesIO | pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path
+    | argparse\.Namespace | types\.SimpleNamespace | typing\.Any |
+        builtins\.(dict|list|tuple|str|int|float|bool|bytes|type)
+    | collections\.(OrderedDict|defaultdict) | (_io|io)\.BytesIO |
+        pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path
     | datetime\.(datetime|date|timedelta|timezone) | signal\.Signals
     | numpy\.(ndarray|dtype|dtypes\.\w+) | numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)
     | numpy\.(_core|core)\.numeric\._frombuffer
-    | torch\.(Size|device|dtype|(bfloat|float|complex|u?int|q?u?int)\w*|bool|half|double|long|short) | torch\.serialization\._get_layout
+    | torch\.(Size|device|dtype|(bfloat|float|complex|u?int|q?u?int)\w*|bool|half|double|long|short) |
+        torch\.serialization\._get_layout
     | torch\.distributed\.checkpoint\.[\w.]+
     """,
     re.VERBOSE,
@@ -49,9 +52,12 @@ INERT = re.compile(
 # out-of-band buffers, and sizes given ahead of bytes that need not be there
 OPCODES = frozenset(
     """
-    PROTO FRAME STOP MARK POP POP_MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET NONE NEWTRUE NEWFALSE
-    INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT UNICODE SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES
-    BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT
+    PROTO FRAME STOP MARK POP POP_MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET NONE NEWTRUE
+        NEWFALSE
+    INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT UNICODE SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES
+        BINBYTES
+    BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT
+        DICT
     SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD
     """.split()  # noqa: SIM905
 )

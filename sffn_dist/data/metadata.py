@@ -2,7 +2,8 @@
 
 A prepared corpus is one folder in ``data.dir``::
 
-    <readable key>-<hash>/    tokenizer.json   token_bytes.npy   train-00000.bin ...   heldout-00000.bin ...   meta.json
+    <readable key>-<hash>/    tokenizer.json   token_bytes.npy   meta.json
+                              train-00000.bin ...   heldout-00000.bin ...
 
 The hash covers all that decides the content, so a changed source, tokenizer or setting means another folder
 and an existing folder never changes. This module answers "which folder?" and "is it whole?"; it imports

@@ -73,7 +73,8 @@ def load_tokenizer(path: str, vocab: int) -> Tokenizer:
     """Read a tokenizer.json.
 
     Raises:
-        ConfigError: unreadable, more entries than ``vocab`` (``model.vocab``), or without an end-of-text token.
+        ConfigError: unreadable, more entries than ``vocab`` (``model.vocab``), or without an end-of-text
+            token.
     """
     says = f"data.tokenizer = {json.dumps(path)}"
     try:

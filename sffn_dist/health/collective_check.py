@@ -7,7 +7,9 @@ seconds:
 
     algorithm bandwidth = S / t          bus bandwidth = S / t x factor
 
-    factor over n ranks:  all-reduce 2 (n-1)/n     all-gather, reduce-scatter, all-to-all (n-1)/n     broadcast, ring 1
+    factor over n ranks:  all-reduce 2 (n-1)/n
+                          all-gather, reduce-scatter, all-to-all (n-1)/n
+                          broadcast, ring 1
 
 so that the bus bandwidth of a machine is about the same number whatever n is. All functions are called by all
 ranks together.

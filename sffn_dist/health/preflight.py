@@ -1,8 +1,10 @@
 """Before the first step: do all ranks agree, does every collective give the right values, whose clock, device
 or link is off?
 
-    agreed = agree(config, precision)               once the process group is joined, before any data are prepared: may refuse
-    report = measure(agreed, topology, precision)   once there are Megatron's groups: may refuse; names who is slow
+    agreed = agree(config, precision)               once the process group is joined, before any data are
+                                                    prepared: may refuse
+    report = measure(agreed, topology, precision)   once there are Megatron's groups: may refuse; names who is
+                                                    slow
 
 Refused is what would make a wrong model or a run that cannot be saved; what only costs time is a warning.
 """
@@ -103,7 +105,8 @@ class PreflightReport:
             lines.append(
                 f" "
                 f" "
-                f"{trial.collective:<16}{trial.group:<8}{trial.ranks:>6}{trial.bytes / 1e6:>8.3g}{trial.seconds * 1e3:>9.3g}"
+                f"{trial.collective:<16}{trial.group:<8}{trial.ranks:>6}"
+                f"{trial.bytes / 1e6:>8.3g}{trial.seconds * 1e3:>9.3g}"
                 f"{trial.bus_bandwidth / 1e9:>10.3g}"
             )
         if self.flops:

@@ -4,9 +4,12 @@ sum, shows nowhere else.
 Compared are, by a checksum each:
 
     model weights                       over the data-parallel group (under ZeRO 3 those that it keeps whole),
-                                        and, where the split table does not cut them, over the tensor-parallel group
-    ZeRO 3's part of an uncut weight    over the tensor-parallel group; over the data-parallel one nobody else has it
-    fp32 masters, where there are any   of uncut weights over the tensor-parallel group; under ZeRO 0 all, over the data-parallel one too
+                                        and, where the split table does not cut them, over the tensor-parallel
+                                            group
+    ZeRO 3's part of an uncut weight    over the tensor-parallel group; over the data-parallel one nobody else
+                                        has it
+    fp32 masters, where there are any   of uncut weights over the tensor-parallel group; under ZeRO 0 all,
+                                        over the data-parallel one too
 
 The checksum of a tensor, seen as 64-bit integers w_i modulo 2^64, is sum_i c_(i mod 256) w_i with odd c: any
 one flipped bit changes it, and so does nearly every exchange of values. It reads each tensor once and makes

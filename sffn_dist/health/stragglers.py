@@ -4,8 +4,8 @@ the run goes on.
 Each rank notes of its last steps (seconds)
 
     data     waiting for its batches
-    compute  from the step's start to the end of its last forward pass, without that waiting: its own work, before the last exchange of
-             gradients makes all ranks equally late
+    compute  from the step's start to the end of its last forward pass, without that waiting: its own work,
+             before the last exchange of gradients makes all ranks equally late
     wait     in the agreement with the others at the step's end
     step     all of it
 

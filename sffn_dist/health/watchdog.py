@@ -2,8 +2,10 @@
 time.
 
     main thread   tick("training", 12) whenever it gets on             fail(error) when it cannot
-    line          every beat: own progress to the ranks' store, the others' and the verdict from it (heartbeat.py)
-    watch         every half second, from memory alone: a rank lost? no progress? a verdict? -> stacks, one message, exit
+    line          every beat: own progress to the ranks' store, the others' and the verdict from it
+                  (heartbeat.py)
+    watch         every half second, from memory alone: a rank lost? no progress? a verdict? -> stacks, one
+                  message, exit
 
 The first verdict in the store stands for all ranks: whoever wrote it says it, the others leave with the same
 code. So an exception on one rank is told once, not with the broken connections that it leaves behind on the

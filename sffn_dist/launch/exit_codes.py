@@ -1,8 +1,9 @@
 """What a run's exit code means, and the record of an end that a job script reads. Standard library only.
 
-    0  finished                      3  diverged: skipped and rolled-back steps did not help
-    1  an exception                  4  replicas of the weights differ
-    2  input refused                 5  hung: no progress, stacks were written     6  a rank was lost, or did not come
+    0  finished                      4  replicas of the weights differ
+    1  an exception                  5  hung: no progress, stacks were written
+    2  input refused                 6  a rank was lost, or did not come
+    3  diverged: skipped and rolled-back steps did not help
     128 + n  stopped by signal n after its state was saved: 130 SIGINT, 138 SIGUSR1, 143 SIGTERM
 
 Where several ranks end, launchers give the code of one of them, or their own. So the rank that knows why the

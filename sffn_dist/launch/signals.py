@@ -1,7 +1,9 @@
 """Signals that stop a run: noted when they come, acted on after the step at which all ranks know of them
 (step_agreement.py).
 
-    SIGUSR1  the warning before a time limit (Slurm's --signal)     SIGTERM  scancel, a preemption, a launcher     SIGINT  Ctrl-C
+    SIGUSR1  the warning before a time limit (Slurm's --signal)
+    SIGTERM  scancel, a preemption, a launcher
+    SIGINT   Ctrl-C
 
 Launchers signal ranks one after the other, or one of them only; a second signal, while the state is saved,
 changes nothing. Standard library only.

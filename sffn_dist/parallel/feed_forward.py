@@ -3,7 +3,8 @@
 Kept for backward, elements a token and rank (f inner width, p ranks, r_1 and r_2 the bottlenecks, sequence
 parallelism):
 
-    recompute   none         h/p + r_1 (block_shuffle: r_1/B, at least r_1/p) + 2f/p (gated: 3f/p, with a guide 5f/p) + r_2/p
+    recompute   none         h/p + r_1 (block_shuffle: r_1/B, at least r_1/p) + 2f/p (gated: 3f/p, with a
+                             guide 5f/p) + r_2/p
                 bottleneck   h/p + r_1/p + r_2/p
 
 With ``bottleneck`` the f-wide activations are rebuilt in backward: z_1 is spread again where the wide one is

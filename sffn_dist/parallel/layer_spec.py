@@ -5,13 +5,15 @@ training loop::
 
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-    from sffn_dist.parallel import host
+    from sffn_dist.parallel import cpu_compat
     from sffn_dist.parallel.layer_spec import NormLayer, structured_layer_spec
 
-    host.prepare()                                  # before anything of megatron-core is built; needed without CUDA, harmless with it
+    # before anything of megatron-core is built: needed without CUDA, harmless with it
+    cpu_compat.prepare()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     spec = structured_layer_spec("block_shuffle", blocks=4)
-    model = GPTModel(config, TransformerBlockSubmodules([spec] * config.num_layers, layer_norm=NormLayer), vocab, length)
+    layers = TransformerBlockSubmodules([spec] * config.num_layers, layer_norm=NormLayer)
+    model = GPTModel(config, layers, vocab, length)
 
 What else there is to know:
 

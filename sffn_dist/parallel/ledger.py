@@ -13,7 +13,8 @@ parentheses:
     reduce_scatter (own part)   n (p-1)
     all_to_all (output)         n less the own share
     broadcast, scatter (own)    n, at the source 0
-    gather, reduce (own)        n (p-1) at the root, elsewhere 0: what p of them with a root each cost is one all_gather, reduce_scatter
+    gather, reduce (own)        n (p-1) at the root, elsewhere 0: what p of them with a root each cost is one
+                                all_gather, reduce_scatter
     recv (tensor)               n; send and barrier 0
 
 Collectives are seen where torch.distributed enters torch's dispatcher; what calls a communication library
@@ -208,12 +209,13 @@ class Ledger(TorchDispatchMode):
     ``groups`` names process groups; another one is called by its ranks, "ranks 0,2". ValueError if two labels
     name one group.
 
-    place     the module of :func:`inside`, else
-              the innermost module of ``model`` in whose forward, or in the backward of whose forward, the collective was issued;
-              the parameter's name in a hook on a leaf; "" elsewhere: in the model's own forward, outside of it, and in the backward of
-              what ran before the ledger was opened
-    purpose   "forward": in a module's forward; "backward": in an autograd node of a backward pass, or in a forward recomputed there;
-              "gradient": under :func:`purpose`; "other": outside of all these, and in hooks on leaves and at the end of a backward pass
+    place     the module of :func:`inside`, else the innermost module of ``model`` in whose forward, or in the
+              backward of whose forward, the collective was issued; the parameter's name in a hook on a leaf;
+              "" elsewhere: in the model's own forward, outside of it, and in the backward of what ran before
+              the ledger was opened
+    purpose   "forward": in a module's forward; "backward": in an autograd node of a backward pass, or in a
+              forward recomputed there; "gradient": under :func:`purpose`; "other": outside of all these, and
+              in hooks on leaves and at the end of a backward pass
 
     A collective that it cannot count raises NotImplementedError. Nodes are told by their sequence number,
     which is a thread's own: in a reentrant checkpoint places are right where backward runs on the calling

@@ -2,7 +2,8 @@
 is exchanged.
 
     column (h -> f)   z = A x, A replicated, on the rank's tokens; spread z; y = U z, U the rank's part
-    row (f -> h)      z = A x, A the rank's part, on the rank's features; collect z; y = U z, U replicated, on the rank's tokens
+    row (f -> h)      z = A x, A the rank's part, on the rank's features; collect z; y = U z, U replicated, on
+                      the rank's tokens
 
 (A, U: first and second factor; spread, collect: collectives.Exchange.) With the guide: y = alpha W x + (1 -
 alpha) U z (paper, section 4), where W is split as Megatron splits a dense linear, at its price. Both weights

@@ -3,12 +3,14 @@
 The optimiser's global step is the only state of a run besides weights and moments; resuming is loading those
 three.
 
-    alpha(step)  over the guided steps [begin, end), x = (step - begin) / (end - begin); 0 outside             (paper, section 4)
-                 decay(x): guide.schedule, a curve of spec/decay.py
-    lr(step)     linear warm-up to 1, then decay to min_ratio at the end of the whole run                        (paper, appendix)
-    data(step)   step; a step after the first pass reads what the first guided one read, the next what the second read, ...
+    alpha(step)  over the guided steps [begin, end), x = (step - begin) / (end - begin); 0 outside
+                 decay(x): guide.schedule, a curve of spec/decay.py   (paper, section 4)
+    lr(step)     linear warm-up to 1, then decay to min_ratio at the end of the whole run   (paper, appendix)
+    data(step)   step; a step after the first pass reads what the first guided one read, the next what the
+                 second read, ...
 
-    phase        plain -> guided -> plain -> repeat, each where it has steps; the guide's parameters exist in the guided phase alone
+    phase        plain -> guided -> plain -> repeat, each where it has steps; the guide's parameters exist in
+                 the guided phase alone
 """
 
 from __future__ import annotations
@@ -170,7 +172,9 @@ def _guided(config: Config) -> tuple[int, int]:
 
 
 def equal_flops_fraction(config: Config) -> float:
-    """The share r of train.steps that ``fixed_flop`` guides and repeats: r = (D - S) / (S + c G)   (paper, section 4).
+    """The share r of train.steps that ``fixed_flop`` guides and repeats (paper, section 4).
+
+    r = (D - S) / (S + c G)
 
     FLOPs a token of the structured model S, of the same model with dense feed-forward layers D, of all guides
     G; c is 1/2 with the coin, else 1. So steps (1 + r) S + c r steps G = steps D: the whole run costs what

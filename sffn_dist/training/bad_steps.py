@@ -1,9 +1,11 @@
 """Steps whose update must not be made, and when several in a row send the run back to a checkpoint.
 
     one        skipped: a loss that is not finite or a spike (loss_spikes.py), a gradient that is not finite
-    several    guards.rollback_after in a row: the run is rolled back to its newest checkpoint from before the first of them, and their
-               batches are skipped when it comes there again; a second rollback without progress goes one checkpoint further back
-    again      after guards.max_rollbacks rollbacks without a checkpoint beyond the last bad step the run stops
+    several    guards.rollback_after in a row: the run is rolled back to its newest checkpoint from before the
+               first of them, and their batches are skipped when it comes there again; a second rollback
+               without progress goes one checkpoint further back
+    again      after guards.max_rollbacks rollbacks without a checkpoint beyond the last bad step the run
+               stops
 
 Skipped batches are part of the run from then on: ``run_dir/passed_over.json``, read at every start. No
 checkpoint is saved between bad steps, so every checkpoint is from before them. A skipped batch has no loss;

@@ -1,7 +1,8 @@
 """Phases of a run: where the guide comes or goes, the engine is made anew and the run's state goes on bit for
 bit.
 
-    plain -> guided     every guide starts as W = to_dense(U, V) of the current fp32 factors, moments and step count at 0 (paper, section 4)
+    plain -> guided     every guide starts as W = to_dense(U, V) of the current fp32 factors, moments and step
+                        count at 0 (paper, section 4)
     guided -> plain     the guide's weights, gradients, fp32 copies and moments are gone
 
 ZeRO lays parameters and their fp32 masters out once, when an engine is made: without the guide it needs

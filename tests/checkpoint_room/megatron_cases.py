@@ -148,7 +148,8 @@ def _file(state: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """What Megatron-LM writes beside the weights."""
     rng = {
         "random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(),
-        "torch_rng_state": torch.get_rng_state(), "cuda_rng_state": torch.get_rng_state(), "rng_tracker_states": {},
+        "torch_rng_state": torch.get_rng_state(), "cuda_rng_state": torch.get_rng_state(),
+        "rng_tracker_states": {},
     }  # fmt: skip
     args.model_type = ModelType.encoder_or_decoder
     return {

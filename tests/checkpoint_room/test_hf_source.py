@@ -24,7 +24,8 @@ transformers = pytest.importorskip("transformers")
 
 SIZES = {
     "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 12, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0,
+    "num_attention_heads": 4, "max_position_embeddings": 12, "initializer_range": 0.3,
+    "bos_token_id": 0, "eos_token_id": 0,
     "rms_norm_eps": 0.03, "norm_epsilon": 0.03, "layer_norm_eps": 0.03,
 }  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 500.0}

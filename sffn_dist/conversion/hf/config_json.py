@@ -26,19 +26,25 @@ SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
     "mistral": {
-        "hidden_act": "silu", "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "num_key_value_heads": 8,
+        "hidden_act": "silu", "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 8,
         "sliding_window": 4096,
     },
     "qwen2": {"hidden_act": "silu", "max_position_embeddings": 32768, "rms_norm_eps": 1e-6},
     "starcoder2": {
-        "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 4096, "norm_epsilon": 1e-5, "num_key_value_heads": 2,
+        "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 4096, "norm_epsilon": 1e-5,
+        "num_key_value_heads": 2,
         "tie_word_embeddings": True, "use_bias": True,
     },
     "gpt_neox": {
-        "hidden_act": "gelu", "max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "attention_bias": True, "rotary_pct": 0.25,
+        "hidden_act": "gelu", "max_position_embeddings": 2048, "layer_norm_eps": 1e-5,
+        "attention_bias": True, "rotary_pct": 0.25,
         "use_parallel_residual": True,
     },
-    "sffn": {"hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "norm": "rmsnorm", "ffn_kind": registry.DENSE},
+    "sffn": {
+        "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+        "norm": "rmsnorm", "ffn_kind": registry.DENSE,
+    },
 }  # fmt: skip
 EPSILON = {"starcoder2": "norm_epsilon", "gpt_neox": "layer_norm_eps"}  # else rms_norm_eps
 

@@ -1,6 +1,7 @@
 """``export``: a model's weights -> a folder that transformers loads.
 
-    merged       LlamaForCausalLM or Starcoder2ForCausalLM, feed-forward factors multiplied out and guides folded in
+    merged       LlamaForCausalLM or Starcoder2ForCausalLM, feed-forward factors multiplied out and guides
+                 folded in
     structured   SffnForCausalLM (modeling_sffn.py, which travels with the folder): the factors as they are
 
 Tensors are read, cut and written one at a time, so memory holds about twice the largest. The folder is
@@ -42,7 +43,8 @@ def export(
     """Write ``folder`` and return it; files of tensors hold at most ``shard_bytes`` each, or one tensor.
 
     Raises:
-        ConfigError: ``folder`` is there already, another export writes it, or no architecture fits; nothing is changed then.
+        ConfigError: ``folder`` is there already, another export writes it, or no architecture fits; nothing
+            is changed then.
     """
     if ffn not in ("merged", "structured") or dtype not in TORCH_TYPES or shard_bytes < 1:
         raise ConfigError(

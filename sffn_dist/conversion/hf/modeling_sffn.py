@@ -7,7 +7,9 @@ factors and applied as such:
 
     low_rank       y = up (down x)                      down (R, N), up (M, R)
     block_dense    y = up (block_in x)                  block_in (B, R/B, N/B), up (M, R)
-    block_shuffle  y = unshuffle(block_out shuffle(block_in x))    block_in (B, n/B, N/B), block_out (B, M/B, n/B), n = min(N, M)
+    block_shuffle  y = unshuffle(block_out shuffle(block_in x))    block_in (B, n/B, N/B),
+                                                                   block_out (B, M/B, n/B),
+                                                                   n = min(N, M)
     guided         y = alpha W x + (1 - alpha) (one of these)      guide W (M, N)
 """
 

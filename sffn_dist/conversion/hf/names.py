@@ -2,8 +2,9 @@
 
 A tensor of ours is one tensor there (``whole``), or several, of its rows:
 
-    qkv      linear_qkv, rows grouped by key/value head [its query heads, its key, its value]  ->  q_proj, k_proj, v_proj
-    halves   a gated linear_fc1, rows [gate; up]                                              ->  gate_proj, up_proj
+    qkv      linear_qkv, rows grouped by key/value head [its query heads, its key, its value]
+             -> q_proj, k_proj, v_proj
+    halves   a gated linear_fc1, rows [gate; up] -> gate_proj, up_proj
 
 GPT-NeoX keeps query, key and value in one matrix, grouped by head as ours is where every head has its own
 key. Rotary embeddings are the rotate-half form everywhere, so rows keep their order within a head.

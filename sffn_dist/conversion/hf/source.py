@@ -31,7 +31,8 @@ def read(folder: Path, overrides: Sequence[str] = ()) -> Weights:
     fp32. A bias that the model has nowhere but in some linears is zero in the others.
 
     Raises:
-        ConfigError: with every setting that this project's model cannot represent, or every tensor that is missing, has another shape, or
+        ConfigError: with every setting that this project's model cannot represent, or every tensor that is
+            missing, has another shape, or
             would be lost; or naming the file that is broken.
     """
     description = config_json.read(folder)

@@ -40,7 +40,8 @@ class _Safetensors:
         self._file = safe_open(path, framework="pt")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+        names = list(self._file.keys())
+        return {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
 
     def other_types(self) -> dict[str, str]:
         types = {name: self._file.get_slice(name).get_dtype() for name in self._file.keys()}  # noqa: SIM118
