@@ -106,7 +106,7 @@ def work(of: Layer, tokens: int, mode: Mode, element: int) -> tuple[int, int]:
 
     With W weights, P parameters and T tokens::
 
-                            FLOPs   numbers         of which
+                            FLOPs   numbers         read (in) and written (out)
         forward             2 T W   P + 2 T h       parameters, x in; y out
         forward_backward    6 T W   2 P + 4 T h     parameters, x, dy in; y, dx, dP out
         training            6 T W   9 P + 4 T h     these, then AdamW: dP, P and both moments in;

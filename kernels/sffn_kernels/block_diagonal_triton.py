@@ -1,6 +1,6 @@
 """Block-diagonal products by Triton: one kernel, three passes, any strides.
 
-    out[k] = A[k] B[k]  A (K, M, S)              B (K, S, N)              out (K, M, N)
+    out[k] = A[k] B[k]  A (K, M, S)            B (K, S, N)                out (K, M, N)
 
     product             A = x as (K, T, I)     B = weight as (K, I, O)    out = y as (K, T, O)
     input gradient      A = dy as (K, T, O)    B = weight (K, O, I)       out = dx as (K, T, I)

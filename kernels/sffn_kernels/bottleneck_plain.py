@@ -1,4 +1,4 @@
-"""The products between two bottlenecks in plain torch, and how the tensors are seen (split_linear.py has the
+"""The products between two bottlenecks in plain torch, and how the tensors are seen (bottleneck.py has the
 formula and the shapes).
 
 BLAS writes into and reads from strided views here, so that no tensor of T*f elements is copied.

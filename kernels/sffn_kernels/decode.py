@@ -205,7 +205,7 @@ def _plain_bottleneck(
     z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: act.Activation
 ) -> Tensor:
     """With the features in their own order: those of few tokens are sooner copied than V, whose columns
-    split_linear.py orders.
+    bottleneck.py orders.
     """
     y = wide.widen(z, second, None).transpose(1, 2).flatten(1)
     features = act.forward(y if bias is None else y + bias, activation)

@@ -8,6 +8,7 @@ block. Column use cuts the rows of ``up``, row use the blocks of ``block_in``, t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from sffn_dist.structured.cut import Cut, Layout, Role
@@ -16,10 +17,10 @@ from sffn_dist.structured.structure import (
     Shapes,
     Size,
     Structure,
-    blocks_among_ranks,
     inner_features,
     must_divide,
     rank_within,
+    shares_divide,
 )
 
 
@@ -66,4 +67,6 @@ class BlockDense(Structure):
         yield from must_divide(f"{prefix}blocks", self.blocks, outer, inner)
 
     def layout_problems(self, inner: Size, ranks: Size, prefix: str) -> Iterator[str]:
-        yield from blocks_among_ranks(self.needed_blocks, inner, ranks, prefix)
+        blocks = self.needed_blocks
+        share = ranks.value // math.gcd(ranks.value, blocks)  # ranks that share a block
+        yield from shares_divide(f"{inner.name} / {prefix}blocks", inner.value // blocks, share, ranks)

@@ -20,9 +20,9 @@ from sffn_dist.structured.structure import (
     Shapes,
     Size,
     Structure,
-    blocks_among_ranks,
     inner_features,
     must_divide,
+    shares_divide,
 )
 
 
@@ -93,11 +93,12 @@ class BlockShuffle(Structure):
 
     def layout_problems(self, inner: Size, ranks: Size, prefix: str) -> Iterator[str]:
         blocks = self.needed_blocks
-        if (blocks % ranks.value == 0 or ranks.value % blocks == 0) and inner.value % blocks**2:
+        if inner.value % blocks**2:
             yield (
-                f"{prefix}blocks = {blocks}: its square must divide {inner.name} = {inner.value} under "
-                f"tensor parallelism "
-                "(the shuffled features of a block must fall into whole blocks of the next factor)"
+                f"{prefix}blocks = {blocks}: its square must divide {inner.name} = {inner.value} under tensor "
+                "parallelism (the shuffled features of a block must fall into whole blocks of the next factor)"
             )
-        else:
-            yield from blocks_among_ranks(blocks, inner, ranks, prefix)
+            return
+        share = ranks.value // math.gcd(ranks.value, blocks)  # ranks that share a block l
+        share //= math.gcd(share, blocks)  # and a block k
+        yield from shares_divide(f"{inner.name} / {prefix}blocks^2", inner.value // blocks**2, share, ranks)

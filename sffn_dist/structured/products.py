@@ -26,7 +26,7 @@ class Product(Protocol):
         """dL/dx = A^T dL/dy."""
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """dL/dweight, summed over tokens; ``weight`` tells the sizes."""
+        """dL/dweight, summed over tokens; ``weight`` gives the sizes."""
 
 
 class MatrixProduct:
@@ -111,5 +111,5 @@ def shuffle(z: Tensor, blocks: int) -> Tensor:
 
 
 def unshuffle(z: Tensor) -> Tensor:
-    """The inverse of :func:`deal`: (..., B, R) -> (..., R*B)."""
+    """The inverse of :func:`shuffle`: (..., B, R) -> (..., R*B)."""
     return z.transpose(-1, -2).flatten(-2)

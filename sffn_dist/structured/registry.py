@@ -78,12 +78,12 @@ def build_structure(kind: str, rank: int | None = None, blocks: int | None = Non
 @functools.cache
 def ops(structure: Structure) -> StructureOps:
     """What computes with factors of this structure."""
-    named = _registered[structure.kind][1]
-    if isinstance(named, str):
-        module, _, name = named.partition(":")
-        named = getattr(importlib.import_module(module), name)
-    assert not isinstance(named, str)
-    return named(structure)
+    implementation = _registered[structure.kind][1]
+    if isinstance(implementation, str):
+        module, _, name = implementation.partition(":")
+        implementation = getattr(importlib.import_module(module), name)
+    assert not isinstance(implementation, str)
+    return implementation(structure)
 
 
 def from_factor_shapes(shapes: Shapes) -> Factored:

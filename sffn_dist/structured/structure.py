@@ -176,15 +176,10 @@ def rank_within(rank: int | None, outer: Size, inner: Size, prefix: str) -> Iter
         yield f"{prefix}rank = {rank}: must not exceed min({outer.name}, {inner.name}) = {smaller}"
 
 
-def blocks_among_ranks(blocks: int, inner: Size, ranks: Size, prefix: str) -> Iterator[str]:
-    """Every rank holds as many whole blocks, or every block is shared by as many ranks."""
-    if blocks % ranks.value and ranks.value % blocks:
-        yield f"{prefix}blocks = {blocks}: must be divisible by {ranks.name} = {ranks.value}, or divide it"
-    elif ranks.value > blocks and (inner.value // blocks) % (ranks.value // blocks):
-        yield (
-            f"{inner.name} / {prefix}blocks = {inner.value // blocks}: must be divisible by "
-            f"{ranks.value // blocks}"
-        )
+def shares_divide(key: str, value: int, share: int, ranks: Size) -> Iterator[str]:
+    """Ranks that share a block each take an equal part of what is inside it: ``value``, into ``share`` parts."""
+    if value % share:
+        yield f"{key} = {value}: must be divisible by {share}, since {ranks.name} = {ranks.value}"
 
 
 def refuse(problems: Iterable[str]) -> None:

@@ -45,10 +45,10 @@ class StructureOps(abc.ABC):
 
     def to_dense(self, factors: Factors) -> Tensor:
         """W (M, N): the map applied to the identity."""
-        some = next(iter(factors.values()))
+        any_factor = next(iter(factors.values()))
         shapes = {name: tuple(factor.shape) for name, factor in factors.items()}
         identity = torch.eye(
-            self.structure.from_factor_shapes(shapes).inputs, dtype=some.dtype, device=some.device
+            self.structure.from_factor_shapes(shapes).inputs, dtype=any_factor.dtype, device=any_factor.device
         )
         return self.apply(identity, factors).t().contiguous()
 

@@ -177,7 +177,7 @@ def test_linears_refuse_ranks_that_do_not_fit(ranks: Callable[..., Any]) -> None
         CASES, "first_weights", tensor=2, structure={"kind": "block_shuffle", "blocks": 4}, seed=0
     )
     with pytest.raises(
-        AssertionError, match="ValueError: blocks = 6: its square must divide the inner width 48"
+        AssertionError, match="ValueError: blocks = 6: its square must divide output size = 48"
     ):
         ranks(2, 2).run(
             CASES, "first_weights", tensor=2, structure={"kind": "block_shuffle", "blocks": 6}, seed=0

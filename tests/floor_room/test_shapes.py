@@ -20,7 +20,7 @@ from sffn_dist.spec.split_table import linear_tensors
 from sffn_dist.spec.traffic import TrafficGroup, structured_linear, total
 from sffn_dist.structured.cut import Cut, Role, TensorSpec
 from sffn_dist.structured.registry import build_structure
-from sffn_dist.structured.structure import Structure
+from sffn_dist.structured.structure import Size, Structure
 
 KINDS: tuple[FFNKind, ...] = ("dense", "low_rank", "block_shuffle", "block_dense")
 
@@ -100,6 +100,8 @@ def test_parts_tile_every_tensor_once_and_come_together_again(pair: Pair, p: int
 @settings(max_examples=200, deadline=None)
 @given(pairs(), RANKS, st.sampled_from(["column", "row"]))
 def test_ranks_that_do_not_fit_are_refused(pair: Pair, p: int, role: Role) -> None:
+    """By the rule that the config and the linears state, and by the cuts themselves."""
+    assert bool(list(pair.structure.rank_problems(Size("f", pair.f), Size("p", p)))) == (not pair.fits(p))
     for name, spec in pair.specs(role).items():
         if spec.cut is None or pair.fits(p):
             spec.local_shape(p)
