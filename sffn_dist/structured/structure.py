@@ -177,7 +177,7 @@ def rank_within(rank: int | None, outer: Size, inner: Size, prefix: str) -> Iter
 
 
 def shares_divide(key: str, value: int, share: int, ranks: Size) -> Iterator[str]:
-    """Ranks that share a block each take an equal part of what is inside it: ``value``, into ``share`` parts."""
+    """``share`` ranks that share a block each take an equal part of its ``value`` features."""
     if value % share:
         yield f"{key} = {value}: must be divisible by {share}, since {ranks.name} = {ranks.value}"
 
