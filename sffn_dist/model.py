@@ -173,9 +173,9 @@ def token_logits(model: Callable[..., Tensor], tokens: Tensor) -> Tensor:
 def structured_linears(model: GPTModel) -> Iterator[tuple[int, int, StructuredLinear]]:
     """(layer, 0 for the first or 1 for the second linear, module)."""
     for index, layer in enumerate(model.decoder.layers):
-        for which, linear in enumerate((layer.mlp.linear_fc1, layer.mlp.linear_fc2)):
+        for linear_index, linear in enumerate((layer.mlp.linear_fc1, layer.mlp.linear_fc2)):
             if isinstance(linear, StructuredLinear):
-                yield index, which, linear
+                yield index, linear_index, linear
 
 
 def has_guide(model: GPTModel) -> bool:
@@ -183,11 +183,13 @@ def has_guide(model: GPTModel) -> bool:
     return any(linear.guide is not None for _, _, linear in structured_linears(model))
 
 
-def set_guide(model: GPTModel, schedule: Schedule, now: StepSchedule) -> int:
-    """Tell every linear whether it computes its guide in this step; returns how many do."""
+def set_guide(model: GPTModel, schedule: Schedule, step_schedule: StepSchedule) -> int:
+    """Set for every linear whether it computes its guide in this step; returns how many do."""
     drawn = 0
-    for layer, which, linear in structured_linears(model):
-        linear.guide_weight = schedule.guide_weight(now, layer, which) if linear.guide is not None else None
+    for layer, linear_index, linear in structured_linears(model):
+        linear.guide_weight = (
+            schedule.guide_weight(step_schedule, layer, linear_index) if linear.guide is not None else None
+        )
         drawn += linear.guide_weight is not None
     return drawn
 

@@ -224,7 +224,7 @@ def checkpoint(args: argparse.Namespace) -> list[dict[str, Any]]:
 def guards(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of a run's guards; what it wrote is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="bench_guards_") as folder:
-        said = loading.load(str(args.config), args.overrides)
+        config = loading.load(str(args.config), args.overrides)
         overrides = [
             f"run.dir={folder}",
             f"train.steps={args.steps}",
@@ -236,7 +236,7 @@ def guards(args: argparse.Namespace) -> list[dict[str, Any]]:
             "overrides": overrides,
             "folder": folder,
             "ranks": args.ranks,
-            "replicas_interval": said.guards.replicas_interval or args.steps,
+            "replicas_interval": config.guards.replicas_interval or args.steps,
         }
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks)]
         command = [*launch, str(BENCH / "guards.py"), json.dumps(settings)]
@@ -248,11 +248,13 @@ def printed(command: list[str], threads: int, who: str, *, hide_cuda: bool = Fal
     quiet = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "PYTHONSAFEPATH": "1"}
     if hide_cuda:
         quiet["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env=quiet)
-    if done.returncode:
-        sys.exit(f"{done.stderr}bench: {who} ended with {done.returncode}")
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    completed = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=False, env=quiet
+    )
+    if completed.returncode:
+        sys.exit(f"{completed.stderr}bench: {who} ended with {completed.returncode}")
+    rows: list[dict[str, Any]] = json.loads(completed.stdout.splitlines()[-1])
+    return rows
 
 
 COMMANDS = {

@@ -137,20 +137,26 @@ def command(run: ComparisonRun, args: argparse.Namespace, place: int) -> list[st
     cuda = machine.cuda()
     devices = ",".join(str(place * args.gpus + i) for i in range(args.gpus))
     apart = args.jobs > 1 and cuda is not None and cuda[0] >= args.jobs * args.gpus
-    where = ["--include", f"localhost:{devices}"] if apart else ["--num_gpus", str(args.gpus)]
+    placement = ["--include", f"localhost:{devices}"] if apart else ["--num_gpus", str(args.gpus)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return [str(launcher) if launcher.exists() else "deepspeed", *where, "--master_port", str(port), *script]
+    return [
+        str(launcher) if launcher.exists() else "deepspeed",
+        *placement,
+        "--master_port",
+        str(port),
+        *script,
+    ]
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
     """A run's: the cores shared among jobs and ranks, no launcher but this one."""
-    found = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
-    found.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // (args.jobs * max(1, args.gpus)))))
+    variables = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
+    variables.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // (args.jobs * max(1, args.gpus)))))
     if not args.gpus:
-        found["LOCAL_RANK"] = "0"  # a run started by a launcher ends with it, also where that was killed
-    return found
+        variables["LOCAL_RANK"] = "0"  # a run started by a launcher ends with it, also where that was killed
+    return variables
 
 
 def start(run: ComparisonRun, args: argparse.Namespace, place: int) -> RunningProcess:
@@ -178,19 +184,19 @@ def train_all(runs: Sequence[ComparisonRun], args: argparse.Namespace) -> list[C
                     print(f"{waiting[0].name}: FAILED, cannot be started: {error}", flush=True)
                     failed.append(waiting[0])
                 waiting.pop(0)
-            one = next((one for one in under_way if one.process.poll() is not None), None)
-            if one is None:
+            job = next((job for job in under_way if job.process.poll() is not None), None)
+            if job is None:
                 time.sleep(0.1)
                 continue
-            under_way.remove(one)
-            places.append(one.place)
-            if tell(one, f"[{len(runs) - len(waiting) - len(under_way)}/{len(runs)}]"):
-                done.append((one.run.entry.flops, one.seconds))
+            under_way.remove(job)
+            places.append(job.place)
+            if tell(job, f"[{len(runs) - len(waiting) - len(under_way)}/{len(runs)}]"):
+                done.append((job.run.entry.flops, job.seconds))
             else:
-                failed.append(one.run)
+                failed.append(job.run)
             if done and (waiting or under_way):
-                begun = [(other.run.entry.flops, other.seconds) for other in under_way]
-                left = summary.seconds_left(done, [run.entry.flops for run in waiting], begun, args.jobs)
+                running = [(other.run.entry.flops, other.seconds) for other in under_way]
+                left = summary.seconds_left(done, [run.entry.flops for run in waiting], running, args.jobs)
                 print(f"    about {format_duration(left)} left", flush=True)
     finally:
         stop(under_way)
@@ -199,21 +205,21 @@ def train_all(runs: Sequence[ComparisonRun], args: argparse.Namespace) -> list[C
 
 def stop(under_way: Sequence[RunningProcess]) -> None:
     """End what still runs; each can be continued from its last checkpoint."""
-    for one in under_way:
-        one.process.terminate()
-    for one in under_way:
-        one.process.wait()
+    for job in under_way:
+        job.process.terminate()
+    for job in under_way:
+        job.process.wait()
 
 
-def tell(one: RunningProcess, count: str) -> bool:
+def tell(job: RunningProcess, count: str) -> bool:
     """Print what a run that ended came to; False if it failed."""
-    run, code = one.run, one.process.returncode
+    run, code = job.run, job.process.returncode
     problem = f"ended with exit code {code}"
     if code == 0:
         try:
             result = run.result()
             print(
-                f"{count} {run.name}: held-out loss {result.loss:.4f}, {format_duration(one.seconds)}",
+                f"{count} {run.name}: held-out loss {result.loss:.4f}, {format_duration(job.seconds)}",
                 flush=True,
             )
             return True

@@ -42,64 +42,64 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, act: Callable[[argparse.Namespace], int], *names: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name)
+        subparser = commands.add_parser(name)
         for place in names:
-            made.add_argument(place, type=Path, metavar=place.upper())
-        made.set_defaults(act=act)
-        return made
+            subparser.add_argument(place, type=Path, metavar=place.upper())
+        subparser.set_defaults(act=act)
+        return subparser
 
-    made = command("inspect", inspect, "source")
-    made.add_argument(
+    subparser = command("inspect", inspect, "source")
+    subparser.add_argument(
         "--no-spectra", action="store_true", help="leave the singular values out, which take the longest"
     )
-    made.add_argument("--json", action="store_true")
-    made = command("verify", verify, "a", "b")
-    made.add_argument("--logits", action="store_true", help="compare two checkpoints by logits too")
-    made.add_argument(
+    subparser.add_argument("--json", action="store_true")
+    subparser = command("verify", verify, "a", "b")
+    subparser.add_argument("--logits", action="store_true", help="compare two checkpoints by logits too")
+    subparser.add_argument(
         "--tolerance", type=float, default=1e-4, help="largest difference of logits (default 1e-4)"
     )
-    made.add_argument("--json", action="store_true")
-    made = command("reshard", reshard, "source", "target")
-    made.add_argument("--tensor", type=_positive, required=True, help="tensor-parallel ranks")
-    made.add_argument(
+    subparser.add_argument("--json", action="store_true")
+    subparser = command("reshard", reshard, "source", "target")
+    subparser.add_argument("--tensor", type=_positive, required=True, help="tensor-parallel ranks")
+    subparser.add_argument(
         "--data",
         type=_positive,
         default=1,
         help="data-parallel ranks, each with a file of its own (default 1)",
     )
-    made = command("to-hf", to_hf, "source", "target")
-    made.add_argument("--ffn", choices=("merged", "structured"), required=True)
-    made.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    made.add_argument(
+    subparser = command("to-hf", to_hf, "source", "target")
+    subparser.add_argument("--ffn", choices=("merged", "structured"), required=True)
+    subparser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    subparser.add_argument(
         "--shard-size", type=_gigabytes, default=5_000_000_000, metavar="GB", help="of a file (default 5)"
     )
     for source in IMPORTED:
-        made = command(f"from-{source.name}", import_from, "source", "target")
+        subparser = command(f"from-{source.name}", import_from, "source", "target")
         if source.dense:
-            made.add_argument("--ffn", choices=structured_kinds(), help="default: stays dense")
-            made.add_argument("--rank", type=_positive)
-            made.add_argument("--blocks", type=_positive)
-            made.add_argument(
+            subparser.add_argument("--ffn", choices=structured_kinds(), help="default: stays dense")
+            subparser.add_argument("--rank", type=_positive)
+            subparser.add_argument("--blocks", type=_positive)
+            subparser.add_argument(
                 "--dense-layers", type=_layers, help="layers that stay dense, 0,5 or none (default 0)"
             )
-            made.add_argument(
+            subparser.add_argument(
                 "--guide",
                 action="store_true",
                 help="keep the dense matrices as guides to start training with",
             )
         if source.takes_overrides:
-            made.set_defaults(overrides=[])
-            made.epilog = "key.path=value: of the config, where the source does not say"
-    made = command("to-deepspeed", to_deepspeed, "source", "target")
-    made.add_argument(
+            subparser.set_defaults(overrides=[])
+            subparser.epilog = "key.path=value: of the config, where the source does not say"
+    subparser = command("to-deepspeed", to_deepspeed, "source", "target")
+    subparser.add_argument(
         "--tensor", type=_positive, default=1, help="tensor-parallel ranks that will load it (default 1)"
     )
-    made = command("from-deepspeed", from_deepspeed, "source", "target")
-    made.add_argument(
+    subparser = command("from-deepspeed", from_deepspeed, "source", "target")
+    subparser.add_argument(
         "--config", metavar="FILE", help="of the run, where the source was not written by to-deepspeed"
     )
-    made.set_defaults(overrides=[])
-    made.epilog = "key.path=value: of the config"
+    subparser.set_defaults(overrides=[])
+    subparser.epilog = "key.path=value: of the config"
     options, more = parser.parse_known_args(argv)
     if more and ("overrides" not in options or any(text.startswith("-") for text in more)):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
@@ -112,9 +112,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _misfit(options: argparse.Namespace) -> str | None:
     """Options that would be left unread."""
-    given = [name for name in ("rank", "blocks", "dense_layers", "guide") if getattr(options, name, None)]
+    given_names = [
+        name for name in ("rank", "blocks", "dense_layers", "guide") if getattr(options, name, None)
+    ]
     ffn = getattr(options, "ffn", None)
-    for name in given:
+    for name in given_names:
         unread = not ffn or (name in ("rank", "blocks") and name not in structure_class(ffn).settings)
         if "ffn" in options and options.command.startswith("from-") and unread:
             return f"--{name.replace('_', '-')}: " + (
@@ -152,12 +154,12 @@ def inspect(options: argparse.Namespace) -> int:
 
     spectra = not options.no_spectra
     if is_checkpoint(options.source):
-        found = inspection.describe(find_checkpoint("source", str(options.source)), spectra=spectra)
+        tree = inspection.describe(find_checkpoint("source", str(options.source)), spectra=spectra)
     else:
         weights = weights_of(options.source)
-        found = {"origin": weights.origin, **inspection.model(weights, spectra=spectra)}
-    print(json.dumps(found, indent=1, default=asdict) if options.json else inspection.render(found))
-    return DIFFERENT if found.get("damage") else 0
+        tree = {"origin": weights.origin, **inspection.model(weights, spectra=spectra)}
+    print(json.dumps(tree, indent=1, default=asdict) if options.json else inspection.render(tree))
+    return DIFFERENT if tree.get("damage") else 0
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -168,7 +170,7 @@ def verify(options: argparse.Namespace) -> int:
     both = is_checkpoint(options.a, options.b)
     if both:
         a, b = _intact(options.a), _intact(options.b)
-        tree["differences"] = [asdict(found) for found in verification.differences(a, b)]
+        tree["differences"] = [asdict(difference) for difference in verification.differences(a, b)]
         tree["positions"] = verification.positions_differ(a, b)
     if options.logits or not both:
         tree["logits"] = asdict(verification.compare_logits(options.a, options.b))
@@ -188,9 +190,9 @@ def verify(options: argparse.Namespace) -> int:
 def _verdict(tree: dict[str, Any], same: bool, tolerance: float) -> str:
     lines = []
     if "differences" in tree:
-        found = tree["differences"]
-        lines += [f"tensors: {len(found)} differ" if found else "tensors: the same bits"]
-        lines += [f"  {item['tensor']}: by {item['largest']:.3g} at most" for item in found[:20]]
+        differing = tree["differences"]
+        lines += [f"tensors: {len(differing)} differ" if differing else "tensors: the same bits"]
+        lines += [f"  {item['tensor']}: by {item['largest']:.3g} at most" for item in differing[:20]]
         lines += [f"  {text}" for text in tree["positions"]]
     if "logits" in tree:
         logits = tree["logits"]
@@ -206,19 +208,22 @@ def reshard(options: argparse.Namespace) -> int:
     """The same tensors, cut for other ranks."""
     from sffn_dist.checkpoint import reshard as resharding
 
-    made = resharding.reshard(
+    manifest = resharding.reshard(
         _intact(options.source), options.target, tensor=options.tensor, data=options.data
     )
-    print(f"{made.folder}: step {made.step}, {len(made.files)} files, {made.bytes / 1e6:,.1f} MB")
+    print(
+        f"{manifest.folder}: step {manifest.step}, {len(manifest.files)} files, "
+        f"{manifest.bytes / 1e6:,.1f} MB"
+    )
     return 0
 
 
 def _intact(path: Path) -> Manifest:
     """The checkpoint in ``path``, every file of it read and compared with its hash."""
-    found = find_checkpoint("source", str(path))
-    if problems := found.damage(found.files):
+    manifest = find_checkpoint("source", str(path))
+    if problems := manifest.damage(manifest.files):
         raise ConfigError([str(problem) for problem in problems])
-    return found
+    return manifest
 
 
 def to_hf(options: argparse.Namespace) -> int:
@@ -228,10 +233,10 @@ def to_hf(options: argparse.Namespace) -> int:
     if is_checkpoint(options.source):
         _intact(options.source)
     size = options.shard_size
-    made = export.export(
+    folder = export.export(
         weights_of(options.source), options.target, ffn=options.ffn, dtype=options.dtype, shard_bytes=size
     )
-    print(made)
+    print(folder)
     return 0
 
 
@@ -248,10 +253,10 @@ def import_from(options: argparse.Namespace) -> int:
         layers = (0,) if options.dense_layers is None else options.dense_layers
         sizes = {"kind": options.ffn, "rank": options.rank, "blocks": options.blocks, "dense_layers": layers}
         weights = approximated(weights, sizes, guide=options.guide)
-    made = reshard.write_weights(weights, options.target)
-    config = made.folder / reshard.START
+    manifest = reshard.write_weights(weights, options.target)
+    config = manifest.folder / reshard.START
     print(
-        f"{made.folder}: {made.bytes / 1e6:,.1f} MB; to train on: pretrain.py --config {config} "
+        f"{manifest.folder}: {manifest.bytes / 1e6:,.1f} MB; to train on: pretrain.py --config {config} "
         f"train.steps=... (or name it as base)"
     )
     return 0
@@ -271,10 +276,10 @@ def from_deepspeed(options: argparse.Namespace) -> int:
     from sffn_dist.spec import loading
 
     config = loading.load(options.config, options.overrides) if options.config else None
-    made = universal.from_universal(options.source, options.target, config)
+    manifest = universal.from_universal(options.source, options.target, config)
     print(
-        f"{made.folder}: step {made.step}, {made.bytes / 1e6:,.1f} MB; to resume, name it "
-        f"step_{made.step:08d} in a run's checkpoints"
+        f"{manifest.folder}: step {manifest.step}, {manifest.bytes / 1e6:,.1f} MB; to resume, name it "
+        f"step_{manifest.step:08d} in a run's checkpoints"
     )
     return 0
 

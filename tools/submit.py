@@ -132,18 +132,18 @@ def runs_of(args: argparse.Namespace, options: job.Options) -> tuple[str, list[r
     return run.name, [run], Path(run.run_dir, "logs").absolute()
 
 
-def describe(options: job.Options, found: Sequence[runs.JobRun], log: Path) -> None:
+def describe(options: job.Options, job_runs: Sequence[runs.JobRun], log: Path) -> None:
     """What the script will do, to standard error."""
     devices = "GPU" if options.gpus else "CPU"
-    say = (
+    allocation = (
         f"{options.nodes} node(s) x {options.ranks_per_node} {devices} ranks by {options.launcher}, "
         f"{options.time} a start"
     )
-    many = f"{len(found)} runs, " if len(found) > 1 else ""
-    print(f"{many}{say}; job logs in {log}", file=sys.stderr)
-    for run in found:
+    prefix = f"{len(job_runs)} runs, " if len(job_runs) > 1 else ""
+    print(f"{prefix}{allocation}; job logs in {log}", file=sys.stderr)
+    for run in job_runs:
         print(f"  {run.name}: run.dir {run.run_dir}", file=sys.stderr)
-    tensor = found[0].config.parallel.tensor
+    tensor = job_runs[0].config.parallel.tensor
     if options.ranks_per_node % tensor and options.nodes > 1:
         print(
             f"  note: parallel.tensor = {tensor} spans nodes of {options.ranks_per_node} ranks",
@@ -156,23 +156,25 @@ def submit(text: str, options: job.Options, chain: Path | None) -> int:
     ids: list[str] = []
     for number in range(options.chain):
         # a chain's next job starts when this one ends before its run does
-        after = [f"--dependency=afternotok:{ids[-1]}"] if ids else []
+        dependency = [f"--dependency=afternotok:{ids[-1]}"] if ids else []
         try:
-            done = subprocess.run(
-                ["sbatch", "--parsable", *after], input=text, capture_output=True, text=True, check=False
+            completed = subprocess.run(
+                ["sbatch", "--parsable", *dependency], input=text, capture_output=True, text=True, check=False
             )
         except OSError as error:
             print_errors(
                 "submit.py", [f"sbatch cannot be run: {error.strerror}; submit where Slurm's commands are"]
             )
             return FAILED
-        if done.returncode:
-            which = f"job {number + 1} of {options.chain}: " if options.chain > 1 else ""
-            reasons = [f"{which}{line}" for line in done.stderr.strip().splitlines() or ["no reason given"]]
+        if completed.returncode:
+            prefix = f"job {number + 1} of {options.chain}: " if options.chain > 1 else ""
+            reasons = [
+                f"{prefix}{line}" for line in completed.stderr.strip().splitlines() or ["no reason given"]
+            ]
             submitted = [f"already submitted: {' '.join(ids)}"] if ids else []
             print_errors("submit.py", [*reasons, *submitted])
             return FAILED
-        ids.append(done.stdout.strip().split(";")[0])
+        ids.append(completed.stdout.strip().split(";")[0])
         if chain:
             chain.write_text(" ".join(ids) + "\n", encoding="utf-8")
         print(ids[-1], flush=True)
@@ -182,12 +184,12 @@ def submit(text: str, options: job.Options, chain: Path | None) -> int:
 def write(args: argparse.Namespace) -> int:
     """Print or submit; the exit code. Raises ConfigError for bad input."""
     options = options_of(args)
-    name, found, log = runs_of(args, options)
+    name, job_runs, log = runs_of(args, options)
     chain = log / f"chain_{secrets.token_hex(4)}.txt" if options.chain > 1 else None
     place = job.Place(REPOSITORY, Path(sys.prefix), Path(os.getcwd()))
     body = (REPOSITORY / "slurm" / "pretrain.sbatch").read_text(encoding="utf-8")
-    text = job.script(options, name, found, place, log, body, chain)
-    describe(options, found, log)
+    text = job.script(options, name, job_runs, place, log, body, chain)
+    describe(options, job_runs, log)
     if not args.submit:
         print(text, end="")
         jobs = f", {options.chain} times with --dependency=afternotok:<the one before>" if chain else ""

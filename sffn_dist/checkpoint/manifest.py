@@ -1,4 +1,4 @@
-"""What a checkpoint folder says of itself: one ``manifest.json`` beside the ranks' safetensors files.
+"""The description in a checkpoint folder: one ``manifest.json`` beside the ranks' safetensors files.
 
 Standard library only.
 
@@ -100,8 +100,8 @@ class Manifest:
                 )
             if tree.pop("sha256") != _hash(tree):
                 raise BrokenCheckpoint(f"{folder / NAME}: its content has not the sha256 it states")
-            found = cls._parse(folder, tree)
-            found.check_sizes()
+            manifest = cls._parse(folder, tree)
+            manifest.check_sizes()
         except (BrokenCheckpoint, FileNotFoundError, NotADirectoryError) as error:
             if isinstance(error, BrokenCheckpoint):
                 raise
@@ -116,7 +116,7 @@ class Manifest:
             raise BrokenCheckpoint(
                 f"{folder}: marked as broken: {_text(folder / MARK)} (delete {MARK} to have it tried again)"
             )
-        return found
+        return manifest
 
     @classmethod
     def _parse(cls, folder: Path, tree: dict[str, Any]) -> Manifest:
@@ -142,14 +142,14 @@ class Manifest:
 
     def check_sizes(self) -> None:
         """Raises BrokenCheckpoint or OSError unless every file is there and of its size."""
-        named = {piece.file for pieces in self.pieces.values() for piece in pieces}
-        for name in {**self.files, **dict.fromkeys(named)}:
+        listed_files = {piece.file for pieces in self.pieces.values() for piece in pieces}
+        for name in {**self.files, **dict.fromkeys(listed_files)}:
             if Path(name).name != name or name not in self.files:
                 raise BrokenCheckpoint(f"{self.folder}: file {name!r} is not one of its own")
-            found = (self.folder / name).stat().st_size
-            if found != self.files[name].bytes:
+            size = (self.folder / name).stat().st_size
+            if size != self.files[name].bytes:
                 raise BrokenCheckpoint(
-                    f"{self.folder / name}: {found} bytes, the manifest says {self.files[name].bytes}"
+                    f"{self.folder / name}: {size} bytes, the manifest says {self.files[name].bytes}"
                 )
 
     def write(self) -> None:
@@ -173,18 +173,18 @@ class Manifest:
         for name in names:
             path, stated = self.folder / name, self.files[name].sha256
             try:
-                found = hash_file(path)
+                actual = hash_file(path)
             except OSError as error:
                 problems.append(UnreadableCheckpoint(f"{path}: cannot be read: {error}"))
                 continue
-            if found != stated:
+            if actual != stated:
                 problems.append(
-                    BrokenCheckpoint(f"{path}: sha256 {found[:12]}..., the manifest says {stated[:12]}...")
+                    BrokenCheckpoint(f"{path}: sha256 {actual[:12]}..., the manifest says {stated[:12]}...")
                 )
         return problems
 
     def mark(self, reason: str) -> None:
-        """Leave word in the folder that it is broken, so that no start tries it again.
+        """Mark the folder as broken, so that no start tries it again.
 
         Where nothing can be written: none.
         """

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # megatron-core takes seconds to import, and a conversion has
 class Reader:
     """A checkpoint's tensors; what is not asked for is not read.
 
-    Raises ConfigError if this version does not know its config, BrokenCheckpoint if tensors are missing.
+    Raises ConfigError if this version cannot read its config, BrokenCheckpoint if tensors are missing.
     """
 
     def __init__(self, manifest: Manifest):
@@ -140,7 +140,7 @@ class Reader:
 
 
 def read_weights(path: Path, overrides: Sequence[str] = ()) -> Weights:
-    """The model in a checkpoint or a run, which says all of its config itself."""
+    """The model in a checkpoint or a run, which holds all of its config itself."""
     return Reader(find_checkpoint("source", str(path))).weights()
 
 

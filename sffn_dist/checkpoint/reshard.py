@@ -63,7 +63,7 @@ def write_weights(weights: Weights, target: Path) -> Manifest:
 
 
 def start_config(weights: Weights, target: Path) -> dict[str, Any]:
-    """What a run's config must say to start from an imported checkpoint: its model and where it lies.
+    """What a run's config must set to start from an imported checkpoint: its model and where it lies.
 
     ``train`` is the user's.
     """
@@ -139,22 +139,25 @@ def _write_tensors(
     """One file a rank, all open at once; each tensor is made once and cut into every file."""
     pieces = {name: tuple(_pieces(spec, p, data)) for name, spec in specs.items()}
     entries: dict[str, dict[str, TensorEntry]] = {_file(rank): {} for rank in range(p * data)}
-    for name, some in pieces.items():
-        for piece in some:
+    for name, tensor_pieces in pieces.items():
+        for piece in tensor_pieces:
             entries[piece.file] |= {
                 piece.key(kind, name): TensorEntry(torch.float32, (piece.numel,)) for kind in kinds
             }
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(TensorFile(folder / name, some)) for name, some in entries.items()}
+        files = {
+            name: stack.enter_context(TensorFile(folder / name, file_entries))
+            for name, file_entries in entries.items()
+        }
         for name, spec in specs.items():
             for kind in kinds:
                 tensor = full(name, kind)
                 flat = tensor
-                for rank, own in itertools.groupby(pieces[name], lambda piece: piece.tensor_rank):
+                for rank, rank_pieces in itertools.groupby(pieces[name], lambda piece: piece.tensor_rank):
                     flat = (tensor if spec.cut is None or p == 1 else shard(tensor, spec, p, rank)).reshape(
                         -1
                     )
-                    for piece in own:
+                    for piece in rank_pieces:
                         files[piece.file].add(
                             piece.key(kind, name), flat[piece.start : piece.start + piece.numel]
                         )

@@ -32,10 +32,10 @@ def checkpoints(run_dir: Path) -> list[Path]:
     steps = {
         name: name.removeprefix("step_") for name in names if name.startswith("step_") and name.isascii()
     }
-    found = sorted(
+    sorted_names = sorted(
         (name for name, step in steps.items() if step.isdecimal()), key=lambda name: int(steps[name])
     )
-    return [run_dir / "checkpoints" / name for name in found]
+    return [run_dir / "checkpoints" / name for name in sorted_names]
 
 
 def latest_checkpoint(
@@ -51,7 +51,7 @@ def latest_checkpoint(
     ``besides``, already known to be), or if they cannot be listed: starting anew would overwrite the run.
     """
     reasons: list[str] = []
-    told = 0
+    already_logged = 0
     try:
         folders = checkpoints(run_dir)
     except OSError as error:
@@ -63,16 +63,16 @@ def latest_checkpoint(
             continue
         if folder in besides:
             reasons.append(f"{folder}: its content is damaged, see above")
-            told = len(reasons)  # those before it by the call that found it
+            already_logged = len(reasons)  # those before it by the call that found it
             continue
         try:
-            found = Manifest.read(folder)
+            manifest = Manifest.read(folder)
         except BrokenCheckpoint as error:
             reasons.append(str(error))
             continue
-        for reason in reasons[told:]:
+        for reason in reasons[already_logged:]:
             log.warning("checkpoint skipped: %s", reason)
-        return found
+        return manifest
     if reasons:
         raise ConfigError(
             [f"run.dir = {str(run_dir)!r}: no checkpoint in it is complete: {reason}" for reason in reasons]
@@ -93,12 +93,12 @@ def find_checkpoint(key: str, path: str) -> Manifest:
         except BrokenCheckpoint as error:
             raise ConfigError([f"{key} = {path!r}: {error}"]) from None
     try:
-        found = latest_checkpoint(folder)
+        manifest = latest_checkpoint(folder)
     except ConfigError as error:
         raise ConfigError([f"{key} = {path!r}: {problem}" for problem in error.problems]) from None
-    if found is None:
+    if manifest is None:
         raise ConfigError([f"{key} = {path!r}: holds no complete checkpoint"])
-    return found
+    return manifest
 
 
 def prune(run_dir: Path, keep: int, keep_every: int, saved: Path) -> None:

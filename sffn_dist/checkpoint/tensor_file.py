@@ -27,7 +27,7 @@ CHUNK = 1 << 24  # bytes hashed and written at a time
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What the header says of a tensor."""
+    """A tensor's entry in the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -69,7 +69,7 @@ class TensorFile:
     def add(self, key: str, tensor: Tensor) -> None:
         """Append a tensor; they must come in the order of the entries.
 
-        Raises ValueError if it is not what the header says.
+        Raises ValueError if it is not what the header states.
         """
         expected, entry = next(iter(self._left.items()), (None, None))
         if (

@@ -17,25 +17,29 @@ if TYPE_CHECKING:  # megatron-core takes seconds to import, and a conversion has
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of what computed the weights."""
-    found = {"python": sys.version.split()[0]}
+    installed = {"python": sys.version.split()[0]}
     for name in ("sffn_dist", "torch", "megatron-core", "deepspeed", "safetensors"):
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            installed[name] = "unknown"
+    return installed
 
 
 @functools.cache  # of the code that runs, not of what lies there when a later checkpoint is saved
 def revision() -> str | None:
     """The git revision of the code, "+" after it if it was changed since."""
-    here = Path(__file__).parent
+    package_dir = Path(__file__).parent
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
+            ["git", "rev-parse", "HEAD"], cwd=package_dir, capture_output=True, text=True, timeout=10
         )
         state = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10
+            ["git", "status", "--porcelain", "-uno"],
+            cwd=package_dir,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
         if head.returncode == 0:
             return head.stdout.strip() + ("+" if state.stdout.strip() else "")

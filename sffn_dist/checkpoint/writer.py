@@ -86,7 +86,7 @@ class Saver:
     """Writes a run's checkpoints; every rank has one and calls it alike.
 
     ``tokenizer`` is a file that goes into each checkpoint, so that it can be exported without the data.
-    Failures do not raise: they are told by :meth:`news`, and :meth:`wait` gives None.
+    Failures do not raise: they are reported by :meth:`news`, and :meth:`wait` gives None.
     """
 
     def __init__(self, run_dir: Path, config: Config, topology: Topology, tokenizer: Path | None = None):
@@ -101,14 +101,14 @@ class Saver:
 
         Waits for the save before first.
 
-        ``fragments`` are those of this rank that no other rank also holds: see :func:`owned`.
+        ``fragments`` are those of this rank that no other rank also holds: see :func:`owned_fragments`.
         """
         self.wait()
         self._saved = None
         job = _Job(position)
         try:
             self._take(job, list(fragments))
-        except Exception as error:  # whatever it is, every rank must hear of it
+        except Exception as error:  # whatever it is, every rank must receive it
             job.problem = f"{type(error).__name__}: {error}"
         if self.config.checkpoint.asynchronous:
             self._thread = threading.Thread(target=self._finish, args=(job,), name="checkpoint", daemon=True)
@@ -149,7 +149,7 @@ class Saver:
             self._saved = self._commit(job)
         except SaveError as error:
             self._news.append(str(error))
-        except Exception as error:  # a rank is gone, say: training will hear of it by itself
+        except Exception as error:  # e.g. a rank is gone: training will notice by itself
             self._news.append(
                 f"checkpoint of step {job.position.step} not written: {type(error).__name__}: {error}"
             )
@@ -158,7 +158,7 @@ class Saver:
         target = folder_of(self.run_dir, job.position.step)
         temporary = target.with_name(f".{target.name}{PARTIAL}")
 
-        def give_up() -> None:  # before the others hear of it: who is told finds nothing left, on any rank
+        def give_up() -> None:  # before the others learn of it: then nothing is left on any rank
             shutil.rmtree(temporary, ignore_errors=True)
 
         self._agree(

@@ -35,8 +35,8 @@ def world_info(node: int, ranks: int, hosts: Sequence[str], visible: str | None)
     chosen = [name for name in (visible or "").split(",") if name]
     devices: list[str | int] = [int(name) if name.isdecimal() else name for name in chosen]
     usual: list[str | int] = list(range(ranks))
-    here = devices if len(devices) == ranks else usual
-    tree = {host: here if number == node else usual for number, host in enumerate(hosts)}
+    own_devices = devices if len(devices) == ranks else usual
+    tree = {host: own_devices if number == node else usual for number, host in enumerate(hosts)}
     return base64.urlsafe_b64encode(json.dumps(tree).encode()).decode()
 
 

@@ -234,8 +234,8 @@ def _mounts(options: Options, runs: Sequence[JobRun], place: Place) -> list[str]
     """
     wanted = [place.repository, place.folder, *(place.folder / path for run in runs for path in run.folders)]
     wanted += [place.folder / mount for mount in options.mounts]
-    found: list[Path] = []
+    mounts: list[Path] = []
     for path in sorted(set(wanted), key=lambda path: (len(path.parts), path)):
-        if not any(path.is_relative_to(other) for other in found):
-            found.append(path)
-    return [str(path) for path in found]
+        if not any(path.is_relative_to(other) for other in mounts):
+            mounts.append(path)
+    return [str(path) for path in mounts]

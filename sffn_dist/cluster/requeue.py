@@ -2,7 +2,7 @@
 
 Standard library only.
 
-The ranks' own record (sffn_dist/launch/exit_codes.py) says why the run ended and whether another start may
+The ranks' own record (sffn_dist/launch/exit_codes.py) states why the run ended and whether another start may
 help; no record means that a rank was killed or a node died. Whatever the reason, starts that bring no new
 checkpoint are counted, and after STARTS in a row it is given up.
 """
@@ -70,10 +70,10 @@ def decide(code: int, asked: str, record: dict[str, Any] | None, newest: Sequenc
 
 
 def record_end(code: int, asked: str, record: Path, history: Path, run_dir: Path) -> RequeueDecision:
-    """:func:`judge` on the files of a job; adds a line about this start to ``history``."""
-    found, newest = read_record(record), newest_checkpoint(run_dir)
+    """:func:`decide` on the files of a job; adds a line about this start to ``history``."""
+    end_record, newest = read_record(record), newest_checkpoint(run_dir)
     before = _newest_before(history)
-    verdict = decide(code, asked, found, [*before, newest])
+    verdict = decide(code, asked, end_record, [*before, newest])
     line = {
         "start": len(before),
         "time": time.time(),
@@ -106,12 +106,12 @@ def newest_checkpoint(run_dir: Path) -> str:
 
 
 def _newest_before(history: Path) -> list[str]:
-    found = []
+    names = []
     try:
         lines = history.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     for line in lines:
         with suppress(ValueError, KeyError, TypeError):
-            found.append(str(json.loads(line)["newest"]))
-    return found
+            names.append(str(json.loads(line)["newest"]))
+    return names

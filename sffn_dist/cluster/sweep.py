@@ -64,16 +64,16 @@ def read(path: Path, config: str | None = None) -> Sweep:
 
     Raises ConfigError with every problem.
     """
-    says = f"sweep file {str(path)!r}"
+    prefix = f"sweep file {str(path)!r}"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError([f"{says}: cannot be read: {error.strerror}"]) from None
+        raise ConfigError([f"{prefix}: cannot be read: {error.strerror}"]) from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError([f"{says}: not valid JSON: {error}"]) from None
+        raise ConfigError([f"{prefix}: not valid JSON: {error}"]) from None
     if not isinstance(tree, dict):
-        raise ConfigError([f"{says}: must hold an object"])
-    problems = [f"{says}: {problem}" for problem in _shape(tree, config)]
+        raise ConfigError([f"{prefix}: must hold an object"])
+    problems = [f"{prefix}: {problem}" for problem in _shape(tree, config)]
     if problems:
         raise ConfigError(problems)
     configs = (
@@ -151,9 +151,10 @@ def combinations(sweep: Sweep) -> Iterator[tuple[str, str, tuple[Choice, ...]]]:
     """(label, config file, choices) of every run, those left out being left out."""
     for file in sweep.configs:
         for choices in itertools.product(*sweep.axes):
-            named = {"config": Path(file).stem, **{choice.axis: choice.value for choice in choices}}
+            axis_values = {"config": Path(file).stem, **{choice.axis: choice.value for choice in choices}}
             if any(
-                all(_is_one(named[axis], value) for axis, value in item.items()) for item in sweep.exclude
+                all(_is_one(axis_values[axis], value) for axis, value in item.items())
+                for item in sweep.exclude
             ):
                 continue
             parts = [Path(file).stem] if len(sweep.configs) > 1 or not choices else []
@@ -169,32 +170,32 @@ def expand(sweep: Sweep, overrides: Sequence[str], world: int, folder: str = "ru
 
     ``overrides`` are the command line's, for all runs; ``world``: ranks of each.
     """
-    taken = {key for axis in sweep.axes for choice in axis for key, _ in choice.settings}
+    axis_keys = {key for axis in sweep.axes for choice in axis for key, _ in choice.settings}
     fixed = [*(f"{key}={_text(value)}" for key, value in sweep.overrides), *overrides]
-    for key in [text.partition("=")[0] for text in fixed] + sorted(taken & {"run.dir"}):
+    for key in [text.partition("=")[0] for text in fixed] + sorted(axis_keys & {"run.dir"}):
         if key == "run.dir":
             raise ConfigError(["run.dir: is set for each run of a sweep, and cannot be given"])
-        if key in taken:
+        if key in axis_keys:
             raise ConfigError([f"{key}: is an axis of the grid, and cannot be set for all runs too"])
-    found: dict[str, JobRun] = {}
+    job_runs: dict[str, JobRun] = {}
     problems: dict[str, list[str]] = {}
     for label, file, choices in combinations(sweep):
-        if label in found:
+        if label in job_runs:
             raise ConfigError([f"two runs would be called {label}: give the values labels that differ"])
         settings = [f"{key}={_text(value)}" for choice in choices for key, value in choice.settings]
         try:
-            found[label] = runs.read(
+            job_runs[label] = runs.read(
                 label, file, [*fixed, *settings, f"run.dir={folder}/{sweep.name}/{label}"]
             )
-            checks.check_run(found[label].config, world)
+            checks.check_run(job_runs[label].config, world)
         except ConfigError as error:
             for problem in error.problems:
                 problems.setdefault(problem, []).append(label)
     if problems:
         raise ConfigError([f"{problem} (run {_some(labels)})" for problem, labels in problems.items()])
-    if not found:
+    if not job_runs:
         raise ConfigError(["exclude: leaves no run of the sweep"])
-    return list(found.values())
+    return list(job_runs.values())
 
 
 def _some(labels: Sequence[str]) -> str:

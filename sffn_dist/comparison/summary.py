@@ -87,15 +87,15 @@ def read(entry: PlannedVariant, seed: int, run_dir: Path) -> Result:
     writes.
     """
     steps = metrics.read(run_dir / "metrics.jsonl")
-    spent = [0.0, *itertools.accumulate(float(row["flops"]) for row in steps)]
+    cumulative_flops = [0.0, *itertools.accumulate(float(row["flops"]) for row in steps)]
     curve = [
-        (int(row["step"]), spent[row["step"]], float(row["heldout_loss"]))
+        (int(row["step"]), cumulative_flops[row["step"]], float(row["heldout_loss"]))
         for row in metrics.read(run_dir / "evaluations.jsonl")
-        if row["step"] < len(spent)
+        if row["step"] < len(cumulative_flops)
     ]
     origin = _object(run_dir / ORIGIN) if (run_dir / ORIGIN).exists() else {}
     summary = _object(run_dir / "summary.json")
-    return Result(entry, seed, run_dir, summary, origin, spent[-1], tuple(curve))
+    return Result(entry, seed, run_dir, summary, origin, cumulative_flops[-1], tuple(curve))
 
 
 # ------------------------------------------------------------------------------------------------------- rows
@@ -130,14 +130,14 @@ def curve_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
     """A row for each evaluation of each run."""
     return [
         {
-            "variant": one.entry.label,
-            "seed": one.seed,
+            "variant": result.entry.label,
+            "seed": result.seed,
             "step": step,
             "flops": round(flops),
             "heldout_loss": loss,
         }
-        for one in results
-        for step, flops, loss in one.curve
+        for result in results
+        for step, flops, loss in result.curve
     ]
 
 
@@ -225,18 +225,18 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def seconds_left(
-    done: Sequence[tuple[int, float]], waiting: Sequence[int], begun: Sequence[tuple[int, float]], jobs: int
+    done: Sequence[tuple[int, float]], waiting: Sequence[int], running: Sequence[tuple[int, float]], jobs: int
 ) -> float:
     """Seconds until all runs have ended, ``jobs`` at a time, by the time that a FLOP took in those that are
     ``done``.
 
-    ``done`` and ``begun``: FLOPs of a run, seconds since it was started; ``waiting``: FLOPs. Not finite
+    ``done`` and ``running``: FLOPs of a run, seconds since it was started; ``waiting``: FLOPs. Not finite
     before a run is done.
     """
-    spent = sum(flops for flops, _ in done)
-    rate = sum(seconds for _, seconds in done) / spent if spent else math.inf
+    done_flops = sum(flops for flops, _ in done)
+    rate = sum(seconds for _, seconds in done) / done_flops if done_flops else math.inf
     rest = [flops * rate for flops in waiting] + [
-        max(0.0, flops * rate - seconds) for flops, seconds in begun
+        max(0.0, flops * rate - seconds) for flops, seconds in running
     ]
     return max(sum(rest) / jobs, max(rest, default=0.0))
 
@@ -245,16 +245,16 @@ def curves(results: Sequence[Result]) -> dict[str, list[Point]]:
     """Variant -> its held-out loss along the run, over seeds, at the steps that every seed was evaluated
     at.
     """
-    found: dict[str, list[Point]] = {}
+    by_variant: dict[str, list[Point]] = {}
     for label in dict.fromkeys(result.entry.label for result in results):
         seeds = [
-            {step: (flops, loss) for step, flops, loss in one.curve}
-            for one in results
-            if one.entry.label == label
+            {step: (flops, loss) for step, flops, loss in result.curve}
+            for result in results
+            if result.entry.label == label
         ]
         points = []
         for step in sorted(set.intersection(*(set(seed) for seed in seeds))):
             flops, losses = zip(*(seed[step] for seed in seeds), strict=True)
             points.append(Point(statistics.fmean(flops), statistics.fmean(losses), min(losses), max(losses)))
-        found[label] = points
-    return found
+        by_variant[label] = points
+    return by_variant

@@ -108,9 +108,9 @@ def parse(text: str) -> list[Variant]:
 
 
 def _parse_one(word: str) -> Variant:
-    body, plus, after = word.partition("+")
+    body, plus, suffix = word.partition("+")
     kind, *written = body.split(":")
-    if kind not in SIZES or (plus and after != "guide"):
+    if kind not in SIZES or (plus and suffix != "guide"):
         raise ConfigError([f"variant {word!r}: must read {GRAMMAR}"])
     if plus and kind in UNSTRUCTURED:
         raise ConfigError([f"variant {word!r}: a dense feed-forward layer has nothing to guide"])
@@ -253,28 +253,32 @@ def planned_variants(
     each. All are evaluated on equally many held-out sequences. Raises ConfigError with the problems of all
     variants.
     """
-    given, problems = tuple(overrides), []
-    taken = {key: by for key, by in TAKEN.items() if any(text.partition("=")[0] == key for text in given)}
-    if taken:
-        raise ConfigError([f"{key}: a comparison sets it by {by}; leave it out" for key, by in taken.items()])
-    target, found = loading.load(path, given), []
+    given_overrides, problems = tuple(overrides), []
+    conflicts = {
+        key: by for key, by in TAKEN.items() if any(text.partition("=")[0] == key for text in given_overrides)
+    }
+    if conflicts:
+        raise ConfigError(
+            [f"{key}: a comparison sets it by {by}; leave it out" for key, by in conflicts.items()]
+        )
+    target, planned = loading.load(path, given_overrides), []
     for variant in variants:
         try:
-            found.append(_planned_variant(path, given, variant, target, equal))
+            planned.append(_planned_variant(path, given_overrides, variant, target, equal))
         except ConfigError as error:
-            said = f"variant {variant.label}: "
+            prefix = f"variant {variant.label}: "
             problems += [
-                problem if problem.startswith(said) else said + problem for problem in error.problems
+                problem if problem.startswith(prefix) else prefix + problem for problem in error.problems
             ]
-    problems += _twins(found)
+    problems += _twins(planned)
     if problems:
         raise ConfigError(problems)
-    windows = min(entry.config.evaluation_sequences for entry in found)
+    windows = min(entry.config.evaluation_sequences for entry in planned)
     return [
         entry
         if entry.config.evaluation_sequences == windows
         else _loaded(path, entry.variant, (*entry.overrides, f"evaluation.sequences={windows}"))
-        for entry in found
+        for entry in planned
     ]
 
 
@@ -283,7 +287,7 @@ def _loaded(path: str, variant: Variant, overrides: tuple[str, ...]) -> PlannedV
 
 
 def _planned_variant(
-    path: str, given: tuple[str, ...], variant: Variant, target: Config, equal: Equal
+    path: str, given_overrides: tuple[str, ...], variant: Variant, target: Config, equal: Equal
 ) -> PlannedVariant:
     dense = variant.kind in UNSTRUCTURED
     own = [f"ffn.kind={DENSE if dense else variant.kind}"]
@@ -293,7 +297,7 @@ def _planned_variant(
     mode = "off"
     if variant.guide:
         mode = "fixed_flop" if equal == "flops" else "fixed_step"
-    entry = _loaded(path, variant, (*given, *own, f"guide.mode={mode}"))
+    entry = _loaded(path, variant, (*given_overrides, *own, f"guide.mode={mode}"))
     if variant.guide and not schedule.build_schedule(entry.config).guided_steps:
         raise ConfigError([f"guide.mode = {mode}: {validation.unused_settings(entry.config)['guide.mode']}"])
     if equal == "flops" and not variant.guide:
@@ -315,14 +319,14 @@ def reference_flops(target: Config) -> int:
     return target.train.steps * target.tokens_per_step * counts.flops_per_token(counts.all_dense(target))
 
 
-def _twins(found: Sequence[PlannedVariant]) -> list[str]:
+def _twins(planned: Sequence[PlannedVariant]) -> list[str]:
     """Variants that come to the same run, such as low_rank and low_rank:rank=R with the config's own R."""
-    seen: list[tuple[dict[str, Any], str]] = []
+    identities: list[tuple[dict[str, Any], str]] = []
     problems = []
-    for entry in found:
-        same = validation.identity(entry.config)
-        other = next((label for identity, label in seen if identity == same), None)
+    for entry in planned:
+        run_identity = validation.identity(entry.config)
+        other = next((label for identity, label in identities if identity == run_identity), None)
         if other:
             problems.append(f"variant {entry.label}: is the same run as variant {other}")
-        seen.append((same, entry.label))
+        identities.append((run_identity, entry.label))
     return problems

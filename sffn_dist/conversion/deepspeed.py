@@ -64,7 +64,7 @@ class Universal:
 
 
 def chunks(spec: TensorSpec) -> tuple[int, int]:
-    """(axis, sub-parameters): how DeepSpeed is told to cut a tensor.
+    """(axis, sub-parameters): how a checkpoint has DeepSpeed cut a tensor.
 
     A gated fc1 has two, its halves, along axis 0.
     """
@@ -144,10 +144,10 @@ def write(
         target = place / "zero" / name
         target.mkdir(parents=True, exist_ok=True)
         axis, parts = chunks(spec)
-        told = {"cat_dim": axis, **({"param_n_sub_params": parts} if parts > 1 else {})}
+        split_info = {"cat_dim": axis, **({"param_n_sub_params": parts} if parts > 1 else {})}
         for kind, file in FILES.items():
             full = weights.full(name) if kind == "weight" else moments(name, kind)
-            _save({"param": full.contiguous(), **told}, target / f"{file}.pt")
+            _save({"param": full.contiguous(), **split_info}, target / f"{file}.pt")
         _save(torch.tensor(float(steps[name])), target / "step.pt")
     _save(_optimizer_state(weights, steps), place / "zero" / "optimizer_state.pt")
     for name in MODEL_STATES:
@@ -160,7 +160,7 @@ def write(
 def _save(value: object, path: Path) -> None:
     try:
         torch.save(value, path)
-    except RuntimeError as error:  # what torch's writer says of a full disk
+    except RuntimeError as error:  # what torch's writer raises on a full disk
         raise OSError(f"{path}: {error}") from None
     sync(path)
 
@@ -241,9 +241,11 @@ def read(folder: Path, config: Config | None = None) -> Universal:
             raise ConfigError([f"{files[name, kind]}: is not of shape {list(specs[name].shape)}"])
         return pickles.full_precision(_held(files[name, kind])).view(specs[name].shape)
 
-    one = _step_of_all(place)
+    common_step = _step_of_all(place)
     steps = {
-        name: _count(pickles.load(file)) if (file := place / "zero" / name / "step.pt").is_file() else one
+        name: _count(pickles.load(file))
+        if (file := place / "zero" / name / "step.pt").is_file()
+        else common_step
         for name in specs
     }
     step = _count(counters.get("global_steps"))
@@ -276,9 +278,9 @@ def _place(folder: Path) -> Path:
 
 
 def _counters_in(place: Path) -> dict[str, Any]:
-    found = next((path for name in MODEL_STATES if (path := place / name).is_file()), None)
-    held = pickles.load(found) if found is not None else {}
-    return held if isinstance(held, dict) else {}
+    states_file = next((path for name in MODEL_STATES if (path := place / name).is_file()), None)
+    states = pickles.load(states_file) if states_file is not None else {}
+    return states if isinstance(states, dict) else {}
 
 
 def _held(path: Path) -> Any:

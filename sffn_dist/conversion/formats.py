@@ -33,7 +33,7 @@ class ImportFormat:
     recognizes: Callable[[Path], bool]
     reader: str
     dense: bool = False  # its models are dense; an import may put structured layers in place
-    takes_overrides: bool = False  # settings that the source does not say may be given
+    takes_overrides: bool = False  # settings that the source does not hold may be given
 
     def read(self, path: Path, overrides: Sequence[str] = ()) -> Weights:
         """The model in ``path``. Raises ConfigError."""
@@ -91,7 +91,7 @@ def is_checkpoint(*paths: Path) -> bool:
 
 
 def weights_of(path: Path, overrides: Sequence[str] = ()) -> Weights:
-    """The model in ``path``, of any format; ``overrides`` say what the file itself does not.
+    """The model in ``path``, of any format; ``overrides`` set what the file itself does not.
 
     Raises ConfigError.
     """

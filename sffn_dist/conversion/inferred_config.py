@@ -1,4 +1,4 @@
-"""What a model's tensors say of its config: every size but the number of heads, and which layers are
+"""What a model's tensors show of its config: every size but the number of heads, and which layers are
 structured in which way.
 """
 
@@ -31,7 +31,7 @@ FLOATS = (
 def config_of(
     origin: str,
     shapes: Shapes,
-    told: Mapping[str, Any],
+    model_settings: Mapping[str, Any],
     overrides: Sequence[str],
     *,
     train: Mapping[str, Any],
@@ -39,12 +39,12 @@ def config_of(
 ) -> Config:
     """The config of a model with tensors of these shapes.
 
-    ``told``: settings of the model section, which win over what shapes say, and ``overrides`` win over all.
-    Raises ConfigError where the shapes are of no model, or nothing tells ``model.heads``.
+    ``model_settings`` win over what the shapes give, and ``overrides`` win over all.
+    Raises ConfigError where the shapes are of no model, or nothing gives ``model.heads``.
     """
-    given: dict[str, Any] = {}
-    loading.override(given, overrides)
-    heads = given.get("model", {}).get("heads") or told.get("heads")
+    overridden: dict[str, Any] = {}
+    loading.override(overridden, overrides)
+    heads = overridden.get("model", {}).get("heads") or model_settings.get("heads")
     if not isinstance(heads, int) or heads < 1:
         raise ConfigError(
             [f"{origin}: does not say how many heads attention has; give it as model.heads=..."]
@@ -54,7 +54,7 @@ def config_of(
     except (KeyError, IndexError, StopIteration, ValueError, ZeroDivisionError) as error:
         raise ConfigError([f"{origin}: not all of a GPT is in it: {type(error).__name__}: {error}"]) from None
     tree: dict[str, Any] = {
-        "model": {**model, **told},
+        "model": {**model, **model_settings},
         "ffn": ffn,
         "train": dict(train),
         "guide": dict(guide),
@@ -134,7 +134,7 @@ def recipe(settings: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, A
 
     A recipe is worth keeping; but no model hangs on it, and so what does not fit is left at its default.
     """
-    found: dict[str, Any] = {}
+    train_settings: dict[str, Any] = {}
     for theirs, ours in table.items():
         value = settings.get(theirs)
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -147,10 +147,13 @@ def recipe(settings: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, A
         share = ours in ("warmup_share", "min_learning_rate_ratio") and value > 1
         open_share = ours in ("beta1", "beta2") and not 0 < value < 1
         if not (share or open_share or (ours in POSITIVE and value == 0)):
-            found[ours] = float(value) if ours in FLOATS else value
-    if not all(key in found for key in BATCHES) or found["global_batch_size"] % found["micro_batch_size"]:
-        found = {key: value for key, value in found.items() if key not in BATCHES}
-    return found
+            train_settings[ours] = float(value) if ours in FLOATS else value
+    if (
+        not all(key in train_settings for key in BATCHES)
+        or train_settings["global_batch_size"] % train_settings["micro_batch_size"]
+    ):
+        train_settings = {key: value for key, value in train_settings.items() if key not in BATCHES}
+    return train_settings
 
 
 def mismatches(shapes: Shapes, expected: Shapes, *, spare: frozenset[str] = frozenset()) -> list[str]:

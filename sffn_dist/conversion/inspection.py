@@ -39,7 +39,7 @@ class Spectrum:
 
 
 def describe(manifest: Manifest, *, spectra: bool = True, integrity: bool = True) -> dict[str, Any]:
-    """All of it as one tree; of a damaged checkpoint what the manifest says and the damage.
+    """All of it as one tree; of a damaged checkpoint what the manifest states and the damage.
 
     Reads every file twice if all is asked for.
 
@@ -52,7 +52,7 @@ def describe(manifest: Manifest, *, spectra: bool = True, integrity: bool = True
         if damage
         else reader.weights()
     )
-    found = {
+    tree = {
         "checkpoint": str(manifest.folder),
         "origin": manifest.origin,
         **position(manifest, reader.config, weights.alpha),
@@ -69,8 +69,8 @@ def describe(manifest: Manifest, *, spectra: bool = True, integrity: bool = True
         },
     }
     if integrity:
-        found["damage"] = damage
-    return found
+        tree["damage"] = damage
+    return tree
 
 
 def position(manifest: Manifest, config: Config, alpha: float) -> dict[str, Any]:
@@ -90,27 +90,27 @@ def position(manifest: Manifest, config: Config, alpha: float) -> dict[str, Any]
 def model(weights: Weights, *, spectra: bool = True) -> dict[str, Any]:
     """What is the same for every format: sizes, parameters by part, spectra."""
     config = weights.config
-    found: dict[str, Any] = {
+    tree: dict[str, Any] = {
         "model": config.model.model_dump(mode="json"),
         "ffn": {**config.ffn.model_dump(mode="json"), "width": config.ffn_width},
         "parameters": {**counts.parameters_by_part(config), "total": counts.parameters(config)},
     }
     if weights.guide:
-        found["parameters"]["guide"] = counts.guide_parameters(config)
+        tree["parameters"]["guide"] = counts.guide_parameters(config)
     if spectra:
-        found["spectra"] = list(spectrum(weights))
-    return found
+        tree["spectra"] = list(spectrum(weights))
+    return tree
 
 
 def splits(config: Config, p: int, *, guide: bool) -> dict[str, list[dict[str, Any]]]:
     """Tensors of each kind of layer: full shape, one rank's, and along which dimension it is cut first
     (-1: replicated).
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_kind: dict[str, list[dict[str, Any]]] = {}
     for layer in range(config.model.layers):
         kind = config.kind_of_layer(layer)
-        if kind not in found:
-            found[kind] = [
+        if kind not in by_kind:
+            by_kind[kind] = [
                 {
                     "name": name,
                     "shape": list(spec.shape),
@@ -119,7 +119,7 @@ def splits(config: Config, p: int, *, guide: bool) -> dict[str, list[dict[str, A
                 }
                 for name, spec in layer_tensors(config, layer, guide=guide).items()
             ]
-    return found
+    return by_kind
 
 
 def spectrum(weights: Weights) -> Iterator[Spectrum]:
@@ -159,11 +159,11 @@ def singular_values(matrix: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------- as a page
 
 
-def render(found: dict[str, Any]) -> str:
+def render(tree: dict[str, Any]) -> str:
     """The tree as a page for a terminal."""
-    lines = [*_heading(found), "", "parameters", *_numbers(found["parameters"])]
-    if "splits" in found:
-        split = found["splits"]
+    lines = [*_heading(tree), "", "parameters", *_numbers(tree["parameters"])]
+    if "splits" in tree:
+        split = tree["splits"]
         lines += [
             "",
             f"splits: {split['tensor_parallel']} tensor-parallel ranks, {split['files']} files, "
@@ -172,7 +172,7 @@ def render(found: dict[str, Any]) -> str:
         for kind, tensors in split["layers"].items():
             lines.append(f"  a {kind} layer")
             lines += [_split(tensor) for tensor in tensors]
-    if "spectra" in found:
+    if "spectra" in tree:
         lines += [
             "",
             "spectra: layer, linear, most ranks, largest and smallest singular value, stable and "
@@ -181,37 +181,35 @@ def render(found: dict[str, Any]) -> str:
         lines += [
             f"  {s.layer:>3} {s.linear:<10} {s.kind:<13} {s.bound:>6} {s.largest:>10.4g} {s.smallest:>10.4g} "
             f"{s.stable_rank:>8.1f} {s.effective_rank:>8.1f}"
-            for s in found["spectra"]
+            for s in tree["spectra"]
         ]
-    if "damage" in found:
-        lines += ["", "integrity: " + ("every file has its sha256" if not found["damage"] else "DAMAGED")]
-        lines += [f"  {problem}" for problem in found["damage"]]
+    if "damage" in tree:
+        lines += ["", "integrity: " + ("every file has its sha256" if not tree["damage"] else "DAMAGED")]
+        lines += [f"  {problem}" for problem in tree["damage"]]
     return "\n".join(lines)
 
 
-def _heading(found: dict[str, Any]) -> Iterator[str]:
-    if "checkpoint" in found:
-        yield f"{found['checkpoint']}: {'+'.join(found['tensors'])}" + (
-            f", from {found['origin']}" if found["origin"] else ""
+def _heading(tree: dict[str, Any]) -> Iterator[str]:
+    if "checkpoint" in tree:
+        yield f"{tree['checkpoint']}: {'+'.join(tree['tensors'])}" + (
+            f", from {tree['origin']}" if tree["origin"] else ""
         )
-        guide = f", alpha {found['alpha']:.4f}" if found["alpha"] else ""
+        guide = f", alpha {tree['alpha']:.4f}" if tree["alpha"] else ""
         yield (
-            f"  step {found['step']:,} of {found['total_steps']:,}, {found['phase']}{guide}; Adam's steps "
-            f"{found['optimizer_steps']:,}"
+            f"  step {tree['step']:,} of {tree['total_steps']:,}, {tree['phase']}{guide}; Adam's steps "
+            f"{tree['optimizer_steps']:,}"
         )
-        yield f"  data {found['data_fingerprint'] or 'unknown'}"
+        yield f"  data {tree['data_fingerprint'] or 'unknown'}"
         yield (
-            f"  code {found['revision'] or 'unknown'}; "
-            f"{', '.join(f'{k} {v}' for k, v in found['versions'].items())}"
+            f"  code {tree['revision'] or 'unknown'}; "
+            f"{', '.join(f'{k} {v}' for k, v in tree['versions'].items())}"
         )
     else:
-        yield found["origin"]
+        yield tree["origin"]
     yield "  model  " + ", ".join(
-        f"{key} {value}" for key, value in found["model"].items() if value is not None
+        f"{key} {value}" for key, value in tree["model"].items() if value is not None
     )
-    yield "  ffn    " + ", ".join(
-        f"{key} {value}" for key, value in found["ffn"].items() if value is not None
-    )
+    yield "  ffn    " + ", ".join(f"{key} {value}" for key, value in tree["ffn"].items() if value is not None)
 
 
 def _numbers(parts: dict[str, int]) -> Iterator[str]:

@@ -84,16 +84,16 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Weights:
     args were kept, ``model.heads`` must be given, and ``model.activation`` unless it is gated. Raises
     ConfigError, with every reason, if the model cannot be built here.
     """
-    found = open_checkpoint(path)
-    entries = _named(found)
-    _representable(found, entries)
-    told = _told(found, entries, overrides)
+    checkpoint = open_checkpoint(path)
+    entries = _named(checkpoint)
+    _representable(checkpoint, entries)
+    model_settings = _model_settings(checkpoint, entries, overrides)
     config = inferred_config.config_of(
-        str(found.folder),
+        str(checkpoint.folder),
         {name: entry.shape for name, entry in entries.items()},
-        told,
+        model_settings,
         overrides,
-        train={"steps": max(found.iteration, 1), **inferred_config.recipe(found.arguments, RECIPE)},
+        train={"steps": max(checkpoint.iteration, 1), **inferred_config.recipe(checkpoint.arguments, RECIPE)},
         guide={},
     )
     shapes = {name: spec.shape for name, spec in model_tensors(config, guide=False).items()}
@@ -104,15 +104,17 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Weights:
         {name: entry.shape for name, entry in entries.items()}, shapes, spare=spare
     )
     if problems:
-        raise ConfigError([f"{found.folder}: {problem}" for problem in problems])
-    shifted = found.arguments.get("apply_layernorm_1p") is True
+        raise ConfigError([f"{checkpoint.folder}: {problem}" for problem in problems])
+    shifted = checkpoint.arguments.get("apply_layernorm_1p") is True
 
     def full(name: str) -> Tensor:
         tensor = entries[name].read()
         return tensor.add_(1.0) if shifted and name.endswith("layernorm.weight") else tensor
 
-    facts = {"format": "megatron", "arguments": _plain(found.arguments)}
-    return Weights(config=config, full=full, origin=str(found.folder), step=found.iteration, facts=facts)
+    facts = {"format": "megatron", "arguments": _plain(checkpoint.arguments)}
+    return Weights(
+        config=config, full=full, origin=str(checkpoint.folder), step=checkpoint.iteration, facts=facts
+    )
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,16 +124,16 @@ def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _named(found: Checkpoint) -> dict[str, MegatronTensor]:
+def _named(checkpoint: Checkpoint) -> dict[str, MegatronTensor]:
     """Entries by our names: fused norms under their own, halves of a gated linear as one."""
     entries: dict[str, MegatronTensor] = {}
-    for name, entry in found.entries.items():
+    for name, entry in checkpoint.entries.items():
         prefix, _, rest = name.partition(".layers.")
         layer, _, leaf = rest.partition(".")
         if prefix == "decoder" and leaf in FUSED:
             name = f"decoder.layers.{layer}.{FUSED[leaf]}"
         if name.endswith(HALVES) and ".linear_fc1." in name:
-            gate, up = (found.entries.get(name[:-2] + half) for half in HALVES)
+            gate, up = (checkpoint.entries.get(name[:-2] + half) for half in HALVES)
             if gate is not None and up is not None:
                 shape = (gate.shape[0] + up.shape[0], *gate.shape[1:])
                 both = functools.partial(_read_both, gate, up)
@@ -145,9 +147,9 @@ def _read_both(gate: MegatronTensor, up: MegatronTensor) -> Tensor:
     return torch.cat([gate.read(), up.read()])
 
 
-def _representable(found: Checkpoint, entries: Mapping[str, MegatronTensor]) -> None:
+def _representable(checkpoint: Checkpoint, entries: Mapping[str, MegatronTensor]) -> None:
     """Raises ConfigError with everything about the model that has no counterpart here."""
-    arguments, problems = found.arguments, []
+    arguments, problems = checkpoint.arguments, []
     kind = arguments.get("position_embedding_type", "rope")
     rope = kind == "rope" or (
         kind == "learned_absolute" and arguments.get("use_rotary_position_embeddings") is True
@@ -165,54 +167,57 @@ def _representable(found: Checkpoint, entries: Mapping[str, MegatronTensor]) -> 
     ):
         problems.append("routes tokens to experts; feed-forward layers here have one")
     if problems:
-        raise ConfigError([f"{found.folder}: {problem}" for problem in problems])
+        raise ConfigError([f"{checkpoint.folder}: {problem}" for problem in problems])
 
 
-def _told(
-    found: Checkpoint, entries: Mapping[str, MegatronTensor], overrides: Sequence[str]
+def _model_settings(
+    checkpoint: Checkpoint, entries: Mapping[str, MegatronTensor], overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """Settings of the model section that no shape tells; raises ConfigError if one of them is nowhere."""
-    arguments = found.arguments
+    """Settings of the model section that no shape shows; raises ConfigError if one of them is nowhere."""
+    arguments = checkpoint.arguments
     names = {
         "heads": ("num_attention_heads",),
         "sequence": ("max_position_embeddings", "seq_length"),
         "rope_base": ("rotary_base",),
         "norm_epsilon": ("norm_epsilon", "layernorm_epsilon"),
     }
-    told: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for ours, theirs in names.items():
         value = next((arguments[key] for key in theirs if arguments.get(key) is not None), None)
         if value is not None:
-            told[ours] = (
+            settings[ours] = (
                 int(value)
                 if ours == "rope_base" and isinstance(value, float) and value.is_integer()
                 else value
             )
     untied = arguments.get("untie_embeddings_and_output_weights")
     if isinstance(untied, bool):
-        told["tie_embeddings"] = not untied
+        settings["tie_embeddings"] = not untied
     if _gated(entries):
         if arguments.get("swiglu") is False:
             raise ConfigError(
-                [f"{found.folder}: its gated activation is not swiglu, which alone models here have"]
+                [f"{checkpoint.folder}: its gated activation is not swiglu, which alone models here have"]
             )
     elif arguments:
-        told["activation"] = "gelu" if _tanh(arguments) else "gelu_erf"
-    given: dict[str, Any] = {}
-    loading.override(given, overrides)
+        settings["activation"] = "gelu" if _tanh(arguments) else "gelu_erf"
+    overridden: dict[str, Any] = {}
+    loading.override(overridden, overrides)
     needed = {"heads": "how many heads attention has"}
     if not _gated(entries):
         needed["activation"] = "which GELU it has, gelu (the tanh form) or gelu_erf"
-    unknown = [key for key in needed if key not in told and key not in given.get("model", {})]
+    unknown = [key for key in needed if key not in settings and key not in overridden.get("model", {})]
     if unknown:
         raise ConfigError(
-            [f"{found.folder}: does not say {needed[key]}; give it as model.{key}=..." for key in unknown]
+            [
+                f"{checkpoint.folder}: does not say {needed[key]}; give it as model.{key}=..."
+                for key in unknown
+            ]
         )
-    return told
+    return settings
 
 
 def _gated(entries: Mapping[str, MegatronTensor]) -> bool:
-    first, second = (entries.get(f"decoder.layers.0.mlp.linear_fc{which}.weight") for which in (1, 2))
+    first, second = (entries.get(f"decoder.layers.0.mlp.linear_fc{number}.weight") for number in (1, 2))
     return (
         first is not None
         and second is not None

@@ -130,14 +130,14 @@ def _state(path: Path, state: object) -> dict[str, Tensor]:
     """Tensors of a state_dict; raises ConfigError naming what is none."""
     if not isinstance(state, dict):
         raise ConfigError([f"{path}: holds no state of the model"])
-    found = {}
+    tensors = {}
     for key, value in dict.items(state):
         if not isinstance(key, str) or BESIDE.fullmatch(key):
             continue
         if pickles.shape_of(value) is None:
             raise ConfigError([f"{path}: {key} is not a tensor of floating-point numbers"])
-        found[key] = value
-    return found
+        tensors[key] = value
+    return tensors
 
 
 def _add(

@@ -83,24 +83,24 @@ def _parse(metadata: object) -> dict[str, tuple[tuple[int, ...], list[_Chunk]]]:
     tree = pickles.attributes(metadata)
     places: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
     for index, info in dict.items(tree["storage_data"]):
-        where = pickles.attributes(index)
-        if where.get("offset") is not None:
-            places[where["fqn"], _size(where["offset"])] = pickles.attributes(info)
-    found = {}
+        index_fields = pickles.attributes(index)
+        if index_fields.get("offset") is not None:
+            places[index_fields["fqn"], _size(index_fields["offset"])] = pickles.attributes(info)
+    tensors = {}
     for key, value in dict.items(tree["state_dict_metadata"]):
         if pickles.named(value) != f"{METADATA}TensorStorageMetadata":
             continue  # bytes, of no use here
-        held = pickles.attributes(value)
-        boxes = [pickles.attributes(chunk) for chunk in list(held["chunks"])]
+        tensor_metadata = pickles.attributes(value)
+        boxes = [pickles.attributes(chunk) for chunk in list(tensor_metadata["chunks"])]
         chunks = [
             _chunk(places[key, _size(box["offsets"])], _size(box["offsets"]), _size(box["sizes"]))
             for box in boxes
         ]
-        shape = _size(held["size"])
+        shape = _size(tensor_metadata["size"])
         if any(len(chunk.sizes) != len(shape) for chunk in chunks):
             raise ValueError(f"chunks of {key} that are none")
-        found[str(key)] = shape, chunks
-    return found
+        tensors[str(key)] = shape, chunks
+    return tensors
 
 
 def _size(value: object) -> tuple[int, ...]:
@@ -146,21 +146,21 @@ def _box(
         if all(a < b for a, b in zip(low, high, strict=True)):
             parts.append((chunk, low, [b - a for a, b in zip(low, high, strict=True)]))
     covered = sum(math.prod(lengths) for _, _, lengths in parts)
-    there = all(
+    long_enough = all(
         math.prod(chunk.sizes) <= chunk.length for chunk, _, _ in parts
     )  # a byte an element at least, or the file is wrong
-    if covered != math.prod(box) or not there:
+    if covered != math.prod(box) or not long_enough:
         raise ConfigError(
             [f"{folder}: has {covered} of {math.prod(box)} elements of {key}, or chunks too short"]
         )
     full = torch.zeros(box)
     for chunk, low, lengths in parts:
-        held = pickles.load_part(folder / chunk.file, chunk.start, chunk.length)
-        if pickles.shape_of(held) != chunk.sizes:
+        stored = pickles.load_part(folder / chunk.file, chunk.start, chunk.length)
+        if pickles.shape_of(stored) != chunk.sizes:
             raise ConfigError(
                 [f"{folder / chunk.file}: holds no tensor of shape {list(chunk.sizes)} for {key}"]
             )
         target = tuple(slice(a - b, a - b + n) for a, b, n in zip(low, at, lengths, strict=True))
         source = tuple(slice(a - o, a - o + n) for a, o, n in zip(low, chunk.offsets, lengths, strict=True))
-        full[target] = held.detach()[source]
+        full[target] = stored.detach()[source]
     return full[0] if layer else full

@@ -68,25 +68,25 @@ LAYER = re.compile(r"model\.layers\.(\d{1,4})\.(.+)\.(\w+)")
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Weights:
     """The model in a ``.pth`` of the authors' trainer; ``overrides`` (``key=value``) win over what the file
-    says.
+    states.
 
     The sizes are read from the tensors. Of a file without its config, ``model.heads`` must be given, and the
     rest of ``model`` where it is not the default. Raises ConfigError if the file is no such checkpoint, or
     its model is one that cannot be built here.
     """
-    found = pickles.load(path)
-    if not isinstance(found, dict):
+    loaded = pickles.load(path)
+    if not isinstance(loaded, dict):
         raise ConfigError(
-            [f"{path}: holds a {type(found).__name__}, not a dictionary with the model's state"]
+            [f"{path}: holds a {type(loaded).__name__}, not a dictionary with the model's state"]
         )
-    state = found["model"] if isinstance(found.get("model"), dict) else found
+    state = loaded["model"] if isinstance(loaded.get("model"), dict) else loaded
     if not state or not all(isinstance(key, str) for key in state):
         raise ConfigError([f"{path}: holds no state_dict"])
     tensors = _tensors(path, state)
-    settings = official_config.flat(found.get("config"))
+    settings = official_config.flat(loaded.get("config"))
     official_config.representable(path, settings, tensors)
     alpha = _alpha(path, state, settings)
-    step, tied = _step(found), _tied(tensors)
+    step, tied = _step(loaded), _tied(tensors)
     config = inferred_config.config_of(
         str(path),
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
@@ -111,12 +111,12 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Weights:
     )
 
 
-# ----------------------------------------------------------------------------------------- what the file says
+# --------------------------------------------------------------------------------------- what the file states
 
 
-def _step(found: Mapping[str, Any]) -> int:
+def _step(loaded: Mapping[str, Any]) -> int:
     """Steps taken: theirs is the index of the last one."""
-    step = found.get("step")
+    step = loaded.get("step")
     return step + 1 if isinstance(step, int) and 0 <= step < 10_000_000 else 0
 
 
@@ -141,7 +141,7 @@ def _alpha(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) ->
 
 def _tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Our name -> the tensor as it is. Raises ConfigError naming what is not theirs."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     problems = []
     for key, value in state.items():
         theirs = key.removeprefix("module.")
@@ -153,12 +153,12 @@ def _tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
         elif pickles.shape_of(value) is None:
             problems.append(f"{path}: {key} is not a tensor of floating-point numbers")
         else:
-            found[name] = value
-    if inferred_config.TABLE not in found:
+            tensors[name] = value
+    if inferred_config.TABLE not in tensors:
         problems.append(f"{path}: has no model.wte.weight; not a checkpoint of the authors' code")
     if problems:
         raise ConfigError(problems[:20])
-    return found
+    return tensors
 
 
 def _name(theirs: str) -> str:

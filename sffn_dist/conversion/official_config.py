@@ -1,4 +1,4 @@
-"""What the paper authors' pickled OmegaConf says of a model and how it was trained, in the terms of the
+"""What the paper authors' pickled OmegaConf holds of a model and how it was trained, in the terms of the
 config here.
 """
 
@@ -46,24 +46,26 @@ def flat(node: object, prefix: str = "") -> dict[str, Any]:
 
 def representable(path: Path, settings: Mapping[str, Any], names: Mapping[str, Any]) -> None:
     """Raises ConfigError with everything about the model that has no counterpart here."""
-    said = {key.removeprefix(MODEL): value for key, value in settings.items() if key.startswith(MODEL)}
+    model_settings = {
+        key.removeprefix(MODEL): value for key, value in settings.items() if key.startswith(MODEL)
+    }
     problems = []
-    if said.get("pos_emb.name", "rope") != "rope" or "model.wpe.weight" in names:
+    if model_settings.get("pos_emb.name", "rope") != "rope" or "model.wpe.weight" in names:
         problems.append("learned positions (pos_emb.name = absolute); models here have rotary embeddings")
-    if said.get("pos_emb.rotary_interleaved"):
+    if model_settings.get("pos_emb.rotary_interleaved"):
         problems.append("pos_emb.rotary_interleaved; rotary embeddings here turn halves of a head")
-    if said.get("pos_emb.seq_len_interpolation_factor") not in (None, 1, 1.0):
+    if model_settings.get("pos_emb.seq_len_interpolation_factor") not in (None, 1, 1.0):
         problems.append("pos_emb.seq_len_interpolation_factor; positions here are not scaled")
-    if said.get("scale_attn_by_inverse_layer_idx"):
+    if model_settings.get("scale_attn_by_inverse_layer_idx"):
         problems.append("scale_attn_by_inverse_layer_idx; attention here is scaled alike in every layer")
-    if said.get("act", "gelu") not in ("gelu", "swiglu"):
-        problems.append(f"act = {said['act']!r}; must be gelu or swiglu")
+    if model_settings.get("act", "gelu") not in ("gelu", "swiglu"):
+        problems.append(f"act = {model_settings['act']!r}; must be gelu or swiglu")
     if problems:
         raise ConfigError([f"{path}: the model has {problem}" for problem in problems])
 
 
 def model(settings: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
-    """Settings of the model section that no shape tells.
+    """Settings of the model section that no shape shows.
 
     Without their config the defaults here, which are the values in all of theirs.
     """
@@ -72,8 +74,14 @@ def model(settings: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
         "sequence": "max_position_embeddings",
         "rope_base": "pos_emb.rotary_base",
     }
-    told = {ours: settings[MODEL + theirs] for ours, theirs in names.items() if MODEL + theirs in settings}
-    return {**told, "norm_epsilon": 1e-5, "tie_embeddings": settings.get(f"{MODEL}tie_word_embeddings", tied)}
+    model_settings = {
+        ours: settings[MODEL + theirs] for ours, theirs in names.items() if MODEL + theirs in settings
+    }
+    return {
+        **model_settings,
+        "norm_epsilon": 1e-5,
+        "tie_embeddings": settings.get(f"{MODEL}tie_word_embeddings", tied),
+    }
 
 
 def train(settings: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -86,7 +94,7 @@ def train(settings: Mapping[str, Any], step: int) -> dict[str, Any]:
 
 
 def guided_steps(settings: Mapping[str, Any]) -> int:
-    """Steps with a guide, from the first on; 0 if nothing says."""
+    """Steps with a guide, from the first on; 0 if none are set."""
     steps = settings.get(f"{GUIDE}max_step")
     return steps if isinstance(steps, int) and steps > 0 else 0
 

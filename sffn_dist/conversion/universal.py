@@ -44,17 +44,20 @@ def from_universal(source: Path, target: Path, config: Config | None = None) -> 
     """
     from sffn_dist.conversion import deepspeed
 
-    found = deepspeed.read(source, config)
-    survivors = {count for name, count in found.steps.items() if not is_guide(name)}
-    guides = {count for name, count in found.steps.items() if is_guide(name)}
-    if len(survivors) != 1 or len(guides) > 1:
+    universal = deepspeed.read(source, config)
+    base_steps = {count for name, count in universal.steps.items() if not is_guide(name)}
+    guide_steps = {count for name, count in universal.steps.items() if is_guide(name)}
+    if len(base_steps) != 1 or len(guide_steps) > 1:
         raise ConfigError(
-            [f"{source}: its parameters have taken different numbers of steps: {sorted(survivors | guides)}"]
+            [
+                f"{source}: its parameters have taken different numbers of steps: "
+                f"{sorted(base_steps | guide_steps)}"
+            ]
         )
     header = dataclasses.replace(
-        reshard.header(found.weights, target),
+        reshard.header(universal.weights, target),
         kinds=KINDS,
-        optimizer_steps=survivors.pop(),
-        guide_optimizer_steps=guides.pop() if guides else None,
+        optimizer_steps=base_steps.pop(),
+        guide_optimizer_steps=guide_steps.pop() if guide_steps else None,
     )
-    return reshard.write(header, found.full, target)
+    return reshard.write(header, universal.full, target)

@@ -36,17 +36,17 @@ def differences(a: Manifest, b: Manifest) -> Iterator[Difference]:
     names = dict.fromkeys((*left.specs, *right.specs))
     for name in names:
         for kind in dict.fromkeys((*a.kinds, *b.kinds)):
-            there = [name in reader.specs and kind in reader.manifest.kinds for reader in (left, right)]
-            if not all(there) or left.specs[name].shape != right.specs[name].shape:
+            present = [name in reader.specs and kind in reader.manifest.kinds for reader in (left, right)]
+            if not all(present) or left.specs[name].shape != right.specs[name].shape:
                 yield Difference(f"{kind} of {name}", float("inf"))
                 continue
-            one, other = left.full(name, kind), right.full(name, kind)
-            if not torch.equal(one.view(torch.int32), other.view(torch.int32)):
-                yield Difference(f"{kind} of {name}", float((one - other).abs().max()))
+            left_tensor, right_tensor = left.full(name, kind), right.full(name, kind)
+            if not torch.equal(left_tensor.view(torch.int32), right_tensor.view(torch.int32)):
+                yield Difference(f"{kind} of {name}", float((left_tensor - right_tensor).abs().max()))
 
 
 def positions_differ(a: Manifest, b: Manifest) -> list[str]:
-    """Of what says where a run is, what differs."""
+    """Of what states where a run is, what differs."""
     keys = ("step", "optimizer_steps", "guide_optimizer_steps", "data_fingerprint")
     return [
         f"{key}: {getattr(a, key)} and {getattr(b, key)}"
@@ -116,15 +116,15 @@ def transformers_model(folder: Path) -> Any:
 
 @torch.no_grad()
 def build(weights: Weights) -> Any:
-    """Our GPTModel in fp32 on one rank, with guides mixed in as the weights say."""
+    """Our GPTModel in fp32 on one rank, with guides mixed in with the weights' alpha."""
     from sffn_dist import model as models
     from sffn_dist.parallel import topology
 
     config = weights.config.model_copy(
         update={"parallel": weights.config.parallel.model_copy(update={"tensor": 1})}
     )
-    here = topology.init_parallel(config)
-    model = models.build(config, "fp32", here, guide=weights.guide)
+    single_rank = topology.init_parallel(config)
+    model = models.build(config, "fp32", single_rank, guide=weights.guide)
     for name, parameter in model.named_parameters():
         parameter.copy_(weights.full(name))
     models.mix_guide(model, weights.alpha)

@@ -120,8 +120,10 @@ class Batches:
                 ]
             )
         share = self.global_batch_size // world
-        mine = self.samples(step)[rank * share : (rank + 1) * share]
-        return _read(self.tokens, mine, self.sequence).reshape(share // micro, micro, self.sequence + 1)
+        own_samples = self.samples(step)[rank * share : (rank + 1) * share]
+        return _read(self.tokens, own_samples, self.sequence).reshape(
+            share // micro, micro, self.sequence + 1
+        )
 
 
 def heldout_batches(tokens: TokenArray, sequence: int, count: int, batch: int) -> Iterator[NDArray[np.int64]]:
@@ -132,9 +134,11 @@ def heldout_batches(tokens: TokenArray, sequence: int, count: int, batch: int) -
         ConfigError: fewer tokens than one window needs.
     """
     windows = _windows(tokens, sequence, "held-out")
-    taken = min(count, windows)
-    chosen = np.arange(taken, dtype=np.int64) * windows // max(taken, 1)
-    return (_read(tokens, chosen[start : start + batch], sequence) for start in range(0, taken, batch))
+    selected_count = min(count, windows)
+    chosen = np.arange(selected_count, dtype=np.int64) * windows // max(selected_count, 1)
+    return (
+        _read(tokens, chosen[start : start + batch], sequence) for start in range(0, selected_count, batch)
+    )
 
 
 def read_heldout(tokens: TokenArray, sequence: int, count: int) -> NDArray[np.int64]:

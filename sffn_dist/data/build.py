@@ -54,7 +54,7 @@ class _Side:
 
     def __init__(self, writer: ShardWriter, lengths: NDArray[np.uint32]):
         self.writer, self._lengths = writer, lengths
-        self.documents = self.bytes = self.counted = 0  # counted: bytes as the tokens tell them
+        self.documents = self.bytes = self.counted = 0  # counted: bytes by the tokens
         self.last_tokens = self.last_bytes = self._open_tokens = 0
 
     def add(self, tokens: Tokens, last: bool, size: int) -> None:
@@ -73,7 +73,7 @@ class _Side:
 
 
 def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOKENS) -> Meta:
-    """Fill an empty folder with the corpus of ``config``; returns what its meta.json says.
+    """Fill an empty folder with the corpus of ``config``; returns what its meta.json holds.
 
     Raises:
         ConfigError: the source holds no text or cannot be read; the tokenizer cannot be used.
@@ -144,7 +144,7 @@ def _batches(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
 def _write(config: Config, tokenizer: Tokenizer, train: _Side, heldout: _Side) -> None:
     """Encode every document, an end of text after each, and write it to its side."""
     separator = np.array([end_of_text(tokenizer)], dtype=np.int64)
-    started = said = time.monotonic()
+    started = last_logged = time.monotonic()
     for batch in _batches(_pieces(documents(config.data), config.data.heldout_share)):
         encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
         for piece, encoding in zip(batch, encodings, strict=True):
@@ -152,8 +152,8 @@ def _write(config: Config, tokenizer: Tokenizer, train: _Side, heldout: _Side) -
             side = heldout if piece.heldout else train
             side.add(np.concatenate([ids, separator]) if piece.last else ids, piece.last, piece.size)
         now = time.monotonic()
-        if now - said >= _NEWS:
-            said = now
+        if now - last_logged >= _NEWS:
+            last_logged = now
             done, tokens = train.bytes + heldout.bytes, train.writer.tokens + heldout.writer.tokens
             log.info(
                 "encoded %.1f MB, %.1f M tokens, %.1f MB/s",

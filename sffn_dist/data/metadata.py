@@ -34,7 +34,7 @@ SMALLEST_VOCAB = 257  # 256 bytes and the end-of-text token
 
 
 class CorpusError(RuntimeError):
-    """A prepared folder cannot be used; the message says which and why."""
+    """A prepared folder cannot be used; the message states which and why."""
 
 
 # --------------------------------------------------------------------------------------------------- checking
@@ -65,11 +65,11 @@ def _source_problem(data: Data) -> str | None:
 def _tokenizer_problem(data: Data) -> str | None:
     if data.tokenizer is None:
         return None
-    path, says = Path(data.tokenizer).expanduser(), f"data.tokenizer = {json.dumps(data.tokenizer)}"
+    path, setting = Path(data.tokenizer).expanduser(), f"data.tokenizer = {json.dumps(data.tokenizer)}"
     if not path.is_file():
-        return f"{says}: must be the path of a tokenizer.json; there is no such file"
+        return f"{setting}: must be the path of a tokenizer.json; there is no such file"
     if not os.access(path, os.R_OK):
-        return f"{says}: must be the path of a tokenizer.json; it cannot be read (permissions)"
+        return f"{setting}: must be the path of a tokenizer.json; it cannot be read (permissions)"
     return None
 
 
@@ -127,7 +127,7 @@ class Split(_Record):
 
 
 class Meta(_Record):
-    """What meta.json says.
+    """What meta.json holds.
 
     ``unigram_entropy`` is in nats a token: the held-out tokens under their own frequencies.
     """
@@ -216,11 +216,11 @@ def _check_files(folder: Path, meta: Meta) -> None:
     }
     for name, size in {**sizes, "tokenizer.json": None, "token_bytes.npy": None}.items():
         try:
-            there = (folder / name).stat().st_size
+            actual_size = (folder / name).stat().st_size
         except OSError as error:
             raise CorpusError(f"{folder}: {name} is missing: {error.strerror}") from None
-        if there != size and size is not None:
-            raise CorpusError(f"{folder}: {name} holds {there} bytes, must hold {size}")
+        if actual_size != size and size is not None:
+            raise CorpusError(f"{folder}: {name} holds {actual_size} bytes, must hold {size}")
 
 
 def is_usable(folder: str | os.PathLike[str]) -> bool:

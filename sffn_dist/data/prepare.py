@@ -110,7 +110,7 @@ def _lock_file(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; says so once if that means waiting."""
+    """Hold the folder's lock; logs once if that means waiting."""
     with open(_lock_file(folder), "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -59,18 +59,18 @@ class ShardWriter:
 
     def pop(self, count: int) -> Tokens:
         """Take the last ``count`` tokens off the end; (count,)."""
-        taken = []
+        chunks = []
         while count:
             shard = (self.tokens - 1) // self.shard_tokens
-            path, held = self._path(shard), self.tokens - shard * self.shard_tokens
-            part = min(count, held)
-            taken.append(np.fromfile(path, dtype=self.dtype, offset=(held - part) * self.dtype.itemsize))
-            os.truncate(path, (held - part) * self.dtype.itemsize)
-            if part == held:
+            path, in_shard = self._path(shard), self.tokens - shard * self.shard_tokens
+            part = min(count, in_shard)
+            chunks.append(np.fromfile(path, dtype=self.dtype, offset=(in_shard - part) * self.dtype.itemsize))
+            os.truncate(path, (in_shard - part) * self.dtype.itemsize)
+            if part == in_shard:
                 path.unlink()
             self.tokens -= part
             count -= part
-        return np.concatenate(taken[::-1]) if taken else np.zeros(0, dtype=self.dtype)
+        return np.concatenate(chunks[::-1]) if chunks else np.zeros(0, dtype=self.dtype)
 
     def finish(self) -> tuple[Shard, ...]:
         """What was written, with each file's sha256."""

@@ -76,24 +76,24 @@ def load_tokenizer(path: str, vocab: int) -> Tokenizer:
         ConfigError: unreadable, more entries than ``vocab`` (``model.vocab``), or without an end-of-text
             token.
     """
-    says = f"data.tokenizer = {json.dumps(path)}"
+    setting = f"data.tokenizer = {json.dumps(path)}"
     try:
         tokenizer = plain(Tokenizer.from_file(str(Path(path).expanduser())))
     except Exception as error:  # the library raises bare Exceptions
         raise ConfigError(
-            [f"{says}: must be a tokenizer.json that the tokenizers library reads: {error}"]
+            [f"{setting}: must be a tokenizer.json that the tokenizers library reads: {error}"]
         ) from None
     if vocab_size(tokenizer) > vocab:
         raise ConfigError(
-            [f"{says}: has {vocab_size(tokenizer)} entries, must have at most model.vocab = {vocab}"]
+            [f"{setting}: has {vocab_size(tokenizer)} entries, must have at most model.vocab = {vocab}"]
         )
     if end_of_text(tokenizer) is None:
-        raise ConfigError([f"{says}: must have an end-of-text token, one of {' '.join(SEPARATORS)}"])
+        raise ConfigError([f"{setting}: must have an end-of-text token, one of {' '.join(SEPARATORS)}"])
     return tokenizer
 
 
 def plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Make a tokenizer say all of the text and nothing else; changes and returns it.
+    """Make a tokenizer encode all of the text and nothing else; changes and returns it.
 
     Files from the hub may cut or pad what they encode. A document that quotes ``<|endoftext|>`` must not be
     taken for two.
@@ -104,10 +104,10 @@ def plain(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def differing_tokens(there: str, here: str) -> list[str]:
+def differing_tokens(first: str, second: str) -> list[str]:
     """Tokens to which two tokenizer.json texts give different ids, those of one only included."""
-    ids, others = (Tokenizer.from_str(text).get_vocab(with_added_tokens=True) for text in (there, here))
-    return sorted(token for token in ids.keys() | others.keys() if ids.get(token) != others.get(token))
+    ids, other_ids = (Tokenizer.from_str(text).get_vocab(with_added_tokens=True) for text in (first, second))
+    return sorted(token for token in ids.keys() | other_ids.keys() if ids.get(token) != other_ids.get(token))
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
@@ -117,7 +117,9 @@ def vocab_size(tokenizer: Tokenizer) -> int:
 
 def end_of_text(tokenizer: Tokenizer) -> int | None:
     """Id of the token put after each document, or None."""
-    return next((found for name in SEPARATORS if (found := tokenizer.token_to_id(name)) is not None), None)
+    return next(
+        (token_id for name in SEPARATORS if (token_id := tokenizer.token_to_id(name)) is not None), None
+    )
 
 
 def is_byte_level(tokenizer: Tokenizer) -> bool:

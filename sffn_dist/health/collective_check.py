@@ -65,16 +65,16 @@ class CollectiveResult:
 
     def row(self) -> dict[str, Any]:
         """As it is written to a log."""
-        found = {
+        fields = {
             **asdict(self),
             "algorithm_gb_per_s": self.bytes / self.seconds / 1e9,
             "bus_gb_per_s": self.bus_bandwidth / 1e9,
         }
-        return {key: value for key, value in found.items() if key != "wrong"}
+        return {key: value for key, value in fields.items() if key != "wrong"}
 
 
 class CollectiveError(RuntimeError):
-    """A collective could not be done at all; says which, and over which group."""
+    """A collective could not be done at all; names which, and over which group."""
 
 
 # ---------------------------------------------------------------------------------------- what each one sends
@@ -108,9 +108,9 @@ def _all_reduce(at: _GroupView) -> tuple[RunCollective, CheckResult]:
 
 
 def _all_gather(at: _GroupView) -> tuple[RunCollective, CheckResult]:
-    mine, out = at.pattern(0, at.chunk, at.me), torch.zeros(at.n * at.chunk, device=at.device)
+    own_data, out = at.pattern(0, at.chunk, at.me), torch.zeros(at.n * at.chunk, device=at.device)
     wanted = at.pattern(0, at.chunk) + torch.arange(at.n, device=at.device)[:, None]
-    return lambda: dist.all_gather_into_tensor(out, mine, group=at.group), lambda: torch.equal(
+    return lambda: dist.all_gather_into_tensor(out, own_data, group=at.group), lambda: torch.equal(
         out, wanted.view(-1)
     )
 
@@ -140,19 +140,19 @@ def _broadcast(at: _GroupView) -> tuple[RunCollective, CheckResult]:
 
 def _ring(at: _GroupView) -> tuple[RunCollective, CheckResult]:
     """Each rank sends to the next one and receives from the one before, all at once."""
-    mine, out = at.pattern(0, at.n * at.chunk, at.me), torch.zeros(at.n * at.chunk, device=at.device)
-    before, after = (at.me - 1) % at.n, (at.me + 1) % at.n
-    peers = [dist.get_global_rank(at.group, peer) for peer in (before, after)]
+    own_data, out = at.pattern(0, at.n * at.chunk, at.me), torch.zeros(at.n * at.chunk, device=at.device)
+    previous, following = (at.me - 1) % at.n, (at.me + 1) % at.n
+    peers = [dist.get_global_rank(at.group, peer) for peer in (previous, following)]
 
     def run() -> None:
         pair = [
             dist.P2POp(dist.irecv, out, peers[0], at.group),
-            dist.P2POp(dist.isend, mine, peers[1], at.group),
+            dist.P2POp(dist.isend, own_data, peers[1], at.group),
         ]
         for work in dist.batch_isend_irecv(pair):
             work.wait()
 
-    return run, lambda: torch.equal(out, at.pattern(0, at.n * at.chunk, before))
+    return run, lambda: torch.equal(out, at.pattern(0, at.n * at.chunk, previous))
 
 
 def _done(_: object) -> None:
@@ -183,7 +183,7 @@ def check_collectives(
     two links, so a link is as fast as the faster of the two ranks that it joins. Raises CollectiveError on a
     rank where a collective fails outright.
     """
-    size, mine, plan = size or BYTES[device.type], [], []
+    size, timings, plan = size or BYTES[device.type], [], []
     for name, group in groups.items():
         n = dist.get_world_size(group)
         if n == 1:
@@ -192,22 +192,22 @@ def check_collectives(
             at = _GroupView(group, n, dist.get_rank(group), max(1, size // 4 // n), device)
             plan.append((collective, name, n, 4 * n * at.chunk))
             try:
-                mine.append(_timed(*KINDS[collective](at), device))
+                timings.append(_timed(*KINDS[collective](at), device))
             except RuntimeError as error:
                 raise CollectiveError(f"{collective} over the {name} group of {n} ranks: {error}") from error
     if not plan:
         return [], []
-    answers = all_gather_object(mine)
+    gathered = all_gather_object(timings)
     trials = [
         CollectiveResult(
             *planned,
-            max(answer[i][0] for answer in answers),
-            tuple(r for r, answer in enumerate(answers) if not answer[i][1]),
+            max(rank_timings[i][0] for rank_timings in gathered),
+            tuple(r for r, rank_timings in enumerate(gathered) if not rank_timings[i][1]),
         )
         for i, planned in enumerate(plan)
     ]
     ring = next(i for i, planned in enumerate(plan) if planned[:2] == ("ring", "world"))
-    own = [answer[ring][0] for answer in answers]
+    own = [rank_timings[ring][0] for rank_timings in gathered]
     return trials, [plan[ring][3] / min(own[rank - 1], own[rank]) for rank in range(len(own))]
 
 
@@ -274,7 +274,7 @@ def slow_links(
     ``below`` times the others.
 
     ``rates[r]``: bytes/s from rank r - 1 to rank r. Between nodes these are the links that leave it; where
-    all ranks are on one node, each rank stands for itself. With fewer than three no two links tell whose
+    all ranks are on one node, each rank stands for itself. With fewer than three no two links show whose
     fault they are.
     """
     world = len(rates)
@@ -285,10 +285,10 @@ def slow_links(
     owner = {rank: name for name, ranks in members.items() for rank in ranks}
     links = [(owner[(rank - 1) % world], owner[rank], rates[rank]) for rank in range(world)]
     links = [link for link in links if link[0] != link[1]]
-    found = []
+    slow_nodes = []
     for name, ranks in members.items():
         own = [rate for a, b, rate in links if name in (a, b)]
         others = [rate for a, b, rate in links if name not in (a, b)]
         if own and others and max(own) < below * statistics.median(others):
-            found.append((ranks, max(own), statistics.median(others)))
-    return found
+            slow_nodes.append((ranks, max(own), statistics.median(others)))
+    return slow_nodes

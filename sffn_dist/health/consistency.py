@@ -2,7 +2,7 @@
 folder they write to.
 
 Every rank finds these by itself, so a node with another checkout, another torch or another file behind the
-same name would train another model and say nothing. All functions here but :func:`differences` are called by
+same name would train another model silently. All functions here but :func:`differences` are called by
 all ranks together, after the process group was joined; each rank comes to the same verdict, and one that is
 refused is refused everywhere.
 """
@@ -34,11 +34,11 @@ from sffn_dist.spec import machine
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.config_keys import flatten
 
-# facts: two hashes, of which the keys and the git revision are told; a name, of which others are odd and no
-# more
+# facts: two hashes, of which the keys and the git revision are reported; a name, of which others are odd
+# and no more
 CONFIG, CODE, DEVICE = "config", "code", "device"
 FOLDER_TIMEOUT = (
-    # seconds for a file to be seen on other nodes: NFS clients keep what they know of a folder for 3 s and
+    # seconds for a file to be seen on other nodes: NFS clients cache a folder's listing for 3 s and
     # more
     10.0
 )
@@ -53,14 +53,18 @@ def facts(config: Config, precision: str) -> dict[str, str]:
     CPU or CUDA, device.
     """
     cuda = cpu_compat.has_cuda()
-    found = {"host": socket.gethostname(), **versions.versions(), "triton": _version("triton")}
+    rank_facts = {"host": socket.gethostname(), **versions.versions(), "triton": _version("triton")}
     if cuda:
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        rank_facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     canonical = json.dumps(flatten(config), sort_keys=True)
-    found |= {CODE: code(), CONFIG: hashlib.sha256(canonical.encode()).hexdigest(), "precision": precision}
-    found["computes on"] = "cuda" if cuda else "cpu"
-    found[DEVICE] = device_name()
-    return found
+    rank_facts |= {
+        CODE: code(),
+        CONFIG: hashlib.sha256(canonical.encode()).hexdigest(),
+        "precision": precision,
+    }
+    rank_facts["computes on"] = "cuda" if cuda else "cpu"
+    rank_facts[DEVICE] = device_name()
+    return rank_facts
 
 
 def _version(package: str) -> str:
@@ -102,7 +106,7 @@ def check_consistency(mine: Mapping[str, str], settings: Mapping[str, Any]) -> t
     and who has them.
     """
     gathered = all_gather_object(dict(mine))
-    hosts = [found.pop("host") for found in gathered]
+    hosts = [rank_facts.pop("host") for rank_facts in gathered]
     differing = differences(gathered, hosts)
     if differing.pop(CONFIG, None):
         differing |= {
@@ -111,15 +115,15 @@ def check_consistency(mine: Mapping[str, str], settings: Mapping[str, Any]) -> t
         }
     if CODE in differing:
         revisions = all_gather_object(versions.revision() or "unknown")
-        named = [
+        code_revisions = [
             {CODE: f"{held[CODE]}, git {revision}"}
             for held, revision in zip(gathered, revisions, strict=True)
         ]
-        differing |= differences(named, hosts)
-    odd = differing.pop(DEVICE, None)
+        differing |= differences(code_revisions, hosts)
+    odd_devices = differing.pop(DEVICE, None)
     if differing:
         raise ConfigError([f"ranks disagree: {key} = {text}" for key, text in differing.items()])
-    return hosts, [f"devices differ, the slowest sets the pace: {odd}"] if odd else []
+    return hosts, [f"devices differ, the slowest sets the pace: {odd_devices}"] if odd_devices else []
 
 
 def differences(gathered: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> dict[str, str]:
@@ -129,7 +133,7 @@ def differences(gathered: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> 
     Values come by how many ranks hold them, most first; where one is held by more ranks than any other, all
     others are odd.
     """
-    found = {}
+    differing = {}
     for key in sorted({key for held in gathered for key in held}):
         holders: dict[str, list[int]] = {}
         for rank, held in enumerate(gathered):
@@ -143,8 +147,8 @@ def differences(gathered: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> 
             f"{value} on {name_ranks(ranks, hosts)}{', the odd one' if usual and index else ''}"
             for index, (value, ranks) in enumerate(ordered)
         ]
-        found[key] = "; ".join(parts)
-    return found
+        differing[key] = "; ".join(parts)
+    return differing
 
 
 def name_ranks(ranks: Iterable[int], hosts: Sequence[str]) -> str:
@@ -173,7 +177,7 @@ def check_shared_folder(folder: Path, hosts: Sequence[str], patience: float = FO
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     token, path = broadcast_object((secrets.token_hex(8), str(folder)))
-    # a name that nobody has asked for: a client that was told of no such file keeps that answer for a while
+    # a name not looked up before: a client keeps the answer that there is no such file for a while
     files = {hosts.index(name): folder / f".preflight-{token}-{hosts.index(name)}" for name in hosts}
     try:
         refuse = [broadcast_object(_write(files[0], token) if rank == 0 else None)]
@@ -192,9 +196,9 @@ def _both_ways(
     """What is wrong, the same list on every rank: rank 0's file is looked for by all, and a file of each
     host by rank 0.
     """
-    seen = _wait_for(files[0], token, patience)
-    failed = _write(files[rank], token) if seen and rank in files and rank > 0 else None
-    answers = all_gather_object((seen, failed))
+    visible = _wait_for(files[0], token, patience)
+    failed = _write(files[rank], token) if visible and rank in files and rank > 0 else None
+    answers = all_gather_object((visible, failed))
     blind = [other for other, (saw, _) in enumerate(answers) if not saw]
     problems = []
     if blind:

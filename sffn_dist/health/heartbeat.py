@@ -35,13 +35,13 @@ class Verdict:
     """Why a run ends."""
 
     code: int
-    rank: int  # who says so
+    rank: int  # that proposed it
     reason: str  # a line
     text: str  # all that is printed, where it is more than the line
 
 
 class Heartbeat:
-    """This rank's word to the others and theirs; one thread, the only one that uses the store."""
+    """This rank's heartbeat and those of the others; one thread, the only one that uses the store."""
 
     def __init__(
         self, store: Any, rank: int, world: int, patience: float, progress: Callable[[], dict[str, Any]]
@@ -65,19 +65,19 @@ class Heartbeat:
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._talk, name="heartbeat", daemon=True)
         self._number, self._asked, self.fault = 0, 0.0, ""
-        self._all = rank == 0  # hear of every rank, not only of those of this machine
+        self._all = rank == 0  # read the beats of every rank, not only of those of this machine
         # when this process last came back from having been stopped: no silence counts from before
         self.awake = 0.0
 
     def start(self) -> None:
-        """Tell where this rank is, wait until all have, and begin."""
+        """Publish this rank's place, wait until all have, and begin."""
         self._store.set(f"place/{self.rank}", json.dumps([self.host, os.getpid(), start_time(os.getpid())]))
         self._beat()
         if self.rank == 0:
             self._store.set("run", time.strftime("%Y%m%d-%H%M%S"))
         self.run_id = self._store.get("run").decode()
-        found = self._store.multi_get([f"place/{rank}" for rank in range(self.world)])
-        self._places = {rank: self._visible(*json.loads(place)) for rank, place in enumerate(found)}
+        places = self._store.multi_get([f"place/{rank}" for rank in range(self.world)])
+        self._places = {rank: self._visible(*json.loads(place)) for rank, place in enumerate(places)}
         self._near = [
             rank for rank, (host, _, started) in self._places.items() if host == self.host and started
         ]
@@ -125,7 +125,7 @@ class Heartbeat:
         self._wake.set()
 
     def refresh_all(self) -> None:
-        """Hear of all ranks once, whatever they are at now: for :meth:`standings`."""
+        """Read the beats of all ranks once, whatever they are at now: for :meth:`progress_by_rank`."""
         self._all, now = True, time.monotonic()
         self._wake.set()
         while not self._broken and self._asked < now and time.monotonic() < now + 2 * self.interval:
@@ -133,7 +133,7 @@ class Heartbeat:
 
     def _visible(self, host: str, pid: int, started: str) -> tuple[str, int, str]:
         """A rank's place; without start time where its process cannot be seen from here, though it lives:
-        in another container, say.
+        in another container, for example.
         """
         return (
             host,
@@ -145,12 +145,12 @@ class Heartbeat:
 
     def lost(self) -> str | None:
         """Which rank is lost, and how that shows; None if all are there. From memory alone."""
-        gone = self._near_and_gone()
-        if gone is not None:
-            host, pid, _ = self._places[gone]
+        gone_rank = self._near_and_gone()
+        if gone_rank is not None:
+            host, pid, _ = self._places[gone_rank]
             return (
-                f"rank {gone} (pid {pid}) on {host} exited without an error message: killed from outside, "
-                f"out of memory, or crashed"
+                f"rank {gone_rank} (pid {pid}) on {host} exited without an error message: "
+                f"killed from outside, out of memory, or crashed"
             )
         if not self._patience:
             return None
@@ -166,13 +166,13 @@ class Heartbeat:
         for rank in range(self.world) if self.rank == 0 else (0,):
             silence = now - max(self._beats[rank][0], self.awake)
             if rank != self.rank and silence > self._patience and not self._done(rank):
-                how = f"no heartbeat for {silence:.0f} s (guards.lost_seconds = {self._patience:g})"
-                return self._describe(rank, how)
+                symptom = f"no heartbeat for {silence:.0f} s (guards.lost_seconds = {self._patience:g})"
+                return self._describe(rank, symptom)
         return None
 
     def _near_and_gone(self) -> int | None:
-        """A rank of this machine whose process is gone though it never said that it was done, asked after
-        it was gone.
+        """A rank of this machine whose process is gone though it never reported that it was done, looked
+        up after it was gone.
         """
         for rank in self._near:
             _, pid, started = self._places[rank]
@@ -184,12 +184,12 @@ class Heartbeat:
                 return rank
         return None
 
-    def _describe(self, rank: int, how: str) -> str:
+    def _describe(self, rank: int, symptom: str) -> str:
         host, pid, started = self._places[rank]
         state = process_state(pid, started)
-        what = {"gone": "; its process is gone", "T": "; its process is stopped"}.get(state or "", "")
+        process_note = {"gone": "; its process is gone", "T": "; its process is stopped"}.get(state or "", "")
         doing = self._beats[rank][1].get("doing")
-        return f"rank {rank} (pid {pid}) on {host}: {how}{what}" + (
+        return f"rank {rank} (pid {pid}) on {host}: {symptom}{process_note}" + (
             f"; it was last at {doing}" if doing else ""
         )
 
@@ -199,15 +199,15 @@ class Heartbeat:
             self.rank: self._progress()
         }
         order = sorted(beats, key=lambda rank: (beats[rank].get("ticks", 0), rank))
-        words = [
+        positions = [
             f"rank {rank} on {self._places[rank][0]} at {beats[rank].get('doing', 'start')}"
             for rank in order[:8]
         ]
-        return ", ".join(words) + (", ..." if len(order) > 8 else "")
+        return ", ".join(positions) + (", ..." if len(order) > 8 else "")
 
     def is_spokesman(self, folder: Path) -> bool:
-        """True if this rank is to tell the reason: always, unless nobody could be asked and another one
-        has told it.
+        """True if this rank is to report the reason: always, unless the store does not answer and another
+        rank has reported it.
         """
         if not self._broken and not self._out_of_contact():
             return True
@@ -233,8 +233,8 @@ class Heartbeat:
         if self._broken or (verdict.rank != self.rank and self.rank):
             return
         deadline = time.monotonic() + linger
-        here = [rank for rank in self._places if not self._done(rank) and not self._silent(rank)]
-        while time.monotonic() < deadline and self._heard < len(here):
+        alive = [rank for rank in self._places if not self._done(rank) and not self._silent(rank)]
+        while time.monotonic() < deadline and self._heard < len(alive):
             time.sleep(0.05)
 
     def _silent(self, rank: int) -> bool:
@@ -253,7 +253,7 @@ class Heartbeat:
     # ---------------------------------------------------------------------------------------- the line itself
 
     def _talk(self) -> None:
-        told = False
+        acknowledged = False
         while not self._stopping.is_set():
             try:
                 asked = time.monotonic()
@@ -261,8 +261,8 @@ class Heartbeat:
                 self._read_beats()
                 self._asked = asked
                 self._judge()
-                if self.verdict and not told:
-                    told = True
+                if self.verdict and not acknowledged:
+                    acknowledged = True
                     self._heard = self._store.add("heard", 1)
                 elif self.verdict:
                     self._heard = self._store.add("heard", 0)
@@ -272,7 +272,7 @@ class Heartbeat:
                 return
             except (
                 Exception
-            ):  # not the store's: again at the next beat; should it last, the others miss this rank's word
+            ):  # not the store's: again at the next beat; should it last, the others miss this rank's beat
                 self.fault = traceback.format_exc()
             self._wake.wait(0.05 if self.verdict else self.interval)
             self._wake.clear()
@@ -296,9 +296,9 @@ class Heartbeat:
     def _judge(self) -> None:
         if self.verdict is None:
             if self._mine is not None:
-                found = self._store.compare_set("verdict", "", json.dumps(asdict(self._mine)))
+                verdict_json = self._store.compare_set("verdict", "", json.dumps(asdict(self._mine)))
             elif self._store.check(["verdict"]):
-                found = self._store.get("verdict")
+                verdict_json = self._store.get("verdict")
             else:
                 return
-            self.verdict = Verdict(**json.loads(found))
+            self.verdict = Verdict(**json.loads(verdict_json))

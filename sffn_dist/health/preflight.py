@@ -41,7 +41,7 @@ PRODUCT_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What all ranks know of each other."""
+    """What all ranks have of each other."""
 
     hosts: tuple[str, ...]  # by rank
     device: str  # rank 0's
@@ -124,22 +124,22 @@ def preflight_only(config: Config, watch: Watchdog) -> None:
 
     Raises as the parts do.
     """
-    precision, run_dir, made = machine.precision(config.precision), Path(config.run.dir), False
+    precision, run_dir, created = machine.precision(config.precision), Path(config.run.dir), False
     store = topology.init_process_group()
     main = dist.get_rank() == 0
     if main and not run_dir.exists():
-        with contextlib.suppress(OSError):  # share_folder tells
+        with contextlib.suppress(OSError):  # check_shared_folder reports it
             run_dir.mkdir(parents=True)
-            made = True
+            created = True
     try:
-        agreed, here = check_ranks(config, precision), topology.init_parallel(config)
-        watch.start(store, here.rank, here.world, config.guards, run_dir)
-        report = measure(agreed, here, precision)
+        agreed, rank_topology = check_ranks(config, precision), topology.init_parallel(config)
+        watch.start(store, rank_topology.rank, rank_topology.world, config.guards, run_dir)
+        report = measure(agreed, rank_topology, precision)
         watch.stop()
         if main:
             print(report.text(), flush=True)
     finally:
-        if made:
+        if created:
             with contextlib.suppress(OSError):
                 run_dir.rmdir()
     topology.destroy()
@@ -150,10 +150,10 @@ def check_ranks(config: Config, precision: str) -> RankFacts:
 
     Raises ConfigError on every rank: what differs, its values and who has them; or who does not see run.dir.
     """
-    mine = consistency.facts(config, precision)
-    hosts, warnings = consistency.check_consistency(mine, flatten(config))
+    own_facts = consistency.facts(config, precision)
+    hosts, warnings = consistency.check_consistency(own_facts, flatten(config))
     consistency.check_shared_folder(Path(config.run.dir), hosts)
-    return RankFacts(tuple(hosts), mine[consistency.DEVICE], tuple(warnings))
+    return RankFacts(tuple(hosts), own_facts[consistency.DEVICE], tuple(warnings))
 
 
 def run(facts: RankFacts, topology: Topology, precision: str, *, measures: bool) -> PreflightReport:
@@ -166,7 +166,7 @@ def run(facts: RankFacts, topology: Topology, precision: str, *, measures: bool)
 
 def measure(
     agreed: RankFacts,
-    here: Topology,
+    topology: Topology,
     precision: str,
     *,
     now: Callable[[], float] = time.time,
@@ -178,15 +178,15 @@ def measure(
     rank where a collective's result is wrong, naming it and the ranks that had it wrong;
     collective_check.CollectiveError where one fails outright.
     """
-    began, device = time.perf_counter(), here.device
+    began, device = time.perf_counter(), topology.device
     report = agreed.report(dist.get_backend() if dist.is_initialized() else "no process group")
-    if here.world > 1:
-        groups = {"world": dist.group.WORLD, "tensor": here.tensor_group, "data": here.data_group}
+    if topology.world > 1:
+        groups = {"world": dist.group.WORLD, "tensor": topology.tensor_group, "data": topology.data_group}
         report.trials, report.links = collective_check.check_collectives(groups, device)
         report.clocks = collective_check.clocks(device, now)
     for _ in range(2):
-        again = all_gather_object(rate(device, precision, PRODUCT_SECONDS))
-        report.flops = [max(pair) for pair in zip(again, report.flops or again, strict=True)]
+        rates = all_gather_object(rate(device, precision, PRODUCT_SECONDS))
+        report.flops = [max(pair) for pair in zip(rates, report.flops or rates, strict=True)]
         if not slow(report.flops):
             break  # else it is given a second chance: something else may have run there for a moment
     if device.type == "cuda":
@@ -205,35 +205,35 @@ def measure(
 
 def _late_clocks(report: PreflightReport) -> list[str]:
     """One line for each node whose clock is surely off, by its first rank."""
-    hosts, found = report.hosts, []
+    hosts, warnings = report.hosts, []
     for name in dict.fromkeys(hosts):
         offset, error = report.clocks[hosts.index(name)] if report.clocks else (0.0, 0.0)
         if abs(offset) - error > CLOCK_SECONDS:
             side = "ahead of" if offset > 0 else "behind"
-            found.append(
+            warnings.append(
                 f"the clock of {name} is {abs(offset):.1f} s {side} that of {hosts[0]}: their logs and "
                 f"events do not line up"
             )
-    return found
+    return warnings
 
 
 def _slow(report: PreflightReport) -> list[str]:
-    hosts, found = report.hosts, []
+    hosts, warnings = report.hosts, []
     usual = statistics.median_high(report.flops)
     for rank in slow(report.flops):
-        found.append(
+        warnings.append(
             f"slow: {name_ranks([rank], hosts)} multiplies matrices at {report.flops[rank] / 1e12:.3g} "
             f"TFLOP/s, "
             f"{report.flops[rank] / usual:.2f} x the median of {usual / 1e12:.3g}; all wait for it in every "
             f"step"
         )
     for ranks, best, others in collective_check.slow_links(report.links, hosts, SLOW_LINK):
-        found.append(
+        warnings.append(
             f"slow links: {name_ranks(ranks, hosts)} sends and receives at {best / 1e9:.3g} GB/s at most, "
             f"{best / others:.2f} x what is usual "
             f"between the others, {others / 1e9:.3g}"
         )
-    return found
+    return warnings
 
 
 def slow(rates: Sequence[float], below: float = SLOW_COMPUTE) -> list[int]:

@@ -85,18 +85,18 @@ def check_replicas(model: nn.Module, masters: Iterable[Fragment], config: Config
         torch.stack([checksum(item.tensor) for item in held]) if held else torch.zeros(0, dtype=torch.int64)
     )
     sums, differ = sums.to(topology.device), {}
-    many = {name: sum(name in item.over for item in held) for name in ("data", "tensor")}
+    count_over = {name: sum(name in item.over for item in held) for name in ("data", "tensor")}
     for name, group, own in (
-        ("data", topology.data_group, sums[: many["data"]]),
-        ("tensor", topology.tensor_group, sums[len(held) - many["tensor"] :]),
+        ("data", topology.data_group, sums[: count_over["data"]]),
+        ("tensor", topology.tensor_group, sums[len(held) - count_over["tensor"] :]),
     ):
         bounds = torch.stack([own, ~own])  # the least of ~x is ~ of the greatest x
         if getattr(topology, name) > 1:
             dist.all_reduce(bounds, op=dist.ReduceOp.MIN, group=group)
         differ[name] = bounds[0] != ~bounds[1]
-    found = torch.cat(list(differ.values())).any().to(torch.int32)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    if int(found):
+    any_differ = torch.cat(list(differ.values())).any().to(torch.int32)
+    dist.all_reduce(any_differ, op=dist.ReduceOp.MAX)
+    if int(any_differ):
         raise _error(held, sums, differ, topology)
 
 
@@ -104,8 +104,8 @@ def _compared(
     model: nn.Module, masters: Iterable[Fragment], config: Config, topology: Topology
 ) -> Iterator[_Compared]:
     """What is compared on this rank, in an order that all ranks share."""
-    named = list(model.named_parameters())
-    specs = model_tensors(config, guide=any(is_guide(name) for name, _ in named))
+    named_params = list(model.named_parameters())
+    specs = model_tensors(config, guide=any(is_guide(name) for name, _ in named_params))
 
     def over(name: str, *, data: bool) -> tuple[str, ...]:
         groups = {
@@ -114,8 +114,8 @@ def _compared(
         }
         return tuple(group for group, wanted in groups.items() if wanted)
 
-    def all_of_them() -> Iterator[_Compared]:
-        for name, parameter in named:
+    def candidates() -> Iterator[_Compared]:
+        for name, parameter in named_params:
             p: Any = parameter
             if not hasattr(p, "ds_tensor"):
                 yield _Compared(name, p.data, over(name, data=True))
@@ -126,10 +126,10 @@ def _compared(
             numel = max(0, min(part, p.ds_numel - part * topology.data_rank))
             yield _Compared(f"{name} (part)", p.ds_tensor.data.view(-1)[:numel], over(name, data=False))
         for fragment in masters:
-            where = over(fragment.name, data=config.zero.stage == 0)
-            yield _Compared(f"{fragment.name} (fp32)", fragment.tensors["weight"], where)
+            group_names = over(fragment.name, data=config.zero.stage == 0)
+            yield _Compared(f"{fragment.name} (fp32)", fragment.tensors["weight"], group_names)
 
-    return (item for item in all_of_them() if item.over)
+    return (item for item in candidates() if item.over)
 
 
 # --------------------------------------------------------------------------------------------------- checksum
@@ -171,40 +171,42 @@ def _factors(device: torch.device) -> Tensor:
     return (torch.arange(LANES, device=device) * 2 + 1) * (0x9E3779B97F4A7C15 - 2**64)
 
 
-# ----------------------------------------------------------------------------------------------- what is told
+# -------------------------------------------------------------------------------------------------- the error
 
 
 def _error(
     held: Sequence[_Compared], sums: Tensor, differ: Mapping[str, Tensor], topology: Topology
 ) -> ReplicasDifferError:
     """Names what differs, the same on every rank."""
-    mine: dict[str, Any] = {"host": socket.gethostname(), "compared": len(held)}
+    own_report: dict[str, Any] = {"host": socket.gethostname(), "compared": len(held)}
     for name, group in (("data", topology.data_group), ("tensor", topology.tensor_group)):
         inside = [i for i, item in enumerate(held) if name in item.over]
-        chosen = [i for i, other in zip(inside, differ[name].tolist(), strict=True) if other]
+        chosen = [i for i, differs in zip(inside, differ[name].tolist(), strict=True) if differs]
         values = {held[i].name: int(sums[i]) for i in chosen}
-        mine[name] = (tuple(dist.get_process_group_ranks(group)), values)
-    gathered = all_gather_object(mine)
+        own_report[name] = (tuple(dist.get_process_group_ranks(group)), values)
+    gathered = all_gather_object(own_report)
     return describe(
-        [found["host"] for found in gathered], [found["compared"] for found in gathered], gathered
+        [rank_report["host"] for rank_report in gathered],
+        [rank_report["compared"] for rank_report in gathered],
+        gathered,
     )
 
 
 def describe(
-    hosts: Sequence[str], compared: Sequence[int], found: Sequence[Mapping[str, Any]]
+    hosts: Sequence[str], compared: Sequence[int], gathered: Sequence[Mapping[str, Any]]
 ) -> ReplicasDifferError:
     """The error of what ranks found: ``found[rank]["data" or "tensor"]`` is (ranks of its group, differing
     name -> its checksum).
     """
     lines: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[str]] = {}
     for kind in ("data", "tensor"):
-        for members, values in dict.fromkeys((held[kind][0], tuple(held[kind][1])) for held in found):
+        for members, values in dict.fromkeys((held[kind][0], tuple(held[kind][1])) for held in gathered):
             for name in values:
-                odd = _odd({rank: found[rank][kind][1][name] for rank in members})
+                odd = _odd({rank: gathered[rank][kind][1][name] for rank in members})
                 lines.setdefault((kind, members, odd), []).append(name)
     texts = []
     for (kind, members, odd), names in lines.items():
-        some = ", ".join(names[:MAX_NAMED_PARAMETERS]) + (
+        listed = ", ".join(names[:MAX_NAMED_PARAMETERS]) + (
             f" and {len(names) - MAX_NAMED_PARAMETERS} more" if len(names) > MAX_NAMED_PARAMETERS else ""
         )
         whose = (
@@ -214,7 +216,7 @@ def describe(
         )
         texts.append(
             f"{len(names)} of {compared[members[0]]} tensors over the {kind}-parallel group of ranks "
-            f"{', '.join(map(str, members))}, {whose}: {some}"
+            f"{', '.join(map(str, members))}, {whose}: {listed}"
         )
     sets = [set(odd) for _, _, odd in lines]
     suspects = set.intersection(*sets) or set.union(*sets)

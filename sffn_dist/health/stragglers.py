@@ -1,5 +1,5 @@
-"""Which rank is the slow one, and what is it that the others wait for? Told on demand, of all ranks, while
-the run goes on.
+"""Which rank is the slow one, and what is it that the others wait for? Reported on demand, for all ranks,
+while the run goes on.
 
 Each rank notes of its last steps (seconds)
 
@@ -9,7 +9,7 @@ Each rank notes of its last steps (seconds)
     wait     in the agreement with the others at the step's end
     step     all of it
 
-which costs some calls of a clock; :func:`report` gathers the medians when somebody asks. What levels
+which costs some calls of a clock; :func:`report` gathers the medians when a report is requested. What levels
 ``compute`` too: tensor-parallel ranks exchange activations in every layer, so a group is as slow as its
 slowest rank; so is everybody under ZeRO 3, which gathers weights in the forward pass, and under ZeRO 2 with
 several micro-steps, whose gradients are exchanged in each. There the rate of matrix products, measured then
@@ -41,7 +41,7 @@ from sffn_dist.telemetry.events import EventLog
 from sffn_dist.telemetry.peak import measured_flops
 
 WINDOW = 64  # steps
-REQUEST = "report"  # a file of this name in run_dir asks for a report
+REQUEST = "report"  # a file of this name in run_dir requests a report
 LOG = "ranks.jsonl"
 # of a straggler: robust standard deviations, x median seconds; x median rate
 DEVIATIONS, COMPUTE, PRODUCTS = 3.0, 1.15, 0.85
@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Row:
-    """What is told of one rank; seconds are medians of its last steps, None where nothing was noted."""
+    """The report of one rank; seconds are medians of its last steps, None where nothing was noted."""
 
     rank: int
     host: str
@@ -96,13 +96,13 @@ class Recorder:
     def data(self, batches: Iterator[T]) -> Iterator[T]:
         """The same batches; the time that each is waited for is noted."""
         while True:
-            asked = time.perf_counter()
+            began = time.perf_counter()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             finally:
-                self._in_data += time.perf_counter() - asked
+                self._in_data += time.perf_counter() - began
             yield batch
 
     def forwarded(self) -> None:
@@ -112,9 +112,9 @@ class Recorder:
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Inside, this rank waits for others."""
-        came = self._now()
+        began = self._now()
         yield
-        self._in_wait += self._now() - came
+        self._in_wait += self._now() - began
 
     def end(self) -> None:
         """The step is over, and counts."""
@@ -126,8 +126,8 @@ class Recorder:
 
     def medians(self) -> dict[str, float | None]:
         """Seconds of data, compute, wait and step."""
-        seen = {"data": self._data, "compute": self._compute, "wait": self._wait, "step": self._step}
-        return {name: statistics.median(values) if values else None for name, values in seen.items()}
+        durations = {"data": self._data, "compute": self._compute, "wait": self._wait, "step": self._step}
+        return {name: statistics.median(values) if values else None for name, values in durations.items()}
 
     def _now(self) -> float:
         if self._cuda and self.precise:
@@ -143,9 +143,9 @@ def report(recorder: Recorder, topology: Topology, tokens_per_step: int, precisi
     matrix products.
     """
     device = topology.device
-    seen = recorder.medians()
-    step = seen["step"]
-    mine = Row(
+    medians = recorder.medians()
+    step = medians["step"]
+    own_row = Row(
         rank=topology.rank,
         host=socket.gethostname(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -154,9 +154,9 @@ def report(recorder: Recorder, topology: Topology, tokens_per_step: int, precisi
         flops=max(
             measured_flops(device, precision, MEASURED_SECONDS) for _ in range(3)
         ),  # a moment's neighbour is no straggler
-        **seen,
+        **medians,
     )
-    return all_gather_object(mine)
+    return all_gather_object(own_row)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -174,22 +174,22 @@ def stragglers(rows: Sequence[Row]) -> dict[int, str]:
     MAD is the median distance from the median. The rate's median is the upper one of an even number: of two
     ranks, the faster's.
     """
-    found: dict[int, list[str]] = {}
-    known = [(row.rank, row.compute) for row in rows if row.compute is not None]
-    if known:
-        usual = statistics.median(seconds for _, seconds in known)
-        spread = ROBUST * statistics.median(abs(seconds - usual) for _, seconds in known)
-        for rank, seconds in known:
+    reasons: dict[int, list[str]] = {}
+    compute_times = [(row.rank, row.compute) for row in rows if row.compute is not None]
+    if compute_times:
+        usual = statistics.median(seconds for _, seconds in compute_times)
+        spread = ROBUST * statistics.median(abs(seconds - usual) for _, seconds in compute_times)
+        for rank, seconds in compute_times:
             if seconds > usual + DEVIATIONS * spread and seconds > COMPUTE * usual:
-                found.setdefault(rank, []).append(
+                reasons.setdefault(rank, []).append(
                     f"computes for {seconds:.3g} s a step, the median is {usual:.3g} s"
                 )
     rate = statistics.median_high(row.flops for row in rows) if rows else 0.0
     for row in rows:
         if row.flops < PRODUCTS * rate:
             text = f"multiplies matrices at {row.flops / 1e12:.3g} TFLOP/s, the median is {rate / 1e12:.3g}"
-            found.setdefault(row.rank, []).append(text)
-    return {rank: " and ".join(found[rank]) for rank in sorted(found)}
+            reasons.setdefault(row.rank, []).append(text)
+    return {rank: " and ".join(reasons[rank]) for rank in sorted(reasons)}
 
 
 def render(rows: Sequence[Row]) -> str:
@@ -234,9 +234,9 @@ def write(run_dir: Path, step: int, rows: Sequence[Row]) -> None:
 
 
 def requested(run_dir: Path) -> bool:
-    """Whether somebody has made the file run_dir/report; it is removed.
+    """Whether there is the file run_dir/report; it is removed.
 
-    Rank 0 asks, every 2 s at most: on a network disk it takes 1 ms.
+    Rank 0 looks, every 2 s at most: on a network disk it takes 1 ms.
     """
     try:
         (run_dir / REQUEST).unlink()

@@ -7,9 +7,9 @@ time.
     watch         every half second, from memory alone: a rank lost? no progress? a verdict? -> stacks, one
                   message, exit
 
-The first verdict in the store stands for all ranks: whoever wrote it says it, the others leave with the same
-code. So an exception on one rank is told once, not with the broken connections that it leaves behind on the
-others. Exit codes: launch/exit_codes.py.
+The first verdict in the store stands for all ranks: the rank that wrote it prints it, the others leave with
+the same code. So an exception on one rank is reported once, not with the broken connections that it leaves
+behind on the others. Exit codes: launch/exit_codes.py.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LONGEST_DECAY = (
     # only
     0.98
 )
-# seconds beyond guards.lost_seconds that a broken connection waits for who knows why
+# seconds beyond guards.lost_seconds that a broken connection waits for the rank with the cause
 EXPLANATION_SECONDS = 10.0
 REARM, BEYOND = 30.0, 120.0  # the last resort is set so often, to so many seconds beyond a hang
 EXIT_SECONDS = 30.0  # seconds that an end may take: a pipe or a file system may block for ever
@@ -85,17 +85,17 @@ class Watchdog:
     def with_progress(self, function: Callable[..., Any], doing: str, step: int) -> Callable[..., Any]:
         """``function``, each call of which is progress."""
 
-        def called(*args: Any, **kwargs: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             self.tick(doing, step)
             return function(*args, **kwargs)
 
-        return called
+        return wrapper
 
     def fail(self, error: BaseException) -> int:
-        """The main thread ends with ``error``: the exit code, once the reason is told by whoever has it.
+        """The main thread ends with ``error``: the exit code, once the rank that has the reason printed it.
 
         A broken connection is what another rank's end looks like from here: such an error waits for the
-        verdict of who knows more.
+        verdict of the rank with the cause.
         """
         code = _own_code(error) or (
             exit_codes.REFUSED if isinstance(error, ConfigError) else exit_codes.FAILED
@@ -116,7 +116,7 @@ class Watchdog:
     def stop(self) -> None:
         """The rank's part is done: nobody need miss it.
 
-        Rank 0, which may serve the store, waits for the others' word.
+        Rank 0, which may serve the store, waits for the others' beats.
         """
         if self._thread is None or self._ended.is_set():
             return
@@ -135,7 +135,7 @@ class Watchdog:
 
     def _look(self) -> None:
         assert self._heartbeat
-        told = False
+        warned = False
         while not self._ended.is_set():
             fault = self._heartbeat.fault
             try:
@@ -143,8 +143,8 @@ class Watchdog:
             except Exception:  # a fault of the watch ends no healthy run, nor does it leave one alone
                 fault = traceback.format_exc()
                 self._ended.wait(POLL_SECONDS)
-            if fault and not told:
-                told = True
+            if fault and not warned:
+                warned = True
                 _write_stderr(
                     f"rank {self._rank}: warning: the watchdog raised an error and continues:\n{fault}"
                 )
@@ -174,10 +174,10 @@ class Watchdog:
 
     def _lost(self) -> Verdict | None:
         assert self._heartbeat
-        found = self._heartbeat.lost()
-        if found is None:
+        reason = self._heartbeat.lost()
+        if reason is None:
             return None
-        return self._heartbeat.propose(Verdict(exit_codes.LOST_RANK, self._rank, found, ""))
+        return self._heartbeat.propose(Verdict(exit_codes.LOST_RANK, self._rank, reason, ""))
 
     def _hung(self) -> Verdict | None:
         """No progress here for too long: everybody waits for the rank that is furthest behind."""
@@ -196,7 +196,7 @@ class Watchdog:
         return self._heartbeat.propose(Verdict(exit_codes.HUNG, self._rank, reason, ""))
 
     def _end(self, verdict: Verdict) -> None:
-        """The reason if it is this rank's to say, stacks, and out: the main thread may be in a collective
+        """The reason if it is this rank's to print, stacks, and out: the main thread may be in a collective
         for ever.
         """
         assert self._heartbeat
@@ -206,8 +206,8 @@ class Watchdog:
             is_spokesman = verdict.rank == self._rank and self._heartbeat.is_spokesman(folder)
             stuck = verdict.code in (exit_codes.HUNG, exit_codes.LOST_RANK)
             if is_spokesman:  # first of all: folders and files may be what hangs
-                where = f"stacks of the ranks that still run: {folder}/\n" if stuck else ""
-                _write_stderr((verdict.text or f"pretrain.py: error: {verdict.reason}\n") + where)
+                stacks_note = f"stacks of the ranks that still run: {folder}/\n" if stuck else ""
+                _write_stderr((verdict.text or f"pretrain.py: error: {verdict.reason}\n") + stacks_note)
             with suppress(Exception):
                 if stuck:
                     self.dump_stacks(folder)
@@ -279,23 +279,24 @@ class Watchdog:
 
     def _text(self, error: BaseException) -> str:
         """What is printed: problems of the input as they are, anything else with its traceback."""
-        where = self._where() if self._heartbeat and self._heartbeat.world > 1 else ""
+        rank_prefix = self._where() if self._heartbeat and self._heartbeat.world > 1 else ""
         if isinstance(error, ConfigError):
             return "".join(
-                f"pretrain.py: error: {where if self._rank else ''}{problem}\n" for problem in error.problems
+                f"pretrain.py: error: {rank_prefix if self._rank else ''}{problem}\n"
+                for problem in error.problems
             )
         if _own_code(error):
             return f"pretrain.py: error: {error}\n"
         trace = "".join(traceback.format_exception(error))
-        return f"{trace}pretrain.py: error: {where}{_short(error)}\n"
+        return f"{trace}pretrain.py: error: {rank_prefix}{_short(error)}\n"
 
 
 def is_consequence(error: BaseException) -> bool:
     """True for what a collective or the store raises: most often because another rank has gone."""
-    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "ProcessGroup")
+    markers = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "ProcessGroup")
     kinds = {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError"}
     return type(error).__name__ in kinds or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        isinstance(error, RuntimeError) and any(marker in str(error) for marker in markers)
     )
 
 

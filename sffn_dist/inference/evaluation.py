@@ -52,10 +52,10 @@ def evaluate(
     was_training = model.training
     model.eval()
     per_rank = math.ceil(len(windows) / topology.data)
-    mine = range(topology.data_rank * per_rank, (topology.data_rank + 1) * per_rank)
+    own_rows = range(topology.data_rank * per_rank, (topology.data_rank + 1) * per_rank)
     nats = torch.zeros((), dtype=torch.float64)
     for start in range(0, per_rank, micro_batch):
-        rows = list(mine[start : start + micro_batch])
+        rows = list(own_rows[start : start + micro_batch])
         batch = torch.from_numpy(windows[[row if row < len(windows) else 0 for row in rows]]).to(
             topology.device
         )

@@ -39,7 +39,7 @@ def sample(
     ids = list(prompt)
     for _ in range(tokens):
         window = ids[-context:]
-        # sequence parallelism wants equal parts
+        # sequence parallelism needs equal parts
         padded = math.ceil(len(window) / topology.tensor) * topology.tensor
         batch = torch.tensor([window + [0] * (padded - len(window))], device=topology.device)
         # what stands right of it is not seen by causal attention

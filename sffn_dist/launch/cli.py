@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from sffn_dist.health.watchdog import Watchdog
 
 REFUSAL_DELAY = (
-    # seconds that other ranks wait before they end: a launcher ends all ranks once one has, and rank 0 speaks
-    # first
+    # seconds that other ranks wait before they end: a launcher ends all ranks once one has, and rank 0
+    # reports first
     3.0
 )
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog], int]
     except ConfigError as error:
         if not main_rank:
             time.sleep(REFUSAL_DELAY)
-        # a rank may have a fault of its own once the run has begun: a folder that its node does not see, say
+        # a rank may have a fault of its own once the run has begun: e.g. a folder that its node does not see
         return watchdog.fail(error) if watchdog else refuse(error, main_rank)
     except Exception as error:
         if watchdog is None:
@@ -90,7 +90,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are ConfigErrors: one rank speaks for all."""
+    """An ArgumentParser whose errors are ConfigErrors: one rank reports for all."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError([f"{message}; see --help"])
@@ -129,11 +129,11 @@ def print_plan(config: Config, options: argparse.Namespace) -> None:
 def refuse(error: ConfigError, main_rank: bool) -> int:
     """Print the problems, once for all ranks, and record the end.
 
-    Another node may see other files: its first rank speaks too, unless rank 0's word has ended it by now.
+    Another node may see other files: its first rank reports too, unless rank 0's report has ended it by now.
     """
-    where = "" if main_rank else f"rank {os.environ.get('RANK')} on {platform.node()}: "
+    rank_prefix = "" if main_rank else f"rank {os.environ.get('RANK')} on {platform.node()}: "
     if main_rank or os.environ.get("LOCAL_RANK") == "0":
-        print_errors("pretrain.py", (f"{where}{problem}" for problem in error.problems))
+        print_errors("pretrain.py", (f"{rank_prefix}{problem}" for problem in error.problems))
     exit_codes.record(exit_codes.REFUSED, error.problems[0])
     return exit_codes.REFUSED
 
@@ -149,7 +149,7 @@ def preflight_only(config: Config, watchdog: Watchdog) -> int:
 def _prepare_process() -> None:
     """Keep a run's page readable: progress of our own at INFO, warnings that no user can act on left out."""
     faulthandler.enable()  # a crash in C code shows where in Python it came from
-    # c10d tells each broken connection of a rank that has gone, with its C++ stack; errors it still tells
+    # c10d logs each broken connection of a rank that has gone, with its C++ stack; errors it still logs
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if os.environ.get("RANK", "0") == "0":

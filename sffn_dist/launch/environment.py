@@ -1,10 +1,10 @@
-"""Who started this rank, and what it says of the others: torchrun's variables, or Slurm's put into them.
+"""Who started this rank, and what it passes on of the others: torchrun's variables, or Slurm's put into them.
 
 Standard library only.
 
 torchrun and deepspeed set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE (deepspeed: LOCAL_SIZE), MASTER_ADDR
-and MASTER_PORT. Slurm's srun sets names of its own, which :func:`adopt` translates, so that ``srun
---ntasks-per-node=8 python sffn_dist/pretrain.py ...`` is enough.
+and MASTER_PORT. Slurm's srun sets names of its own, which :func:`set_rank_variables` translates, so that
+``srun --ntasks-per-node=8 python sffn_dist/pretrain.py ...`` is enough.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def set_rank_variables(environ: MutableMapping[str, str] = os.environ) -> bool:
     adopted = "RANK" not in environ and _in_a_step(environ)
     if adopted:
         _translate(environ)
-    here = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")
-    if here and environ.get("WORLD_SIZE", here) != here:
+    local_size = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")
+    if local_size and environ.get("WORLD_SIZE", local_size) != local_size:
         name = interface_to(_others(environ))
         if name:
             environ.setdefault("GLOO_SOCKET_IFNAME", name)
@@ -55,7 +55,7 @@ def set_rank_variables(environ: MutableMapping[str, str] = os.environ) -> bool:
 
 
 def is_rank_zero(environ: MutableMapping[str, str] = os.environ) -> bool:
-    """True for rank 0, which speaks for all; also before :func:`adopt` or after it failed."""
+    """True for rank 0, which reports for all; also before :func:`set_rank_variables` or after it failed."""
     return environ.get("RANK", environ.get("SLURM_PROCID", "0") if "SLURM_STEP_ID" in environ else "0") == "0"
 
 
@@ -84,18 +84,18 @@ def _translate(environ: MutableMapping[str, str]) -> None:
                 f"node"
             ]
         )
-    found = {
+    variables = {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
         "LOCAL_RANK": str(local),
         "LOCAL_WORLD_SIZE": str(tasks[node]),
     }
     if "MASTER_ADDR" not in environ:
-        found["MASTER_ADDR"] = _hosts(environ, "SLURM_STEP_NODELIST")[0]
+        variables["MASTER_ADDR"] = _hosts(environ, "SLURM_STEP_NODELIST")[0]
     if "MASTER_PORT" not in environ:
         job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
-        found["MASTER_PORT"] = str(rendezvous_port(job, step))
-    environ.update(found)
+        variables["MASTER_PORT"] = str(rendezvous_port(job, step))
+    environ.update(variables)
 
 
 def rendezvous_port(job: int, step: int) -> int:
@@ -152,12 +152,12 @@ def hosts(text: str) -> list[str]:
 
     Raises ValueError if it cannot be read.
     """
-    found: list[str] = []
+    names: list[str] = []
     for part in _split(text):
-        found += _expanded(part)
-        if len(found) > _MOST_HOSTS:
+        names += _expanded(part)
+        if len(names) > _MOST_HOSTS:
             raise ValueError(f"names more than {_MOST_HOSTS} hosts")
-    return found
+    return names
 
 
 def _split(text: str) -> Iterator[str]:
@@ -216,9 +216,11 @@ def interface_to(names: Sequence[str]) -> str | None:
     for name in names:
         address = _address_towards(name)
         if address and not address.startswith("127."):
-            found = next((label for _, label in socket.if_nameindex() if _address_of(label) == address), None)
-            if found:
-                return found
+            interface = next(
+                (label for _, label in socket.if_nameindex() if _address_of(label) == address), None
+            )
+            if interface:
+                return interface
     return None
 
 
@@ -231,7 +233,7 @@ def _others(environ: MutableMapping[str, str]) -> list[str]:
 
 
 def _address_towards(name: str) -> str | None:
-    """The IPv4 address of this machine that talks to ``name``."""
+    """The IPv4 address of this machine that reaches ``name``."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((name, 9))

@@ -45,7 +45,7 @@ def name(code: int) -> str:
 
 
 def record(code: int, reason: str) -> None:
-    """Leave word of the end, once for all ranks; never raises: it is told on standard error too."""
+    """Record the end, once for all ranks; never raises: it is printed on standard error too."""
     path = os.environ.get(VARIABLE)
     if not path:
         return

@@ -1,4 +1,4 @@
-"""What /proc says of other processes of this machine. Standard library only."""
+"""What /proc shows of other processes of this machine. Standard library only."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def is_shell(command: list[str]) -> bool:
 
 def described(pid: int) -> str:
     """A process for messages: its number, and its command line as far as that is known."""
-    words = " ".join(command_line(pid))
-    return f"pid {pid}" + (f" ({words[:100]})" if words else "")
+    command = " ".join(command_line(pid))
+    return f"pid {pid}" + (f" ({command[:100]})" if command else "")
 
 
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/<pid>/stat after the name, which may hold anything: state, parent, ..., start at
     19. Raises OSError.
     """
-    words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode("ascii", "replace").split()
-    if len(words) < 20:
-        raise OSError(f"/proc/{pid}/stat holds {words}")
-    return words
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode("ascii", "replace").split()
+    if len(fields) < 20:
+        raise OSError(f"/proc/{pid}/stat holds {fields}")
+    return fields
 
 
 def parent_of(pid: int) -> int | None:
-    """The parent's process id; None where it cannot be told."""
+    """The parent's process id; None where it cannot be read."""
     try:
         return int(_stat(pid)[1])
     except (OSError, ValueError):
@@ -66,9 +66,9 @@ def process_state(pid: int, started: str) -> str | None:
     if not started:
         return None
     try:
-        words = _stat(pid)
+        fields = _stat(pid)
     except (FileNotFoundError, ProcessLookupError):
         return "gone"
     except OSError:
         return None
-    return "gone" if words[0] in "ZX" or words[19] != started else words[0]
+    return "gone" if fields[0] in "ZX" or fields[19] != started else fields[0]

@@ -48,13 +48,13 @@ def check_identity(config: Config, data_fingerprint: str | None = None) -> None:
     if held is None:
         return
     # a key that is newer than the record stands for its default
-    now, held["identity"] = validation.identity(config), {**_defaults(config), **held["identity"]}
+    own_identity, held["identity"] = validation.identity(config), {**_defaults(config), **held["identity"]}
     problems = [
-        f"{key} = {json.dumps(now.get(key))}: run.dir = {str(run_dir)!r} holds a run with "
+        f"{key} = {json.dumps(own_identity.get(key))}: run.dir = {str(run_dir)!r} holds a run with "
         f"{json.dumps(held['identity'].get(key))}; "
         "it must stay as it was, or run.dir must name another folder"
-        for key in sorted(now.keys() | held["identity"].keys())
-        if now.get(key) != held["identity"].get(key)
+        for key in sorted(own_identity.keys() | held["identity"].keys())
+        if own_identity.get(key) != held["identity"].get(key)
     ]
     if (
         not problems
@@ -78,11 +78,14 @@ def _defaults(config: Config) -> dict[str, Any]:
 def check_source_of_weights(config: Config) -> None:
     """Refuse an ``init_from`` whose model is another one; raises ConfigError."""
     assert config.init_from
-    found = find_checkpoint("init_from", config.init_from)
+    manifest = find_checkpoint("init_from", config.init_from)
     wanted = {name: spec.shape for name, spec in model_tensors(config, guide=False).items()}
-    problems = list(itertools.islice(missing_tensors(found, wanted), 5))
+    problems = list(itertools.islice(missing_tensors(manifest, wanted), 5))
     # what shapes do not show
-    there, here = validation.identity(loading.from_tree(found.config)), validation.identity(config)
+    source_identity, own_identity = (
+        validation.identity(loading.from_tree(manifest.config)),
+        validation.identity(config),
+    )
     for key in (
         "heads",
         "kv_heads",
@@ -94,8 +97,10 @@ def check_source_of_weights(config: Config) -> None:
         "rope_base",
     ):
         key = f"model.{key}"
-        if not problems and there[key] != here[key]:
-            problems.append(f"its {key} is {json.dumps(there[key])}, {json.dumps(here[key])} here")
+        if not problems and source_identity[key] != own_identity[key]:
+            problems.append(
+                f"its {key} is {json.dumps(source_identity[key])}, {json.dumps(own_identity[key])} here"
+            )
     if problems:
         raise ConfigError([f"init_from = {config.init_from!r}: {problem}" for problem in problems])
 

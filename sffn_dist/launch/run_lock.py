@@ -42,7 +42,7 @@ class RunLock:
     """Exclusive hold on a run directory, through ``flock`` on ``run_dir/lock``.
 
     The file holds one JSON line (host, pid, started, user, command) about its holder. The kernel drops the
-    lock when the holder ends, however it ends; the file itself stays and says who held it last.
+    lock when the holder ends, however it ends; the file itself stays and names who held it last.
     """
 
     def __init__(self, run_dir: Path):
@@ -152,7 +152,7 @@ def _write_holder(fd: int) -> None:
 
 
 def _describe_holder(fd: int) -> str:
-    """Who holds the lock, as far as its file tells (through the same descriptor: on NFS closing another
+    """Who holds the lock, as far as its file states (through the same descriptor: on NFS closing another
     would drop locks).
     """
     for _ in range(5):

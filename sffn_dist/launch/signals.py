@@ -24,7 +24,7 @@ _Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class SignalHandler:
-    """What this process was told since :meth:`catch`."""
+    """The signals that this process received since :meth:`catch`."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

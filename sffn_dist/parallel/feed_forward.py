@@ -145,8 +145,8 @@ class StructuredMLP(MLP):
 
 
 def _unhooked(linear: StructuredLinear) -> bool:
-    """True if nobody waits for the linear to be called: but the ledger, which knows, and data parallelism
-    (:func:`_bring_weights`).
+    """True if nobody waits for the linear to be called: but the ledger, which handles it, and data
+    parallelism (:func:`_bring_weights`).
     """
     hooks = [
         linear._forward_pre_hooks,
@@ -155,7 +155,9 @@ def _unhooked(linear: StructuredLinear) -> bool:
         linear._backward_pre_hooks,
     ]
     return all(
-        _from(hook, "megatron.core.distributed", ledger.__name__) for some in hooks for hook in some.values()
+        _from(hook, "megatron.core.distributed", ledger.__name__)
+        for registered in hooks
+        for hook in registered.values()
     )
 
 
@@ -199,17 +201,17 @@ class _Bottleneck(torch.autograd.Function):
         of_first = NeedsGrad(needs[1], *needs[3 : 3 + half])
         of_second = NeedsGrad(any(needs[1 : 3 + half]), *needs[3 + half :])
         with ledger.inside(mlp.linear_fc1):
-            rising = column.exchange.spread(kept) if column.exchange.grows else Pending(kept)
+            pending_wide = column.exchange.spread(kept) if column.exchange.grows else Pending(kept)
         with ledger.inside(mlp.linear_fc2):
-            begun = row.begin_backward(grads[0], z, second, alphas[1], of_second)
+            pending = row.begin_backward(grads[0], z, second, alphas[1], of_second)
         with ledger.inside(mlp.linear_fc1):
-            y, wide, whole = column.widen(x, rising, first, alphas[0])
+            y, wide, whole = column.widen(x, pending_wide, first, alphas[0])
         with torch.enable_grad():
             leaves = [y.requires_grad_()] + ([] if bias is None else [bias.detach().requires_grad_()])
             features = mlp.between(y, leaves[1] if len(leaves) > 1 else None).to(y.dtype)
         with ledger.inside(mlp.linear_fc2):
             read = row.exchange_features(features.detach()).wait()
-            row_gradients = row.finish_backward(begun, features.detach(), read, second, of_second)
+            row_gradients = row.finish_backward(pending, features.detach(), read, second, of_second)
         grad_bias, column_gradients = None, Gradients(None, None, None, None)
         if row_gradients.x is not None:
             grad_y, *of_bias = torch.autograd.grad(features, leaves, row_gradients.x)
@@ -254,8 +256,10 @@ class _Direct(torch.autograd.Function):
         )
         with ledger.inside(mlp.linear_fc2):
             y, z = row.complete(out.unflatten(0, rows), second.second)
-        regained = not keep and column.exchange.grows
-        ctx.save_for_backward(x, narrow if regained else wide, z, bias, *(kept or (None, None)), *parameters)
+        spread_again = not keep and column.exchange.grows
+        ctx.save_for_backward(
+            x, narrow if spread_again else wide, z, bias, *(kept or (None, None)), *parameters
+        )
         return y
 
     @staticmethod
@@ -269,26 +273,28 @@ class _Direct(torch.autograd.Function):
         of_second = NeedsGrad(any(needs[1 : 3 + half]), *needs[3 + half :])
         kept = None if y is None else Kept(y, features)
         with ledger.inside(mlp.linear_fc1):
-            rising = column.exchange.spread(held) if kept is None and column.exchange.grows else Pending(held)
+            pending_wide = (
+                column.exchange.spread(held) if kept is None and column.exchange.grows else Pending(held)
+            )
         with ledger.inside(mlp.linear_fc2):
-            begun = row.begin_backward(grads[0], z, second, None, of_second)
-        wide = rising.wait()
+            pending = row.begin_backward(grads[0], z, second, None, of_second)
+        wide = pending_wide.wait()
         own_bias = None if bias is None else bias.to(wide.dtype)
         rows = column.rows(wide)
         tokens = rows.numel()
         # while dz travels, if all at once
         if kept is None and row.exchange.ranks > 1 and tokens <= shard.at_a_time(tokens):
             kept = shard.rebuild(_flat(wide, rows), first.second, own_bias, second.first, ctx.activation)
-        grad_z, grad_second = wait_for(begun.grad_z), begun.grad_second
-        travelling: list[Pending] = []
+        grad_z, grad_second = wait_for(pending.grad_z), pending.grad_second
+        pending_grads: list[Pending] = []
 
         def send(grad: Tensor) -> None:
             with ledger.inside(mlp.linear_fc1):
-                travelling.append(column.exchange.collect(grad.unflatten(0, rows)))
+                pending_grads.append(column.exchange.collect(grad.unflatten(0, rows)))
 
-        made = shard.Gradients(None, None, None, None)
+        gradients = shard.Gradients(None, None, None, None)
         if grad_z is not None:
-            made = shard.backward(
+            gradients = shard.backward(
                 _flat(grad_z, rows),
                 _flat(wide, rows),
                 first.second,
@@ -299,17 +305,20 @@ class _Direct(torch.autograd.Function):
                 shard.NeedsGrad(of_first.x or of_first.first, of_first.second, needs[2], of_second.first),
                 send,
             )
-        del begun, grad_z, kept  # not beside the gradient of x
+        del pending, grad_z, kept  # not beside the gradient of x
         grad_x, grad_first = None, None
-        for grad in travelling:
+        for grad in pending_grads:
             with ledger.inside(mlp.linear_fc1):
                 grad_x, grad_first = column.narrow_backward(grad, x, first.first, of_first)
         of_weights = (
             *gradients_of(
-                Gradients(grad_x, wait_for(grad_first), made.second, None), ctx.shapes[:half], of_first, x
+                Gradients(grad_x, wait_for(grad_first), gradients.second, None),
+                ctx.shapes[:half],
+                of_first,
+                x,
             ),
             *gradients_of(
-                Gradients(None, made.first, wait_for(grad_second), None), ctx.shapes[half:], of_second, x
+                Gradients(None, gradients.first, wait_for(grad_second), None), ctx.shapes[half:], of_second, x
             ),
         )
         return (
@@ -317,7 +326,7 @@ class _Direct(torch.autograd.Function):
             None,
             None,
             grad_x,
-            None if made.bias is None or bias is None else made.bias.to(bias.dtype),
+            None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype),
             *of_weights,
         )
 

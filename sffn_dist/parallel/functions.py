@@ -56,8 +56,8 @@ class RowFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, read, z, *saved = ctx.saved_tensors
         weights, wanted = Weights(*saved), NeedsGrad(*ctx.needs_input_grad[2:])
-        begun = ctx.split.begin_backward(grads[0], z, weights, ctx.alpha, wanted)
-        gradients = ctx.split.finish_backward(begun, read if x is None else x, read, weights, wanted)
+        pending = ctx.split.begin_backward(grads[0], z, weights, ctx.alpha, wanted)
+        gradients = ctx.split.finish_backward(pending, read if x is None else x, read, weights, wanted)
         return None, None, gradients.x, *gradients_of(gradients, ctx.shapes, wanted, z)
 
 
@@ -73,11 +73,11 @@ def gradients_of(
 
     An undrawn guide's is zero, not absent: ZeRO-3 would apply the last step's again.
     """
-    found = (gradients.first, gradients.second)
+    factor_gradients = (gradients.first, gradients.second)
     if len(shapes) == 2:
-        return found
+        return factor_gradients
     undrawn = gradients.guide is None and wanted.guide
-    return *found, like.new_zeros(()).expand(shapes[2]) if undrawn else gradients.guide
+    return *factor_gradients, like.new_zeros(()).expand(shapes[2]) if undrawn else gradients.guide
 
 
 def autocast(

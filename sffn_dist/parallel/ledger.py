@@ -175,8 +175,8 @@ def _collective(operator: Any) -> _Collective | None:
 def _group(values: dict[str, Any]) -> dist.ProcessGroup:
     group = values["process_group"] if "process_group" in values else values["group_name"]
     if isinstance(group, str):
-        named: dist.ProcessGroup = _c10d._resolve_process_group(group)
-        return named
+        resolved: dist.ProcessGroup = _c10d._resolve_process_group(group)
+        return resolved
     return group if isinstance(group, dist.ProcessGroup) else dist.ProcessGroup.unbox(group)
 
 
@@ -316,7 +316,7 @@ class Ledger(TorchDispatchMode):
         self._sums[key] = (calls + 1, elements + sum(counts), size + sum(in_bytes))
 
     def _where(self) -> tuple[str, Purpose]:
-        """Place, and purpose as far as what is running tells it."""
+        """Place, and purpose as far as what is running shows it."""
         task = torch._C._current_graph_task_id()
         if self._stack and self._stack[-1].task == task:  # else these modules stand around the backward pass
             return self._stack[-1].place, "forward" if task == -1 else "backward"
@@ -325,8 +325,8 @@ class Ledger(TorchDispatchMode):
             return "", "other"
         if isinstance(node, _functions.AccumulateGrad):
             return self._parameters.get(id(node.variable), ""), "other"
-        found = bisect_right(self._starts, node._sequence_nr()) - 1
-        return self._places[found] if found >= 0 else "", "backward"
+        index = bisect_right(self._starts, node._sequence_nr()) - 1
+        return self._places[index] if index >= 0 else "", "backward"
 
     def _enter(self, place: str, *_: Any) -> None:
         self._stack.append(_Frame(place, torch._C._current_graph_task_id()))

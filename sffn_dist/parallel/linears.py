@@ -126,8 +126,8 @@ class StructuredLinear(nn.Module, abc.ABC):
     @property
     def weights(self) -> list[Tensor]:
         """[first factor, second factor], and the guide if there is one."""
-        found = [*self.factors.values()]
-        return found if self.guide is None else [*found, self.guide]
+        factors = [*self.factors.values()]
+        return factors if self.guide is None else [*factors, self.guide]
 
     @abc.abstractmethod
     def _split(self, tokens: Tokens) -> SplitLinear:

@@ -48,7 +48,7 @@ _DENSE = MatrixProduct()
 
 @dataclass(frozen=True)
 class SplitLinear:
-    """What both linears of a feed-forward layer are told: their structure, and how the bottleneck is
+    """What both linears of a feed-forward layer are given: their structure, and how the bottleneck is
     exchanged.
     """
 
@@ -152,24 +152,24 @@ class ColumnSplit(SplitLinear):
         grad_x, grad_x_guide, grad_guide, share = None, None, None, 1.0
         if alpha is not None and weights.guide is not None:
             share = 1 - alpha
-            gathering = self.dense.spread(x.unsqueeze(0)) if whole is None and wanted.guide else None
+            pending_x = self.dense.spread(x.unsqueeze(0)) if whole is None and wanted.guide else None
             if wanted.x and self.exchange.ranks > 1:
                 grad_x_guide = self.dense.collect(_DENSE.input_gradient(grad, weights.guide))
             if wanted.guide:
-                read = whole if gathering is None else gathering.wait()
+                read = whole if pending_x is None else pending_x.wait()
                 assert read is not None
                 grad_guide = _DENSE.scaled_weight_gradient(grad, read, scale=alpha)
-        travelling = None
+        pending_grad_z = None
         if wanted.x or wanted.first:
-            travelling = self.exchange.collect(
+            pending_grad_z = self.exchange.collect(
                 _times(self.second.input_gradient(grad, weights.second), share)
             )
         grad_second = (
             _times(self.second.weight_gradient(grad, z, weights.second), share) if wanted.second else None
         )
         grad_first = None
-        if travelling is not None:
-            grad_x, grad_first = self.narrow_backward(travelling, x, weights.first, wanted)
+        if pending_grad_z is not None:
+            grad_x, grad_first = self.narrow_backward(pending_grad_z, x, weights.first, wanted)
         if grad_x is not None and grad_x_guide is not None and alpha is not None:
             grad_x = grad_x.add_(grad_x_guide.wait().squeeze(0), alpha=alpha)
         elif grad_x is not None and alpha is not None and weights.guide is not None:
@@ -182,9 +182,9 @@ class ColumnSplit(SplitLinear):
         """Gradients of x and, on its way, of the first factor, from that of the narrow z, which is on its
         way too.
         """
-        came = self._join(grad_z.wait())
-        grad_first = self._replicated_gradient(self.first, came, x, first, wanted.first)
-        return self.first.input_gradient(came, first) if wanted.x else None, grad_first
+        joined = self._join(grad_z.wait())
+        grad_first = self._replicated_gradient(self.first, joined, x, first, wanted.first)
+        return self.first.input_gradient(joined, first) if wanted.x else None, grad_first
 
 
 def _mixed(x: Tensor, guide: Tensor, z: Tensor, second: Tensor, alpha: float) -> Tensor:
@@ -239,7 +239,9 @@ class RowSplit(SplitLinear):
         p, blocks = self.exchange.ranks, self.structure.needed_blocks
         # by groups of k: (p, rows, ..., k s', own l)
         parts = x.unflatten(-1, (p, -1, blocks // p)).movedim(-3, 0)
-        return all_to_all(parts, self.exchange.group).then(lambda came: came.movedim(0, -2).flatten(-3))
+        return all_to_all(parts, self.exchange.group).then(
+            lambda received: received.movedim(0, -2).flatten(-3)
+        )
 
     def _exchange_features_back(self, x: Tensor) -> Pending:
         """The inverse of :meth:`exchange_features`."""
@@ -247,16 +249,18 @@ class RowSplit(SplitLinear):
             return Pending(x)
         p, blocks = self.exchange.ranks, self.structure.needed_blocks
         parts = x.unflatten(-1, (-1, p, blocks // p)).movedim(-2, 0)
-        return all_to_all(parts, self.exchange.group).then(lambda came: came.movedim(0, -3).flatten(-3))
+        return all_to_all(parts, self.exchange.group).then(
+            lambda received: received.movedim(0, -3).flatten(-3)
+        )
 
     def forward(self, x: Tensor, weights: Weights, alpha: float | None) -> tuple[Tensor, Tensor, Tensor]:
         """Y, x as the first factor reads it, and z of the rank's tokens as the second one does."""
         read = self.exchange_features(x).wait()
-        travelling = self.exchange.collect(self.first.forward(read, weights.first))
+        pending_z = self.exchange.collect(self.first.forward(read, weights.first))
         guided = None
         if alpha is not None and weights.guide is not None and self.exchange.ranks > 1:
             guided = self.dense.collect(_DENSE.forward(x, weights.guide))
-        z = self._read(travelling)
+        z = self._read(pending_z)
         if alpha is None or weights.guide is None:
             return self.second.forward(z, weights.second), read, z
         return self._mix(x, z, weights.second, weights.guide, alpha, guided), read, z
@@ -295,36 +299,38 @@ class RowSplit(SplitLinear):
         if alpha is not None and weights.guide is not None:
             grad_y = self.dense.spread(grad.unsqueeze(0)) if wanted.x or wanted.guide else None
             share = 1 - alpha
-        travelling = None
+        pending_grad_z = None
         if wanted.x or wanted.first:
             grad_z = _times(self.second.input_gradient(grad, weights.second), share)
             if self.shuffled:
                 grad_z = unshuffle(grad_z)
-            travelling = self.exchange.spread(_chunked(grad_z, self.exchange.count))
+            pending_grad_z = self.exchange.spread(_chunked(grad_z, self.exchange.count))
         return PendingBackward(
-            travelling,
+            pending_grad_z,
             self._replicated_gradient(self.second, grad, z, weights.second, wanted.second, share),
             grad_y,
             alpha,
         )
 
     def finish_backward(
-        self, begun: PendingBackward, x: Tensor, read: Tensor, weights: Weights, wanted: NeedsGrad
+        self, pending: PendingBackward, x: Tensor, read: Tensor, weights: Weights, wanted: NeedsGrad
     ) -> Gradients:
         """Gradients of x and of the weights; ``x`` and ``read`` as in forward."""
         grad_x, grad_first, grad_guide = None, None, None
-        if begun.grad_z is not None:
-            grad_z = begun.grad_z.wait()
-            travelling = (
+        if pending.grad_z is not None:
+            grad_z = pending.grad_z.wait()
+            pending_grad_x = (
                 self._exchange_features_back(self.first.input_gradient(grad_z, weights.first))
                 if wanted.x
                 else None
             )
             grad_first = self.first.weight_gradient(grad_z, read, weights.first) if wanted.first else None
-            grad_x = wait_for(travelling)
-        if begun.grad_y is not None and weights.guide is not None and begun.alpha is not None:
-            grad_y = begun.grad_y.wait()
+            grad_x = wait_for(pending_grad_x)
+        if pending.grad_y is not None and weights.guide is not None and pending.alpha is not None:
+            grad_y = pending.grad_y.wait()
             if grad_x is not None:
-                grad_x = _DENSE.add_input_gradient(grad_x, grad_y, weights.guide, scale=begun.alpha)
-            grad_guide = _DENSE.scaled_weight_gradient(grad_y, x, scale=begun.alpha) if wanted.guide else None
-        return Gradients(grad_x, grad_first, wait_for(begun.grad_second), grad_guide)
+                grad_x = _DENSE.add_input_gradient(grad_x, grad_y, weights.guide, scale=pending.alpha)
+            grad_guide = (
+                _DENSE.scaled_weight_gradient(grad_y, x, scale=pending.alpha) if wanted.guide else None
+            )
+        return Gradients(grad_x, grad_first, wait_for(pending.grad_second), grad_guide)

@@ -105,11 +105,11 @@ def groups(tensor: int) -> Topology:
     """Megatron's groups over the processes there are; made anew only if the tensor-parallel size is
     another one.
     """
-    made = parallel_state.model_parallel_is_initialized()
-    if made and parallel_state.get_tensor_model_parallel_world_size() != tensor:
+    initialized = parallel_state.model_parallel_is_initialized()
+    if initialized and parallel_state.get_tensor_model_parallel_world_size() != tensor:
         parallel_state.destroy_model_parallel()
-        made = False
-    if not made:
+        initialized = False
+    if not initialized:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor, create_gloo_process_groups=False
         )

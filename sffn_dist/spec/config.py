@@ -235,7 +235,7 @@ class Sample(Section):
 
 
 class Logging(Section):
-    """What is shown and which trackers are told."""
+    """What is shown and which trackers are used."""
 
     progress: bool = True
     wandb: bool = False

@@ -9,14 +9,16 @@ from sffn_dist.spec.config import Config, Section
 
 def key_fields() -> dict[str, Any]:
     """Every dotted key -> its type annotation."""
-    found: dict[str, Any] = {}
+    annotations: dict[str, Any] = {}
     for name, field in Config.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, Section):
-            found.update({f"{name}.{leaf}": item.annotation for leaf, item in section.model_fields.items()})
+            annotations.update(
+                {f"{name}.{leaf}": item.annotation for leaf, item in section.model_fields.items()}
+            )
         else:
-            found[name] = field.annotation
-    return found
+            annotations[name] = field.annotation
+    return annotations
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -32,18 +34,18 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def defaults() -> dict[str, Any]:
     """Dotted key -> default, of the keys that have one."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, field in Config.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, Section):
             fields = {f"{name}.{leaf}": item for leaf, item in section.model_fields.items()}
         else:
             fields = {name: field}
-        found.update(
+        values.update(
             {
                 key: list(v) if isinstance(v := item.default, tuple) else v
                 for key, item in fields.items()
                 if not item.is_required()
             }
         )
-    return found
+    return values

@@ -1,8 +1,8 @@
 """Config files and overrides -> the config tree, or one error that lists *all* problems.
 
-A run is described by one JSON file (which may name a ``base`` and say only what differs) plus overrides
-``key.path=value``. Each problem is told with its dotted key, its value and the rule it broke. Nothing here
-imports torch: a refusal takes well under a second.
+A run is described by one JSON file (which may name a ``base`` and hold only what differs) plus overrides
+``key.path=value``. Each problem is reported with its dotted key, its value and the rule it broke. Nothing
+here imports torch: a refusal takes well under a second.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
         config = from_tree(tree)
     except ConfigError as error:
         subjects = {problem.partition(": ")[0] for problem in problems}
-        more = [problem for problem in error.problems if problem.partition(": ")[0] not in subjects]
-        raise ConfigError([*problems, *more]) from None
+        config_problems = [
+            problem for problem in error.problems if problem.partition(": ")[0] not in subjects
+        ]
+        raise ConfigError([*problems, *config_problems]) from None
     if problems:
         raise ConfigError(problems)
     return config
@@ -112,8 +114,8 @@ def read_tree(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
             raise ConfigError([f"base = {str(path)!r}: the files name each other as base in a circle"])
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        where = f" (named as base by {_seen[-1]})" if _seen else ""
-        raise ConfigError([f"config file {str(path)!r}{where}: no such file"]) from None
+        named_by = f" (named as base by {_seen[-1]})" if _seen else ""
+        raise ConfigError([f"config file {str(path)!r}{named_by}: no such file"]) from None
     except ConfigError:
         raise
     except (OSError, UnicodeError, RuntimeError) as error:  # RuntimeError: a link to itself
@@ -180,24 +182,26 @@ def _unknown_key(key: str) -> str:
     if section is not None:
         leaves = [name for name in key_fields() if name.startswith(f"{key}.")]
         return f"{key}: names a section, not a setting; set one of {', '.join(leaves)}"
-    known = [*key_fields(), *Config.model_fields]
+    valid_keys = [*key_fields(), *Config.model_fields]
     leaf = key.rsplit(".", 1)[-1]
-    same = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    same = [name for name in valid_keys if name.rsplit(".", 1)[-1] == leaf]
     near = (
         same[:1]
-        or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        or difflib.get_close_matches(leaf, [name.rsplit(".", 1)[-1] for name in known], n=1, cutoff=0.6)
+        or difflib.get_close_matches(key, valid_keys, n=1, cutoff=0.5)
+        or difflib.get_close_matches(leaf, [name.rsplit(".", 1)[-1] for name in valid_keys], n=1, cutoff=0.6)
     )
-    full = next((name for name in known if near and (name == near[0] or name.endswith("." + near[0]))), None)
+    full = next(
+        (name for name in valid_keys if near and (name == near[0] or name.endswith("." + near[0]))), None
+    )
     return f"{key}: unknown key" + (f"; the nearest known one is {full}" if full else "")
 
 
 def _message(problem: Any, tree: Mapping[str, Any]) -> str:
     """One pydantic problem as 'key = value: rule'."""
     location = [str(part) for part in problem["loc"]]
-    known = set(key_fields()) | set(Config.model_fields)
-    while len(location) > 1 and ".".join(location) not in known and problem["type"] != "extra_forbidden":
-        if location[-1].isdigit() and ".".join(location[:-1]) in known:
+    valid_keys = set(key_fields()) | set(Config.model_fields)
+    while len(location) > 1 and ".".join(location) not in valid_keys and problem["type"] != "extra_forbidden":
+        if location[-1].isdigit() and ".".join(location[:-1]) in valid_keys:
             break
         location = location[:-1]
     key = ".".join(location)

@@ -52,8 +52,8 @@ def devices_suffice(devices: int, ranks: int) -> bool:
 
 def cuda_capability(ranks: int | None = None) -> tuple[int, int] | None:
     """Compute capability of the devices that this node's ranks run on, None if they run on the CPU."""
-    found = cuda()
-    return found[1:] if found and devices_suffice(found[0], ranks or ranks_here()) else None
+    cuda_info = cuda()
+    return cuda_info[1:] if cuda_info and devices_suffice(cuda_info[0], ranks or ranks_here()) else None
 
 
 @cache
@@ -94,13 +94,13 @@ def triton_unavailable(ranks: int | None = None) -> str | None:
 
 def device_name(ranks: int | None = None) -> str:
     """What this node's ranks run on, for the plan."""
-    found, capability = cuda(), cuda_capability(ranks)
+    cuda_info, capability = cuda(), cuda_capability(ranks)
     if capability:
         return f"cuda, compute capability {capability[0]}.{capability[1]}"
     cpu = f"cpu, {cores()} cores{', bf16 units' if cpu_has_bf16() else ''}"
-    if not found:
+    if not cuda_info:
         return cpu
-    devices = f"only {found[0]} CUDA device{'s' * (found[0] > 1)}"
+    devices = f"only {cuda_info[0]} CUDA device{'s' * (cuda_info[0] > 1)}"
     return f"{cpu}: {devices} for {ranks or ranks_here()} ranks; running on CPU"
 
 

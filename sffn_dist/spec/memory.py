@@ -49,7 +49,7 @@ def activation_bytes(config: Config, element: int, *, guide: bool = False) -> in
     whole = [_layer_elements(config, layer, False, guide) for layer in range(layers)]
     if config.recompute == "full":
         return logits + layers * stream // 2 + max(whole) * tokens * element
-    rebuilt = max(all_of - some for all_of, some in zip(whole, kept, strict=True))  # one layer's at a time
+    rebuilt = max(total - stored for total, stored in zip(whole, kept, strict=True))  # one layer's at a time
     at_once = tokens if guide else min(tokens, rebuilt_at_once(tokens))
     return logits + layers * stream + (sum(kept) * tokens + rebuilt * at_once) * element
 

@@ -27,9 +27,9 @@ def plan(config: Config, world: int) -> dict[str, Any]:
     clock = schedule.build_schedule(config)
     step_tokens = config.tokens_per_step
     guided = clock.guided_steps > 0
-    here = machine.ranks_here(otherwise=world)
+    local_ranks = machine.ranks_here(otherwise=world)
     data_parallel = max(1, world // config.parallel.tensor)
-    precision = machine.precision(config.precision, here)
+    precision = machine.precision(config.precision, local_ranks)
     return {
         "run.dir": config.run.dir,
         "ffn": config.ffn.model_dump(mode="json", exclude_none=True),
@@ -49,7 +49,7 @@ def plan(config: Config, world: int) -> dict[str, Any]:
         "guided_steps_share": clock.guided_steps / clock.first_pass,
         "phases": _phases(config, precision, data_parallel),
         "precision": precision,
-        "device": machine.device_name(here),
+        "device": machine.device_name(local_ranks),
         "ranks": {"world": world, "tensor": config.parallel.tensor, "data": data_parallel},
         "accumulation_steps": config.accumulation_steps(data_parallel),
         "memory_per_rank": memory_per_rank(config, precision, data_parallel, guide=guided),
@@ -84,8 +84,8 @@ def communication(config: Config, precision: str, data_parallel: int) -> dict[st
                 "layer": layer,
                 "ffn": config.kind_of_layer(layer),
                 **{
-                    place: _received(some, size)
-                    for place, some in _by_linear(traffic.layer_traffic(config, layer)).items()
+                    place: _received(transfers, size)
+                    for place, transfers in _by_linear(traffic.layer_traffic(config, layer)).items()
                 },
             }
             for layer in layers
@@ -104,13 +104,13 @@ def _by_linear(moved: list[traffic.Transfer]) -> dict[str, list[traffic.Transfer
         "linear_fc2": [],
         "norms": [],
     }
-    for one in moved:
+    for transfer in moved:
         part = (
             "attention"
-            if one.place.startswith("self_attention")
-            else one.place.removeprefix("mlp.").split(".")[0]
+            if transfer.place.startswith("self_attention")
+            else transfer.place.removeprefix("mlp.").split(".")[0]
         )
-        places[part if part in places else "norms"].append(one)
+        places[part if part in places else "norms"].append(transfer)
     return places
 
 
@@ -120,7 +120,10 @@ def _received(moved: list[traffic.Transfer], size: int, times: int = 1) -> dict[
         purpose: float(times * traffic.total(moved, purpose))
         for purpose in ("forward", "backward", "gradient")
     }
-    return {**elements, "bytes": float(times * sum(one.elements * (one.size or size) for one in moved))}
+    return {
+        **elements,
+        "bytes": float(times * sum(transfer.elements * (transfer.size or size) for transfer in moved)),
+    }
 
 
 def _dense_ffn(config: Config) -> int:
@@ -166,13 +169,13 @@ def _received_line(plan: dict[str, Any]) -> str:
 
 def _checkpoint_line(plan: dict[str, Any]) -> str:
     size, settings = plan["checkpoint_bytes"], plan["checkpoint"]
-    when = f"every {settings['interval']} steps" if settings["interval"] else "at the end"
+    frequency = f"every {settings['interval']} steps" if settings["interval"] else "at the end"
     forever = f", and every {settings['keep_every']} steps for good" if settings["keep_every"] else ""
     disk = (
         f"{settings['keep']} kept{forever}, {si((settings['keep'] + 1) * size, 'B')} of disk while one is "
         f"written"
     )
-    return f"{si(size, 'B')} {when}; {disk}" + (
+    return f"{si(size, 'B')} {frequency}; {disk}" + (
         ", as much host memory as one" if settings["asynchronous"] else ""
     )
 

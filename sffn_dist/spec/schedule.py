@@ -51,7 +51,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The run's clock; build it with :func:`of`.
+    """The run's clock; build it with :func:`build_schedule`.
 
     ``first_pass`` steps read new data; the rest of ``total_steps`` repeats that of the guided ones,
     ``guide_begin`` to ``guide_end`` - 1.
@@ -104,18 +104,18 @@ class Schedule:
         done = (step - self.guide_begin) / self.guided_steps
         return DECAYS[self.guide_schedule](done)
 
-    def guide_weight(self, now: StepSchedule, layer: int, linear: int) -> float | None:
+    def guide_weight(self, step_schedule: StepSchedule, layer: int, linear: int) -> float | None:
         """alpha where this linear computes its guide in this step, None where it does not.
 
         Stochastic (paper, section 4): with probability alpha the linear uses the mix, still weighted by
         alpha, else U(V x) alone. ``linear`` is 0 for the first and 1 for the second projection of the
         feed-forward layer.
         """
-        if now.phase != "guided":
+        if step_schedule.phase != "guided":
             return None
-        if self.stochastic and uniform(self.seed, now.step, layer, linear) >= now.alpha:
+        if self.stochastic and uniform(self.seed, step_schedule.step, layer, linear) >= step_schedule.alpha:
             return None
-        return now.alpha
+        return step_schedule.alpha
 
     def learning_rate_factor(self, step: int) -> float:
         """Multiplies train.learning_rate: (step + 1)/warm-up, then from 1 down to min_learning_rate_ratio."""

@@ -136,7 +136,7 @@ def structured_linear(
 
 
 def _times(times: int, moved: Iterable[Transfer]) -> Iterator[Transfer]:
-    return (replace(one, elements=one.elements * times) for one in moved if times)
+    return (replace(transfer, elements=transfer.elements * times) for transfer in moved if times)
 
 
 def feed_forward(
@@ -156,7 +156,7 @@ def feed_forward(
 
 def total(moved: Iterable[Transfer], purpose: str | None = None) -> Fraction:
     """Elements, of one purpose or of all."""
-    return sum((one.elements for one in moved if purpose in (None, one.purpose)), Fraction(0))
+    return sum((transfer.elements for transfer in moved if purpose in (None, transfer.purpose)), Fraction(0))
 
 
 # -------------------------------------------------------------------------------------------- the whole model
@@ -176,36 +176,36 @@ def layer_traffic(config: Config, layer: int, *, guide: bool = False) -> list[Tr
     structure, specs = ffn_structure(config, layer), layer_tensors(config, layer, guide=guide)
     moved: list[Transfer] = []
 
-    def at(place: str, some: Iterable[Transfer]) -> None:
-        moved.extend(replace(one, place=place) for one in some)
+    def add(place: str, transfers: Iterable[Transfer]) -> None:
+        moved.extend(replace(transfer, place=place) for transfer in transfers)
 
     for linear, role, inputs, outputs in ffn_linears(config):
         name = f"mlp.{linear}"
         if guide:  # split as a dense linear is
-            at(name, dense_linear(group, role, inputs, outputs) if f"{name}.guide" in specs else ())
+            add(name, dense_linear(group, role, inputs, outputs) if f"{name}.guide" in specs else ())
         elif structure.dense:
-            at(name, dense_linear(group, role, inputs, outputs))
+            add(name, dense_linear(group, role, inputs, outputs))
         else:
             own = {key.rpartition(".")[2]: spec for key, spec in specs.items() if key.startswith(f"{name}.")}
-            at(
+            add(
                 name,
                 structured_linear(
                     group, structure, role, inputs, outputs, own, config.recompute == "bottleneck"
                 ),
             )
     if not guide:
-        at("self_attention.linear_qkv", dense_linear(group, "column", h, h))
-        at("self_attention.linear_proj", dense_linear(group, "row", h, h))
+        add("self_attention.linear_qkv", dense_linear(group, "column", h, h))
+        add("self_attention.linear_proj", dense_linear(group, "row", h, h))
     # forward again, up to the last tensor that backward reads: a dense layer's last sum is not
     if config.recompute == "full":
         moved += [
-            replace(one, purpose="backward")
-            for one in moved
-            if one.purpose == "forward" and not (structure.dense and one.place == "mlp.linear_fc2")
+            replace(transfer, purpose="backward")
+            for transfer in moved
+            if transfer.purpose == "forward" and not (structure.dense and transfer.place == "mlp.linear_fc2")
         ]
     for name, spec in specs.items():
         if len(spec.shape) == 1 and not guide:  # norms, and biases of row-parallel linears
-            at(name, group.sum_gradient(spec))
+            add(name, group.sum_gradient(spec))
     return moved
 
 
@@ -214,19 +214,24 @@ def model_traffic(config: Config) -> list[Transfer]:
     group, h = group_of(config), config.model.width
     moved: list[Transfer] = []
 
-    def at(place: str, some: Iterable[Transfer]) -> None:
-        moved.extend(replace(one, place=f"{place}.{one.place}" if one.place else place) for one in some)
+    def add(place: str, transfers: Iterable[Transfer]) -> None:
+        moved.extend(
+            replace(transfer, place=f"{place}.{transfer.place}" if transfer.place else place)
+            for transfer in transfers
+        )
 
     # rows of the vocabulary are cut: partial sums
-    at("embedding.word_embeddings", dense_linear(group, "row", h, h))
+    add("embedding.word_embeddings", dense_linear(group, "row", h, h))
     for layer in range(config.model.layers):
-        at(f"decoder.layers.{layer}", layer_traffic(config, layer))
+        add(f"decoder.layers.{layer}", layer_traffic(config, layer))
     for name, spec in model_tensors(config, guide=False).items():
         if name.startswith("decoder.final_layernorm."):
-            at(name, group.sum_gradient(spec))
-    at("output_layer", dense_linear(group, "column", h, h))
+            add(name, group.sum_gradient(spec))
+    add("output_layer", dense_linear(group, "column", h, h))
     # the vocabulary-parallel loss: each token's largest logit, its label's, and the sum of exponentials, in
     # fp32
     for _ in range(3):
-        moved.extend(replace(one, size=4) for one in group.moved("forward", "all_reduce", group.tokens))
+        moved.extend(
+            replace(transfer, size=4) for transfer in group.moved("forward", "all_reduce", group.tokens)
+        )
     return moved

@@ -96,8 +96,8 @@ class BlockShuffle(Structure):
         if inner.value % blocks**2:
             yield (
                 f"{prefix}blocks = {blocks}: its square must divide {inner.name} = {inner.value} under "
-                "tensor parallelism (the shuffled features of a block must fall into whole blocks of the next "
-                "factor)"
+                "tensor parallelism (the shuffled features of a block must fall into whole blocks of the "
+                "next factor)"
             )
             return
         share = ranks.value // math.gcd(ranks.value, blocks)  # ranks that share a block l

@@ -1,6 +1,6 @@
 """What happened to a run besides its steps: ``run_dir/events.jsonl``, one JSON line an event, for good.
 
-Unlike the metrics it is never cut: a step that was skipped, undone and taken again is told three times.
+Unlike the metrics it is never cut: a step that was skipped, undone and taken again has three rows.
 Standard library only.
 """
 

@@ -60,13 +60,13 @@ def measured_flops(device: torch.device, precision: str, seconds: float = 0.3) -
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 4096 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device).to(dtype)
-    rounds, spent = 1, 0.0
+    rounds, elapsed = 1, 0.0
     (a @ a).sum().item()
-    while spent < seconds:
+    while elapsed < seconds:
         rounds *= 2
         began = time.perf_counter()
         for _ in range(rounds):
             b = a @ a
         b.sum().item()  # waits for the device
-        spent = time.perf_counter() - began
-    return rounds * 2.0 * size**3 / spent
+        elapsed = time.perf_counter() - began
+    return rounds * 2.0 * size**3 / elapsed

@@ -1,4 +1,4 @@
-"""What a run says while it runs, and how long it still takes.
+"""What a run prints while it runs, and how long it still takes.
 
 :class:`Progress` draws a bar on a terminal and prints a plain line now and then anywhere else (log file, CI,
 batch system). :class:`Estimate` turns measured durations into remaining seconds. Only rank 0 uses them.
@@ -42,7 +42,7 @@ class Estimate:
 
     A step counts with the median of the newest ``window`` ones; the first of a process (compilation, cold
     caches) only while it is the only one. Evaluations, checkpoints and samples count with the median of those
-    seen; before one was seen, ``extra`` says how long it takes in units of a step, e.g. ``{"evaluation":
+    seen; before one was seen, ``extra`` states how long it takes in units of a step, e.g. ``{"evaluation":
     0.3}`` (a forward pass is a third of a step); a kind named in neither costs nothing. ``assumed`` does the
     same in seconds. ``costs``, if given, holds the relative cost of each step of the run: guided ones cost
     more.
@@ -74,15 +74,15 @@ class Estimate:
 
         Negative and non-finite durations are left out.
 
-        ``step`` says which step it was, so that its own cost is taken into account.
+        ``step`` is the step it was, so that its own cost is taken into account.
         """
-        each = seconds / count / (self._costs[step] if step is not None else 1.0)
-        if not math.isfinite(each) or each < 0:
+        duration = seconds / count / (self._costs[step] if step is not None else 1.0)
+        if not math.isfinite(duration) or duration < 0:
             return
         if kind == "step" and self._first_step is None:
-            self._first_step = each
+            self._first_step = duration
         else:
-            self._seen[kind].append(each)
+            self._seen[kind].append(duration)
 
     def step_seconds(self) -> float | None:
         """Seconds of a step of cost 1; None until one was observed."""
@@ -102,19 +102,19 @@ class Estimate:
         """Seconds left when ``step`` steps of the run are done (counted from its beginning); None until a
         step was observed.
         """
-        each = self.step_seconds()
-        if each is None:
+        step_time = self.step_seconds()
+        if step_time is None:
             return None
-        left = self.cost_left(step) * each
+        left = self.cost_left(step) * step_time
         counts = {
             "evaluation": remaining_evaluations,
             "checkpoint": remaining_checkpoints,
             "sample": remaining_samples,
         }
         for kind, count in counts.items():
-            seen = self._seen[kind]
-            unseen = self._extra.get(kind, 0.0) * each + self._assumed.get(kind, 0.0)
-            left += count * (statistics.median(seen) if seen else unseen)
+            durations = self._seen[kind]
+            assumed = self._extra.get(kind, 0.0) * step_time + self._assumed.get(kind, 0.0)
+            left += count * (statistics.median(durations) if durations else assumed)
         return left
 
 

@@ -39,7 +39,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All trackers of a run. What one of them raises is told once and swallowed."""
+    """All trackers of a run. What one of them raises is logged once and swallowed."""
 
     def __init__(self, trackers: Sequence[Tracker] = ()):
         self._trackers = list(trackers)
@@ -194,14 +194,14 @@ def wandb_id(run_dir: Path) -> str:
     """The id of the run's W&B run; made at the first call, then read from ``run_dir/wandb_id``."""
     path = run_dir / "wandb_id"
     try:
-        found = path.read_text(encoding="utf-8").strip()
+        stored_id = path.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
-        found = ""
-    if found:
-        return found
-    made = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-    write_text(path, made + "\n")
-    return made
+        stored_id = ""
+    if stored_id:
+        return stored_id
+    new_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+    write_text(path, new_id + "\n")
+    return new_id
 
 
 def _wandb_is_logged_out() -> bool:
@@ -216,7 +216,7 @@ def _wandb_is_logged_out() -> bool:
         return False
     if settings.api_key or settings.identity_token_file or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return False
-    # wandb.login(prompt=False) would tell too, but calls the server; so look where it looks
+    # wandb.login(prompt=False) would show it too, but calls the server; so look where it looks
     hosts = [urlsplit(settings.base_url).netloc]
     if settings.base_url == type(settings).model_fields["base_url"].default:
         hosts.append("api.wandb.ai")  # the public server's entry, also where its address changed

@@ -1,1 +1,1 @@
-"""Training: engine, loop, what is told of it, resuming, guards."""
+"""Training: engine, loop, its reports, resuming, guards."""

@@ -70,11 +70,12 @@ def create(
     clipping, accumulation.
 
     The learning rate is 0 until :func:`set_learning_rate`; optimizer state exists from the start, all zero,
-    or what is ``carried`` over from another engine (then the model's weights are set by state.refresh).
+    or what is ``carried`` over from another engine (then engine_state.update_model_weights sets the model's
+    weights).
     """
     _adjust_deepspeed()
-    named = list(model.named_parameters())
-    groups = [[p for n, p in named if not is_guide(n)], [p for n, p in named if is_guide(n)]]
+    named_params = list(model.named_parameters())
+    groups = [[p for n, p in named_params if not is_guide(n)], [p for n, p in named_params if is_guide(n)]]
     module, _, function = OPTIMIZERS[config.train.optimizer].partition(":")
     optimizer = getattr(importlib.import_module(module), function)(
         [group for group in groups if group], config.train
@@ -121,7 +122,7 @@ def destroy(engine: Engine) -> None:
     for parameter in engine.module.parameters():
         parameter.__dict__.clear()
     parameter_offload.FWD_MODULE_STACK.clear()
-    # private names: a test tells if another version has others, a run need not end for it
+    # private names: a test fails if another version has others, a run need not end for it
     with suppress(AttributeError):
         RotaryEmbedding.forward.cache_clear()
     with suppress(AttributeError, KeyError, TypeError):

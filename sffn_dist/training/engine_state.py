@@ -3,8 +3,8 @@ them elsewhere.
 
 A *master* is a flat fp32 tensor that AdamW steps: in ZeRO 1-3 this rank's range of a parameter group, in ZeRO
 0 a whole parameter. The guide is the engine's last parameter group, so the masters of all others (the
-*survivors*) are the same tensors with or without it: a new engine takes them over from an old one as they
-are, rank by rank, without a collective. :func:`fragments` names what of each parameter a master holds;
+*base parameters*) are the same tensors with or without it: a new engine takes them over from an old one as
+they are, rank by rank, without a collective. :func:`fragments` names what of each parameter a master holds;
 checkpoints read and write through it, so that any stage can load what another one saved.
 """
 
@@ -24,7 +24,7 @@ from sffn_dist.parallel.topology import Topology
 from sffn_dist.structured.cut import TensorSpec
 
 Engine = Any  # deepspeed.DeepSpeedEngine, which is not typed
-ExportedState = list[dict[str, Tensor]]  # of each surviving master: "weight", "exp_avg", "exp_avg_sq", "step"
+ExportedState = list[dict[str, Tensor]]  # of each base master: "weight", "exp_avg", "exp_avg_sq", "step"
 
 
 def torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
@@ -38,7 +38,7 @@ def torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
 
 
 def master_params(engine: Engine) -> tuple[list[Tensor], list[Tensor]]:
-    """Those of the survivors, and those of the guide."""
+    """Those of the base parameters, and those of the guide."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3 cuts a group into several
         flat = list(optimizer.fp32_partitioned_groups_flat)
@@ -46,8 +46,8 @@ def master_params(engine: Engine) -> tuple[list[Tensor], list[Tensor]]:
     else:
         flat = [p for group in optimizer.param_groups for p in group["params"]]
         groups = [index for index, group in enumerate(optimizer.param_groups) for _ in group["params"]]
-    survivors = [master for master, group in zip(flat, groups, strict=True) if group == 0]
-    return survivors, flat[len(survivors) :]
+    base_params = [master for master, group in zip(flat, groups, strict=True) if group == 0]
+    return base_params, flat[len(base_params) :]
 
 
 def init_state(engine: Engine, carried: ExportedState | None = None) -> None:
@@ -56,19 +56,19 @@ def init_state(engine: Engine, carried: ExportedState | None = None) -> None:
 
     ``carried`` is emptied on the way, so that no weight is held twice for longer than its copy takes.
     """
-    survivors, guides = master_params(engine)
-    assert carried is None or len(carried) == len(survivors), (
-        "the survivors' masters are the same with and without a guide"
+    base_params, guides = master_params(engine)
+    assert carried is None or len(carried) == len(base_params), (
+        "base parameters' masters are the same with and without a guide"
     )
-    kept = torch_optimizer(engine).state
-    for master in survivors if carried is None else []:
-        kept[master] = _zero_state(master)
+    state = torch_optimizer(engine).state
+    for master in base_params if carried is None else []:
+        state[master] = _zero_state(master)
     for master in guides:
-        kept[master] = _zero_state(master)
-    for master in survivors if carried else []:
-        taken = carried.pop(0)  # type: ignore[union-attr]
-        master.data.copy_(taken.pop("weight"))
-        kept[master] = taken
+        state[master] = _zero_state(master)
+    for master in base_params if carried else []:
+        master_state = carried.pop(0)  # type: ignore[union-attr]
+        master.data.copy_(master_state.pop("weight"))
+        state[master] = master_state
     engine.global_steps = step_counts(engine)[0]
 
 
@@ -78,33 +78,33 @@ def _zero_state(master: Tensor) -> dict[str, Tensor]:
 
 
 def export_state(engine: Engine) -> ExportedState:
-    """The survivors' state, the tensors themselves: the engine must not be stepped afterwards."""
-    kept = torch_optimizer(engine).state
+    """The base parameters' state, the tensors themselves: the engine must not be stepped afterwards."""
+    state = torch_optimizer(engine).state
     return [
-        {"weight": master.data, **{key: kept[master][key] for key in ("step", *MOMENTS)}}
+        {"weight": master.data, **{key: state[master][key] for key in ("step", *MOMENTS)}}
         for master in master_params(engine)[0]
     ]
 
 
 def step_counts(engine: Engine) -> tuple[int, int | None]:
-    """Steps that Adam has taken, of the survivors and of the guide if there is one: skipped steps do not
-    count, a guide starts at 0.
+    """Steps that Adam has taken, of the base parameters and of the guide if there is one: skipped steps do
+    not count, a guide starts at 0.
     """
-    survivors, guides = master_params(engine)
-    kept = torch_optimizer(engine).state
-    return int(kept[survivors[0]]["step"]), int(kept[guides[0]]["step"]) if guides else None
+    base_params, guides = master_params(engine)
+    state = torch_optimizer(engine).state
+    return int(state[base_params[0]]["step"]), int(state[guides[0]]["step"]) if guides else None
 
 
 def set_step_counts(engine: Engine, steps: int, guide_steps: int | None) -> None:
     """Adam's numbers of steps taken, for its bias corrections, and DeepSpeed's; without ``guide_steps``
     the guide's is the others'.
     """
-    kept = torch_optimizer(engine).state
-    survivors, guides = master_params(engine)
-    for master in survivors:
-        kept[master]["step"].fill_(steps)
+    state = torch_optimizer(engine).state
+    base_params, guides = master_params(engine)
+    for master in base_params:
+        state[master]["step"].fill_(steps)
     for master in guides:
-        kept[master]["step"].fill_(steps if guide_steps is None else guide_steps)
+        state[master]["step"].fill_(steps if guide_steps is None else guide_steps)
     engine.global_steps = steps
 
 
@@ -143,17 +143,17 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
     """What this rank holds of every parameter's fp32 weight and moments (nothing of some parameters in
     ZeRO 1-3).
     """
-    named = list(engine.module.named_parameters())
+    named_params = list(engine.module.named_parameters())
     optimizer = engine.optimizer
     if isinstance(optimizer, torch.optim.Optimizer):  # stage 0 in fp32: torch's optimizer itself
-        for name, p in named:
+        for name, p in named_params:
             yield Fragment(name, 0, p.numel(), _views(engine, p, 0, p.numel()))
     elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        yield from _stage_3(engine, named)
+        yield from _stage_3(engine, named_params)
     elif hasattr(optimizer, "fp32_groups"):
-        yield from _unpartitioned(engine, named)
+        yield from _unpartitioned(engine, named_params)
     else:
-        yield from _stage_1_2(engine, named)
+        yield from _stage_1_2(engine, named_params)
 
 
 def separate_masters(engine: Engine) -> Iterator[Fragment]:
@@ -163,20 +163,20 @@ def separate_masters(engine: Engine) -> Iterator[Fragment]:
     return iter(()) if isinstance(engine.optimizer, torch.optim.Optimizer) else fragments(engine)
 
 
-def _unpartitioned(engine: Engine, named: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
+def _unpartitioned(engine: Engine, named_params: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
     """Stage 0 in bf16: an fp32 copy beside every parameter, in the order of the groups."""
-    names = {id(p): name for name, p in named}
+    names = {id(p): name for name, p in named_params}
     for group, copies in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
         for p, master in zip(group, copies, strict=True):
             yield Fragment(names[id(p)], 0, p.numel(), _views(engine, master, 0, p.numel()))
 
 
-def _stage_1_2(engine: Engine, named: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
+def _stage_1_2(engine: Engine, named_params: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
     """Stages 1 and 2: each data-parallel rank has a range of every group's flat tensor, which may cut a
     parameter.
     """
     flat = [master for group in master_params(engine) for master in group]
-    for name, p in named:
+    for name, p in named_params:
         mapping = getattr(p, "_hp_mapping", None)
         if mapping is None:
             continue
@@ -185,12 +185,12 @@ def _stage_1_2(engine: Engine, named: list[tuple[str, nn.Parameter]]) -> Iterato
         yield Fragment(name, outside.start, outside.numel, _views(engine, master, inside.start, inside.numel))
 
 
-def _stage_3(engine: Engine, named: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
+def _stage_3(engine: Engine, named_params: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
     """Stage 3: each data-parallel rank has an equal part of every parameter, the last ones padded."""
     optimizer = engine.optimizer
     rank = dist.get_rank(group=optimizer.dp_process_group)
     flat = [master for group in master_params(engine) for master in group]
-    for name, parameter in named:
+    for name, parameter in named_params:
         p: Any = parameter
         group, offset, part = optimizer.grad_position[optimizer.get_param_id(p)]
         start = rank * part

@@ -43,7 +43,7 @@ def finalize(run: TrainingRun, corpus: Corpus) -> None:
 
 
 def finalize_stopped(run: TrainingRun, stop: signal.Signals) -> None:
-    """A signal stopped the run, its state is saved: the record of the end says so to a job script, the
+    """A signal stopped the run, its state is saved: the record of the end reports it to a job script, the
     trackers close.
     """
     reason = f"stopped by {stop.name} after step {run.step} of {run.schedule.total_steps}"

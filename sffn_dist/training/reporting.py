@@ -1,4 +1,4 @@
-"""What rank 0 tells of a run while it trains: each step, each rank's speed, and how long the run still
+"""What rank 0 reports of a run while it trains: each step, each rank's speed, and how long the run still
 takes.
 """
 
@@ -76,7 +76,7 @@ def _warn_of_room(run: TrainingRun, reports: Reports) -> None:
         )
 
 
-def report_step(run: TrainingRun, now: StepSchedule, result: StepResult) -> None:
+def report_step(run: TrainingRun, step_schedule: StepSchedule, result: StepResult) -> None:
     """One line of metrics, the progress bar, the trackers; a skipped step is an event too."""
     if run.reports is None:
         return
@@ -85,36 +85,36 @@ def report_step(run: TrainingRun, now: StepSchedule, result: StepResult) -> None
     linears = sum(1 for _ in models.structured_linears(run.model))
     guided_fraction = result.guides_computed / linears if linears else 0.0
     row = {
-        "step": now.step,
-        "tokens": (now.step + 1) * tokens,
+        "step": step_schedule.step,
+        "tokens": (step_schedule.step + 1) * tokens,
         "loss": result.loss,
-        "alpha": now.alpha,
-        "lr": config.train.learning_rate * now.learning_rate_factor,
+        "alpha": step_schedule.alpha,
+        "lr": config.train.learning_rate * step_schedule.learning_rate_factor,
         "grad_norm": result.grad_norm,
         "tokens_per_s": tokens / result.seconds,
         "seconds": result.seconds,
-        "phase": now.phase,
+        "phase": step_schedule.phase,
         "guided_share": guided_fraction,
-        "data_step": now.data_step,
+        "data_step": step_schedule.data_step,
         "flops": reports.flops_per_step + guided_fraction * reports.guide_flops_per_step,
         "skipped": int(result.skipped is not None),
     }
-    reports.estimate.observe("step", result.seconds, step=now.step)
+    reports.estimate.observe("step", result.seconds, step=step_schedule.step)
     reports.metrics.write(row)
-    reports.trackers.log(row, now.step)
+    reports.trackers.log(row, step_schedule.step)
     reports.progress.step(row, remaining_seconds(run))
     if result.skipped:
-        text = f"warning: step {now.step}: {result.skipped}: the optimiser step was skipped"
-        run.tell("skipped", text, skipped=now.step)
+        text = f"warning: step {step_schedule.step}: {result.skipped}: the optimiser step was skipped"
+        run.tell("skipped", text, skipped=step_schedule.step)
     steps_of_this_start = run.steps_taken + run.schedule.total_steps - run.step
     if run.steps_taken == min(EARLY_STEPS, steps_of_this_start) and run.step < run.schedule.total_steps:
         announce_estimate(run, f"from {run.step} steps" if run.step > 1 else "from the first step")
 
 
-def report_first_micro_batch(run: TrainingRun, now: StepSchedule, step_seconds: float) -> None:
+def report_first_micro_batch(run: TrainingRun, step_schedule: StepSchedule, step_seconds: float) -> None:
     """An estimate before the first step is over, where that takes half a minute or more."""
     if run.reports and step_seconds > 30:
-        run.reports.estimate.observe("step", step_seconds, step=now.step)
+        run.reports.estimate.observe("step", step_seconds, step=step_schedule.step)
         announce_estimate(run, "from the first micro-batch of the first step, which includes the warm-up")
 
 
@@ -134,7 +134,7 @@ def remaining_seconds(run: TrainingRun) -> float | None:
     assert run.reports
     config, total = run.config, run.schedule.total_steps
 
-    def left(interval: int) -> int:
+    def events_left(interval: int) -> int:
         """Steps after this one at which something of this interval is due."""
         if run.step >= total:
             return 0
@@ -142,8 +142,8 @@ def remaining_seconds(run: TrainingRun) -> float | None:
 
     return run.reports.estimate.remaining(
         run.step,
-        left(config.evaluation.interval),
-        left(config.checkpoint.interval),
+        events_left(config.evaluation.interval),
+        events_left(config.checkpoint.interval),
         int(config.sample.tokens > 0),
     )
 
@@ -163,7 +163,7 @@ def announce_bound(run: TrainingRun) -> None:
 
 
 def announce_estimate(run: TrainingRun, source: str) -> None:
-    """Tell the time left by the steps measured so far; ``source`` says what they were."""
+    """Report the time left by the steps measured so far; ``source`` states what they were."""
     assert run.reports
     seconds = remaining_seconds(run)
     if seconds is not None:

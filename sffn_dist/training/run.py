@@ -103,7 +103,7 @@ class TrainingRun:
             self.reports.event(event, self.step, text, **facts)
 
     def report_requested(self) -> bool:
-        """Whether somebody asks rank 0 for a report of all ranks, by a file in run.dir; looked for every
+        """Whether rank 0 is asked for a report of all ranks, by a file in run.dir; looked for every
         two seconds at most.
         """
         now = time.monotonic()

@@ -24,9 +24,9 @@ from sffn_dist.training.step_result import StepResult
 
 def train_step(run: TrainingRun) -> StepResult:
     """Take step ``run.step`` and report it. All ranks must call it."""
-    config, now, started = run.config, run.schedule.at(run.step), time.perf_counter()
-    guides_computed = models.set_guide(run.model, run.schedule, now)
-    engines.set_learning_rate(run.engine, config.train.learning_rate * now.learning_rate_factor)
+    config, step_schedule, started = run.config, run.schedule.at(run.step), time.perf_counter()
+    guides_computed = models.set_guide(run.model, run.schedule, step_schedule)
+    engines.set_learning_rate(run.engine, config.train.learning_rate * step_schedule.learning_rate_factor)
 
     def decide(local_loss: float) -> StepAgreement:
         with run.recorder.waiting():
@@ -34,7 +34,7 @@ def train_step(run: TrainingRun) -> StepResult:
         return dataclasses.replace(agreement, rejection=run.bad_steps.losses.rejection_reason(agreement.loss))
 
     run.recorder.begin()
-    batches = run.recorder.data(_micro_batches(run, now))
+    batches = run.recorder.data(_micro_batches(run, step_schedule))
     engine_step = engines.train_step(run.engine, _loss(run), batches, config.train.clip, decide)
     run.recorder.end()
     agreement, norm = engine_step.decision, engine_step.grad_norm
@@ -43,12 +43,19 @@ def train_step(run: TrainingRun) -> StepResult:
         skipped = f"gradient norm {norm}"
     seconds = time.perf_counter() - started
     result = StepResult(
-        now.step, agreement.loss, norm, guides_computed, skipped, agreement.stop, agreement.report, seconds
+        step_schedule.step,
+        agreement.loss,
+        norm,
+        guides_computed,
+        skipped,
+        agreement.stop,
+        agreement.report,
+        seconds,
     )
     run.step += 1
     run.steps_taken += 1
-    reporting.report_step(run, now, result)
-    run.bad_steps.record(now.step, skipped, agreement.loss)
+    reporting.report_step(run, step_schedule, result)
+    run.bad_steps.record(step_schedule.step, skipped, agreement.loss)
     return result
 
 
@@ -69,14 +76,18 @@ def _loss(run: TrainingRun) -> Callable[[Tensor], Tensor]:
     return loss
 
 
-def _micro_batches(run: TrainingRun, now: StepSchedule) -> Iterator[Tensor]:
+def _micro_batches(run: TrainingRun, step_schedule: StepSchedule) -> Iterator[Tensor]:
     """This rank's micro-batches (micro_batch, S+1); those of a start's first step give the first estimate
     of its time.
     """
     topology, micro = run.topology, run.config.train.micro_batch_size
-    batches = run.batches.at(now.data_step, topology.data_rank, topology.data, micro_batch_size=micro)
+    batches = run.batches.at(
+        step_schedule.data_step, topology.data_rank, topology.data, micro_batch_size=micro
+    )
     started = time.perf_counter()
     for index, batch in enumerate(batches):
         if index == 1 and run.steps_taken == 0:
-            reporting.report_first_micro_batch(run, now, (time.perf_counter() - started) * len(batches))
+            reporting.report_first_micro_batch(
+                run, step_schedule, (time.perf_counter() - started) * len(batches)
+            )
         yield torch.from_numpy(np.ascontiguousarray(batch)).to(topology.device)

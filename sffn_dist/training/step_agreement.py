@@ -1,4 +1,4 @@
-"""What all ranks know before a step's update is made: the mean loss, and whether a rank was signalled or
+"""What all ranks have before a step's update is made: the mean loss, and whether a rank was signalled or
 asked for a report.
 
 One all-reduce of a few numbers a step, where the loss is read anyway. Everything that is decided during a run
@@ -33,7 +33,7 @@ class StepAgreement:
 def agree_on_step(
     loss: float, signals: SignalHandler, topology: Topology, *, report: bool = False
 ) -> StepAgreement:
-    """Join what every rank knows; ``loss`` is the mean over the rank's own sequences.
+    """Join what every rank has; ``loss`` is the mean over the rank's own sequences.
 
     All ranks must call it.
     """

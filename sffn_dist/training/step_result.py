@@ -16,6 +16,6 @@ class StepResult:
     grad_norm: float = math.nan  # before clipping; not finite where the step was skipped
     guides_computed: int = 0  # linears that computed their guide
     skipped: str | None = None  # why no update was made
-    stop: signal.Signals | None = None  # a rank was told to stop
-    report: bool = False  # somebody asks for a report of all ranks
+    stop: signal.Signals | None = None  # a rank received it
+    report: bool = False  # a report of all ranks is requested
     seconds: float = 0.0

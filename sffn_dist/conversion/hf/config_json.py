@@ -51,7 +51,7 @@ EPSILON = {"starcoder2": "norm_epsilon", "gpt_neox": "layer_norm_eps"}  # else r
 
 @dataclass(frozen=True)
 class Description:
-    """A folder's model: ours, and what of it the folder's tensors do not say."""
+    """A folder's model: ours, and what of it the folder's tensors do not show."""
 
     config: Config
     family: Family
@@ -204,7 +204,7 @@ def _tree(values: Values, model_type: str) -> tuple[dict[str, Any], frozenset[st
     }
     if not model["norm_epsilon"]:
         values.refuse(epsilon, "must be positive")
-    without_bias = frozenset(module for module, has in biases.items() if not has)
+    without_bias = frozenset(module for module, has_bias in biases.items() if not has_bias)
     return {"model": model, "ffn": _ffn(values, model_type), "train": {"steps": 1}}, without_bias
 
 
@@ -255,19 +255,19 @@ def _rope(values: Values) -> Mapping[str, Any]:
     beside ``rope_theta``.
     """
     for key in ("rope_scaling", "rope_parameters"):
-        found = values.get(key)
-        if found is None:
+        rope = values.get(key)
+        if rope is None:
             continue
-        if not isinstance(found, dict):
+        if not isinstance(rope, dict):
             values.refuse(key, "must be an object")
             continue
-        kind = found.get("rope_type", found.get("type", "default"))
-        if kind != "default" or any(isinstance(part, dict) for part in found.values()):
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" or any(isinstance(part, dict) for part in rope.values()):
             values.refuse(
                 key,
                 "this model's rotary embeddings are the default ones, not scaled, the same in every layer",
             )
-        return found
+        return rope
     return {}
 
 

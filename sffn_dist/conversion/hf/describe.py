@@ -171,11 +171,11 @@ def special_of(tokenizer: str | None) -> Special:
         return Special()
     try:
         tree = json.loads(tokenizer)
-        found = _vocabulary(tree["model"].get("vocab"))
-        found |= {entry["content"]: int(entry["id"]) for entry in tree.get("added_tokens") or ()}
+        vocabulary = _vocabulary(tree["model"].get("vocab"))
+        vocabulary |= {entry["content"]: int(entry["id"]) for entry in tree.get("added_tokens") or ()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError([f"the tokenizer is no tokenizer.json: {type(error).__name__}: {error}"]) from None
-    return next((Special(found[text], text) for text in SEPARATORS if text in found), Special())
+    return next((Special(vocabulary[text], text) for text in SEPARATORS if text in vocabulary), Special())
 
 
 def _vocabulary(vocab: Mapping[str, int] | list[Any] | None) -> dict[str, int]:

@@ -95,7 +95,7 @@ def _begin(temporary: Path, folder: Path) -> None:
 
 
 def _without_idle_guide(weights: Weights) -> Weights:
-    """Weights whose config says ``guide`` of a model without structured layers have none to keep."""
+    """Weights whose config sets ``guide`` of a model without structured layers have none to keep."""
     return weights if weights.config.structured else dataclasses.replace(weights, guide=False, alpha=0.0)
 
 
@@ -150,8 +150,8 @@ def _write_tensors(weights: Weights, folder: Path, family: Family, dtype: DType,
             "total_size": sum(entry.bytes for entry in entries),
             "total_parameters": sum(math.prod(e.shape) for e in entries),
         }
-        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        _write_json(folder / INDEX, {"metadata": total, "weight_map": where})
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        _write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
 
 
 # ------------------------------------------------------------------------------------------------- the others

@@ -108,7 +108,7 @@ def theirs(family: Family, name: str) -> tuple[str, ...]:
     if module in family.outside:
         return (f"{family.outside[module]}.{leaf}",)
     _, _, layer, inner = module.split(".", 3)  # decoder.layers.<layer>.<module>
-    return tuple(f"{family.layers}.{layer}.{other}.{leaf}" for other in family.modules[inner])
+    return tuple(f"{family.layers}.{layer}.{their_module}.{leaf}" for their_module in family.modules[inner])
 
 
 def _rows(how: How, rows: int, config: Config) -> tuple[int, ...]:
@@ -123,7 +123,7 @@ def shapes(family: Family, name: str, shape: tuple[int, ...], config: Config) ->
     """Their names and shapes of a tensor of ours with its ``shape``."""
     names = theirs(family, name)
     rows = _rows(HOW[len(names)], shape[0], config)
-    return {other: (count, *shape[1:]) for other, count in zip(names, rows, strict=True)}
+    return {their_name: (count, *shape[1:]) for their_name, count in zip(names, rows, strict=True)}
 
 
 def split(family: Family, name: str, tensor: Tensor, config: Config) -> Iterator[tuple[str, Tensor]]:
@@ -134,8 +134,8 @@ def split(family: Family, name: str, tensor: Tensor, config: Config) -> Iterator
         return
     heads = config.model.heads // config.kv_heads
     grouped = tensor.unflatten(0, (config.kv_heads, heads + 2, config.head_dim))
-    for other, part in zip(names, grouped.split((heads, 1, 1), dim=1), strict=True):
-        yield other, part.reshape(-1, *tensor.shape[1:])
+    for their_name, part in zip(names, grouped.split((heads, 1, 1), dim=1), strict=True):
+        yield their_name, part.reshape(-1, *tensor.shape[1:])
 
 
 def join(parts: Sequence[Tensor], config: Config) -> Tensor:

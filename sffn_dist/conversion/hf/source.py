@@ -20,7 +20,7 @@ from sffn_dist.spec.config import ConfigError
 from sffn_dist.spec.split_table import model_tensors
 from sffn_dist.structured.cut import TensorSpec
 
-SHOWN = 20  # problems told of a folder
+SHOWN = 20  # problems reported of a folder
 
 
 def read(folder: Path, overrides: Sequence[str] = ()) -> Weights:
@@ -68,8 +68,8 @@ class _Source:
         """A tensor of ours, fp32."""
         if self._absent(name):
             return torch.zeros(self.specs[name].shape)
-        found = names.theirs(self.description.family, name)
-        return names.join([self.tensors.get(self._alias(other)) for other in found], self.config)
+        theirs = names.theirs(self.description.family, name)
+        return names.join([self.tensors.get(self._alias(their_name)) for their_name in theirs], self.config)
 
     def _absent(self, name: str) -> bool:
         """A bias that the linear has not there."""
@@ -90,26 +90,28 @@ class _Source:
         for name, spec in self.specs.items():
             if self._absent(name):
                 continue
-            for other, shape in self._expected(name, spec).items():
-                found = self.tensors.shapes.get(other)
-                used.add(other)
-                if found is None:
-                    yield f"tensor {other} is missing"
-                elif other in self.tensors.other_types:
+            for their_name, expected in self._expected(name, spec).items():
+                shape = self.tensors.shapes.get(their_name)
+                used.add(their_name)
+                if shape is None:
+                    yield f"tensor {their_name} is missing"
+                elif their_name in self.tensors.other_types:
                     yield (
-                        f"tensor {other} is of {self.tensors.other_types[other]}, must be floating-point "
-                        f"numbers"
+                        f"tensor {their_name} is of {self.tensors.other_types[their_name]}, "
+                        f"must be floating-point numbers"
                     )
-                elif found != shape:
-                    yield f"tensor {other} is {list(found)}, {config_json.NAME} means {list(shape)}"
+                elif shape != expected:
+                    yield f"tensor {their_name} is {list(shape)}, {config_json.NAME} means {list(expected)}"
         tied = {"lm_head.weight", "embed_out.weight"} if self.config.model.tie_embeddings else set()
-        for other in self.tensors.shapes:
+        for their_name in self.tensors.shapes:
             if (
-                other not in used
-                and other not in tied
-                and not other.endswith(self.description.family.unread or ("\0",))
+                their_name not in used
+                and their_name not in tied
+                and not their_name.endswith(self.description.family.unread or ("\0",))
             ):
-                yield f"tensor {shown(other)} has no place in the model that {config_json.NAME} describes"
+                yield (
+                    f"tensor {shown(their_name)} has no place in the model that {config_json.NAME} describes"
+                )
 
     def hint(self, problem: str) -> str:
         """The problem, and of a missing tensor the name there that is most like it; slow, so for problems
@@ -123,8 +125,8 @@ class _Source:
         return problem + (f"; the nearest there is {near[0]}" if near else "")
 
     def _expected(self, name: str, spec: TensorSpec) -> dict[str, tuple[int, ...]]:
-        found = names.shapes(self.description.family, name, spec.shape, self.config)
-        return {self._alias(other): shape for other, shape in found.items()}
+        shapes = names.shapes(self.description.family, name, spec.shape, self.config)
+        return {self._alias(their_name): shape for their_name, shape in shapes.items()}
 
 
 def _tokenizer(folder: Path) -> str | None:

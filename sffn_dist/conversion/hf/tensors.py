@@ -84,15 +84,15 @@ class Tensors:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.other_types: dict[str, str] = {}  # of tensors that are not floating-point numbers
         self._place: dict[str, _File] = {}
-        where, single = _where(folder)
-        for file in dict.fromkeys(where.values()) if where is not None else (single,):
+        weight_map, single = _where(folder)
+        for file in dict.fromkeys(weight_map.values()) if weight_map is not None else (single,):
             opened = _open(folder / file)
             self.other_types |= opened.other_types()
             for name, shape in opened.shapes().items():
-                if where is not None and where.get(name) != file:
+                if weight_map is not None and weight_map.get(name) != file:
                     continue  # the index does not send us here for it
                 self.shapes[name], self._place[name] = shape, opened
-        for name, file in (where or {}).items():
+        for name, file in (weight_map or {}).items():
             if name not in self.shapes:
                 raise ConfigError([f"{folder / file}: {name} is not in it, though the index says so"])
 
@@ -115,11 +115,13 @@ def _where(folder: Path) -> tuple[dict[str, str] | None, str]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    found = read_object(index).get("weight_map")
-    if not isinstance(found, dict) or not found:
-        raise ConfigError([f"{index}: weight_map = {shown(found)}: must say in which file each tensor is"])
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(
+            [f"{index}: weight_map = {shown(weight_map)}: must say in which file each tensor is"]
+        )
     suffixes = tuple(suffix for _, suffix in FORMATS)
-    for file in found.values():
+    for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffixes):
             raise ConfigError(
                 [
@@ -128,7 +130,7 @@ def _weight_map(index: Path) -> dict[str, str]:
                     f"folder"
                 ]
             )
-    return found
+    return weight_map
 
 
 def _open(path: Path) -> _File:

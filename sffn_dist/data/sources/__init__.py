@@ -1,4 +1,4 @@
-"""Sources of documents by what ``data.source`` says.
+"""Sources of documents by the form of ``data.source``.
 
 Another one is a file here and a line in :data:`SOURCES`.
 """

@@ -16,11 +16,11 @@ ROWS = 256  # read at a time from what has many rows
 class Source(abc.ABC):
     """A kind of ``data.source``. Only :meth:`documents` reads text, and imports what that needs."""
 
-    form: ClassVar[str]  # what messages say that data.source may be
+    form: ClassVar[str]  # what data.source may be, for messages
 
     @abc.abstractmethod
     def matches(self, source: str) -> bool:
-        """Whether ``data.source`` is of this kind; the first kind of the table that says so is taken."""
+        """Whether ``data.source`` is of this kind; the first kind of the table that accepts it is taken."""
 
     @abc.abstractmethod
     def problem(self, data: Data) -> str | None:

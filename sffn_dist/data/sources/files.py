@@ -1,7 +1,7 @@
 """Local files: which there are, in which order they are read, and how they are opened through HuggingFace
 ``datasets``.
 
-They are streamed, never copied into a cache, and with no word to the hub. Line ends become ``\\n``.
+They are streamed, never copied into a cache, and without contacting the hub. Line ends become ``\\n``.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def whole_files(files: list[Path]) -> Iterator[str]:
 
 
 def open_files(builder: str, files: list[Path], **options: Any) -> Any:
-    """Stream local files, with no word to the hub."""
+    """Stream local files without contacting the hub."""
     with _quietly_offline():
         import datasets
 

@@ -53,10 +53,10 @@ class LocalFiles(Source):
         return None
 
     def identity(self, data: Data) -> dict[str, Any]:
-        found = files(data)
-        has_columns = any(not file.relative.lower().endswith(".txt") for file in found)
+        source_files = files(data)
+        has_columns = any(not file.relative.lower().endswith(".txt") for file in source_files)
         return {
-            "files": digest([(file.relative, file.size, file.mtime_ns) for file in found]),
+            "files": digest([(file.relative, file.size, file.mtime_ns) for file in source_files]),
             "text_field": data.text_field if has_columns else None,
         }
 
@@ -98,7 +98,7 @@ def _parts(file: Path) -> Iterator[str]:
 def _json_lines(data: Data, files: list[Path]) -> Iterator[str]:
     """Rows of .jsonl files.
 
-    Parsed line by line: the JSON builder wants all rows of all files to have one schema.
+    Parsed line by line: the JSON builder requires all rows of all files to have one schema.
     """
     for file in files:
         for number, line in enumerate(_lines(file), start=1):

@@ -97,7 +97,7 @@ def finished_save(run: TrainingRun) -> Path | None:
 
 
 def report_failures(run: TrainingRun) -> None:
-    """Tell of saves that failed since the last call."""
+    """Report saves that failed since the last call."""
     for problem in run.saver.news():
         if run.reports:
             run.reports.progress.note(f"warning: {problem}; training goes on")

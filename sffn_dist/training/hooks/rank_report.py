@@ -1,4 +1,4 @@
-"""A report of all ranks' speed when somebody asks for one: SIGUSR2, or the file ``report`` in run.dir."""
+"""A report of all ranks' speed when one is requested: SIGUSR2, or the file ``report`` in run.dir."""
 
 from __future__ import annotations
 

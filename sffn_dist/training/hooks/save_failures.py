@@ -1,4 +1,4 @@
-"""Saves are written beside the training: one that failed is told of after the next step."""
+"""Saves are written beside the training: one that failed is reported after the next step."""
 
 from __future__ import annotations
 
