@@ -33,7 +33,7 @@ from sffn_kernels.activation import Activation
 from sffn_kernels.bottleneck_plain import Kept
 
 
-class NeedsGrad(NamedTuple):
+class BottleneckNeedsGrad(NamedTuple):
     """Whose gradients are wanted; what is frozen costs no product."""
 
     z: bool = True
@@ -42,10 +42,10 @@ class NeedsGrad(NamedTuple):
     first: bool = True
 
 
-EVERYTHING = NeedsGrad()
+EVERYTHING = BottleneckNeedsGrad()
 
 
-class Gradients(NamedTuple):
+class BottleneckGradients(NamedTuple):
     """What :func:`backward` returns, each shaped as what it is the gradient of; None for what was not
     wanted.
     """
@@ -174,10 +174,10 @@ def backward(
     first: Tensor,
     activation: Activation,
     kept: Kept | None,
-    wanted: NeedsGrad = EVERYTHING,
+    wanted: BottleneckNeedsGrad = EVERYTHING,
     ready: Callable[[Tensor], None] = lambda grad_z: None,
-) -> Gradients:
-    """Gradients from that of out (T, O).
+) -> BottleneckGradients:
+    """BottleneckGradients from that of out (T, O).
 
     ``ready`` is called with the gradient of z as soon as that is complete: it may be sent while those of the
     weights are computed. What was not ``kept`` is rebuilt, some tokens at a time; the weights' gradients are
@@ -200,7 +200,7 @@ def backward(
         )
         sums.add(of_second, made.grad_bias if wanted.bias else None, of_first)
         del made  # before the next part's are made
-    return Gradients(grad_z, *sums.of(z.dtype))
+    return BottleneckGradients(grad_z, *sums.of(z.dtype))
 
 
 class _Sums:

@@ -22,7 +22,7 @@ from torch import Tensor
 from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.conversion import inferred_config
 from sffn_dist.conversion.megatron_files import open_checkpoint
-from sffn_dist.conversion.megatron_tensor import Checkpoint, MegatronTensor
+from sffn_dist.conversion.megatron_tensor import MegatronCheckpoint, MegatronTensor
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.spec.split_table import model_tensors
@@ -124,7 +124,7 @@ def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _named(checkpoint: Checkpoint) -> dict[str, MegatronTensor]:
+def _named(checkpoint: MegatronCheckpoint) -> dict[str, MegatronTensor]:
     """Entries by our names: fused norms under their own, halves of a gated linear as one."""
     entries: dict[str, MegatronTensor] = {}
     for name, entry in checkpoint.entries.items():
@@ -147,7 +147,7 @@ def _read_both(gate: MegatronTensor, up: MegatronTensor) -> Tensor:
     return torch.cat([gate.read(), up.read()])
 
 
-def _representable(checkpoint: Checkpoint, entries: Mapping[str, MegatronTensor]) -> None:
+def _representable(checkpoint: MegatronCheckpoint, entries: Mapping[str, MegatronTensor]) -> None:
     """Raises ConfigError with everything about the model that has no counterpart here."""
     arguments, problems = checkpoint.arguments, []
     kind = arguments.get("position_embedding_type", "rope")
@@ -171,7 +171,7 @@ def _representable(checkpoint: Checkpoint, entries: Mapping[str, MegatronTensor]
 
 
 def _model_settings(
-    checkpoint: Checkpoint, entries: Mapping[str, MegatronTensor], overrides: Sequence[str]
+    checkpoint: MegatronCheckpoint, entries: Mapping[str, MegatronTensor], overrides: Sequence[str]
 ) -> dict[str, Any]:
     """Settings of the model section that no shape shows; raises ConfigError if one of them is nowhere."""
     arguments = checkpoint.arguments

@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from sffn_dist.conversion import pickles
-from sffn_dist.conversion.megatron_tensor import BESIDE, NUMBERED, Checkpoint, MegatronTensor, iteration_of
+from sffn_dist.conversion.megatron_tensor import (
+    BESIDE,
+    NUMBERED,
+    MegatronCheckpoint,
+    MegatronTensor,
+    iteration_of,
+)
 from sffn_dist.conversion.megatron_torch_dist import torch_dist
 from sffn_dist.spec.config import ConfigError
 
@@ -39,7 +45,7 @@ CUT = {
 }
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path) -> MegatronCheckpoint:
     """The checkpoint in a folder, or the latest one below it; raises ConfigError if there is none, or it
     is damaged.
     """
@@ -86,7 +92,7 @@ def _iteration_folder(path: Path) -> Path:
 # ----------------------------------------------------------------------------------------------------- legacy
 
 
-def _legacy(folder: Path, places: Mapping[tuple[int, int], Path]) -> Checkpoint:
+def _legacy(folder: Path, places: Mapping[tuple[int, int], Path]) -> MegatronCheckpoint:
     tensor, pipeline = (1 + max(place[axis] for place in places) for axis in (0, 1))
     lost = [
         f"mp_rank_{t:02d}_{s:03d}" for t in range(tensor) for s in range(pipeline) if (t, s) not in places
@@ -123,7 +129,7 @@ def _legacy(folder: Path, places: Mapping[tuple[int, int], Path]) -> Checkpoint:
             key = f"model{chunk}" if "model0" in files[0, stage] else "model"
             parts = [_state(places[rank, stage], files[rank, stage].get(key)) for rank in range(tensor)]
             layers += _add(folder, entries, parts, layers)
-    return Checkpoint(folder, entries, pickles.attributes(first.get("args")), iteration_of(first))
+    return MegatronCheckpoint(folder, entries, pickles.attributes(first.get("args")), iteration_of(first))
 
 
 def _state(path: Path, state: object) -> dict[str, Tensor]:

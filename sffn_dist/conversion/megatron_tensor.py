@@ -28,7 +28,7 @@ class MegatronTensor:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class MegatronCheckpoint:
     """What is in a Megatron checkpoint."""
 
     folder: Path

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sffn_dist.conversion import pickles
-from sffn_dist.conversion.megatron_tensor import BESIDE, Checkpoint, MegatronTensor, iteration_of
+from sffn_dist.conversion.megatron_tensor import BESIDE, MegatronCheckpoint, MegatronTensor, iteration_of
 from sffn_dist.spec.config import ConfigError
 
 STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
@@ -43,7 +43,7 @@ class _Chunk:
     length: int
 
 
-def torch_dist(folder: Path) -> Checkpoint:
+def torch_dist(folder: Path) -> MegatronCheckpoint:
     """The checkpoint in an iteration's folder; raises ConfigError if its metadata is not of this format."""
     common: Any = pickles.load(folder / "common.pt") if (folder / "common.pt").is_file() else {}
     common = common if isinstance(common, dict) else {}
@@ -70,7 +70,7 @@ def torch_dist(folder: Path) -> Checkpoint:
             entries[f"decoder.layers.{layer}.{stacked[1]}"] = MegatronTensor(
                 shape[1:], partial(_box, folder, key, at, box, chunks, layer=True)
             )
-    return Checkpoint(folder, entries, pickles.attributes(common.get("args")), iteration_of(common))
+    return MegatronCheckpoint(folder, entries, pickles.attributes(common.get("args")), iteration_of(common))
 
 
 def _parse(metadata: object) -> dict[str, tuple[tuple[int, ...], list[_Chunk]]]:

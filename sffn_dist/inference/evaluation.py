@@ -17,7 +17,7 @@ from sffn_dist.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationResult:
     """Over ``tokens`` predicted tokens that stand for ``bytes`` bytes of text; ``loss`` in nats a token."""
 
     loss: float
@@ -43,7 +43,7 @@ def evaluate(
     token_bytes: NDArray[Any],
     micro_batch: int,
     topology: Topology,
-) -> Evaluation:
+) -> EvaluationResult:
     """Mean loss over ``windows`` (n, S+1), shared among the data-parallel ranks.
 
     Every rank does the same number of forward passes (ZeRO-3 gathers weights in each): missing rows repeat
@@ -72,4 +72,4 @@ def evaluate(
         dist.all_reduce(total, group=topology.data_group)
     model.train(was_training)
     labels = windows[:, 1:]
-    return Evaluation(float(total) / labels.size, int(labels.size), int(token_bytes[labels].sum()))
+    return EvaluationResult(float(total) / labels.size, int(labels.size), int(token_bytes[labels].sum()))

@@ -28,6 +28,7 @@ from megatron.core.transformer.mlp import MLP
 from sffn_kernels import bottleneck as shard
 from sffn_kernels import decode
 from sffn_kernels.activation import Activation
+from sffn_kernels.bottleneck import BottleneckGradients, BottleneckNeedsGrad
 from sffn_kernels.bottleneck_plain import Kept, fits
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -36,7 +37,8 @@ from sffn_dist.parallel import ledger
 from sffn_dist.parallel.activation_name import activation_of
 from sffn_dist.parallel.collectives import Pending
 from sffn_dist.parallel.functions import autocast, gradients_of, weights_of
-from sffn_dist.parallel.linear_tensors import Gradients, NeedsGrad, Weights
+from sffn_dist.parallel.linear_hooks import is_unhooked, run_weight_hooks
+from sffn_dist.parallel.linear_weights import LinearGradients, LinearWeights, NeedsGrad
 from sffn_dist.parallel.linears import StructuredLinear
 from sffn_dist.parallel.split_linear import ColumnSplit, RowSplit, wait_for
 
@@ -95,7 +97,7 @@ class StructuredMLP(MLP):
         if activation is None and keeps:
             return super().forward(hidden_states, per_token_scale, **kwargs)
         for linear in (self.linear_fc1, self.linear_fc2):
-            _bring_weights(linear)
+            run_weight_hooks(linear)
         x, weights, off = autocast(hidden_states, [*self.linear_fc1.weights, *self.linear_fc2.weights])
         bias = self.linear_fc1.bias
         with off:
@@ -130,7 +132,7 @@ class StructuredMLP(MLP):
         """
         activation, linears = activation_of(self.config), (self.linear_fc1, self.linear_fc2)
         if activation is None or not all(
-            isinstance(linear, StructuredLinear) and _unhooked(linear) for linear in linears
+            isinstance(linear, StructuredLinear) and is_unhooked(linear) for linear in linears
         ):
             return None
         if not all(linear.structure.fused_kernels for linear in linears):
@@ -142,36 +144,6 @@ class StructuredMLP(MLP):
         ):
             return None
         return activation if fits(linears[0].weights[1], linears[1].weights[0], activation) else None
-
-
-def _unhooked(linear: StructuredLinear) -> bool:
-    """True if nobody waits for the linear to be called: but the ledger, which handles it, and data
-    parallelism (:func:`_bring_weights`).
-    """
-    hooks = [
-        linear._forward_pre_hooks,
-        linear._forward_hooks,
-        linear._backward_hooks,
-        linear._backward_pre_hooks,
-    ]
-    return all(
-        _from(hook, "megatron.core.distributed", ledger.__name__)
-        for registered in hooks
-        for hook in registered.values()
-    )
-
-
-def _from(hook: Any, *modules: str) -> bool:
-    return (getattr(getattr(hook, "func", hook), "__module__", None) or "").startswith(modules)
-
-
-def _bring_weights(linear: StructuredLinear) -> None:
-    """The linear is not called, so call what Megatron's data parallelism hooked before it: it may still be
-    gathering the weights.
-    """
-    for hook in list(linear._forward_pre_hooks.values()):
-        if _from(hook, "megatron.core.distributed"):
-            hook(linear)
 
 
 class _Bottleneck(torch.autograd.Function):
@@ -212,7 +184,7 @@ class _Bottleneck(torch.autograd.Function):
         with ledger.inside(mlp.linear_fc2):
             read = row.exchange_features(features.detach()).wait()
             row_gradients = row.finish_backward(pending, features.detach(), read, second, of_second)
-        grad_bias, column_gradients = None, Gradients(None, None, None, None)
+        grad_bias, column_gradients = None, LinearGradients(None, None, None, None)
         if row_gradients.x is not None:
             grad_y, *of_bias = torch.autograd.grad(features, leaves, row_gradients.x)
             grad_bias = of_bias[0] if of_bias else None
@@ -292,7 +264,7 @@ class _Direct(torch.autograd.Function):
             with ledger.inside(mlp.linear_fc1):
                 pending_grads.append(column.exchange.collect(grad.unflatten(0, rows)))
 
-        gradients = shard.Gradients(None, None, None, None)
+        gradients = BottleneckGradients(None, None, None, None)
         if grad_z is not None:
             gradients = shard.backward(
                 _flat(grad_z, rows),
@@ -302,7 +274,7 @@ class _Direct(torch.autograd.Function):
                 second.first,
                 ctx.activation,
                 kept,
-                shard.NeedsGrad(of_first.x or of_first.first, of_first.second, needs[2], of_second.first),
+                BottleneckNeedsGrad(of_first.x or of_first.first, of_first.second, needs[2], of_second.first),
                 send,
             )
         del pending, grad_z, kept  # not beside the gradient of x
@@ -312,13 +284,16 @@ class _Direct(torch.autograd.Function):
                 grad_x, grad_first = column.narrow_backward(grad, x, first.first, of_first)
         of_weights = (
             *gradients_of(
-                Gradients(grad_x, wait_for(grad_first), gradients.second, None),
+                LinearGradients(grad_x, wait_for(grad_first), gradients.second, None),
                 ctx.shapes[:half],
                 of_first,
                 x,
             ),
             *gradients_of(
-                Gradients(None, gradients.first, wait_for(grad_second), None), ctx.shapes[half:], of_second, x
+                LinearGradients(None, gradients.first, wait_for(grad_second), None),
+                ctx.shapes[half:],
+                of_second,
+                x,
             ),
         )
         return (
@@ -338,7 +313,7 @@ def _flat(tensor: Tensor, rows: torch.Size) -> Tensor:
 
 def _weights(
     parameters: Sequence[Tensor], half: int, alphas: Sequence[float | None]
-) -> tuple[Weights, Weights]:
+) -> tuple[LinearWeights, LinearWeights]:
     return weights_of(parameters[:half], alphas[0]), weights_of(parameters[half:], alphas[1])
 
 

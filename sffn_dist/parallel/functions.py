@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sffn_dist.parallel.linear_tensors import Gradients, NeedsGrad, Weights
+from sffn_dist.parallel.linear_weights import LinearGradients, LinearWeights, NeedsGrad
 from sffn_dist.parallel.split_linear import ColumnSplit, RowSplit
 
 
@@ -35,7 +35,7 @@ class ColumnFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, z, *saved = ctx.saved_tensors
         wanted = NeedsGrad(*ctx.needs_input_grad[2:])
-        gradients = ctx.split.backward(grads[0], x, z, Weights(*saved), ctx.alpha, wanted)
+        gradients = ctx.split.backward(grads[0], x, z, LinearWeights(*saved), ctx.alpha, wanted)
         return None, None, gradients.x, *gradients_of(gradients, ctx.shapes, wanted, x)
 
 
@@ -55,21 +55,21 @@ class RowFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, read, z, *saved = ctx.saved_tensors
-        weights, wanted = Weights(*saved), NeedsGrad(*ctx.needs_input_grad[2:])
+        weights, wanted = LinearWeights(*saved), NeedsGrad(*ctx.needs_input_grad[2:])
         pending = ctx.split.begin_backward(grads[0], z, weights, ctx.alpha, wanted)
         gradients = ctx.split.finish_backward(pending, read if x is None else x, read, weights, wanted)
         return None, None, gradients.x, *gradients_of(gradients, ctx.shapes, wanted, z)
 
 
-def weights_of(parameters: Sequence[Tensor], alpha: float | None) -> Weights:
+def weights_of(parameters: Sequence[Tensor], alpha: float | None) -> LinearWeights:
     """The weights that take part, of a linear's [first, second] or [first, second, guide]."""
-    return Weights(*(parameters if alpha is not None else parameters[:2]))
+    return LinearWeights(*(parameters if alpha is not None else parameters[:2]))
 
 
 def gradients_of(
-    gradients: Gradients, shapes: Sequence[torch.Size], wanted: NeedsGrad, like: Tensor
+    gradients: LinearGradients, shapes: Sequence[torch.Size], wanted: NeedsGrad, like: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of a linear's parameters.
+    """LinearGradients in the order of a linear's parameters.
 
     An undrawn guide's is zero, not absent: ZeRO-3 would apply the last step's again.
     """

@@ -31,7 +31,7 @@ from sffn_kernels import mix
 from torch import Tensor
 
 from sffn_dist.parallel.collectives import Exchange, Pending, all_to_all, sum_gradient
-from sffn_dist.parallel.linear_tensors import Gradients, NeedsGrad, Weights
+from sffn_dist.parallel.linear_weights import LinearGradients, LinearWeights, NeedsGrad
 from sffn_dist.structured.cut import Role
 from sffn_dist.structured.products import (
     MatrixProduct,
@@ -120,7 +120,7 @@ class ColumnSplit(SplitLinear):
             return narrow.transpose(-1, -2).movedim(0, -2).flatten(-3)
         return _joined(narrow)
 
-    def widen(self, x: Tensor, z: Pending, weights: Weights, alpha: float | None) -> ColumnOutput:
+    def widen(self, x: Tensor, z: Pending, weights: LinearWeights, alpha: float | None) -> ColumnOutput:
         """Y, with the wide z that was on its way and, if the guide takes part, x of all tokens."""
         if alpha is None or weights.guide is None:
             wide = z.wait()
@@ -141,11 +141,11 @@ class ColumnSplit(SplitLinear):
         grad: Tensor,
         x: Tensor,
         z: Tensor,
-        weights: Weights,
+        weights: LinearWeights,
         alpha: float | None,
         wanted: NeedsGrad,
         whole: Tensor | None = None,
-    ) -> Gradients:
+    ) -> LinearGradients:
         """Gradients of x and of the weights from that of y; ``z`` is wide; x of all tokens is ``whole``,
         or gathered for the guide.
         """
@@ -174,7 +174,7 @@ class ColumnSplit(SplitLinear):
             grad_x = grad_x.add_(grad_x_guide.wait().squeeze(0), alpha=alpha)
         elif grad_x is not None and alpha is not None and weights.guide is not None:
             grad_x = _DENSE.add_input_gradient(grad_x, grad, weights.guide, scale=alpha)
-        return Gradients(grad_x, wait_for(grad_first), grad_second, grad_guide)
+        return LinearGradients(grad_x, wait_for(grad_first), grad_second, grad_guide)
 
     def narrow_backward(
         self, grad_z: Pending, x: Tensor, first: Tensor, wanted: NeedsGrad
@@ -253,7 +253,9 @@ class RowSplit(SplitLinear):
             lambda received: received.movedim(0, -3).flatten(-3)
         )
 
-    def forward(self, x: Tensor, weights: Weights, alpha: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, weights: LinearWeights, alpha: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Y, x as the first factor reads it, and z of the rank's tokens as the second one does."""
         read = self.exchange_features(x).wait()
         pending_z = self.exchange.collect(self.first.forward(read, weights.first))
@@ -290,7 +292,7 @@ class RowSplit(SplitLinear):
         return self.second.forward(z, second).lerp_(guided.wait().squeeze(0), alpha)
 
     def begin_backward(
-        self, grad: Tensor, z: Tensor, weights: Weights, alpha: float | None, wanted: NeedsGrad
+        self, grad: Tensor, z: Tensor, weights: LinearWeights, alpha: float | None, wanted: NeedsGrad
     ) -> PendingBackward:
         """What needs only dy and z: dz goes out, the replicated second factor's gradient is computed and
         goes out to be summed.
@@ -313,8 +315,8 @@ class RowSplit(SplitLinear):
         )
 
     def finish_backward(
-        self, pending: PendingBackward, x: Tensor, read: Tensor, weights: Weights, wanted: NeedsGrad
-    ) -> Gradients:
+        self, pending: PendingBackward, x: Tensor, read: Tensor, weights: LinearWeights, wanted: NeedsGrad
+    ) -> LinearGradients:
         """Gradients of x and of the weights; ``x`` and ``read`` as in forward."""
         grad_x, grad_first, grad_guide = None, None, None
         if pending.grad_z is not None:
@@ -333,4 +335,4 @@ class RowSplit(SplitLinear):
             grad_guide = (
                 _DENSE.scaled_weight_gradient(grad_y, x, scale=pending.alpha) if wanted.guide else None
             )
-        return Gradients(grad_x, grad_first, wait_for(pending.grad_second), grad_guide)
+        return LinearGradients(grad_x, grad_first, wait_for(pending.grad_second), grad_guide)

@@ -12,7 +12,7 @@ from typing import Any
 from sffn_dist import model as models
 from sffn_dist.atomic_io import write_text
 from sffn_dist.data.shards import Corpus
-from sffn_dist.inference.evaluation import Evaluation
+from sffn_dist.inference.evaluation import EvaluationResult
 from sffn_dist.inference.generation import sample
 from sffn_dist.launch import exit_codes
 from sffn_dist.spec import counts
@@ -76,7 +76,7 @@ def sample_text(run: TrainingRun, corpus: Corpus) -> str:
     return str(corpus.tokenizer.decode(ids))
 
 
-def summary(run: TrainingRun, evaluation: Evaluation, unigram_entropy: float) -> dict[str, Any]:
+def summary(run: TrainingRun, evaluation: EvaluationResult, unigram_entropy: float) -> dict[str, Any]:
     """What the run came to; seconds and tokens/s over the steps of all its starts, by metrics.jsonl."""
     try:
         rows = metrics.read(run.dir / "metrics.jsonl")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sffn_dist.inference.evaluation import Evaluation
+from sffn_dist.inference.evaluation import EvaluationResult
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.spec import counts
 from sffn_dist.spec import schedule as schedules
@@ -65,7 +65,7 @@ class Reports:
         self.progress.note(text)
         self.trackers.event(self.events.write(event, step, message=text, **facts))
 
-    def evaluated(self, step: int, result: Evaluation, seconds: float) -> None:
+    def evaluated(self, step: int, result: EvaluationResult, seconds: float) -> None:
         """One row of evaluations.jsonl, the progress line, the trackers; ``step`` counts the steps taken."""
         figures = {
             "heldout_loss": result.loss,

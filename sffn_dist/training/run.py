@@ -17,7 +17,7 @@ from sffn_dist.data.batches import Batches
 from sffn_dist.health import stragglers
 from sffn_dist.health.stragglers import Recorder
 from sffn_dist.health.watchdog import Watchdog
-from sffn_dist.inference.evaluation import Evaluation
+from sffn_dist.inference.evaluation import EvaluationResult
 from sffn_dist.launch.signals import SignalHandler
 from sffn_dist.parallel.topology import Topology
 from sffn_dist.spec.config import Config
@@ -58,7 +58,7 @@ class TrainingRun:
     reports: Reports | None = None  # rank 0's
     watchdog: Watchdog = field(default_factory=Watchdog)
     signals: SignalHandler = field(default_factory=SignalHandler)
-    evaluated: dict[int, Evaluation] = field(default_factory=dict)
+    evaluated: dict[int, EvaluationResult] = field(default_factory=dict)
     steps_taken: int = 0  # in this process
     start_step: int = field(init=False)
     recorder: Recorder = field(init=False)

@@ -22,8 +22,9 @@ from sffn_dist.checkpoint.manifest import KINDS, Manifest
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.data.batches import Batches
 from sffn_dist.parallel import cpu_compat, topology
-from sffn_dist.parallel.feed_forward import StructuredMLP, _unhooked
+from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.ledger import Ledger
+from sffn_dist.parallel.linear_hooks import is_unhooked
 from sffn_dist.spec import config as configs
 from sffn_dist.spec import loading
 from sffn_dist.spec import schedule as schedules
@@ -273,7 +274,7 @@ def evaluated_first(tree: dict[str, Any], steps: int) -> dict[str, Any]:
             losses.append(measure())
             for module in run.model.modules():
                 if isinstance(module, StructuredMLP):
-                    direct.add(all(_unhooked(linear) for linear in (module.linear_fc1, module.linear_fc2)))
+                    direct.add(all(is_unhooked(linear) for linear in (module.linear_fc1, module.linear_fc2)))
         engines.destroy(run.engine)
     return {"losses": losses, "direct": sorted(direct)}
 

@@ -406,6 +406,40 @@ def test_retired_names_are_gone(path: Path) -> None:
     assert not RETIRED_NAMES & set(defined_names(path))
 
 
+def test_no_two_classes_share_a_name() -> None:
+    """A reader who looks one up finds one."""
+    places: dict[str, set[str]] = {}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, set()).add(module_name(path))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def private_names_used(source: str) -> list[str]:
+    """Names with a leading underscore that a source takes from another module of ours."""
+    tree, used, modules = ast.parse(source), [], set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("sffn_", "tools")):
+            modules |= {alias.asname or alias.name for alias in node.names}
+            used += [alias.name for alias in node.names if alias.name.startswith("_")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            own = node.attr.startswith("_") and not node.attr.startswith("__")
+            used += [f"{node.value.id}.{node.attr}"] if own and node.value.id.islower() else []
+    return used
+
+
+@by_module
+def test_private_names_stay_in_their_module(path: Path) -> None:
+    assert private_names_used(path.read_text(encoding="utf-8")) == []
+
+
+def test_the_reading_of_private_names_finds_them() -> None:
+    source = "from sffn_dist.spec import plan\nfrom sffn_dist.model import _draw\nplan._phases()\nself._own()"
+    assert private_names_used(source) == ["_draw", "plan._phases"]
+
+
 def test_retired_keys_are_in_the_table_alone() -> None:
     from sffn_dist.spec import config_keys, renamed_keys
 

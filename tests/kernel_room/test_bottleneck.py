@@ -168,9 +168,9 @@ def test_sums_over_parts_are_held_in_fp32(monkeypatch: pytest.MonkeyPatch, keep:
 def test_what_is_frozen_is_not_computed() -> None:
     z, second, bias, first, grad = shard(CASES["block_shuffle"], "gelu", torch.float32, 5)
     for wanted in (
-        bottleneck.NeedsGrad(first=False),
-        bottleneck.NeedsGrad(z=False),
-        bottleneck.NeedsGrad(second=False, bias=False),
+        bottleneck.BottleneckNeedsGrad(first=False),
+        bottleneck.BottleneckNeedsGrad(z=False),
+        bottleneck.BottleneckNeedsGrad(second=False, bias=False),
     ):
         tensors = (grad, z, second, bias, first)
         found = bottleneck.backward(*tensors, "gelu", None, wanted)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from sffn_dist import model as models
-from sffn_dist.inference.evaluation import Evaluation, evaluate
+from sffn_dist.inference.evaluation import EvaluationResult, evaluate
 from sffn_dist.parallel.object_collectives import broadcast_object
 from sffn_dist.spec import schedule
 from sffn_dist.spec.config import Config
@@ -40,7 +40,7 @@ def evaluate_missed(run: TrainingRun) -> None:
         evaluate_run(run)
 
 
-def evaluate_run(run: TrainingRun) -> Evaluation:
+def evaluate_run(run: TrainingRun) -> EvaluationResult:
     """Held-out loss after ``run.step`` steps: of the mix that is trained while guided, of the structure
     alone at the end.
     """

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Weights(NamedTuple):
+class LinearWeights(NamedTuple):
     """A linear's first and second factor, and its guide where that takes part."""
 
     first: Tensor
@@ -24,7 +24,7 @@ class NeedsGrad(NamedTuple):
     guide: bool = True
 
 
-class Gradients(NamedTuple):
+class LinearGradients(NamedTuple):
     """What a backward pass returns; None for what was not wanted, and for a guide that took no part."""
 
     x: Tensor | None
