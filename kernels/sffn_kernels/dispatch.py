@@ -41,7 +41,7 @@ _REPEATS, _WARMUP = 7, 2
 _AHEAD = 500_000  # cycles, some 0.3 ms
 
 
-class _State:
+class _DispatchState:
     setting: Setting = "auto"
     table: dict[str, str] | None = None
     among_kernels: dict[
@@ -66,18 +66,18 @@ def use(setting: str) -> None:
     )
     if reason:
         raise RuntimeError(f"kernels = 'triton': {reason}")
-    _State.setting = cast(Setting, setting)
+    _DispatchState.setting = cast(Setting, setting)
 
 
 @contextmanager
 def using(setting: str) -> Iterator[None]:
     """:func:`use` within a block."""
-    before = _State.setting
+    before = _DispatchState.setting
     use(setting)
     try:
         yield
     finally:
-        _State.setting = before
+        _DispatchState.setting = before
 
 
 def agree_by(combine: Callable[[list[float]], list[float]] | None, *, writes: bool = True) -> None:
@@ -87,7 +87,7 @@ def agree_by(combine: Callable[[list[float]], list[float]] | None, *, writes: bo
     None: there is one rank. Where there are several all the same, nothing is measured: they would come to
     different choices.
     """
-    _State.agree, _State.writes = None if combine is None else staticmethod(combine), writes
+    _DispatchState.agree, _DispatchState.writes = None if combine is None else staticmethod(combine), writes
 
 
 def _alone() -> bool:
@@ -131,7 +131,7 @@ def run(
     ``kernels`` is called only where Triton can run; its ways are in order of preference, for when nothing can
     be measured: under CUDA graph capture, and in the interpreter.
     """
-    setting = _State.setting
+    setting = _DispatchState.setting
     on_host = like.device.type != "cuda"
     if (
         setting == "torch"
@@ -172,23 +172,23 @@ def key(op: str, dtype: torch.dtype, sizes: Sequence[int]) -> str:
 
 
 def _chosen(row: str, device: torch.device, ways: Ways[T]) -> str:
-    auto = _State.setting == "auto"
-    table = _table(device) if auto else _State.among_kernels
+    auto = _DispatchState.setting == "auto"
+    table = _table(device) if auto else _DispatchState.among_kernels
     best = table.get(row)
     if best in ways:
         return best
     if (
         device.type != "cuda"
         or torch.cuda.is_current_stream_capturing()
-        or (_State.agree is None and not _alone())
+        or (_DispatchState.agree is None and not _alone())
     ):
         return next(iter(ways))
     with torch.cuda.device(device):
         times = [_time(name, way) for name, way in ways.items()]
-    times = times if _State.agree is None else _State.agree(times)
+    times = times if _DispatchState.agree is None else _DispatchState.agree(times)
     best = min(zip(times, ways, strict=True))[1]
     table[row] = best
-    if auto and _State.writes:
+    if auto and _DispatchState.writes:
         _write(device, table)
     return best
 
@@ -271,15 +271,15 @@ def read_table(path: Path, triton: str | None = None) -> dict[str, str]:
 
 
 def _table(device: torch.device) -> dict[str, str]:
-    if _State.table is None:
+    if _DispatchState.table is None:
         file = f"{_name(device)}.json" if device.type == "cuda" else "none.json"
-        _State.table = {**read_table(TABLES / file), **read_table(cache_folder() / file, triton_version())}
-    return _State.table
+        _DispatchState.table = {**read_table(TABLES / file), **read_table(cache_folder() / file, triton_version())}
+    return _DispatchState.table
 
 
 def shared_table(device: torch.device, share: Callable[[dict[str, str]], dict[str, str]]) -> None:
     """Let all ranks read one table: ``share`` gives each the one of the first."""
-    _State.table = share(_table(device))
+    _DispatchState.table = share(_table(device))
 
 
 @contextmanager
@@ -287,20 +287,20 @@ def measuring_into(folder: Path | None) -> Iterator[None]:
     """Within the block measure every choice anew, and write what is found into the device's table in
     ``folder``; None: as ever.
     """
-    before = _State.table, _State.folder
+    before = _DispatchState.table, _DispatchState.folder
     if folder is not None:
-        _State.table, _State.folder = {}, folder
+        _DispatchState.table, _DispatchState.folder = {}, folder
     try:
         yield
     finally:
-        _State.table, _State.folder = before
+        _DispatchState.table, _DispatchState.folder = before
 
 
 def _write(device: torch.device, table: dict[str, str]) -> None:
     """Replace the file in one step, its other rows kept; where it cannot be written, the next process
     measures anew.
     """
-    folder = _State.folder or cache_folder()
+    folder = _DispatchState.folder or cache_folder()
     path = folder / f"{_name(device)}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ class Tile:
         return f"triton:{self.m}x{self.n}x{self.k}w{self.warps}s{self.stages}"
 
 
-class _State:
+class _LaunchState:
     compiled: list[Any] | None = None
 
 
@@ -39,8 +39,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: i
     very arguments.
     """
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    if _State.compiled is not None:
-        _State.compiled.append(kernel.warmup(*args, grid=grid, **constants, **options))
+    if _LaunchState.compiled is not None:
+        _LaunchState.compiled.append(kernel.warmup(*args, grid=grid, **constants, **options))
     elif all(grid):
         with torch.cuda.device_of(args[0]):  # the first argument is a tensor; nothing on the host
             kernel[grid](*args, **constants, **options)
@@ -52,8 +52,8 @@ def compiling() -> Iterator[list[Any]]:
     device.
     """
     found: list[Any] = []
-    _State.compiled = found
+    _LaunchState.compiled = found
     try:
         yield found
     finally:
-        _State.compiled = None
+        _LaunchState.compiled = None
