@@ -40,9 +40,8 @@ class Scene(NamedTuple):
 
     part: Callable[[Watchdog, int], object]  # what a rank does while it is watched
     guards: dict[str, float] = {}
-    act: Callable[[Stage], Iterator[float]] | None = (
-        None  # from outside, once all watch; yields seconds to wait
-    )
+    # from outside, once all watch; yields seconds to wait
+    act: Callable[[Stage], Iterator[float]] | None = None
     world: int = 3
     before: Callable[[int], object] = lambda rank: None  # in the rank, first of all
     agent: bool = False  # the store is served by a process beside the ranks, as torchrun's agent does
