@@ -42,7 +42,6 @@ GUARDS: dict[str, tuple[tuple[tuple[Any, str], ...], bool]] = {
     ),
     "telemetry": (((reporting, "report_step"),), False),
 }
-THREADS = ("watchdog", "heartbeat")
 
 
 def instrument(spent: dict[str, list[float]]) -> None:

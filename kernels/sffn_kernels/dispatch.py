@@ -273,7 +273,8 @@ def read_table(path: Path, triton: str | None = None) -> dict[str, str]:
 def _table(device: torch.device) -> dict[str, str]:
     if _DispatchState.table is None:
         file = f"{_name(device)}.json" if device.type == "cuda" else "none.json"
-        _DispatchState.table = {**read_table(TABLES / file), **read_table(cache_folder() / file, triton_version())}
+        measured = read_table(cache_folder() / file, triton_version())
+        _DispatchState.table = {**read_table(TABLES / file), **measured}
     return _DispatchState.table
 
 

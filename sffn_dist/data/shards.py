@@ -155,10 +155,6 @@ class Corpus:
         lengths: NDArray[np.uint32] = np.load(self.folder / "token_bytes.npy", allow_pickle=False)
         return lengths
 
-    def bytes_of(self, tokens: Tokens) -> int:
-        """Bytes of text that an array of tokens, of any shape, stands for."""
-        return int(self.token_bytes[tokens].sum(dtype=np.int64))
-
 
 def open_corpus(folder: str | os.PathLike[str]) -> Corpus:
     """Open a prepared folder.
