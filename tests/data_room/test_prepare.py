@@ -27,10 +27,6 @@ from sffn_dist.spec.loading import from_tree
 from sffn_dist.data import build
 from sffn_dist.data.prepare import prepare
 go_on, describe = sys.argv[2], build._describe
-def bytes_of(corpus: Corpus, tokens: np.ndarray) -> int:
-    """Bytes of text that an array of tokens stands for."""
-    return int(corpus.token_bytes[tokens].sum(dtype=np.int64))
-
 
 def slowly(*arguments):
     print("inside", flush=True)
@@ -40,6 +36,11 @@ def slowly(*arguments):
 build._describe = slowly
 print(prepare(from_tree(json.loads(sys.argv[1]))), flush=True)
 """
+
+
+def bytes_of(corpus: Corpus, tokens: np.ndarray) -> int:
+    """Bytes of text that an array of tokens stands for."""
+    return int(corpus.token_bytes[tokens].sum(dtype=np.int64))
 
 
 def _start(config: Config, go_on: Path) -> subprocess.Popen[str]:
