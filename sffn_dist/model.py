@@ -124,8 +124,9 @@ def layer_spec(config: Config, layer: int, *, guide: bool) -> ModuleSpec:
 
 
 def build(config: Config, precision: str, topology: Topology, *, guide: bool) -> GPTModel:
-    """The rank's part of the model, as in the guided phase or outside of it; its weights not yet set: see
-    :func:`initialise`.
+    """The rank's part of the model, as in the guided phase or outside of it.
+
+    Its weights not yet set: see :func:`initialise`.
     """
     layers = [layer_spec(config, layer, guide=guide) for layer in range(config.model.layers)]
     model = GPTModel(
@@ -228,8 +229,9 @@ def _units(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _draw(config: Config, specs: dict[str, TensorSpec], unit: str, names: list[str]) -> dict[str, Tensor]:
-    """Full fp32 tensors of a unit by parameter name, its guide if that is named; the same on every machine
-    of equal torch.
+    """Full fp32 tensors of a unit by parameter name, its guide if that is named.
+
+    The same on every machine of equal torch.
     """
     std = config.model.init_std
     generator = _generator(config.train.seed, unit)

@@ -206,8 +206,9 @@ def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def checkpoint(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of measured saves; what they wrote is gone afterwards, also when interrupted: the process is
-    ended first.
+    """Rows of measured saves.
+
+    What they wrote is gone afterwards, also when interrupted: the process is ended first.
     """
     with tempfile.TemporaryDirectory(prefix="bench_checkpoint_", dir=args.folder) as folder:
         settings = {

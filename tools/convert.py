@@ -299,8 +299,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _give_memory_back() -> None:
-    """glibc learns from freed blocks to keep such below 32 MiB for itself; a stream of tensors would then
-    hold some of each size.
+    """glibc learns from freed blocks to keep such below 32 MiB for itself.
+
+    A stream of tensors would then hold some of each size.
     """
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD

@@ -1,5 +1,6 @@
-"""Time that training waits for a checkpoint, written while it waits or behind it; one rank, as tools/bench.py
-starts it.
+"""Time that training waits for a checkpoint, written while it waits or behind it.
+
+One rank, as tools/bench.py starts it.
 
 The state is what ZeRO gives one rank of a model of the paper: fp32 weights and both moments, in the model's
 own order and sizes, until there are as many bytes as asked for.
@@ -41,8 +42,9 @@ def state(config: Config, size: int) -> Iterator[Fragment]:
 
 
 class Saves:
-    """Saves by one provider, one after another; what each one took, the first one apart: it allocates the
-    staging buffer too.
+    """Saves by one provider, one after another.
+
+    What each one took, the first one apart: it allocates the staging buffer too.
     """
 
     def __init__(self, provider: str, folder: Path, config: Config, fragments: list[Fragment]):

@@ -1,5 +1,6 @@
-"""Times a feed-forward layer for few tokens, forward alone, as generation runs it; as ``tools/bench.py
-decode`` starts it.
+"""Times a feed-forward layer for few tokens, forward alone, as generation runs it.
+
+As ``tools/bench.py decode`` starts it.
 
     dense   F.linear, gelu, F.linear
     torch   the structure's map in plain torch
@@ -88,8 +89,9 @@ def through(forward: Forward, x: Tensor, layers: Sequence[Weights]) -> Tensor:
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """A replay of what ``run`` puts on the CUDA device; what is chosen by measuring is chosen before the
-    capture.
+    """A replay of what ``run`` puts on the CUDA device.
+
+    What is chosen by measuring is chosen before the capture.
     """
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())

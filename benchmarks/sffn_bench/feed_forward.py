@@ -1,5 +1,6 @@
-"""Times one feed-forward layer on one device, and a training step of it; as ``tools/bench.py ffn`` and
-``step`` start it.
+"""Times one feed-forward layer on one device, and a training step of it.
+
+As ``tools/bench.py ffn`` and ``step`` start it.
 
     ffn     mode forward: nothing is kept for backward
             mode forward_backward: gradients of the input and of all parameters
@@ -86,8 +87,9 @@ class Case:
         return spent
 
     def peak_mb(self) -> float | None:
-        """The most memory of a warm pass, in MB, beside x, dy, the weights and AdamW's moments; None on
-        CPUs, which do not count it.
+        """The most memory of a warm pass, in MB, beside x, dy, the weights and AdamW's moments.
+
+        None on CPUs, which do not count it.
         """
         if self.x.device.type != "cuda":
             return None
@@ -119,8 +121,9 @@ def floor(
 
 
 def cases(op: str, width: int, settings: dict[str, Any], device: torch.device) -> list[Case]:
-    """Every layer of a width by every provider in every mode; recomputation makes a difference only with a
-    backward pass.
+    """Every layer of a width by every provider in every mode.
+
+    Recomputation makes a difference only with a backward pass.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x, sent = (torch.randn(settings["tokens"], width, dtype=dtype, device=device) for _ in range(2))

@@ -52,8 +52,9 @@ class ThreePassesLinear(nn.Module):
 
 
 class ThreePassesMLP(nn.Module):
-    """The guided feed-forward layer of two such linears; returns (y, None) as Megatron's MLP without
-    biases does.
+    """The guided feed-forward layer of two such linears.
+
+    Returns (y, None) as Megatron's MLP without biases does.
     """
 
     def __init__(self, structure: Structure, config: TransformerConfig, alpha: float):

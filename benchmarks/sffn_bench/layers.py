@@ -80,8 +80,9 @@ class PlainMLP(nn.Module):
 
 
 class ProductMLP(nn.Module):
-    """The product's layer, on one rank; the second bias, which it leaves to its caller, is added as a
-    transformer layer does.
+    """The product's layer, on one rank.
+
+    The second bias, which it leaves to its caller, is added as a transformer layer does.
     """
 
     def __init__(self, layer: Layer, recompute: Recompute = "none"):

@@ -104,8 +104,9 @@ class NaiveLinear(nn.Module):
 
 
 class NaiveMLP(nn.Module):
-    """The feed-forward layer of two naive linears; returns (y, None) as Megatron's MLP without biases
-    does.
+    """The feed-forward layer of two naive linears.
+
+    Returns (y, None) as Megatron's MLP without biases does.
     """
 
     def __init__(

@@ -88,8 +88,9 @@ def _checked(row: Row, where: str) -> Row:
 
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
-    """All that can be drawn of the rows; those of a single size are drawn against the first axis of their
-    op.
+    """All that can be drawn of the rows.
+
+    Those of a single size are drawn against the first axis of their op.
     """
     found = []
     for op, mode in dict.fromkeys((row["op"], row["mode"]) for row in rows):

@@ -17,8 +17,9 @@ from sffn_dist.spec import machine
 def interleaved(
     cases: dict[str, Callable[[], float]], repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Times of each case, which returns its own; one of every case in turn, so that a busy moment meets
-    all of them.
+    """Times of each case, which returns its own.
+
+    One of every case in turn, so that a busy moment meets all of them.
     """
     times: dict[str, list[float]] = {name: [] for name in cases}
     for repeat in range(warmup + repeats):

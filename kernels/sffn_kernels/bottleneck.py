@@ -46,8 +46,9 @@ EVERYTHING = BottleneckNeedsGrad()
 
 
 class BottleneckGradients(NamedTuple):
-    """What :func:`backward` returns, each shaped as what it is the gradient of; None for what was not
-    wanted.
+    """What :func:`backward` returns, each shaped as what it is the gradient of.
+
+    None for what was not wanted.
     """
 
     z: Tensor | None

@@ -79,8 +79,9 @@ def _halves(y: Tensor, k: int, activation: Activation) -> list[Tensor]:
 
 
 def _ordered(first: Tensor, blocks: int) -> Tensor:
-    """V -> (K, O/K, f/K) with its columns in the order of the features; a copy of the weight where L > 1,
-    no BLAS reads every L-th one.
+    """V -> (K, O/K, f/K) with its columns in the order of the features.
+
+    A copy of the weight where L > 1, no BLAS reads every L-th one.
     """
     return columns(first, blocks).flatten(2)
 

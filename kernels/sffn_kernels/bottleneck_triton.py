@@ -289,8 +289,9 @@ def holds(z: Tensor) -> bool:
 
 
 def streams(second: Tensor) -> Iterator[tuple[Tile, int]]:
-    """The tilings of :func:`through` that take these weights, the best fitting first; none if R is above
-    LONGEST.
+    """The tilings of :func:`through` that take these weights, the best fitting first.
+
+    None if R is above LONGEST.
     """
     return (
         (tile, outputs)

@@ -83,8 +83,9 @@ def _features(
     z, second, bias, T, R, s, n, tokens, zt, zr, us, ur, bs,
     ACTIVATION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Wide features s < n of a block of V by tokens, (M, N) in fp32; second points to the row of the first
-    of them.
+    """Wide features s < n of a block of V by tokens, (M, N) in fp32.
+
+    ``second`` points to the row of the first of them.
     """
     away = n * tl.num_programs(1)  # features from a gate to what it multiplies
     y, up = tl.zeros((M, N), tl.float32), tl.zeros((M, N), tl.float32)
@@ -113,8 +114,9 @@ def _hand_over(
     pieces, counters, out, T, O, slot, slots, group, stride, yt,
     REACH: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Count in a slot's piece; the last of a group sums the group's into its first, the last group's sums
-    the groups' into out.
+    """Count in a slot's piece.
+
+    The last of a group sums the group's into its first, the last group's sums the groups' into out.
     """
     mine, groups = slot // group, tl.cdiv(slots, group)
     head = pieces + mine * group * stride

@@ -81,8 +81,9 @@ def using(setting: str) -> Iterator[None]:
 
 
 def agree_by(combine: Callable[[list[float]], list[float]] | None, *, writes: bool = True) -> None:
-    """How ranks make one list of times of their several ones, in place of each believing its own; ``writes``:
-    this one keeps the table.
+    """How ranks make one list of times of their several ones, in place of each believing its own.
+
+    ``writes``: this one keeps the table.
 
     None: there is one rank. Where there are several all the same, nothing is measured: they would come to
     different choices.
@@ -125,8 +126,9 @@ def unavailable(device: torch.device) -> str | None:
 def run(
     op: str, sizes: Sequence[int], like: Tensor, plain: Callable[[], T], kernels: Callable[[], Ways[T]]
 ) -> T:
-    """The result of ``plain`` or of one of ``kernels``, which all give the same; ``sizes`` starts with the
-    number of tokens.
+    """The result of ``plain`` or of one of ``kernels``, which all give the same.
+
+    ``sizes`` starts with the number of tokens.
 
     ``kernels`` is called only where Triton can run; its ways are in order of preference, for when nothing can
     be measured: under CUDA graph capture, and in the interpreter.
@@ -199,8 +201,9 @@ def _too_large(error: Exception) -> bool:
 
 
 def _time(name: str, way: Callable[[], T]) -> float:
-    """Median milliseconds on the current CUDA device; infinite, with a warning, if the way does not run
-    there.
+    """Median milliseconds on the current CUDA device.
+
+    Infinite, with a warning, if the way does not run there.
 
     Whatever fails fails alike in every process only by luck, so no error is let out: other ranks wait for
     this one's times.
@@ -298,8 +301,9 @@ def measuring_into(folder: Path | None) -> Iterator[None]:
 
 
 def _write(device: torch.device, table: dict[str, str]) -> None:
-    """Replace the file in one step, its other rows kept; where it cannot be written, the next process
-    measures anew.
+    """Replace the file in one step, its other rows kept.
+
+    Where it cannot be written, the next process measures anew.
     """
     folder = _DispatchState.folder or cache_folder()
     path = folder / f"{_name(device)}.json"

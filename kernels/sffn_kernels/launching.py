@@ -48,8 +48,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: i
 
 @contextmanager
 def compiling() -> Iterator[list[Any]]:
-    """Collects the compiled kernels of what would be launched within; its tensors may be on the meta
-    device.
+    """Collects the compiled kernels of what would be launched within.
+
+    Its tensors may be on the meta device.
     """
     found: list[Any] = []
     _LaunchState.compiled = found

@@ -1,5 +1,6 @@
-"""A sum cut among programs: each writes an fp32 partial sum into a scratch and counts itself in; the last one
-adds them up.
+"""A sum cut among programs: each writes an fp32 partial sum into a scratch and counts itself in.
+
+The last one adds them up.
 
 The partial sums are always added in the same order: the result does not depend on which program was last. No
 program waits for another, so they need not run at the same time.

@@ -40,8 +40,9 @@ class Reader:
         self._open: dict[str, Any] = {}
 
     def part(self, name: str, kind: str, tensor_rank: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements start .. stop of what one tensor-parallel rank of the saved run held, flat; only these
-        are read.
+        """Elements start .. stop of what one tensor-parallel rank of the saved run held, flat.
+
+        Only these are read.
         """
         spec, p = self.specs[name], self.manifest.tensor_parallel
         rank = tensor_rank if spec.cut is not None else 0

@@ -104,7 +104,8 @@ def header(weights: Weights, target: Path) -> Manifest:
 def write(
     like: Manifest, full: FullTensor, target: Path, *, data: int = 1, texts: Mapping[str, str] | None = None
 ) -> Manifest:
-    """A checkpoint whose manifest is ``like`` but for tensors and files, which come from ``full``;
+    """A checkpoint whose manifest is ``like`` but for tensors and files, which come from ``full``.
+
     ``texts``: files beside, by name.
     """
     config = loading.from_tree(like.config)
@@ -166,8 +167,9 @@ def _write_tensors(
 
 
 def _pieces(spec: TensorSpec, p: int, data: int) -> Iterator[Piece]:
-    """Each tensor-parallel rank's part in ``data`` ranges, as even as they come; what all of them hold is
-    the first one's.
+    """Each tensor-parallel rank's part in ``data`` ranges, as even as they come.
+
+    What all of them hold is the first one's.
     """
     numel = math.prod(spec.local_shape(p))
     for tensor_rank in range(p if spec.cut is not None else 1):

@@ -81,8 +81,9 @@ def latest_checkpoint(
 
 
 def find_checkpoint(key: str, path: str) -> Manifest:
-    """The checkpoint that ``path`` (a checkpoint, or a run whose newest is meant) names; raises
-    ConfigError naming ``key``.
+    """The checkpoint that ``path`` (a checkpoint, or a run whose newest is meant) names.
+
+    Raises ConfigError naming ``key``.
     """
     folder = Path(path)
     if not folder.is_dir():

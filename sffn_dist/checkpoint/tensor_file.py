@@ -54,8 +54,9 @@ def header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> b
 
 
 class TensorFile:
-    """A safetensors file being written; a context manager, which on an exception closes the file as it is
-    and leaves it incomplete.
+    """A safetensors file being written.
+
+    A context manager, which on an exception closes the file as it is and leaves it incomplete.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
-"""Save: each rank writes the fragments it owns, in the background if wanted; a checkpoint is complete or not
-there.
+"""Save: each rank writes the fragments it owns, in the background if wanted.
+
+A checkpoint is complete or not there.
 
     main thread    copy of the rank's fragments to host memory; all that training waits for
     thread         room? -> file of this rank, hashed on the way -> everyone's reports -> rank 0: manifest,
@@ -43,8 +44,9 @@ if TYPE_CHECKING:  # megatron-core takes seconds to import, and a conversion has
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements start .. start+numel of a rank's flattened parameter, as writable views of the optimiser's
-    own memory.
+    """Elements [start, start + numel) of a rank's flattened parameter.
+
+    Writable views of the optimizer's own memory.
     """
 
     name: str
@@ -117,8 +119,9 @@ class Saver:
             self._finish(job)
 
     def wait(self, seconds: float | None = None) -> Path | None:
-        """The last save's folder once it is there; None if it failed, on every rank, or is still being
-        written after ``seconds``.
+        """The last save's folder once it is there.
+
+        None if it failed, on every rank, or is still being written after ``seconds``.
         """
         if self._thread.ident is not None:
             self._thread.join(seconds)

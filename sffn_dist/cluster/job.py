@@ -229,8 +229,9 @@ def _settings(options: Options, place: Place, chain: Path | None) -> Iterator[st
 
 
 def _mounts(options: Options, runs: Sequence[JobRun], place: Place) -> list[str]:
-    """Folders that a container must see: the project, where the runs write and read, and those asked for;
-    none inside another.
+    """Folders that a container must see: the project, where the runs write and read, and those asked for.
+
+    None inside another.
     """
     wanted = [place.repository, place.folder, *(place.folder / path for run in runs for path in run.folders)]
     wanted += [place.folder / mount for mount in options.mounts]

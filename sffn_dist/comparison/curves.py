@@ -59,8 +59,9 @@ def draw(curves: Mapping[str, Sequence[Point]], path: Path, title: str) -> None:
 
 
 def loss_limits(curves: Iterable[Sequence[Point]]) -> tuple[float, float] | None:
-    """Lowest and highest loss shown: of all points past SHOWN_FROM of the most FLOPs, with a margin; None
-    where that is no range.
+    """Lowest and highest loss shown: of all points past SHOWN_FROM of the most FLOPs, with a margin.
+
+    None where that is no range.
     """
     points = [point for curve in curves for point in curve if math.isfinite(point.high)]
     most = max((point.flops for point in points), default=0.0)

@@ -83,8 +83,9 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def read(entry: PlannedVariant, seed: int, run_dir: Path) -> Result:
-    """A finished run's result; raises OSError, ValueError or KeyError where its files are not what a run
-    writes.
+    """A finished run's result.
+
+    Raises OSError, ValueError or KeyError where its files are not what a run writes.
     """
     steps = metrics.read(run_dir / "metrics.jsonl")
     cumulative_flops = [0.0, *itertools.accumulate(float(row["flops"]) for row in steps)]

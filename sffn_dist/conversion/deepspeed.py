@@ -51,7 +51,8 @@ CONFIG = "sffn_dist_config"  # a key of ours among the counters
 
 @dataclass(frozen=True)
 class Universal:
-    """Weights with the optimiser's state: ``full(name, kind)`` for kind weight, exp_avg or exp_avg_sq;
+    """Weights with the optimiser's state: ``full(name, kind)`` for kind weight, exp_avg or exp_avg_sq.
+
     ``steps`` are Adam's counts.
     """
 
@@ -76,8 +77,9 @@ def chunks(spec: TensorSpec) -> tuple[int, int]:
 
 
 def chunk(full: Tensor, spec: TensorSpec, tensor: int, rank: int) -> Tensor:
-    """What DeepSpeed hands to one of ``tensor`` ranks, flat; a tensor of the rank's very shape it hands to
-    all.
+    """What DeepSpeed hands to one of ``tensor`` ranks, flat.
+
+    A tensor of the rank's very shape it hands to all.
     """
     axis, parts = chunks(spec)
     if spec.cut is None:
@@ -126,8 +128,9 @@ def write(
     *,
     tensor: int = 1,
 ) -> Path:
-    """Write ``weights`` and ``moments(name, "exp_avg" | "exp_avg_sq")`` below ``folder``; returns the tag's
-    folder.
+    """Write ``weights`` and ``moments(name, "exp_avg" | "exp_avg_sq")`` below ``folder``.
+
+    Returns the tag's folder.
 
     ``steps``: Adam's count of each parameter. Tensors are held one at a time. Raises ConfigError if
     ``tensor`` ranks could not load it.
@@ -290,8 +293,9 @@ def _held(path: Path) -> Any:
 
 
 def _fitting(path: Path, expected: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The shape of the tensor in a file; a flat one (ZeRO 3) takes what is expected, if it has as many
-    elements.
+    """The shape of the tensor in a file.
+
+    A flat one (ZeRO 3) takes what is expected, if it has as many elements.
     """
     held = _held(path)
     shape = pickles.shape_of(held)

@@ -106,8 +106,9 @@ def linear_of(shapes: Shapes, linear: str) -> Factored:
 
 
 def _ffn(shapes: Shapes) -> dict[str, Any]:
-    """The ffn section: kind, rank and blocks of the layers that are not dense; raises ValueError if they
-    differ in kind.
+    """The ffn section: kind, rank and blocks of the layers that are not dense.
+
+    Raises ValueError if they differ in kind.
     """
     layers = sorted({layer_of(name) for name in shapes if name.startswith(LAYERS)})
     structures = {layer: linear_of(shapes, f"{LAYERS}{layer}.mlp.linear_fc1").structure for layer in layers}

@@ -46,8 +46,9 @@ CUT = {
 
 
 def open_checkpoint(path: Path) -> MegatronCheckpoint:
-    """The checkpoint in a folder, or the latest one below it; raises ConfigError if there is none, or it
-    is damaged.
+    """The checkpoint in a folder, or the latest one below it.
+
+    Raises ConfigError if there is none, or it is damaged.
     """
     folder = _iteration_folder(path)
     if (folder / ".metadata").is_file():
@@ -149,8 +150,9 @@ def _state(path: Path, state: object) -> dict[str, Tensor]:
 def _add(
     folder: Path, entries: dict[str, MegatronTensor], parts: list[dict[str, Tensor]], before: int
 ) -> int:
-    """Enter one stage's tensors, put together from tensor-parallel ``parts``; returns how many layers the
-    stage has.
+    """Enter one stage's tensors, put together from tensor-parallel ``parts``.
+
+    Returns how many layers the stage has.
     """
     layers = 0
     for key, tensor in parts[0].items():

@@ -67,8 +67,9 @@ LAYER = re.compile(r"model\.layers\.(\d{1,4})\.(.+)\.(\w+)")
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Weights:
-    """The model in a ``.pth`` of the authors' trainer; ``overrides`` (``key=value``) win over what the file
-    states.
+    """The model in a ``.pth`` of the authors' trainer.
+
+    ``overrides`` (``key=value``) win over what the file states.
 
     The sizes are read from the tensors. Of a file without its config, ``model.heads`` must be given, and the
     rest of ``model`` where it is not the default. Raises ConfigError if the file is no such checkpoint, or
@@ -205,8 +206,9 @@ def _check(path: Path, tensors: Mapping[str, Tensor], config: Config, *, tied: b
 
 
 def _grouped(tensor: Tensor, config: Config) -> Tensor:
-    """Rows [all queries; all keys; all values] -> by key/value head [its queries; its key; its value]; of
-    a bias, its elements.
+    """Rows [all queries; all keys; all values] -> by key/value head [its queries; its key; its value].
+
+    Of a bias, its elements.
     """
     groups, size, tail = config.kv_heads, config.head_dim, tensor.shape[1:]
     parts = tensor.split([config.attention_dim, groups * size, groups * size])

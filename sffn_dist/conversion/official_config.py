@@ -27,8 +27,9 @@ GUIDE = "method.kwargs.training."
 
 
 def flat(node: object, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value of OmegaConf's pickled nodes, or of plain dictionaries and lists; interpolations
-    as the text that they are.
+    """Dotted key -> value of OmegaConf's pickled nodes, or of plain dictionaries and lists.
+
+    Interpolations as the text that they are.
     """
     inner = pickles.attributes(node) if isinstance(node, pickles.StandIn) else {}
     node = inner.get("_content", inner.get("_val")) if inner else node

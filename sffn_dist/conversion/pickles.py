@@ -282,8 +282,9 @@ def unpickle(path: Path) -> Any:
 
 
 def shape_of(value: object) -> tuple[int, ...] | None:
-    """The shape of a tensor that can be read as numbers; None of anything else: packed, sparse, without
-    data, no tensor at all.
+    """The shape of a tensor that can be read as numbers.
+
+    None of anything else: packed, sparse, without data, no tensor at all.
     """
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return None

@@ -1,5 +1,6 @@
-"""Do two checkpoints hold the same? Tensor by tensor, bit for bit; or, of any two formats, by their logits
-on the same tokens.
+"""Do two checkpoints hold the same? Tensor by tensor, bit for bit.
+
+Or, of any two formats, by their logits on the same tokens.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from sffn_dist.spec.config import ConfigError
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor that is not the same in both; ``largest`` is of |a - b|, infinite where one is missing or
-    of another shape.
+    """A tensor that is not the same in both.
+
+    ``largest`` is of |a - b|, infinite where one is missing or of another shape.
     """
 
     tensor: str
@@ -67,8 +69,9 @@ class LogitsDifference:
 
 
 def compare_logits(a: Path, b: Path, *, rows: int = 2, length: int = 64, seed: int = 0) -> LogitsDifference:
-    """Both models in fp32 on the same random tokens, one model in memory at a time; raises ConfigError
-    where the vocabularies differ.
+    """Both models in fp32 on the same random tokens, one model in memory at a time.
+
+    Raises ConfigError where the vocabularies differ.
     """
     sizes = [
         (weights.config.model.vocab, weights.config.model.sequence) for weights in map(weights_of, (a, b))

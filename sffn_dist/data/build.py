@@ -39,8 +39,9 @@ _NEWS = 5.0  # seconds between lines of progress
 
 
 class _Piece(NamedTuple):
-    """Part of a document on its way to the encoder; ``last`` ends the document, whose UTF-8 length is
-    ``size``.
+    """Part of a document on its way to the encoder.
+
+    ``last`` ends the document, whose UTF-8 length is ``size``.
     """
 
     text: str

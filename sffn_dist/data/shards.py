@@ -149,8 +149,9 @@ class Corpus:
 
     @cached_property
     def token_bytes(self) -> NDArray[np.uint32]:
-        """UTF-8 bytes of text a token id stands for, (meta.vocab,); exact if ``meta.byte_exact``, else an
-        estimate.
+        """UTF-8 bytes of text a token id stands for, (meta.vocab,).
+
+        Exact if ``meta.byte_exact``, else an estimate.
         """
         lengths: NDArray[np.uint32] = np.load(self.folder / "token_bytes.npy", allow_pickle=False)
         return lengths

@@ -1,5 +1,6 @@
-"""Text <-> token ids: a byte-level BPE trained on the corpus, or a given tokenizer.json; and how many
-bytes a token stands for.
+"""Text <-> token ids: a byte-level BPE trained on the corpus, or a given tokenizer.json.
+
+And how many bytes a token stands for.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ PIECE = 1 << 20  # characters that are encoded in one call
 
 
 def sample_size(vocab: int) -> int:
-    """Characters to train on: about a thousand an entry; more costs time and hardly changes the tokens'
-    number.
+    """Characters to train on: about a thousand an entry.
+
+    More costs time and hardly changes the tokens' number.
     """
     return min(30_000_000, max(4_000_000, 1_000 * vocab))
 
 
 def train_tokenizer(documents: Iterable[str], vocab: int) -> Tokenizer:
-    """A byte-level BPE of at most ``vocab`` entries from the first :func:`sample_size` characters; id 0 is
-    the end of text.
+    """A byte-level BPE of at most ``vocab`` entries from the first :func:`sample_size` characters.
+
+    Id 0 is the end of text.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

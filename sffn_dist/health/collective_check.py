@@ -40,8 +40,9 @@ CheckResult = Callable[[], bool]
 
 @dataclass(frozen=True)
 class CollectiveResult:
-    """One collective over one kind of group; ``wrong``: the ranks of the world whose result had wrong
-    values.
+    """One collective over one kind of group.
+
+    ``wrong``: the ranks of the world whose result had wrong values.
     """
 
     collective: str
@@ -212,8 +213,9 @@ def check_collectives(
 
 
 def _timed(run: RunCollective, right: CheckResult, device: torch.device) -> tuple[float, bool]:
-    """This rank's median seconds, and whether the first result was right; the first run makes connections
-    and is not timed.
+    """This rank's median seconds, and whether the first result was right.
+
+    The first run makes connections and is not timed.
     """
     run()
     good, seconds = right(), [_once(run, device)]

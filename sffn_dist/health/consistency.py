@@ -99,8 +99,9 @@ def code() -> str:
 
 
 def check_consistency(mine: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(hosts by rank, warnings) where all ranks have the same :func:`facts`; their ``settings`` are asked for
-    only where configs differ.
+    """(hosts by rank, warnings) where all ranks have the same :func:`facts`.
+
+    Their ``settings`` are asked for only where configs differ.
 
     Raises ConfigError on every rank, one problem for each fact and dotted key that differs, with the values
     and who has them.
@@ -170,8 +171,9 @@ def name_ranks(ranks: Iterable[int], hosts: Sequence[str]) -> str:
 
 
 def check_shared_folder(folder: Path, hosts: Sequence[str], patience: float = FOLDER_TIMEOUT) -> None:
-    """Let every rank read a token that rank 0 writes into ``folder``, and rank 0 one of each other host;
-    nothing is left there.
+    """Let every rank read a token that rank 0 writes into ``folder``, and rank 0 one of each other host.
+
+    Nothing is left there.
 
     Raises ConfigError on every rank naming the folder and who does not see it, or cannot write there.
     """

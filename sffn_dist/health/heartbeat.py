@@ -107,8 +107,9 @@ class Heartbeat:
                 time.sleep(0.05)
 
     def propose(self, verdict: Verdict) -> Verdict | None:
-        """Ask that this be the verdict; returns the one that stands, None while the store has not
-        answered.
+        """Ask that this be the verdict.
+
+        Returns the one that stands, None while the store has not answered.
         """
         if self._mine is None:
             self._mine = verdict
@@ -132,8 +133,10 @@ class Heartbeat:
             time.sleep(0.02)
 
     def _visible(self, host: str, pid: int, started: str) -> tuple[str, int, str]:
-        """A rank's place; without start time where its process cannot be seen from here, though it lives:
-        in another container, for example.
+        """A rank's place.
+
+        Without start time where its process cannot be seen from here, though it lives: in another container,
+        for example.
         """
         return (
             host,
@@ -222,8 +225,9 @@ class Heartbeat:
         return True
 
     def wait_for_others(self, verdict: Verdict, linger: float) -> None:
-        """Wait until the others have read the verdict, where this rank wrote it or serves the store; end
-        what cannot end by itself.
+        """Wait until the others have read the verdict, where this rank wrote it or serves the store.
+
+        End what cannot end by itself.
         """
         for rank, (_, pid, started) in self._places.items():
             if rank != self.rank and process_state(pid, started) == "T":

@@ -229,8 +229,9 @@ def describe(
 
 
 def _odd(values: Mapping[int, int]) -> tuple[int, ...]:
-    """Ranks whose value is not the one that most have; all of them where no value is held by more ranks
-    than any other.
+    """Ranks whose value is not the one that most have.
+
+    All of them where no value is held by more ranks than any other.
     """
     held = list(values.values())
     counts = sorted(((held.count(value), value) for value in set(held)), reverse=True)

@@ -139,8 +139,9 @@ class Recorder:
 
 
 def report(recorder: Recorder, topology: Topology, tokens_per_step: int, precision: str) -> list[Row]:
-    """One row a rank, the same list on all, which all call between two steps; takes some 0.3 s, for the
-    matrix products.
+    """One row a rank, the same list on all, which all call between two steps.
+
+    Takes some 0.3 s, for the matrix products.
     """
     device = topology.device
     medians = recorder.medians()

@@ -301,8 +301,9 @@ def is_consequence(error: BaseException) -> bool:
 
 
 def _own_code(error: BaseException) -> int | None:
-    """The exit code that an error of this package brings along; others' exceptions have an attribute of
-    that name too.
+    """The exit code that an error of this package brings along.
+
+    Others' exceptions have an attribute of that name too.
     """
     code = getattr(error, "exit_code", None)
     return (

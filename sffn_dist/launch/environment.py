@@ -99,8 +99,9 @@ def _translate(environ: MutableMapping[str, str]) -> None:
 
 
 def rendezvous_port(job: int, step: int) -> int:
-    """A port that all ranks of a step find by themselves; steps of one job and jobs that follow one
-    another have different ones.
+    """A port that all ranks of a step find by themselves.
+
+    Steps of one job and jobs that follow one another have different ones.
     """
     return _FIRST_PORT + (job * 16 + step) % _PORTS
 

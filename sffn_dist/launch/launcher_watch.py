@@ -14,8 +14,9 @@ from sffn_dist.launch import processes
 
 
 def watch_launcher(exit_code: int = 1, interval: float = 1.0) -> threading.Thread | None:
-    """Stop this process, with ``exit_code``, when the launcher that started it is gone; polls every
-    ``interval`` seconds.
+    """Stop this process, with ``exit_code``, when the launcher that started it is gone.
+
+    Polls every ``interval`` seconds.
 
     The watched launcher is the parent process. DeepSpeed has two: the ``deepspeed`` command and, below it,
     its ``launch.py``, which goes on without the first; so under it that command is watched as well. Nothing
@@ -62,8 +63,9 @@ def _stop(name: str, exit_code: int) -> None:
 
 
 def _deepspeed_runner(launch: int, command: list[str]) -> int | None:
-    """Process id of the ``deepspeed`` command above a DeepSpeed ``launch.py``; None where that is not the
-    chain.
+    """Process id of the ``deepspeed`` command above a DeepSpeed ``launch.py``.
+
+    None where that is not the chain.
     """
     line = " ".join(command)
     if "deepspeed.launcher.launch" not in line and "deepspeed/launcher/launch.py" not in line:

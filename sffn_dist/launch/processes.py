@@ -58,8 +58,9 @@ def start_time(pid: int) -> str:
 
 
 def process_state(pid: int, started: str) -> str | None:
-    """The word "gone", or the letter of its state; None where it cannot be told, because it lives in another
-    namespace, say.
+    """The word "gone", or the letter of its state.
+
+    None where it cannot be told, because it lives in another namespace, say.
 
     ``started`` is its :func:`start_time` when it was known to live.
     """

@@ -32,8 +32,9 @@ class SignalHandler:
         self._before: dict[int, _Handler] = {}
 
     def catch(self) -> None:
-        """Handle the signals from now on; nothing happens outside of the main thread, where Python allows
-        no handlers.
+        """Handle the signals from now on.
+
+        Nothing happens outside of the main thread, where Python allows no handlers.
         """
         if threading.current_thread() is not threading.main_thread():
             return

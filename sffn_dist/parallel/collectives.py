@@ -93,8 +93,9 @@ def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Pending:
 
 @dataclass(frozen=True)
 class Exchange:
-    """The two ways between a narrow and a wide bottleneck in ``group``; rank j computes with the features
-    of chunk ``chunks[j]``.
+    """The two ways between a narrow and a wide bottleneck in ``group``.
+
+    Rank j computes with the features of chunk ``chunks[j]``.
     """
 
     group: dist.ProcessGroup
@@ -188,8 +189,9 @@ def sum_gradient(gradient: Tensor, group: dist.ProcessGroup) -> Pending:
 
 
 def sum_partial_gradients(module: nn.Module, group: dist.ProcessGroup) -> list[str]:
-    """Sum the gradient of every parameter marked ``sequence_parallel`` over the tensor-parallel group;
-    returns their names.
+    """Sum the gradient of every parameter marked ``sequence_parallel`` over the tensor-parallel group.
+
+    Returns their names.
 
     Such a parameter is held by every rank but sees only the rank's own tokens: norms, biases of row-parallel
     linears. (Replicated factors are not marked: their linear sums them itself.) A hook on the leaf does the

@@ -13,8 +13,9 @@ from sffn_dist.parallel.topology import Topology
 
 
 def start(setting: str, topology: Topology) -> None:
-    """Use ``setting`` (auto, torch or triton); where kernels are timed, the first rank's table and the mean
-    of all ranks' times decide.
+    """Use ``setting`` (auto, torch or triton).
+
+    Where kernels are timed, the first rank's table and the mean of all ranks' times decide.
 
     Every rank comes to the same operations on the same sizes in the same order, so each such sum is met by
     all. Raises RuntimeError if Triton is asked for and cannot run.

@@ -99,8 +99,9 @@ class StructuredLinear(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None, std: float | None = None) -> None:
-        """The paper's initialisation, one full draw cut for every tensor-parallel rank; ``std`` is
-        config.init_method_std, or 0.02.
+        """The paper's initialisation, one full draw cut for every tensor-parallel rank.
+
+        ``std`` is config.init_method_std, or 0.02.
         """
         std = getattr(self.config, "init_method_std", 0.02) if std is None else std
         sizes = self.input_size, self.output_size
@@ -158,8 +159,9 @@ class StructuredLinear(nn.Module, abc.ABC):
         self.split = self._split(self._tokens(by_caller=value))
 
     def _tokens(self, *, by_caller: bool) -> Tokens:
-        """Which tokens a rank has; sequence parallelism and experts exclude each other unless the caller
-        says so later.
+        """Which tokens a rank has.
+
+        Sequence parallelism and experts exclude each other unless the caller says so later.
         """
         if by_caller:
             return "caller"

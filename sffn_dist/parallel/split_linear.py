@@ -146,8 +146,9 @@ class ColumnSplit(SplitLinear):
         wanted: NeedsGrad,
         whole: Tensor | None = None,
     ) -> LinearGradients:
-        """Gradients of x and of the weights from that of y; ``z`` is wide; x of all tokens is ``whole``,
-        or gathered for the guide.
+        """Gradients of x and of the weights from that of y; ``z`` is wide.
+
+        x of all tokens is ``whole``, or gathered for the guide.
         """
         grad_x, grad_x_guide, grad_guide, share = None, None, None, 1.0
         if alpha is not None and weights.guide is not None:

@@ -81,8 +81,9 @@ def init_parallel(config: Config) -> Topology:
 
 
 def init_process_group(timeout: float = 1800.0) -> Any:
-    """Join the process group that the launcher describes (RANK, WORLD_SIZE, ...), or be alone; returns the
-    rendezvous store.
+    """Join the process group that the launcher describes (RANK, WORLD_SIZE, ...), or be alone.
+
+    Returns the rendezvous store.
 
     ``timeout``: seconds that a collective may take. Raises ConfigError where ranks do not find each other.
     """
@@ -102,8 +103,9 @@ def init_process_group(timeout: float = 1800.0) -> Any:
 
 
 def groups(tensor: int) -> Topology:
-    """Megatron's groups over the processes there are; made anew only if the tensor-parallel size is
-    another one.
+    """Megatron's groups over the processes there are.
+
+    Made anew only if the tensor-parallel size is another one.
     """
     initialized = parallel_state.model_parallel_is_initialized()
     if initialized and parallel_state.get_tensor_model_parallel_world_size() != tensor:

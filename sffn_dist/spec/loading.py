@@ -67,8 +67,9 @@ def _apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> list[str
 
 
 def from_tree(tree: Mapping[str, Any]) -> Config:
-    """Validate a nested mapping; raises ConfigError with every problem, of single keys and of keys
-    together.
+    """Validate a nested mapping.
+
+    Raises ConfigError with every problem, of single keys and of keys together.
     """
     try:
         config = _parsed(tree)

@@ -75,8 +75,9 @@ def _layer_elements(config: Config, layer: int, narrow: bool, guide: bool) -> in
 
 
 def feed_forward_elements(config: Config, layer: int, narrow: bool, *, guide: bool = False) -> int:
-    """Elements a token that a rank keeps of a feed-forward layer beside its input; ``narrow``: the
-    bottlenecks alone.
+    """Elements a token that a rank keeps of a feed-forward layer beside its input.
+
+    ``narrow``: the bottlenecks alone.
 
     ``guide``: while one takes part.
     """

@@ -70,8 +70,9 @@ def configured_structure(config: Config, kind: str) -> Structure:
 
 
 def ffn_linears(config: Config) -> tuple[tuple[str, Role, int, int], ...]:
-    """(name, role, inputs, outputs) of a feed-forward layer's two linears; the first one's outputs are 2f
-    if gated.
+    """(name, role, inputs, outputs) of a feed-forward layer's two linears.
+
+    The first one's outputs are 2f if gated.
     """
     h, f = config.model.width, config.ffn_width
     return ("linear_fc1", "column", h, 2 * f if config.gated else f), ("linear_fc2", "row", f, h)

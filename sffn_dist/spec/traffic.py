@@ -111,8 +111,9 @@ def structured_linear(
     specs: dict[str, TensorSpec],
     narrow: bool = False,
 ) -> Iterator[Transfer]:
-    """One linear without its guide and bias; ``narrow``: with ``recompute: bottleneck``, which moves some
-    of it once more.
+    """One linear without its guide and bias.
+
+    ``narrow``: with ``recompute: bottleneck``, which moves some of it once more.
     """
     wide = wide_factor(specs)
     count = max(wide.block_groups(group.ranks)) + 1

@@ -102,8 +102,9 @@ class TensorSpec:
         return next((owners[axis] for axis, ways in self.cut.ways(p) if ways > 1), owners[self.cut.axes[0]])
 
     def block_groups(self, p: int) -> tuple[int, ...]:
-        """For each of p ranks, which group of blocks of a block factor (blocks, outputs, inputs) it holds;
-        all 0 for a matrix.
+        """For each of p ranks, which group of blocks of a block factor (blocks, outputs, inputs) it holds.
+
+        All 0 for a matrix.
         """
         if self.cut is None or len(self.shape) < 3 or p == 1:
             return (0,) * p

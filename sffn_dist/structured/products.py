@@ -97,8 +97,9 @@ class InterleavedProduct:
 
 
 def shaped(result: Tensor, *shape: int) -> Tensor:
-    """A new tensor that nobody else holds, in another shape; no view to autograd, which would forbid its
-    users to write into it.
+    """A new tensor that nobody else holds, in another shape.
+
+    No view to autograd, which would forbid its users to write into it.
     """
     return torch.ops.aten._unsafe_view(result, shape)
 

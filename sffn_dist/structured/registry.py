@@ -34,8 +34,9 @@ _registered: dict[str, tuple[type[Structure], str | type[StructureOps]]] = {}
 
 
 def register(structure: type[Structure], ops: str | type[StructureOps]) -> None:
-    """Make ``structure.kind`` a value of ``ffn.kind``; ``ops`` is a class, or ``module:Class`` to import when
-    it is needed.
+    """Make ``structure.kind`` a value of ``ffn.kind``.
+
+    ``ops`` is a class, or ``module:Class`` to import when it is needed.
 
     Raises ValueError if the kind is taken.
     """
@@ -87,8 +88,9 @@ def ops(structure: Structure) -> StructureOps:
 
 
 def from_factor_shapes(shapes: Shapes) -> Factored:
-    """The structure and matrix that factors of these names and shapes belong to; raises KeyError if they
-    belong to none.
+    """The structure and matrix that factors of these names and shapes belong to.
+
+    Raises KeyError if they belong to none.
     """
     for structure, _ in _registered.values():
         if set(shapes) == set(structure.factors):

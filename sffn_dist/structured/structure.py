@@ -119,8 +119,9 @@ class Structure(abc.ABC):
     # -------------------------------------------------------------------------------------------------- rules
 
     def setting_problems(self, prefix: str = "") -> Iterator[str]:
-        """What is wrong with ``rank`` and ``blocks`` by themselves; ``prefix`` stands before their names
-        in messages.
+        """What is wrong with ``rank`` and ``blocks`` by themselves.
+
+        ``prefix`` stands before their names in messages.
         """
         for name in ("rank", "blocks"):
             value = getattr(self, name)
@@ -132,8 +133,9 @@ class Structure(abc.ABC):
                 yield f"{prefix}{name} = {value!r}: must be a positive whole number"
 
     def size_problems(self, outer: Size, inner: Size, prefix: str = "") -> Iterator[str]:
-        """Why no matrix between ``outer`` (h) and ``inner`` (f) features has this structure; a missing
-        setting breaks no rule here.
+        """Why no matrix between ``outer`` (h) and ``inner`` (f) features has this structure.
+
+        A missing setting breaks no rule here.
         """
         yield from ()
 

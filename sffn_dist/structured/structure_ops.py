@@ -30,8 +30,9 @@ class StructureOps(abc.ABC):
 
     @property
     def second_blocks(self) -> int | None:
-        """B if the second factor's block l reads the features r*B + l of z, as Monarch's does; None if it
-        reads z as it is.
+        """B if the second factor's block l reads the features r*B + l of z, as Monarch's does.
+
+        None if it reads z as it is.
         """
         return None
 

@@ -99,8 +99,9 @@ class Estimate:
         remaining_checkpoints: int = 0,
         remaining_samples: int = 0,
     ) -> float | None:
-        """Seconds left when ``step`` steps of the run are done (counted from its beginning); None until a
-        step was observed.
+        """Seconds left when ``step`` steps of the run are done (counted from its beginning).
+
+        None until a step was observed.
         """
         step_time = self.step_seconds()
         if step_time is None:
@@ -119,8 +120,9 @@ class Estimate:
 
 
 class Progress:
-    """The progress of a run with ``total`` steps of which ``start`` are done; one call of :meth:`step` for
-    each further one.
+    """The progress of a run with ``total`` steps of which ``start`` are done.
+
+    One call of :meth:`step` for each further one.
 
     ``flops_per_step``: floating-point operations of a step over all ranks; ``peak_flops``: what all devices
     together can do in a second, None where unknown (then no MFU is shown). Not ``enabled``: silent. A stream

@@ -74,8 +74,9 @@ class BadSteps:
         return not self.consecutive and self._beyond
 
     def begin_rollback(self) -> int:
-        """Pass the streak's steps over from now on; returns the step that the checkpoint to go back to must
-        not be beyond.
+        """Pass the streak's steps over from now on.
+
+        Returns the step that the checkpoint to go back to must not be beyond.
 
         Raises DivergedError where it has been tried often enough.
         """

@@ -96,9 +96,10 @@ def create(
 
 
 def _adjust_deepspeed() -> None:
-    """No memory report at every start of the bf16 optimizer; no trial step of stage 0's, whose state we make
-    (it would take 12 bytes a parameter for a moment); on CPU, gloo in place of an extension that compiles for
-    minutes.
+    """No memory report at every start of the bf16 optimizer.
+
+    No trial step of stage 0's, whose state we make (it would take 12 bytes a parameter for a moment); on CPU,
+    gloo in place of an extension that compiles for minutes.
     """
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.fp16 import unfused_optimizer
@@ -203,8 +204,9 @@ def train_step(
 
 
 def _finish_gradients(engine: Engine, allowed: bool, clip: float) -> float | None:
-    """Before the optimiser's step: in stage 0 norm and clipping; in every stage, what keeps back an update
-    that is not to be made.
+    """Before the optimiser's step: in stage 0 norm and clipping.
+
+    In every stage, what keeps back an update that is not to be made.
     """
     if engine.zero_optimization_stage() > 0:
         if not allowed:
@@ -219,8 +221,9 @@ def _finish_gradients(engine: Engine, allowed: bool, clip: float) -> float | Non
 
 
 def _gradient_norm(engine: Engine) -> float:
-    """Global L2 norm of the averaged gradients; a parameter replicated over the tensor-parallel group counts
-    once.
+    """Global L2 norm of the averaged gradients.
+
+    A parameter replicated over the tensor-parallel group counts once.
 
     For stage 0, whose own norm DeepSpeed 0.19 does not report in fp32, and in bf16 takes from the first
     tensor-parallel rank alone.

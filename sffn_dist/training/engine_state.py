@@ -1,5 +1,6 @@
-"""What of an engine is the run's state: fp32 weights, both Adam moments, Adam's step counts; each stage keeps
-them elsewhere.
+"""What of an engine is the run's state: fp32 weights, both Adam moments, Adam's step counts.
+
+Each stage keeps them elsewhere.
 
 A *master* is a flat fp32 tensor that AdamW steps: in ZeRO 1-3 this rank's range of a parameter group, in ZeRO
 0 a whole parameter. The guide is the engine's last parameter group, so the masters of all others (the
@@ -28,8 +29,9 @@ ExportedState = list[dict[str, Tensor]]  # of each base master: "weight", "exp_a
 
 
 def torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
-    """The one that training/optimizers/ made, under DeepSpeed's or by itself; it keeps exp_avg, exp_avg_sq
-    and step.
+    """The one that training/optimizers/ made, under DeepSpeed's or by itself.
+
+    It keeps exp_avg, exp_avg_sq and step.
     """
     optimizer = engine.optimizer
     inner = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
@@ -96,8 +98,9 @@ def step_counts(engine: Engine) -> tuple[int, int | None]:
 
 
 def set_step_counts(engine: Engine, steps: int, guide_steps: int | None) -> None:
-    """Adam's numbers of steps taken, for its bias corrections, and DeepSpeed's; without ``guide_steps``
-    the guide's is the others'.
+    """Adam's numbers of steps taken, for its bias corrections, and DeepSpeed's.
+
+    Without ``guide_steps`` the guide's is the others'.
     """
     state = torch_optimizer(engine).state
     base_params, guides = master_params(engine)
@@ -157,8 +160,9 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
 
 
 def separate_masters(engine: Engine) -> Iterator[Fragment]:
-    """:func:`fragments` where the fp32 weights are other tensors than the model's; nothing in stage 0 in
-    fp32.
+    """:func:`fragments` where the fp32 weights are other tensors than the model's.
+
+    Nothing in stage 0 in fp32.
     """
     return iter(()) if isinstance(engine.optimizer, torch.optim.Optimizer) else fragments(engine)
 
@@ -200,8 +204,9 @@ def _stage_3(engine: Engine, named_params: list[tuple[str, nn.Parameter]]) -> It
 
 
 def full_weight(held: dict[str, Fragment], name: str, spec: TensorSpec, topology: Topology) -> Tensor:
-    """The full fp32 weight of a parameter from the ranks' fragments ``held`` by name; all ranks must call
-    it.
+    """The full fp32 weight of a parameter from the ranks' fragments ``held`` by name.
+
+    All ranks must call it.
     """
     part = torch.zeros(spec.local_shape(topology.tensor), device=topology.device)
     fragment = held.get(name)

@@ -128,8 +128,9 @@ def find_start(
 
 
 def require_equal_records(run_dir: Path, data_fingerprint: str, bad_steps: BadSteps) -> None:
-    """What every rank reads for itself from folders that should be the same; raises ConfigError on every
-    rank where it is not.
+    """What every rank reads for itself from folders that should be the same.
+
+    Raises ConfigError on every rank where it is not.
     """
     checkpoint = run_folder.latest_checkpoint(run_dir)
     require_equal(
@@ -142,8 +143,9 @@ def require_equal_records(run_dir: Path, data_fingerprint: str, bad_steps: BadSt
 
 
 def load_state(engine: Engine, config: Config, topology: Topology, start: Start) -> None:
-    """Weights, moments and step count of ``start`` into a fresh engine; nothing where they come from the
-    seed. All ranks must call it.
+    """Weights, moments and step count of ``start`` into a fresh engine.
+
+    Nothing where they come from the seed. All ranks must call it.
 
     What a checkpoint gives goes into the optimizer's fp32 weights, once, bit for bit; the model's own are
     made from these. Guides that come with no weights start as their factors' product.

@@ -103,8 +103,9 @@ class TrainingRun:
             self.reports.event(event, self.step, text, **facts)
 
     def report_requested(self) -> bool:
-        """Whether rank 0 is asked for a report of all ranks, by a file in run.dir; looked for every
-        two seconds at most.
+        """Whether rank 0 is asked for a report of all ranks, by a file in run.dir.
+
+        Looked for every two seconds at most.
         """
         now = time.monotonic()
         if not self.topology.main or now - self._asked < 2.0:

@@ -1,5 +1,6 @@
-"""One training step: its batches, the guide, the optimizer; skipped where the loss or a gradient forbids
-the update.
+"""One training step: its batches, the guide, the optimizer.
+
+Skipped where the loss or a gradient forbids the update.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ def _loss(run: TrainingRun) -> Callable[[Tensor], Tensor]:
 
 
 def _micro_batches(run: TrainingRun, step_schedule: StepSchedule) -> Iterator[Tensor]:
-    """This rank's micro-batches (micro_batch, S+1); those of a start's first step give the first estimate
-    of its time.
+    """This rank's micro-batches (micro_batch, S+1).
+
+    Those of a start's first step give the first estimate of its time.
     """
     topology, micro = run.topology, run.config.train.micro_batch_size
     batches = run.batches.at(

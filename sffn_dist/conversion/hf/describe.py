@@ -30,8 +30,9 @@ class Special:
 
 
 def family_of(config: Config, ffn: FFN) -> Family:
-    """The architecture that an export is of; raises ConfigError where none has this norm with this
-    activation.
+    """The architecture that an export is of.
+
+    Raises ConfigError where none has this norm with this activation.
     """
     if ffn == "structured":
         if not configured_structure(config, config.ffn.kind).in_modeling_file:

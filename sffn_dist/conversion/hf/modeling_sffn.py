@@ -115,8 +115,9 @@ class SffnLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def initialise(self) -> None:
-        """Gaussian weights, of factors such that the product's entries are of initializer_range; for what no
-        file has set.
+        """Gaussian weights, of factors such that the product's entries are of initializer_range.
+
+        For what no file has set.
 
         Loaded tensors bear a mark; recent versions of transformers skip them in torch.nn.init's functions,
         this does in all.

@@ -114,8 +114,9 @@ class _Source:
                 )
 
     def hint(self, problem: str) -> str:
-        """The problem, and of a missing tensor the name there that is most like it; slow, so for problems
-        that are shown.
+        """The problem, and of a missing tensor the name there that is most like it.
+
+        Slow, so for problems that are shown.
         """
         near = (
             difflib.get_close_matches(problem.split()[1], self.tensors.shapes, n=1)

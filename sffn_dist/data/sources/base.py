@@ -28,8 +28,9 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def identity(self, data: Data) -> dict[str, Any]:
-        """What decides the text, as far as it is known before reading it; another identity is another
-        prepared folder.
+        """What decides the text, as far as it is known before reading it.
+
+        Another identity is another prepared folder.
         """
 
     @abc.abstractmethod

@@ -38,8 +38,9 @@ def in_reading_order(files: Iterable[SourceFile]) -> list[SourceFile]:
 def walk(
     top: Path, suffixes: tuple[str, ...], left_out: frozenset[str] = frozenset()
 ) -> Iterator[SourceFile]:
-    """Every file below ``top`` (or ``top`` itself) with one of the suffixes; hidden names and folders
-    ``left_out`` are passed over.
+    """Every file below ``top`` (or ``top`` itself) with one of the suffixes.
+
+    Hidden names and folders ``left_out`` are passed over.
     """
     if top.is_file():
         yield _source_file(top, top.parent)
@@ -76,8 +77,9 @@ def open_files(builder: str, files: list[Path], **options: Any) -> Any:
 
 @contextlib.contextmanager
 def _quietly_offline() -> Iterator[None]:
-    """No network (if datasets is first imported here) and no progress bars for local files; the
-    environment is put back.
+    """No network (if datasets is first imported here) and no progress bars for local files.
+
+    The environment is put back.
     """
     before = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -20,8 +20,9 @@ def name_and_configuration(source: str) -> tuple[str, str | None]:
 
 
 class Hub(Source):
-    """Downloaded once by datasets and read from its memory-mapped copy; known by its name until it is
-    first prepared.
+    """Downloaded once by datasets and read from its memory-mapped copy.
+
+    Known by its name until it is first prepared.
     """
 
     form = '"hf:<dataset>"'

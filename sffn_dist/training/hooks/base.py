@@ -9,8 +9,9 @@ from sffn_dist.training.step_result import StepResult
 
 
 class Hook(abc.ABC):
-    """``run.step`` is the next step when a hook is asked and called; all ranks must come to the same
-    answer.
+    """``run.step`` is the next step when a hook is asked and called.
+
+    All ranks must come to the same answer.
     """
 
     rewinds = False  # True if it takes the run back to an earlier step: the hooks after it are left out then

@@ -42,8 +42,9 @@ class SaveCheckpoint(Hook):
 
 
 def save(run: TrainingRun) -> None:
-    """Begin a checkpoint of ``run.step``; a failed one (disk full, folder gone) is reported and does not
-    stop training.
+    """Begin a checkpoint of ``run.step``.
+
+    A failed one (disk full, folder gone) is reported and does not stop training.
     """
     started = time.perf_counter()
     steps, guide_steps = engine_state.step_counts(run.engine)
