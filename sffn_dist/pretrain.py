@@ -1,4 +1,4 @@
-"""A run, read top to bottom: ranks -> data -> model -> engine -> resume -> train -> finalize.
+"""A run, read top to bottom: ranks -> data -> start -> model -> engine -> resume -> train -> finalize.
 
     deepspeed sffn_dist/pretrain.py --config configs/demo.json [key.path=value ...]
     python sffn_dist/pretrain.py --config configs/demo.json --plan [--json]
@@ -36,17 +36,18 @@ def pretrain(config: Config, watchdog: Watchdog) -> int:
     from sffn_dist.data.batches import Batches, read_heldout
     from sffn_dist.health import preflight
     from sffn_dist.launch import run_identity
-    from sffn_dist.parallel import cpu_compat, kernel_choice, topology
+    from sffn_dist.parallel import cpu_compat, kernel_choice
+    from sffn_dist.parallel import topology as topologies
     from sffn_dist.training import engine as engines
     from sffn_dist.training import finalize, loop, reporting, resume
     from sffn_dist.training.bad_steps import BadSteps
     from sffn_dist.training.run import Heldout, TrainingRun
 
     train, run_dir, precision = config.train, Path(config.run.dir), machine.precision(config.precision)
-    clock = schedule.build_schedule(config)
+    run_schedule = schedule.build_schedule(config)
 
     # ranks
-    store = topology.init_process_group(timeout=max(1800.0, 2 * config.guards.hang_seconds))
+    store = topologies.init_process_group(timeout=max(1800.0, 2 * config.guards.hang_seconds))
     rank_facts = preflight.check_ranks(config, precision)
 
     # data: prepared by rank 0 where they are not
@@ -58,34 +59,34 @@ def pretrain(config: Config, watchdog: Watchdog) -> int:
     )
 
     # groups, and whether all ranks work
-    ranks = topology.init_parallel(config)
-    watchdog.start(store, ranks.rank, ranks.world, config.guards, run_dir)
-    preflight_report = preflight.run(rank_facts, ranks, precision, measures=config.guards.preflight)
-    kernel_choice.start(config.kernels, ranks)
+    topology = topologies.init_parallel(config)
+    watchdog.start(store, topology.rank, topology.world, config.guards, run_dir)
+    preflight_report = preflight.run(rank_facts, topology, precision, measures=config.guards.preflight)
+    kernel_choice.start(config.kernels, topology)
     cpu_compat.seed(train.seed)
 
     # where the weights come from: a checkpoint of the run, another model's, the seed
     bad_steps = BadSteps(config.guards, run_dir)
     resume.require_equal_records(run_dir, corpus.meta.fingerprint, bad_steps)
-    saver = Saver(run_dir, config, ranks, corpus.folder / "tokenizer.json")
-    checkpoint = resume.latest_good_checkpoint(run_dir, ranks)
-    start = resume.find_start(config, ranks, saver.tokenizer, checkpoint)
+    saver = Saver(run_dir, config, topology, corpus.folder / "tokenizer.json")
+    checkpoint = resume.latest_good_checkpoint(run_dir, topology)
+    start = resume.find_start(config, topology, saver.tokenizer, checkpoint)
     bad_steps.reset(start.recent_losses)
 
     # model, engine, weights and optimizer state
-    model = models.build(config, precision, ranks, guide=clock.guided(start.step))
+    model = models.build(config, precision, topology, guide=run_schedule.guided(start.step))
     if start.from_seed:
-        models.initialise(model, config, ranks)
-    engine = engines.create(model, config, precision, ranks)
-    resume.load_state(engine, config, ranks, start)
+        models.initialise(model, config, topology)
+    engine = engines.create(model, config, precision, topology)
+    resume.load_state(engine, config, topology, start)
     del model  # the run owns its engine alone: a phase boundary frees both
 
-    reports = reporting.open_reports(config, precision, ranks, start.step, corpus.meta.fingerprint)
+    reports = reporting.open_reports(config, precision, topology, start.step, corpus.meta.fingerprint)
     run = TrainingRun(
         config=config,
         precision=precision,
-        schedule=clock,
-        topology=ranks,
+        schedule=run_schedule,
+        topology=topology,
         batches=batches,
         heldout=heldout,
         data_fingerprint=corpus.meta.fingerprint,
@@ -110,7 +111,7 @@ def pretrain(config: Config, watchdog: Watchdog) -> int:
     else:
         finalize.finalize(run, corpus)
     watchdog.stop()
-    topology.destroy()
+    topologies.destroy()
     return exit_codes.for_signal(stop) if stop else exit_codes.DONE
 
 

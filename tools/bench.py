@@ -78,7 +78,7 @@ def odd_shapes(args: argparse.Namespace) -> Iterator[str]:
     for structure in sizes.chosen(args.rank, args.block_rank, args.blocks):
         broken = [*structure.setting_problems("--"), *structure.size_problems(outer, inner, "--")]
         for p in args.ranks:
-            broken += structure.rank_problems(inner, Size("--ranks", p), "--")
+            broken += structure.tensor_parallel_problems(inner, Size("--ranks", p), "--")
         # both ranks are options: low_rank's --rank and block_dense's --block-rank
         problems += (
             [text.replace("--rank =", "--block-rank =") for text in broken] if structure.blocks else broken

@@ -26,7 +26,7 @@ from typing import Any
 
 from sffn_dist.checkpoint.manifest import BrokenCheckpoint, Manifest
 from sffn_dist.checkpoint.run_folder import find_checkpoint
-from sffn_dist.conversion.formats import IMPORTED, format_of, is_checkpoint, weights_of
+from sffn_dist.conversion.formats import IMPORTERS, format_of, is_checkpoint, weights_of
 from sffn_dist.launch.error_output import print_errors
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.structured.registry import structure_class, structured_kinds
@@ -73,9 +73,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     subparser.add_argument(
         "--shard-size", type=_gigabytes, default=5_000_000_000, metavar="GB", help="of a file (default 5)"
     )
-    for source in IMPORTED:
+    for source in IMPORTERS:
         subparser = command(f"from-{source.name}", import_from, "source", "target")
-        if source.dense:
+        if source.imports_dense:
             subparser.add_argument("--ffn", choices=structured_kinds(), help="default: stays dense")
             subparser.add_argument("--rank", type=_positive)
             subparser.add_argument("--blocks", type=_positive)

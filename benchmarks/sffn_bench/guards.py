@@ -34,7 +34,7 @@ from sffn_dist.training.run import TrainingRun
 GUARDS: dict[str, tuple[tuple[tuple[Any, str], ...], bool]] = {
     "agreement": (((step, "agree_on_step"),), True),
     "replicas": (((replica_check, "check_replicas"),), True),
-    "spikes": (((LossHistory, "rejection_reason"), (BadSteps, "record")), False),
+    "spikes": (((LossHistory, "skip_reason"), (BadSteps, "record")), False),
     "watch": (((Watchdog, "tick"),), False),
     "recorder": (
         ((Recorder, "begin"), (Recorder, "forwarded"), (Recorder, "end"), (TrainingRun, "report_requested")),

@@ -113,7 +113,7 @@ def shuffled_block_diagonal(z: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("sffn::block_diagonal", mutates_args=())
 def _op(x: Tensor, weight: Tensor) -> Tensor:
-    """X (T, K, I), weight (K, O, I) -> (T, K, O)."""
+    """x (T, K, I), weight (K, O, I) -> (T, K, O)."""
     return product(x, weight)
 
 

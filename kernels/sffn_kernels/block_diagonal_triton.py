@@ -81,7 +81,7 @@ def batched(a: Tensor, b: Tensor, out: Tensor, tile: Tile) -> None:
 
 
 def product(x: Tensor, weight: Tensor, tile: Tile, out: Tensor | None = None) -> Tensor:
-    """X (T, K, I), weight (K, O, I) -> (T, K, O), written to ``out`` if that is given, in any strides."""
+    """x (T, K, I), weight (K, O, I) -> (T, K, O), written to ``out`` if that is given, in any strides."""
     out = x.new_empty(x.shape[0], *weight.shape[:2]) if out is None else out
     batched(x.transpose(0, 1), weight.transpose(1, 2), out.transpose(0, 1), tile)
     return out

@@ -256,7 +256,7 @@ def tilings(activation: Activation) -> tuple[Tile, ...]:
 def build(
     z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation, tile: Tile
 ) -> Kept:
-    """Y = U z + b and activation(y) in one pass."""
+    """y = U z + b and activation(y) in one pass."""
     y, features, _, _ = _run_wide(_Sizes(z, second, first, activation), bias, None, None, activation, tile)
     return Kept(y, features)
 

@@ -69,7 +69,7 @@ class Manifest:
 
     folder: Path
     step: int
-    # Adam's own count: behind ``step`` by the steps that were skipped for a non-finite gradient
+    # Adam's own count: behind ``step`` by skipped updates and excluded batches
     optimizer_steps: int
     # the guide's own: it counts from where guidance begins; None without a guide
     guide_optimizer_steps: int | None

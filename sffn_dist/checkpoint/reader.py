@@ -114,8 +114,8 @@ class Reader:
 
     def weights(self) -> Weights:
         """The checkpoint's model, as it would be evaluated at its step."""
-        manifest, clock = self.manifest, schedule.build_schedule(self.config)
-        alpha = clock.alpha(manifest.step) if manifest.alpha is None else manifest.alpha
+        manifest, run_schedule = self.manifest, schedule.build_schedule(self.config)
+        alpha = run_schedule.alpha(manifest.step) if manifest.alpha is None else manifest.alpha
         facts = {
             "data_fingerprint": manifest.data_fingerprint,
             "revision": manifest.revision,

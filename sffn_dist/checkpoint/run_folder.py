@@ -20,6 +20,11 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """Folders that bear a checkpoint's name, oldest first.
 
@@ -47,8 +52,9 @@ def latest_checkpoint(
 
     ``up_to``: the last step that it may be of.
 
-    None if there is none at all. Raises ConfigError if there are some and all are broken (or among
-    ``besides``, already known to be), or if they cannot be listed: starting anew would overwrite the run.
+    None if there is none, or none up to ``up_to``. Raises ConfigError if there are some and all are broken
+    (or among ``besides``, already known to be), or if they cannot be listed: starting anew would overwrite
+    the run.
     """
     reasons: list[str] = []
     already_logged = 0
@@ -59,7 +65,7 @@ def latest_checkpoint(
             [f"run.dir = {str(run_dir)!r}: its checkpoints cannot be listed: {error}"]
         ) from None
     for folder in reversed(folders):
-        if up_to is not None and int(folder.name[5:]) > up_to:
+        if up_to is not None and step_of(folder) > up_to:
             continue
         if folder in besides:
             reasons.append(f"{folder}: its content is damaged, see above")
@@ -75,7 +81,11 @@ def latest_checkpoint(
         return manifest
     if reasons:
         raise ConfigError(
-            [f"run.dir = {str(run_dir)!r}: no checkpoint in it is complete: {reason}" for reason in reasons]
+            [
+                f"run.dir = {str(run_dir)!r}: no checkpoint in it is complete; restore one, "
+                f"or use another run.dir: {reason}"
+                for reason in reasons
+            ]
         )
     return None
 
@@ -107,11 +117,11 @@ def prune(run_dir: Path, keep: int, keep_every: int, saved: Path) -> None:
 
     Kept: the ``keep`` newest complete ones up to ``saved``, those of steps that ``keep_every`` divides, what
     another version of this code wrote or the disk does not read, and whatever lies beyond ``saved``: a start
-    may have gone on from an older one for a disk's bad hour.
+    may have gone on from an older one while the disk failed. Broken ones are removed too.
     """
     complete, broken = [], []
     for folder in checkpoints(run_dir):
-        if int(folder.name[5:]) > int(saved.name[5:]):
+        if step_of(folder) > step_of(saved):
             break
         try:
             Manifest.read(folder)
@@ -124,7 +134,7 @@ def prune(run_dir: Path, keep: int, keep_every: int, saved: Path) -> None:
     kept = {
         saved,
         *complete[-keep:],
-        *(folder for folder in complete if keep_every and int(folder.name[5:]) % keep_every == 0),
+        *(folder for folder in complete if keep_every and step_of(folder) % keep_every == 0),
     }
     for folder in (*complete, *broken):
         if folder not in kept:

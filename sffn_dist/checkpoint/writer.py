@@ -298,7 +298,8 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + (1 << 20):
         raise OSError(
-            f"{needed / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free on the disk of {folder.parent}"
+            f"{needed / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free on the disk of {folder.parent}; "
+            "make room, or lower checkpoint.keep"
         )
 
 

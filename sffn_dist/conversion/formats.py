@@ -30,9 +30,10 @@ class ImportFormat:
     """
 
     name: str
+    says: str  # what messages call it
     recognizes: Callable[[Path], bool]
     reader: str
-    dense: bool = False  # its models are dense; an import may put structured layers in place
+    imports_dense: bool = False  # its models are dense; an import may put structured layers in place
     takes_overrides: bool = False  # settings that the source does not hold may be given
 
     def read(self, path: Path, overrides: Sequence[str] = ()) -> Weights:
@@ -48,26 +49,45 @@ def _holds(*names: str) -> Callable[[Path], bool]:
 
 
 CHECKPOINT, UNIVERSAL, HUGGING_FACE = "checkpoint", "deepspeed", "hf"
-# in this order, since a folder of one may hold what another is recognized by
+# in this order: the first that recognizes a path is taken
 FORMATS: tuple[ImportFormat, ...] = (
-    ImportFormat("official", Path.is_file, "sffn_dist.conversion.official:read", takes_overrides=True),
     ImportFormat(
-        CHECKPOINT, _holds(manifest.NAME, "checkpoints/"), "sffn_dist.checkpoint.reader:read_weights"
+        "official",
+        "the .pth of the paper's authors",
+        Path.is_file,
+        "sffn_dist.conversion.official:read",
+        takes_overrides=True,
     ),
     ImportFormat(
-        UNIVERSAL, _holds("zero/", "latest_universal"), "sffn_dist.conversion.deepspeed:read_weights"
+        CHECKPOINT,
+        "a checkpoint or a run of sffn_dist",
+        _holds(manifest.NAME, "checkpoints/"),
+        "sffn_dist.checkpoint.reader:read_weights",
+    ),
+    ImportFormat(
+        UNIVERSAL,
+        "a universal DeepSpeed checkpoint",
+        _holds("zero/", "latest_universal"),
+        "sffn_dist.conversion.deepspeed:read_weights",
     ),
     ImportFormat(
         "megatron",
+        "a Megatron checkpoint",
         _holds(".metadata", "common.pt", "latest_checkpointed_iteration.txt", "mp_rank_*"),
         "sffn_dist.conversion.megatron:read",
-        dense=True,
+        imports_dense=True,
         takes_overrides=True,
     ),
-    ImportFormat(HUGGING_FACE, _holds("config.json"), "sffn_dist.conversion.hf.source:read", dense=True),
+    ImportFormat(
+        HUGGING_FACE,
+        "a Hugging Face folder",
+        _holds("config.json"),
+        "sffn_dist.conversion.hf.source:read",
+        imports_dense=True,
+    ),
 )
 # become checkpoints for init_from
-IMPORTED = tuple(entry for entry in FORMATS if entry.name not in (CHECKPOINT, UNIVERSAL))
+IMPORTERS = tuple(entry for entry in FORMATS if entry.name not in (CHECKPOINT, UNIVERSAL))
 
 
 def format_of(path: Path) -> ImportFormat:
@@ -77,12 +97,7 @@ def format_of(path: Path) -> ImportFormat:
     for entry in FORMATS:
         if entry.recognizes(path):
             return entry
-    raise ConfigError(
-        [
-            f"{path}: neither a checkpoint nor a run of sffn_dist, nor a Hugging Face, Megatron or universal "
-            f"DeepSpeed folder"
-        ]
-    )
+    raise ConfigError([f"{path}: must be {'; or '.join(entry.says for entry in FORMATS)}"])
 
 
 def is_checkpoint(*paths: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.structured.registry import DENSE, from_factor_shapes
-from sffn_dist.structured.structure import Factored, Shapes
+from sffn_dist.structured.structure import Shapes, StructuredMatrix
 
 TABLE, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 LAYERS = "decoder.layers."
@@ -91,7 +91,7 @@ def layer_of(name: str) -> int:
     return int(name.split(".")[2])
 
 
-def linear_of(shapes: Shapes, linear: str) -> Factored:
+def linear_of(shapes: Shapes, linear: str) -> StructuredMatrix:
     """Structure and sizes of a feed-forward linear; raises KeyError for factors of no structure."""
     own = {
         name.removeprefix(f"{linear}."): shape

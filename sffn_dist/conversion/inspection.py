@@ -75,12 +75,12 @@ def describe(manifest: Manifest, *, spectra: bool = True, integrity: bool = True
 
 def position(manifest: Manifest, config: Config, alpha: float) -> dict[str, Any]:
     """Step, phase and the weight of the guide: of the next step to run, or "finished"."""
-    clock, step = schedule.build_schedule(config), manifest.step
-    over = step >= clock.total_steps
+    run_schedule, step = schedule.build_schedule(config), manifest.step
+    over = step >= run_schedule.total_steps
     return {
         "step": step,
-        "total_steps": clock.total_steps,
-        "phase": "finished" if over else clock.at(step).phase,
+        "total_steps": run_schedule.total_steps,
+        "phase": "finished" if over else run_schedule.at(step).phase,
         "alpha": alpha,
         "optimizer_steps": manifest.optimizer_steps,
         "guide_optimizer_steps": manifest.guide_optimizer_steps,

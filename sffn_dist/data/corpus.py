@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sffn_dist.data.sources import source_of
-from sffn_dist.data.sources.base import refused
+from sffn_dist.data.sources.base import source_error
 from sffn_dist.spec.config import ConfigError, Data
 
 
@@ -22,6 +22,6 @@ def documents(data: Data) -> Iterator[str]:
     except (ConfigError, MemoryError):
         raise
     except UnicodeDecodeError as error:
-        raise refused(data, f"must be UTF-8 text: {error}") from None
+        raise source_error(data, f"must be UTF-8 text: {error}") from None
     except Exception as error:  # datasets and Arrow raise many kinds
-        raise refused(data, f"cannot be read: {type(error).__name__}: {error}") from error
+        raise source_error(data, f"cannot be read: {type(error).__name__}: {error}") from error

@@ -4,6 +4,7 @@
     place/<rank>    host, pid and start time of the process
     verdict         {"code", "rank", "reason", "text"}; written once
     heard           how many ranks have read it
+    run             id of this start, by rank 0's clock
 
 A rank is lost when its beat stands still for guards.lost_seconds, or at once when its process on this very
 machine is gone. Who serves the store, rank 0 or torchrun's agent, may go or stop too: the thread that talks
@@ -41,7 +42,10 @@ class Verdict:
 
 
 class Heartbeat:
-    """This rank's heartbeat and those of the others; one thread, the only one that uses the store."""
+    """This rank's heartbeat and those of the others.
+
+    One thread, the only one that uses the store between :meth:`start` and :meth:`stop`.
+    """
 
     def __init__(
         self, store: Any, rank: int, world: int, patience: float, progress: Callable[[], dict[str, Any]]
@@ -94,6 +98,8 @@ class Heartbeat:
         self._stopping.set()
         self._wake.set()
         self._thread.join(patience)
+        if self._thread.is_alive():  # the store does not answer: this thread would hang there too
+            return
         with suppress(Exception):
             self._beat(done=True)
             deadline = time.monotonic() + patience

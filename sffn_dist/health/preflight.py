@@ -1,10 +1,9 @@
 """Before the first step: do all ranks agree, does every collective give the right values, whose clock, device
 or link is off?
 
-    agreed = agree(config, precision)               once the process group is joined, before any data are
-                                                    prepared: may refuse
-    report = measure(agreed, topology, precision)   once there are Megatron's groups: may refuse; names who is
-                                                    slow
+    facts = check_ranks(config, precision)     once the process group is joined, before any data are prepared:
+                                               may refuse
+    report = run(facts, topology, precision)   once there are Megatron's groups: may refuse; names who is slow
 
 Refused is what would make a wrong model or a run that cannot be saved; what only costs time is a warning.
 """

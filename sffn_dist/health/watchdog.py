@@ -1,10 +1,9 @@
-"""The watch beside a run: who is alive, who makes progress, and one reason for all when it ends before its
-time.
+"""Beside a run: who is alive, who makes progress, and one reason for all ranks when it ends early.
 
     main thread   tick("training", 12) whenever it gets on             fail(error) when it cannot
-    line          every beat: own progress to the ranks' store, the others' and the verdict from it
+    heartbeat     every beat: own progress to the ranks' store, the others' and the verdict from it
                   (heartbeat.py)
-    watch         every half second, from memory alone: a rank lost? no progress? a verdict? -> stacks, one
+    watchdog      every half second, from memory alone: a rank lost? no progress? a verdict? -> stacks, one
                   message, exit
 
 The first verdict in the store stands for all ranks: the rank that wrote it prints it, the others leave with
@@ -38,17 +37,15 @@ POLL_SECONDS = 0.5  # seconds between looks
 # seconds that who serves the store, or wrote the verdict, waits for the others to have read it
 LINGER_SECONDS = 5.0
 STARTUP_FACTOR = 3  # times guards.hang_seconds until the first progress: weights are read, kernels compiled
-SLOW_FACTOR = 10  # times the longest wait for progress lately is no hang yet, however long a step takes
-LONGEST_DECAY = (
-    # what is left of it after one progress more: a kernel that compiled for minutes counts for some steps
-    # only
-    0.98
-)
+SLOW_FACTOR = 10  # times the longest recent wait for progress: a step may take so long
+# what is left of that longest wait at each further progress: one compilation counts for some steps only
+LONGEST_DECAY = 0.98
 # seconds beyond guards.lost_seconds that a broken connection waits for the rank with the cause
 EXPLANATION_SECONDS = 10.0
-REARM, BEYOND = 30.0, 120.0  # the last resort is set so often, to so many seconds beyond a hang
+# faulthandler, the last resort, is armed every REARM seconds, to fire BEYOND seconds after the hang limit
+REARM, BEYOND = 30.0, 120.0
 EXIT_SECONDS = 30.0  # seconds that an end may take: a pipe or a file system may block for ever
-# seconds for a wait of GLANCE beyond which this process itself was stopped (Ctrl-Z) or kept from running
+# a wait of POLL_SECONDS that takes longer than this: this process was stopped (Ctrl-Z) or kept from running
 STARVED_SECONDS = 3.0
 
 

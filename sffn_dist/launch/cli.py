@@ -25,11 +25,8 @@ from sffn_dist.spec.config import Config, ConfigError
 if TYPE_CHECKING:
     from sffn_dist.health.watchdog import Watchdog
 
-REFUSAL_DELAY = (
-    # seconds that other ranks wait before they end: a launcher ends all ranks once one has, and rank 0
-    # reports first
-    3.0
-)
+# seconds that other ranks wait before they end: a launcher ends all ranks once one has; rank 0 reports first
+REFUSAL_DELAY = 3.0
 
 
 def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog], int]) -> int:
@@ -44,7 +41,7 @@ def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog], int]
             # Megatron's linears count on one queue: a collective started before a product then runs before
             # it, and overlaps. The driver reads it once, when the plan first asks for devices.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        if options.plan or main_rank:
+        if main_rank:
             print_plan(config, options)
         if options.plan:
             return exit_codes.DONE

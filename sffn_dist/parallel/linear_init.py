@@ -37,7 +37,7 @@ def check_sizes(structure: Structure, role: Role, inputs: int, outputs: int, ran
     refuse(
         [
             *structure.size_problems(outer, inner),
-            *structure.rank_problems(inner, Size("tensor-parallel ranks", ranks)),
+            *structure.tensor_parallel_problems(inner, Size("tensor-parallel ranks", ranks)),
         ]
     )
 

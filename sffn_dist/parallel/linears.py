@@ -194,6 +194,8 @@ class StructuredLinear(nn.Module, abc.ABC):
 class StructuredColumnParallelLinear(StructuredLinear):
     """The first linear of a feed-forward layer: outputs are cut over the tensor-parallel ranks.
 
+    ``init_method`` and ``tp_comm_buffer_name`` are Megatron's, and make no difference here.
+
     ``stride`` 2 says that the outputs are the two halves of a gated pair, each cut by itself (Megatron's
     convention).
     """
@@ -294,10 +296,12 @@ class StructuredRowParallelLinear(StructuredLinear):
             self.reset_parameters()
 
     def _split(self, tokens: Tokens) -> RowSplit:
-        wrote = wide_factor(self.specs)
-        needs_exchange = wrote.cut is not None and wrote.cut.exchanges_features(self.ranks)
+        first_factor = wide_factor(self.specs)
+        needs_exchange = first_factor.cut is not None and first_factor.cut.exchanges_features(self.ranks)
         return RowSplit(
-            self.structure, Exchange(self.group, tokens, wrote.block_groups(self.ranks)), needs_exchange
+            self.structure,
+            Exchange(self.group, tokens, first_factor.block_groups(self.ranks)),
+            needs_exchange,
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -58,11 +58,11 @@ class SplitLinear:
     role: ClassVar[Role]
 
     @cached_property
-    def first(self) -> Product:
+    def first_product(self) -> Product:
         return ops(self.structure).products(self.role)[0]
 
     @cached_property
-    def second(self) -> Product:
+    def second_product(self) -> Product:
         return ops(self.structure).products(self.role)[1]
 
     @cached_property
@@ -71,7 +71,7 @@ class SplitLinear:
         return ops(self.structure).second_blocks is not None
 
     @cached_property
-    def dense(self) -> Exchange:
+    def guide_exchange(self) -> Exchange:
         """How x and y move for the guide: as Megatron moves them, all features at once."""
         return replace(self.exchange, chunks=(0,) * self.exchange.ranks)
 
@@ -103,7 +103,7 @@ class ColumnSplit(SplitLinear):
 
     def narrow(self, x: Tensor, first: Tensor) -> Tensor:
         """A x of the rank's tokens, as a narrow z: a view, not laid out yet."""
-        z, n = self.first.forward(x, first), self.exchange.count
+        z, n = self.first_product.forward(x, first), self.exchange.count
         if self.shuffled:  # feature (r, l): a chunk holds some blocks l
             return (
                 z.unflatten(-1, (-1, n, self.structure.needed_blocks // n)).movedim(-2, 0).transpose(-1, -2)
@@ -121,16 +121,16 @@ class ColumnSplit(SplitLinear):
         return _joined(narrow)
 
     def widen(self, x: Tensor, z: Pending, weights: LinearWeights, alpha: float | None) -> ColumnOutput:
-        """Y, with the wide z that was on its way and, if the guide takes part, x of all tokens."""
+        """y, with the wide z that was on its way and, if the guide takes part, x of all tokens."""
         if alpha is None or weights.guide is None:
             wide = z.wait()
-            return ColumnOutput(self.second.forward(wide, weights.second), wide, None)
-        gathering = self.dense.spread(x.unsqueeze(0))
+            return ColumnOutput(self.second_product.forward(wide, weights.second), wide, None)
+        gathering = self.guide_exchange.spread(x.unsqueeze(0))
         wide = z.wait()
-        if isinstance(self.second, MatrixProduct) and self.exchange.ranks == 1:  # nothing travels
+        if isinstance(self.second_product, MatrixProduct) and self.exchange.ranks == 1:  # nothing travels
             whole = gathering.wait()
             return ColumnOutput(_mixed(whole, weights.guide, wide, weights.second, alpha), wide, whole)
-        y = self.second.forward(wide, weights.second)
+        y = self.second_product.forward(wide, weights.second)
         whole = gathering.wait()
         return ColumnOutput(
             _DENSE.add_forward(y, whole, weights.guide, keep=1 - alpha, scale=alpha), wide, whole
@@ -153,9 +153,9 @@ class ColumnSplit(SplitLinear):
         grad_x, grad_x_guide, grad_guide, share = None, None, None, 1.0
         if alpha is not None and weights.guide is not None:
             share = 1 - alpha
-            pending_x = self.dense.spread(x.unsqueeze(0)) if whole is None and wanted.guide else None
+            pending_x = self.guide_exchange.spread(x.unsqueeze(0)) if whole is None and wanted.guide else None
             if wanted.x and self.exchange.ranks > 1:
-                grad_x_guide = self.dense.collect(_DENSE.input_gradient(grad, weights.guide))
+                grad_x_guide = self.guide_exchange.collect(_DENSE.input_gradient(grad, weights.guide))
             if wanted.guide:
                 read = whole if pending_x is None else pending_x.wait()
                 assert read is not None
@@ -163,10 +163,12 @@ class ColumnSplit(SplitLinear):
         pending_grad_z = None
         if wanted.x or wanted.first:
             pending_grad_z = self.exchange.collect(
-                _times(self.second.input_gradient(grad, weights.second), share)
+                _times(self.second_product.input_gradient(grad, weights.second), share)
             )
         grad_second = (
-            _times(self.second.weight_gradient(grad, z, weights.second), share) if wanted.second else None
+            _times(self.second_product.weight_gradient(grad, z, weights.second), share)
+            if wanted.second
+            else None
         )
         grad_first = None
         if pending_grad_z is not None:
@@ -184,12 +186,12 @@ class ColumnSplit(SplitLinear):
         way too.
         """
         joined = self._join(grad_z.wait())
-        grad_first = self._replicated_gradient(self.first, joined, x, first, wanted.first)
-        return self.first.input_gradient(joined, first) if wanted.x else None, grad_first
+        grad_first = self._replicated_gradient(self.first_product, joined, x, first, wanted.first)
+        return self.first_product.input_gradient(joined, first) if wanted.x else None, grad_first
 
 
 def _mixed(x: Tensor, guide: Tensor, z: Tensor, second: Tensor, alpha: float) -> Tensor:
-    """Alpha W x + (1 - alpha) U z of any leading dimensions."""
+    """alpha W x + (1 - alpha) U z, of any leading dimensions."""
     return shaped(mix.forward(x.flatten(0, -2), guide, z.flatten(0, -2), second, alpha), *x.shape[:-1], -1)
 
 
@@ -257,15 +259,15 @@ class RowSplit(SplitLinear):
     def forward(
         self, x: Tensor, weights: LinearWeights, alpha: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Y, x as the first factor reads it, and z of the rank's tokens as the second one does."""
+        """Returns y, x as the first factor reads it, and z of the rank's tokens as the second one does."""
         read = self.exchange_features(x).wait()
-        pending_z = self.exchange.collect(self.first.forward(read, weights.first))
+        pending_z = self.exchange.collect(self.first_product.forward(read, weights.first))
         guided = None
         if alpha is not None and weights.guide is not None and self.exchange.ranks > 1:
-            guided = self.dense.collect(_DENSE.forward(x, weights.guide))
+            guided = self.guide_exchange.collect(_DENSE.forward(x, weights.guide))
         z = self._read(pending_z)
         if alpha is None or weights.guide is None:
-            return self.second.forward(z, weights.second), read, z
+            return self.second_product.forward(z, weights.second), read, z
         return self._mix(x, z, weights.second, weights.guide, alpha, guided), read, z
 
     def _read(self, z: Pending) -> Tensor:
@@ -274,23 +276,28 @@ class RowSplit(SplitLinear):
         return shuffle(joined, self.structure.needed_blocks).contiguous() if self.shuffled else joined
 
     def complete(self, wide: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Y and z of the rank's tokens, from the wide z that the rank's features make: :meth:`forward`
-        after the first factor.
+        """Returns y and z of the rank's tokens, from the wide z that the rank's features make.
+
+        :meth:`forward` after the first factor.
         """
         z = self._read(self.exchange.collect(wide))
-        return self.second.forward(z, second), z
+        return self.second_product.forward(z, second), z
 
     def _mix(
         self, x: Tensor, z: Tensor, second: Tensor, guide: Tensor, alpha: float, guided: Pending | None
     ) -> Tensor:
-        """Alpha W x + (1 - alpha) U z; ``guided`` is W x where it had to travel."""
-        if guided is None and isinstance(self.second, MatrixProduct):
+        """alpha W x + (1 - alpha) U z; ``guided`` is W x where it had to travel."""
+        if guided is None and isinstance(self.second_product, MatrixProduct):
             return _mixed(x, guide, z, second, alpha)
         if guided is None:
-            return _DENSE.add_forward(self.second.forward(z, second), x, guide, keep=1 - alpha, scale=alpha)
-        if isinstance(self.second, MatrixProduct):
-            return self.second.add_forward(guided.wait().squeeze(0), z, second, keep=alpha, scale=1 - alpha)
-        return self.second.forward(z, second).lerp_(guided.wait().squeeze(0), alpha)
+            return _DENSE.add_forward(
+                self.second_product.forward(z, second), x, guide, keep=1 - alpha, scale=alpha
+            )
+        if isinstance(self.second_product, MatrixProduct):
+            return self.second_product.add_forward(
+                guided.wait().squeeze(0), z, second, keep=alpha, scale=1 - alpha
+            )
+        return self.second_product.forward(z, second).lerp_(guided.wait().squeeze(0), alpha)
 
     def begin_backward(
         self, grad: Tensor, z: Tensor, weights: LinearWeights, alpha: float | None, wanted: NeedsGrad
@@ -300,17 +307,17 @@ class RowSplit(SplitLinear):
         """
         grad_y, share = None, 1.0
         if alpha is not None and weights.guide is not None:
-            grad_y = self.dense.spread(grad.unsqueeze(0)) if wanted.x or wanted.guide else None
+            grad_y = self.guide_exchange.spread(grad.unsqueeze(0)) if wanted.x or wanted.guide else None
             share = 1 - alpha
         pending_grad_z = None
         if wanted.x or wanted.first:
-            grad_z = _times(self.second.input_gradient(grad, weights.second), share)
+            grad_z = _times(self.second_product.input_gradient(grad, weights.second), share)
             if self.shuffled:
                 grad_z = unshuffle(grad_z)
             pending_grad_z = self.exchange.spread(_chunked(grad_z, self.exchange.count))
         return PendingBackward(
             pending_grad_z,
-            self._replicated_gradient(self.second, grad, z, weights.second, wanted.second, share),
+            self._replicated_gradient(self.second_product, grad, z, weights.second, wanted.second, share),
             grad_y,
             alpha,
         )
@@ -323,11 +330,13 @@ class RowSplit(SplitLinear):
         if pending.grad_z is not None:
             grad_z = pending.grad_z.wait()
             pending_grad_x = (
-                self._exchange_features_back(self.first.input_gradient(grad_z, weights.first))
+                self._exchange_features_back(self.first_product.input_gradient(grad_z, weights.first))
                 if wanted.x
                 else None
             )
-            grad_first = self.first.weight_gradient(grad_z, read, weights.first) if wanted.first else None
+            grad_first = (
+                self.first_product.weight_gradient(grad_z, read, weights.first) if wanted.first else None
+            )
             grad_x = wait_for(pending_grad_x)
         if pending.grad_y is not None and weights.guide is not None and pending.alpha is not None:
             grad_y = pending.grad_y.wait()

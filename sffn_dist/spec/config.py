@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from sffn_dist.spec.decay import DECAYS
+from sffn_dist.spec.decay import GUIDE_SCHEDULES, LEARNING_RATE_SCHEDULES
 from sffn_dist.spec.optimizers import OPTIMIZERS
 from sffn_dist.structured import registry
 from sffn_dist.structured.registry import listed
@@ -38,7 +38,8 @@ def _one_of(names: Callable[[], Iterable[str]]) -> AfterValidator:
 
 
 FFNKind = Annotated[str, _one_of(registry.kinds)]
-Decay = Annotated[str, _one_of(lambda: DECAYS)]
+GuideSchedule = Annotated[str, _one_of(lambda: GUIDE_SCHEDULES)]
+LearningRateSchedule = Annotated[str, _one_of(lambda: LEARNING_RATE_SCHEDULES)]
 OptimizerName = Annotated[str, _one_of(lambda: OPTIMIZERS)]
 
 
@@ -87,7 +88,7 @@ class Model(Section):
 
 
 class FFN(Section):
-    """The feed-forward kind; ``rank`` and ``blocks`` as in the paper's section 2."""
+    """The feed-forward kind; ``rank`` and ``blocks`` as in the paper's section 3.1."""
 
     kind: FFNKind = Field(registry.DENSE, description="of the structures in structured/registry.py")
     width: PositiveInt | None = Field(None, description="inner width f; default: 4 x model.width")
@@ -111,7 +112,7 @@ class Guide(Section):
     end: PositiveInt | None = Field(
         None, description="the step after the last guided one (window); default: train.steps"
     )
-    schedule: Decay = Field("cosine", description="how the guide's weight falls from 1 to 0")
+    schedule: GuideSchedule = Field("cosine", description="how the guide's weight falls from 1 to 0")
     stochastic: bool = Field(False, description="compute the guide only with probability alpha")
 
 
@@ -120,7 +121,8 @@ class Data(Section):
 
     dir: str = Field("data", description="prepared token shards, shared by runs")
     source: str = Field(
-        "stdlib", description='"stdlib", a file or folder of .txt/.jsonl/.parquet, or "hf:<dataset>"'
+        "stdlib",
+        description='"stdlib", a file or folder of .txt/.jsonl/.parquet, or "hf:<dataset>[:<configuration>]"',
     )
     text_field: str = Field(
         "text", description="column that holds the text, of jsonl, parquet and hf sources"
@@ -143,7 +145,7 @@ class Train(Section):
     seed: Seed = 0
     optimizer: OptimizerName = "adamw"
     learning_rate: PositiveFloat = 6e-4
-    learning_rate_schedule: Decay = Field(
+    learning_rate_schedule: LearningRateSchedule = Field(
         "cosine", description="how the learning rate falls after the warm-up"
     )
     min_learning_rate_ratio: Fraction = 0.1
@@ -222,7 +224,7 @@ class Guards(Section):
         3, description="skipped steps in a row that send the run back to a checkpoint; 0: none do"
     )
     max_rollbacks: NaturalInt = Field(
-        3, description="returns, without a checkpoint beyond the trouble, after which the run stops"
+        3, description="rollbacks, without a checkpoint beyond the last bad step, after which the run stops"
     )
 
 

@@ -1,15 +1,11 @@
-"""Curves that fall from 1 at x = 0 to 0 at x = 1: the guide's weight, the learning rate after warm-up.
-
-Standard library only.
-
-Each is antisymmetric about its middle, f(x) + f(1 - x) = 1: so the sum of alpha over n guided steps is (n +
-1)/2, on which the FLOPs of a stochastic guide are counted (spec/schedule.py).
-"""
+"""Curves of the guide's weight and of the learning rate, over x from 0 to 1. Standard library only."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+
+Curve = Callable[[float], float]
 
 
 def cosine(x: float) -> float:
@@ -22,8 +18,21 @@ def linear(x: float) -> float:
     return 1.0 - x
 
 
-# values of guide.schedule and train.learning_rate_schedule; another curve is a function and a line here
-DECAYS: dict[str, Callable[[float], float]] = {
+def constant(x: float) -> float:
+    """1."""
+    return 1.0
+
+
+# values of guide.schedule. Each curve falls from 1 to 0 and f(x) + f(1 - x) = 1: so the sum of alpha over n
+# guided steps is (n + 1)/2, on which the FLOPs of a stochastic guide are counted (spec/schedule.py)
+GUIDE_SCHEDULES: dict[str, Curve] = {
     "cosine": cosine,
     "linear": linear,
+}
+# values of train.learning_rate_schedule, after the warm-up: 1 is train.learning_rate, 0 its minimum. Each
+# curve starts at 1
+LEARNING_RATE_SCHEDULES: dict[str, Curve] = {
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
 }

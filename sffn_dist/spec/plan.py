@@ -24,9 +24,9 @@ def plan(config: Config, world: int) -> dict[str, Any]:
     """
     parts = counts.parameters_by_part(config)
     ffn = parts["ffn_dense"] + parts["ffn_structured"]
-    clock = schedule.build_schedule(config)
+    run_schedule = schedule.build_schedule(config)
     step_tokens = config.tokens_per_step
-    guided = clock.guided_steps > 0
+    guided = run_schedule.guided_steps > 0
     local_ranks = machine.ranks_here(otherwise=world)
     data_parallel = max(1, world // config.parallel.tensor)
     precision = machine.precision(config.precision, local_ranks)
@@ -43,10 +43,10 @@ def plan(config: Config, world: int) -> dict[str, Any]:
         "guide_flops_per_guided_step": counts.guide_flops_per_token(config) * step_tokens if guided else 0,
         "flops_total": schedule.flops(config),
         "flops_of_dense": schedule.flops(config) / schedule.flops(counts.all_dense(config)),
-        "steps": clock.total_steps,
+        "steps": run_schedule.total_steps,
         "tokens_per_step": step_tokens,
-        "tokens": step_tokens * clock.total_steps,
-        "guided_steps_share": clock.guided_steps / clock.first_pass,
+        "tokens": step_tokens * run_schedule.total_steps,
+        "guided_steps_share": run_schedule.guided_steps / run_schedule.first_pass,
         "phases": _phases(config, precision, data_parallel),
         "precision": precision,
         "device": machine.device_name(local_ranks),

@@ -1,4 +1,4 @@
-"""One clock: everything about a step as pure functions of (config, step). Imports no torch.
+"""The schedule: everything about a step as pure functions of (config, step). Imports no torch.
 
 The optimiser's global step is the only state of a run besides weights and moments; resuming is loading those
 three.
@@ -24,7 +24,7 @@ from typing import Literal
 
 from sffn_dist.spec import counts
 from sffn_dist.spec.config import Config
-from sffn_dist.spec.decay import DECAYS
+from sffn_dist.spec.decay import GUIDE_SCHEDULES, LEARNING_RATE_SCHEDULES
 
 PhaseName = Literal["plain", "guided", "repeat"]
 
@@ -51,7 +51,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The run's clock; build it with :func:`build_schedule`.
+    """A run's schedule; build it with :func:`build_schedule`.
 
     ``first_pass`` steps read new data; the rest of ``total_steps`` repeats that of the guided ones,
     ``guide_begin`` to ``guide_end`` - 1.
@@ -102,7 +102,7 @@ class Schedule:
         if not self.guide_begin <= step < self.guide_end:
             return 0.0
         done = (step - self.guide_begin) / self.guided_steps
-        return DECAYS[self.guide_schedule](done)
+        return GUIDE_SCHEDULES[self.guide_schedule](done)
 
     def guide_weight(self, step_schedule: StepSchedule, layer: int, linear: int) -> float | None:
         """alpha where this linear computes its guide in this step, None where it does not.
@@ -123,7 +123,7 @@ class Schedule:
             return (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         low = self.min_learning_rate_ratio
-        return low + (1.0 - low) * DECAYS[self.learning_rate_schedule](done)
+        return low + (1.0 - low) * LEARNING_RATE_SCHEDULES[self.learning_rate_schedule](done)
 
     def expected_drawn_fraction(self, step: int) -> float:
         """Expected share of linears that compute their guide in a step: all while guided, alpha of them
@@ -142,7 +142,7 @@ class Schedule:
 
 
 def build_schedule(config: Config) -> Schedule:
-    """The clock of a run."""
+    """The schedule of a run."""
     steps = config.train.steps
     begin, end = _guided(config)
     repeated = end - begin if config.guide.mode == "fixed_flop" else 0
@@ -187,14 +187,14 @@ def equal_flops_fraction(config: Config) -> float:
 
 def flops(config: Config, phase: Phase | None = None) -> int:
     """Expected FLOPs of a phase, or of the whole run, forward and backward, over all ranks."""
-    clock = build_schedule(config)
-    steps = clock.total_steps if phase is None else phase.end - phase.first
-    drawn = clock.expected_drawn_steps() if phase is None or phase.name == "guided" else 0.0
+    run_schedule = build_schedule(config)
+    steps = run_schedule.total_steps if phase is None else phase.end - phase.first
+    drawn = run_schedule.expected_drawn_steps() if phase is None or phase.name == "guided" else 0.0
     per_step = counts.flops_per_token(config) * config.tokens_per_step
     return steps * per_step + round(counts.guide_flops_per_token(config) * config.tokens_per_step * drawn)
 
 
-def due(step: int, interval: int, total: int) -> bool:
+def interval_reached(step: int, interval: int, total: int) -> bool:
     """True after the last step and after every ``interval`` ones (0: only after the last)."""
     return step == total or (interval > 0 and step % interval == 0)
 

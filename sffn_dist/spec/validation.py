@@ -61,7 +61,9 @@ def _ffn_rules(config: Config) -> Iterable[str]:
     outer, inner = Size("model.width", config.model.width), Size("ffn.width", config.ffn_width)
     yield from structure.setting_problems("ffn.")
     yield from structure.size_problems(outer, inner, "ffn.")
-    yield from structure.rank_problems(inner, Size("parallel.tensor", config.parallel.tensor), "ffn.")
+    yield from structure.tensor_parallel_problems(
+        inner, Size("parallel.tensor", config.parallel.tensor), "ffn."
+    )
 
 
 def _tensor_parallel_rules(config: Config) -> Iterable[str]:

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 
 from sffn_dist.structured.cut import Cut, Layout, Role
 from sffn_dist.structured.structure import (
-    Factored,
     Shapes,
     Size,
     Structure,
+    StructuredMatrix,
+    divisor_problems,
     inner_features,
-    must_divide,
-    rank_within,
-    shares_divide,
+    matrix_rank_problems,
+    shared_block_problems,
 )
 
 
@@ -41,9 +41,9 @@ class BlockDense(Structure):
         return self.needed_rank
 
     @classmethod
-    def from_factor_shapes(cls, shapes: Shapes) -> Factored:
+    def from_factor_shapes(cls, shapes: Shapes) -> StructuredMatrix:
         blocks, rows, columns = shapes["block_in"]
-        return Factored(cls(rank=blocks * rows, blocks=blocks), shapes["up"][0], blocks * columns)
+        return StructuredMatrix(cls(rank=blocks * rows, blocks=blocks), shapes["up"][0], blocks * columns)
 
     def layout(self, features: int) -> Layout:
         return Layout((self.needed_blocks, features // self.needed_blocks), (0, 1))
@@ -60,13 +60,17 @@ class BlockDense(Structure):
         wrong = list(super().setting_problems(prefix))
         yield from wrong
         if not wrong:
-            yield from must_divide(f"{prefix}blocks", self.blocks, Size(f"{prefix}rank", self.needed_rank))
+            yield from divisor_problems(
+                f"{prefix}blocks", self.blocks, Size(f"{prefix}rank", self.needed_rank)
+            )
 
     def size_problems(self, outer: Size, inner: Size, prefix: str = "") -> Iterator[str]:
-        yield from rank_within(self.rank, outer, inner, prefix)
-        yield from must_divide(f"{prefix}blocks", self.blocks, outer, inner)
+        yield from matrix_rank_problems(self.rank, outer, inner, prefix)
+        yield from divisor_problems(f"{prefix}blocks", self.blocks, outer, inner)
 
     def layout_problems(self, inner: Size, ranks: Size, prefix: str) -> Iterator[str]:
         blocks = self.needed_blocks
         share = ranks.value // math.gcd(ranks.value, blocks)  # ranks that share a block
-        yield from shares_divide(f"{inner.name} / {prefix}blocks", inner.value // blocks, share, ranks)
+        yield from shared_block_problems(
+            f"{inner.name} / {prefix}blocks", inner.value // blocks, share, ranks
+        )

@@ -1,12 +1,12 @@
-"""BlockShuffle, y = f^-1(U_b f(V_b x)): ``block_in`` V (B, n/B, N/B), ``block_out`` U (B, M/B, n/B), n =
+"""BlockShuffle, y = P^-1(U_b P(V_b x)): ``block_in`` V (B, n/B, N/B), ``block_out`` U (B, M/B, n/B), n =
 min(N, M). Standard library only.
 
-Both factors are block-diagonal, with Monarch's shuffle f between them. z[k, q] = sum_p V[k, q, p] x[k*N/B +
+Both factors are block-diagonal, with Monarch's shuffle P between them. z[k, q] = sum_p V[k, q, p] x[k*N/B +
 p]; z flattened is read as (r, l) with l fastest; y[s*B + l] = sum_r U[l, s, r] z[r*B + l].
 
-Over ranks the inner features lie as (k, s', l) = (B, f/B^2, B): l is cut first, then k, then s'. Column use
-cuts ``block_out`` so; row use cuts ``block_in``, whose block k reads the features (k, s', l), or exchanges
-the features for whole blocks k where less is then received.
+Over ranks the inner features lie as (k, s', l) = (B, f/B^2, B), where s = (k, s') and f is the inner width: l
+is cut first, then k, then s'. Column use cuts ``block_out`` so; row use cuts ``block_in``, whose block k
+reads the features (k, s', l), or exchanges the features for whole blocks k where less is then received.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Iterator
 
 from sffn_dist.structured.cut import Cut, Layout, Role
 from sffn_dist.structured.structure import (
-    Factored,
     Shapes,
     Size,
     Structure,
+    StructuredMatrix,
+    divisor_problems,
     inner_features,
-    must_divide,
-    shares_divide,
+    shared_block_problems,
 )
 
 
@@ -43,9 +43,9 @@ class BlockShuffle(Structure):
         return min(inputs, outputs)
 
     @classmethod
-    def from_factor_shapes(cls, shapes: Shapes) -> Factored:
+    def from_factor_shapes(cls, shapes: Shapes) -> StructuredMatrix:
         blocks, _, columns = shapes["block_in"]
-        return Factored(cls(blocks=blocks), blocks * shapes["block_out"][1], blocks * columns)
+        return StructuredMatrix(cls(blocks=blocks), blocks * shapes["block_out"][1], blocks * columns)
 
     def layout(self, features: int) -> Layout:
         blocks = self.needed_blocks
@@ -89,7 +89,7 @@ class BlockShuffle(Structure):
         )
 
     def size_problems(self, outer: Size, inner: Size, prefix: str = "") -> Iterator[str]:
-        yield from must_divide(f"{prefix}blocks", self.blocks, outer, inner)
+        yield from divisor_problems(f"{prefix}blocks", self.blocks, outer, inner)
 
     def layout_problems(self, inner: Size, ranks: Size, prefix: str) -> Iterator[str]:
         blocks = self.needed_blocks
@@ -102,4 +102,6 @@ class BlockShuffle(Structure):
             return
         share = ranks.value // math.gcd(ranks.value, blocks)  # ranks that share a block l
         share //= math.gcd(share, blocks)  # and a block k
-        yield from shares_divide(f"{inner.name} / {prefix}blocks^2", inner.value // blocks**2, share, ranks)
+        yield from shared_block_problems(
+            f"{inner.name} / {prefix}blocks^2", inner.value // blocks**2, share, ranks
+        )

@@ -1,4 +1,4 @@
-"""BlockShuffle, computed: y = f^-1(U_b f(V_b x)) with ``block_in`` V (B, n/B, N/B) and ``block_out`` U (B,
+"""BlockShuffle, computed: y = P^-1(U_b P(V_b x)) with ``block_in`` V (B, n/B, N/B) and ``block_out`` U (B,
 M/B, n/B).
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sffn_dist.structured.cut import Cut, Role
-from sffn_dist.structured.structure import Factored, Shapes, Structure
+from sffn_dist.structured.structure import Shapes, Structure, StructuredMatrix
 
 
 class Dense(Structure):
@@ -21,9 +21,9 @@ class Dense(Structure):
         raise ValueError("a dense matrix has no bottleneck")
 
     @classmethod
-    def from_factor_shapes(cls, shapes: Shapes) -> Factored:
+    def from_factor_shapes(cls, shapes: Shapes) -> StructuredMatrix:
         outputs, inputs = shapes["weight"]
-        return Factored(cls(), outputs, inputs)
+        return StructuredMatrix(cls(), outputs, inputs)
 
     def wide_factor(
         self, role: Role, inputs: int, outputs: int, gate: tuple[int, ...] = ()

@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sffn_dist.structured.cut import Cut, Role
-from sffn_dist.structured.structure import Factored, Shapes, Size, Structure, inner_features, rank_within
+from sffn_dist.structured.structure import (
+    Shapes,
+    Size,
+    Structure,
+    StructuredMatrix,
+    inner_features,
+    matrix_rank_problems,
+)
 
 
 class LowRank(Structure):
@@ -28,9 +35,9 @@ class LowRank(Structure):
         return self.needed_rank
 
     @classmethod
-    def from_factor_shapes(cls, shapes: Shapes) -> Factored:
+    def from_factor_shapes(cls, shapes: Shapes) -> StructuredMatrix:
         rank, inputs = shapes["down"]
-        return Factored(cls(rank=rank), shapes["up"][0], inputs)
+        return StructuredMatrix(cls(rank=rank), shapes["up"][0], inputs)
 
     def wide_factor(
         self, role: Role, inputs: int, outputs: int, gate: tuple[int, ...] = ()
@@ -41,4 +48,4 @@ class LowRank(Structure):
         return "down", layout.within((self.needed_rank,))
 
     def size_problems(self, outer: Size, inner: Size, prefix: str = "") -> Iterator[str]:
-        yield from rank_within(self.rank, outer, inner, prefix)
+        yield from matrix_rank_problems(self.rank, outer, inner, prefix)

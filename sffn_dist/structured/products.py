@@ -20,7 +20,7 @@ class Product(Protocol):
     """y = A x for the A that a weight stands for."""
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Y."""
+        """y = A x."""
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """dL/dx = A^T dL/dy."""
@@ -45,19 +45,19 @@ class MatrixProduct:
     # of its own.
 
     def add_forward(self, y: Tensor, x: Tensor, weight: Tensor, *, keep: float, scale: float) -> Tensor:
-        """Keep y + scale A x, in the place of y."""
+        """keep * y + scale * A x, in the place of y."""
         y = y.contiguous()
         y.view(-1, y.shape[-1]).addmm_(x.flatten(0, -2), weight.t(), beta=keep, alpha=scale)
         return y
 
     def add_input_gradient(self, grad_x: Tensor, grad: Tensor, weight: Tensor, *, scale: float) -> Tensor:
-        """grad_x + scale A^T dL/dy, in the place of grad_x."""
+        """grad_x + scale * A^T dL/dy, in the place of grad_x."""
         grad_x = grad_x.contiguous()
         grad_x.view(-1, grad_x.shape[-1]).addmm_(grad.flatten(0, -2), weight, alpha=scale)
         return grad_x
 
     def scaled_weight_gradient(self, grad: Tensor, x: Tensor, *, scale: float) -> Tensor:
-        """Scale times the gradient of the weight."""
+        """scale * dL/dweight."""
         return torch.addmm(x.new_zeros(()), grad.flatten(0, -2).t(), x.flatten(0, -2), beta=0, alpha=scale)
 
 

@@ -16,7 +16,7 @@ from sffn_dist.structured.block_dense import BlockDense
 from sffn_dist.structured.block_shuffle import BlockShuffle
 from sffn_dist.structured.dense import Dense
 from sffn_dist.structured.low_rank import LowRank
-from sffn_dist.structured.structure import Factored, Shapes, Structure
+from sffn_dist.structured.structure import Shapes, Structure, StructuredMatrix
 
 if TYPE_CHECKING:
     from sffn_dist.structured.structure_ops import StructureOps
@@ -87,7 +87,7 @@ def ops(structure: Structure) -> StructureOps:
     return implementation(structure)
 
 
-def from_factor_shapes(shapes: Shapes) -> Factored:
+def from_factor_shapes(shapes: Shapes) -> StructuredMatrix:
     """The structure and matrix that factors of these names and shapes belong to.
 
     Raises KeyError if they belong to none.

@@ -28,7 +28,7 @@ class Size(NamedTuple):
     value: int
 
 
-class Factored(NamedTuple):
+class StructuredMatrix(NamedTuple):
     """The structure of a matrix, and the sizes of the matrix."""
 
     structure: Structure
@@ -89,7 +89,7 @@ class Structure(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_factor_shapes(cls, shapes: Shapes) -> Factored:
+    def from_factor_shapes(cls, shapes: Shapes) -> StructuredMatrix:
         """The structure and matrix that factors of these shapes belong to; their names are ``factors``."""
 
     # --------------------------------------------------------------------------------------------------- cuts
@@ -128,7 +128,7 @@ class Structure(abc.ABC):
             if name in self.settings and value is None:
                 yield f'{prefix}{name}: missing; {prefix}kind = "{self.kind}" needs it'
             elif name not in self.settings and value is not None:
-                yield f'{prefix}{name} = {value}: {prefix}kind = "{self.kind}" has none'
+                yield f'{prefix}{name} = {value}: {prefix}kind = "{self.kind}" takes no {name}; leave it out'
             elif value is not None and (not isinstance(value, int) or value < 1):
                 yield f"{prefix}{name} = {value!r}: must be a positive whole number"
 
@@ -139,7 +139,7 @@ class Structure(abc.ABC):
         """
         yield from ()
 
-    def rank_problems(self, inner: Size, ranks: Size, prefix: str = "") -> Iterator[str]:
+    def tensor_parallel_problems(self, inner: Size, ranks: Size, prefix: str = "") -> Iterator[str]:
         """Why ``inner`` features cannot be split over ``ranks`` tensor-parallel ranks."""
         if ranks.value == 1:
             return
@@ -149,7 +149,7 @@ class Structure(abc.ABC):
             yield from self.layout_problems(inner, ranks, prefix)
 
     def layout_problems(self, inner: Size, ranks: Size, prefix: str) -> Iterator[str]:
-        """Of :meth:`rank_problems`, those of the structure's own layout. No setting is missing."""
+        """Those of the structure's own layout. Called when all settings are there."""
         try:
             self.layout(inner.value).within().ways(ranks.value)
         except ValueError as error:
@@ -164,24 +164,24 @@ def inner_features(role: Role, inputs: int, outputs: int, gate: tuple[int, ...] 
     return outputs // math.prod(gate)
 
 
-def must_divide(key: str, value: int | None, *sizes: Size) -> Iterator[str]:
+def divisor_problems(key: str, value: int | None, *sizes: Size) -> Iterator[str]:
     """A message for each size that ``value`` does not divide."""
     for size in sizes:
         if value is not None and size.value % value:
             yield f"{key} = {value}: must divide {size.name} = {size.value}"
 
 
-def rank_within(rank: int | None, outer: Size, inner: Size, prefix: str) -> Iterator[str]:
+def matrix_rank_problems(rank: int | None, outer: Size, inner: Size, prefix: str) -> Iterator[str]:
     """A matrix has no higher rank than its smaller side."""
     smaller = min(outer.value, inner.value)
     if rank is not None and rank > smaller:
         yield f"{prefix}rank = {rank}: must not exceed min({outer.name}, {inner.name}) = {smaller}"
 
 
-def shares_divide(key: str, value: int, share: int, ranks: Size) -> Iterator[str]:
-    """``share`` ranks that share a block each take an equal part of its ``value`` features."""
-    if value % share:
-        yield f"{key} = {value}: must be divisible by {share}, since {ranks.name} = {ranks.value}"
+def shared_block_problems(key: str, value: int, ranks_per_block: int, ranks: Size) -> Iterator[str]:
+    """``ranks_per_block`` ranks each take an equal part of a block's ``value`` features."""
+    if value % ranks_per_block:
+        yield f"{key} = {value}: must be divisible by {ranks_per_block}, since {ranks.name} = {ranks.value}"
 
 
 def refuse(problems: Iterable[str]) -> None:

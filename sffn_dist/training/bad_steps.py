@@ -2,14 +2,14 @@
 
     one        skipped: a loss that is not finite or a spike (loss_spikes.py), a gradient that is not finite
     several    guards.rollback_after in a row: the run is rolled back to its newest checkpoint from before the
-               first of them, and their batches are skipped when it comes there again; a second rollback
+               first of them, and their batches are excluded from then on; a second rollback
                without progress goes one checkpoint further back
     again      after guards.max_rollbacks rollbacks without a checkpoint beyond the last bad step the run
                stops
 
-Skipped batches are part of the run from then on: ``run_dir/passed_over.json``, read at every start. No
-checkpoint is saved between bad steps, so every checkpoint is from before them. A skipped batch has no loss;
-the schedule goes on without it.
+Excluded batches are part of the run: ``run_dir/passed_over.json``, read at every start. An excluded batch is
+not computed and has no loss; the schedule goes on without it. No save falls due between bad steps; a stop
+signal and the run's last step save there all the same.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class BadSteps:
         self.losses = LossHistory(guards)
         self.consecutive: list[int] = []  # bad steps in a row, up to the last one
         self.excluded: set[int] = set()
-        self.rollbacks: list[int] = []  # where to, since the last checkpoint beyond the trouble
+        # steps that were returned to, since the last checkpoint beyond last_bad_step
+        self.rollbacks: list[int] = []
         self.last_bad_step = -1  # the last bad step that sent the run back
         self._beyond = True  # a step after it was taken
         self._read()
@@ -68,13 +69,11 @@ class BadSteps:
 
     @property
     def can_save(self) -> bool:
-        """True where the run's state is worth a checkpoint: not amid bad steps, nor before one is taken
-        that is beyond the trouble.
-        """
+        """False between bad steps, and after a rollback until a step beyond the last bad one is taken."""
         return not self.consecutive and self._beyond
 
     def begin_rollback(self) -> int:
-        """Pass the streak's steps over from now on.
+        """Exclude the batches of the bad steps in a row from now on.
 
         Returns the step that the checkpoint to go back to must not be beyond.
 
@@ -83,10 +82,10 @@ class BadSteps:
         first, last = self.consecutive[0], self.consecutive[-1]
         if len(self.rollbacks) >= self._guards.max_rollbacks:
             raise DivergedError(
-                f"steps {first} to {last} could not be taken, after {len(self.rollbacks)} returns to "
-                f"earlier checkpoints "
+                f"steps {first} to {last} were bad again after {len(self.rollbacks)} rollbacks "
                 f"(guards.max_rollbacks = {self._guards.max_rollbacks}, guards.rollback_after = "
-                f"{self._guards.rollback_after})"
+                f"{self._guards.rollback_after}): lower train.learning_rate, look at these steps' data, "
+                "or raise guards.max_rollbacks"
             )
         self.excluded |= set(self.consecutive)
         self.last_bad_step, self.consecutive, self._beyond = last, [], False
@@ -97,18 +96,18 @@ class BadSteps:
         self.rollbacks.append(step)
 
     def record_save(self, step: int) -> None:
-        """A checkpoint of ``step`` is begun: beyond the trouble, the returns are forgotten."""
+        """A checkpoint of ``step`` is begun: beyond the last bad step, rollbacks are counted anew."""
         if step > self.last_bad_step and self._beyond:
             self.rollbacks = []
 
     def write(self) -> None:
-        """Record the skipped batches; where the disk cannot be written, this process still knows them."""
+        """Record the excluded batches; where the disk cannot be written, this process still knows them."""
         tree = {"steps": sorted(self.excluded), "returns": self.rollbacks, "trouble": self.last_bad_step}
         try:
             write_text(self._path, json.dumps(tree) + "\n")
         except OSError as error:
             log.warning(
-                "%s cannot be written (%s): a restart will not know which batches to pass over",
+                "%s cannot be written (%s): a restart will not know which batches are excluded",
                 self._path,
                 error,
             )
@@ -123,5 +122,5 @@ class BadSteps:
             return
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                [f"{self._path}: cannot be read ({error}); put it right, or delete it to pass no batch over"]
+                [f"{self._path}: cannot be read ({error}); put it right, or delete it to exclude no batch"]
             ) from None

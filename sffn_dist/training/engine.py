@@ -73,7 +73,7 @@ def create(
     or what is ``carried`` over from another engine (then engine_state.update_model_weights sets the model's
     weights).
     """
-    _adjust_deepspeed()
+    _patch_deepspeed()
     named_params = list(model.named_parameters())
     groups = [[p for n, p in named_params if not is_guide(n)], [p for n, p in named_params if is_guide(n)]]
     module, _, function = OPTIMIZERS[config.train.optimizer].partition(":")
@@ -95,11 +95,12 @@ def create(
     return engine
 
 
-def _adjust_deepspeed() -> None:
-    """No memory report at every start of the bf16 optimizer.
+def _patch_deepspeed() -> None:
+    """Patch three things of DeepSpeed.
 
-    No trial step of stage 0's, whose state we make (it would take 12 bytes a parameter for a moment); on CPU,
-    gloo in place of an extension that compiles for minutes.
+    The bf16 optimizer prints no memory report at each start. Stage 0 takes no trial step, which would hold 12
+    bytes a parameter for a moment: its state is made here. On CPUs gloo takes the place of an extension that
+    compiles for minutes.
     """
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.fp16 import unfused_optimizer
@@ -116,8 +117,8 @@ def destroy(engine: Engine) -> None:
     are gone.
 
     DeepSpeed's own ``destroy`` leaves the model in its list of running modules (ZeRO 3 asks for the innermost
-    one), parts of the engine in the cache of a method, and on each parameter methods bound to it, circles
-    that the collector misses; Megatron caches rotary tables.
+    one), parts of the engine in the cache of a method, and on each parameter methods bound to it, reference
+    cycles that the collector misses; Megatron caches rotary tables.
     """
     engine.destroy()
     for parameter in engine.module.parameters():
@@ -132,7 +133,9 @@ def destroy(engine: Engine) -> None:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nothing refers to any more: engines and their models hold each other in circles."""
+    """Give back what nothing refers to any more: engines and their models hold each other in reference
+    cycles.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the next engine's tensors are of other sizes
@@ -150,7 +153,7 @@ class Decision(Protocol):
     """Whether a step's update is made; the same on every rank."""
 
     @property
-    def rejection(self) -> str | None:
+    def skip_reason(self) -> str | None:
         """Why it is not made; None if it is."""
 
 
@@ -161,7 +164,7 @@ D = TypeVar("D", bound=Decision)
 class Accepted:
     """The decision where nobody asks: the update is made."""
 
-    rejection: str | None = None
+    skip_reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,9 +176,9 @@ class EngineStep(Generic[D]):
     decision: D
 
 
-def train_step(
+def train_batch(
     engine: Engine,
-    losses: Callable[[Any], Tensor],
+    loss_fn: Callable[[Any], Tensor],
     micro_batches: Iterator[Any],
     clip: float,
     decide: Callable[[float], D] = lambda loss: Accepted(),  # type: ignore[assignment,return-value]
@@ -190,13 +193,13 @@ def train_step(
     decision: D | None = None
     mean, count = math.nan, 0
     for micro_batch in micro_batches:
-        loss = losses(micro_batch)
+        loss = loss_fn(micro_batch)
         engine.backward(loss)
         total, count = loss.detach() if total is None else total + loss.detach(), count + 1
         if engine.is_gradient_accumulation_boundary():
             mean = float(total) / count
             decision = decide(mean)
-            norm = _finish_gradients(engine, decision.rejection is None, clip)
+            norm = _finish_gradients(engine, decision.skip_reason is None, clip)
         engine.step()
     assert decision is not None, "a step needs a micro-batch"
     assert engine.micro_steps % engine.gradient_accumulation_steps() == 0

@@ -5,15 +5,15 @@ from __future__ import annotations
 import signal
 
 from sffn_dist.training import reporting
-from sffn_dist.training.hooks import standard_hooks
+from sffn_dist.training.hooks import call_hooks, standard_hooks
 from sffn_dist.training.hooks.checkpoint import require_saved
 from sffn_dist.training.hooks.evaluate import evaluate_missed
 from sffn_dist.training.run import TrainingRun
-from sffn_dist.training.step import skip_step, train_step
+from sffn_dist.training.step import skip_excluded_batch, train_step
 
 
 def train(run: TrainingRun) -> signal.Signals | None:
-    """Take every step that is left, or those until a signal, which is returned once the state is saved.
+    """Train to the last step. On a stop signal: save, then return the signal.
 
     Raises LostWeightsError, DivergedError or ReplicasDifferError, each on every rank.
     """
@@ -21,15 +21,11 @@ def train(run: TrainingRun) -> signal.Signals | None:
     reporting.announce_bound(run)
     evaluate_missed(run)
     while run.step < run.schedule.total_steps:
-        result = skip_step(run) if run.step in run.bad_steps.excluded else train_step(run)
-        for hook in hooks:
-            if hook.due(run, result):
-                hook(run, result)
-                if hook.rewinds:
-                    break  # the run stands at an earlier step: what follows was due after another one
-        else:
-            if result.stop:
-                require_saved(run, result.stop)
-                return result.stop
+        excluded = run.step in run.bad_steps.excluded
+        result = skip_excluded_batch(run) if excluded else train_step(run)
+        rewound = call_hooks(hooks, run, result)
+        if result.stop and not rewound:
+            require_saved(run, result.stop)
+            return result.stop
     require_saved(run)
     return None

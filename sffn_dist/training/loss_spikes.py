@@ -29,7 +29,7 @@ class LossHistory:
         self._guards = guards
         self.recent: deque[float] = deque(recent, maxlen=guards.spike_window)
 
-    def rejection_reason(self, loss: float) -> str | None:
+    def skip_reason(self, loss: float) -> str | None:
         """Why no step should be taken on this loss; None if one should. O(N log N) in the window."""
         if not math.isfinite(loss):
             return f"loss {loss}"

@@ -8,7 +8,7 @@ bit.
 ZeRO lays parameters and their fp32 masters out once, when an engine is made: without the guide it needs
 another one. The state at step s is that of the phase of s: a boundary is crossed before anything of step s is
 evaluated or saved, so a checkpoint holds what its step needs. Each rank keeps its own masters and moments
-(state.carry), without a collective; the old engine and its model are freed before the new ones are made,
+(engine_state.py), without a collective; the old engine and its model are freed before the new ones are made,
 which takes what making them at the start of a run takes (in ZeRO 3, for a moment, the whole model in its own
 precision) and less than a guided step does.
 """

@@ -97,14 +97,14 @@ def report_step(run: TrainingRun, step_schedule: StepSchedule, result: StepResul
         "guided_share": guided_fraction,
         "data_step": step_schedule.data_step,
         "flops": reports.flops_per_step + guided_fraction * reports.guide_flops_per_step,
-        "skipped": int(result.skipped is not None),
+        "skipped": int(result.skip_reason is not None),
     }
     reports.estimate.observe("step", result.seconds, step=step_schedule.step)
     reports.metrics.write(row)
     reports.trackers.log(row, step_schedule.step)
     reports.progress.step(row, remaining_seconds(run))
-    if result.skipped:
-        text = f"warning: step {step_schedule.step}: {result.skipped}: the optimiser step was skipped"
+    if result.skip_reason:
+        text = f"warning: step {step_schedule.step}: {result.skip_reason}: the optimiser step was skipped"
         run.tell("skipped", text, skipped=step_schedule.step)
     steps_of_this_start = run.steps_taken + run.schedule.total_steps - run.step
     if run.steps_taken == min(EARLY_STEPS, steps_of_this_start) and run.step < run.schedule.total_steps:

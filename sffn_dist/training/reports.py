@@ -86,7 +86,7 @@ class Reports:
 
 def _estimate(config: Config, topology: Topology, step: int, guide_cost: float) -> Estimate:
     """``guide_cost``: what all guides together add to a step, in units of one without them."""
-    clock = schedules.build_schedule(config)
+    run_schedule = schedules.build_schedule(config)
     # a forward pass is a third of a step; a sampled token reads up to prompt + tokens positions of one
     # sequence
     one_sequence = 1 / 3 / config.train.global_batch_size
@@ -94,9 +94,12 @@ def _estimate(config: Config, topology: Topology, step: int, guide_cost: float) 
     # bytes: fp32 weight and two moments
     saved = 12 * counts.parameters_per_rank(config, guide=False) * topology.tensor
     return Estimate(
-        clock.total_steps,
+        run_schedule.total_steps,
         step,
         {"evaluation": config.evaluation_sequences * one_sequence, "sample": sampled * one_sequence},
-        costs=[1.0 + guide_cost * clock.expected_drawn_fraction(at) for at in range(clock.total_steps)],
+        costs=[
+            1.0 + guide_cost * run_schedule.expected_drawn_fraction(at)
+            for at in range(run_schedule.total_steps)
+        ],
         assumed={"checkpoint": saved / (COPY_RATE if config.checkpoint.asynchronous else DISK_RATE)},
     )

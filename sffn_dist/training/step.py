@@ -32,23 +32,23 @@ def train_step(run: TrainingRun) -> StepResult:
     def decide(local_loss: float) -> StepAgreement:
         with run.recorder.waiting():
             agreement = agree_on_step(local_loss, run.signals, run.topology, report=run.report_requested())
-        return dataclasses.replace(agreement, rejection=run.bad_steps.losses.rejection_reason(agreement.loss))
+        return dataclasses.replace(agreement, skip_reason=run.bad_steps.losses.skip_reason(agreement.loss))
 
     run.recorder.begin()
     batches = run.recorder.data(_micro_batches(run, step_schedule))
-    engine_step = engines.train_step(run.engine, _loss(run), batches, config.train.clip, decide)
+    engine_step = engines.train_batch(run.engine, _loss(run), batches, config.train.clip, decide)
     run.recorder.end()
     agreement, norm = engine_step.decision, engine_step.grad_norm
-    skipped = agreement.rejection
-    if skipped is None and not math.isfinite(norm):
-        skipped = f"gradient norm {norm}"
+    skip_reason = agreement.skip_reason
+    if skip_reason is None and not math.isfinite(norm):
+        skip_reason = f"gradient norm {norm}"
     seconds = time.perf_counter() - started
     result = StepResult(
         step_schedule.step,
         agreement.loss,
         norm,
         guides_computed,
-        skipped,
+        skip_reason,
         agreement.stop,
         agreement.report,
         seconds,
@@ -56,11 +56,11 @@ def train_step(run: TrainingRun) -> StepResult:
     run.step += 1
     run.steps_taken += 1
     reporting.report_step(run, step_schedule, result)
-    run.bad_steps.record(step_schedule.step, skipped, agreement.loss)
+    run.bad_steps.record(step_schedule.step, skip_reason, agreement.loss)
     return result
 
 
-def skip_step(run: TrainingRun) -> StepResult:
+def skip_excluded_batch(run: TrainingRun) -> StepResult:
     """A step that was bad before a rollback: nothing is computed, and its batch is not used."""
     run.tell("batch skipped", f"step {run.step}: its batch is skipped, the step was bad before a rollback")
     run.step += 1

@@ -27,7 +27,7 @@ class StepAgreement:
     stop: signal.Signals | None = None
     report: bool = False
     waited: float = 0.0  # seconds that this rank waited for the others
-    rejection: str | None = None  # why no update is made on this loss
+    skip_reason: str | None = None  # why no update is made on this loss
 
 
 def agree_on_step(

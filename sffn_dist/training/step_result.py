@@ -15,7 +15,7 @@ class StepResult:
     loss: float = math.nan  # nats a token, mean over the global batch
     grad_norm: float = math.nan  # before clipping; not finite where the step was skipped
     guides_computed: int = 0  # linears that computed their guide
-    skipped: str | None = None  # why no update was made
+    skip_reason: str | None = None  # why no update was made; None where one was, or the batch was excluded
     stop: signal.Signals | None = None  # a rank received it
     report: bool = False  # a report of all ranks is requested
     seconds: float = 0.0

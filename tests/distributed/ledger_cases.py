@@ -118,7 +118,7 @@ def engine_step(tree: dict[str, Any]) -> tuple[list[LedgerEntry], dict[str, int]
         return models.token_losses(engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
 
     with _open(model, ranks) as ledger:
-        engines.train_step(engine, loss, iter([tokens]), config.train.clip)
+        engines.train_batch(engine, loss, iter([tokens]), config.train.clip)
     engines.destroy(engine)
     return ledger.entries, sizes
 

@@ -54,7 +54,7 @@ def recorded(
             step, here.data_rank, here.data, micro_batch_size=run.config.train.micro_batch_size
         )
         recorder.begin()
-        engines.train_step(run.engine, loss, recorder.data(slowly(micro)), run.config.train.clip)
+        engines.train_batch(run.engine, loss, recorder.data(slowly(micro)), run.config.train.clip)
         with recorder.waiting():
             dist.all_reduce(torch.zeros(1))
         recorder.end()

@@ -33,7 +33,7 @@ def trained(
     run = training.begin(tree)
     events, news, failing = [], [], dict(failures or {})
     usual_write: Callable[..., Any] = run.saver._write
-    usual_news, usual_step = run.saver.news, engines.train_step
+    usual_news, usual_step = run.saver.news, engines.train_batch
 
     def write(folder: Path, job: Any) -> Any:
         step = job.position.step
@@ -62,14 +62,14 @@ def trained(
         events.append(f"step {run.step + 1}")
         return result
 
-    run.saver._write, run.saver.news, engines.train_step = write, heard, step  # type: ignore[method-assign]
+    run.saver._write, run.saver.news, engines.train_batch = write, heard, step  # type: ignore[method-assign]
     lost = ""
     try:
         loop.train(run)
     except LostWeightsError as error:
         lost = str(error)
     finally:
-        engines.train_step = usual_step
+        engines.train_batch = usual_step
     names = [path.name for path in run_folder.checkpoints(run.dir)]
     result = {
         "state": training.state_digests(run.engine),

@@ -101,7 +101,7 @@ def test_where_that_does_not_help_it_ends(ranks: Callable[..., Any], tmp_path: P
     config = tree(tmp_path, max_rollbacks=2)
     for rank in ranks(2, 1).run(CASES, "trained", tree=config, bad=dict.fromkeys(range(9, 20), "nan")):
         assert rank["taken"] == [*range(12), 8, 12, 13, 14, 4, 5, 6, 7, 8, 15, 16, 17]
-        assert rank["error"].startswith("steps 15 to 17 could not be taken, after 2 returns")
+        assert rank["error"].startswith("steps 15 to 17 were bad again after 2 rollbacks")
         assert rank["passed"] == list(range(9, 15))
     assert not (tmp_path / "checkpoints" / "step_00000012").exists()
 

@@ -141,7 +141,7 @@ def take(run: TrainingRun, nan: bool = False) -> tuple[float, float, int]:
         mean = models.token_losses(run.engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
         return mean * float("nan") if nan else mean
 
-    result = engines.train_step(
+    result = engines.train_batch(
         run.engine, loss, iter([torch.from_numpy(part) for part in micro]), config.train.clip
     )
     total = torch.tensor(result.loss)
@@ -185,7 +185,7 @@ def received(tree: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
         return models.token_losses(engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
 
     with Ledger(model, {"tensor": ranks.tensor_group, "data": ranks.data_group}) as ledger:
-        engines.train_step(engine, loss, iter([torch.from_numpy(part) for part in micro]), config.train.clip)
+        engines.train_batch(engine, loss, iter([torch.from_numpy(part) for part in micro]), config.train.clip)
     engines.destroy(engine)
     purposes = ("forward", "backward", "gradient")
     found = {purpose: float(ledger.elements(group="tensor", purpose=purpose)) for purpose in purposes}

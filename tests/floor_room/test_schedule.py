@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sffn_dist.spec.decay import DECAYS
+from sffn_dist.spec.decay import GUIDE_SCHEDULES, LEARNING_RATE_SCHEDULES
 from sffn_dist.spec.loading import from_tree
 from sffn_dist.spec.schedule import Phase, Schedule, build_schedule, equal_flops_fraction, uniform
 
@@ -389,13 +389,20 @@ def test_large_seeds_draw(seed: int) -> None:
     assert 0 <= uniform(seed, 0, 0, 0) < 1
 
 
-def test_every_curve_falls_from_1_to_0_and_is_antisymmetric() -> None:
-    """A guide's expected FLOPs count on the sum (n + 1)/2; the learning rate on its two ends."""
-    for name, curve in DECAYS.items():
+def test_every_curve_of_the_guide_falls_from_1_to_0_and_is_antisymmetric() -> None:
+    """A guide's expected FLOPs count on the sum (n + 1)/2."""
+    for name, curve in GUIDE_SCHEDULES.items():
         values = [curve(i / 64) for i in range(65)]
         assert (values[0], values[-1]) == (1.0, 0.0), name
         assert values == sorted(values, reverse=True), name
         assert all(abs(a + b - 1.0) < 1e-12 for a, b in zip(values, reversed(values), strict=True)), name
+
+
+def test_every_curve_of_the_learning_rate_starts_at_1_and_never_rises() -> None:
+    for name, curve in LEARNING_RATE_SCHEDULES.items():
+        values = [curve(i / 64) for i in range(65)]
+        assert values[0] == 1.0, name
+        assert values == sorted(values, reverse=True), name
 
 
 def test_the_learning_rate_falls_as_its_curve_says() -> None:

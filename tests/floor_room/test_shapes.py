@@ -101,7 +101,9 @@ def test_parts_tile_every_tensor_once_and_come_together_again(pair: Pair, p: int
 @given(pairs(), RANKS, st.sampled_from(["column", "row"]))
 def test_ranks_that_do_not_fit_are_refused(pair: Pair, p: int, role: Role) -> None:
     """By the rule that the config and the linears state, and by the cuts themselves."""
-    assert bool(list(pair.structure.rank_problems(Size("f", pair.f), Size("p", p)))) == (not pair.fits(p))
+    assert bool(list(pair.structure.tensor_parallel_problems(Size("f", pair.f), Size("p", p)))) == (
+        not pair.fits(p)
+    )
     for name, spec in pair.specs(role).items():
         if spec.cut is None or pair.fits(p):
             spec.local_shape(p)

@@ -32,7 +32,7 @@ from sffn_dist.spec.config import ConfigError
 from sffn_dist.structured import functional, registry
 from sffn_dist.structured.cut import Cut, Layout, Role
 from sffn_dist.structured.products import Product
-from sffn_dist.structured.structure import Factored, Shapes, Size, Structure, must_divide
+from sffn_dist.structured.structure import Shapes, Size, Structure, StructuredMatrix, divisor_problems
 from sffn_dist.structured.structure_ops import Factors, StructureOps
 
 
@@ -57,9 +57,9 @@ class Kronecker(Structure):
         return outputs * inputs // self.needed_blocks + min(inputs, outputs) * self.needed_blocks
 
     @classmethod
-    def from_factor_shapes(cls, shapes: Shapes) -> Factored:
+    def from_factor_shapes(cls, shapes: Shapes) -> StructuredMatrix:
         k = shapes["right"][0]
-        return Factored(cls(blocks=k), shapes["left"][0] * k, shapes["left"][1] * k)
+        return StructuredMatrix(cls(blocks=k), shapes["left"][0] * k, shapes["left"][1] * k)
 
     def layout(self, features: int) -> Layout:
         return Layout((features // self.needed_blocks, self.needed_blocks), (0,))
@@ -73,7 +73,7 @@ class Kronecker(Structure):
         return "left", Cut((rows, columns), (1,))
 
     def size_problems(self, outer: Size, inner: Size, prefix: str = "") -> Any:
-        yield from must_divide(f"{prefix}blocks", self.blocks, outer, inner)
+        yield from divisor_problems(f"{prefix}blocks", self.blocks, outer, inner)
         if outer.value > inner.value:
             yield (
                 f"{outer.name} = {outer.value}: must not exceed {inner.name} = {inner.value} for "

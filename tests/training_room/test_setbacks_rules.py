@@ -28,29 +28,29 @@ def test_the_rule_is_the_formula(recent: list[float], deviations: float, margin:
 
     center = middle(window)
     threshold = max(deviations * 1.4826 * middle([abs(value - center) for value in window]), margin)
-    assert losses.rejection_reason(center) is None
-    above = losses.rejection_reason(center + threshold * 1.001 + 1e-6)
+    assert losses.skip_reason(center) is None
+    above = losses.skip_reason(center + threshold * 1.001 + 1e-6)
     assert (above is not None) == (deviations > 0)
-    assert losses.rejection_reason(center + threshold * 0.999 - 1e-6) is None
-    assert losses.rejection_reason(0.0) is None, "a low loss is no spike"
+    assert losses.skip_reason(center + threshold * 0.999 - 1e-6) is None
+    assert losses.skip_reason(0.0) is None, "a low loss is no spike"
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_always_bad(loss: float) -> None:
-    assert LossHistory(Guards(spike_deviations=0)).rejection_reason(loss) == f"loss {loss}"
+    assert LossHistory(Guards(spike_deviations=0)).skip_reason(loss) == f"loss {loss}"
 
 
 def test_few_losses_call_nothing_a_spike() -> None:
-    assert LossHistory(Guards(), [1.0] * (MIN_LOSSES - 1)).rejection_reason(1e6) is None
-    assert LossHistory(Guards(), [1.0] * MIN_LOSSES).rejection_reason(1e6)
-    assert LossHistory(Guards(spike_window=8), [1.0] * 8).rejection_reason(1e6), "or a window full of them"
+    assert LossHistory(Guards(), [1.0] * (MIN_LOSSES - 1)).skip_reason(1e6) is None
+    assert LossHistory(Guards(), [1.0] * MIN_LOSSES).skip_reason(1e6)
+    assert LossHistory(Guards(spike_window=8), [1.0] * 8).skip_reason(1e6), "or a window full of them"
 
 
 def test_one_outlier_moves_the_threshold_little() -> None:
     """Where a mean and a standard deviation would let the next one pass."""
     losses = LossHistory(Guards(), [3.0 + 0.01 * (i % 5) for i in range(40)])
     losses.accept(50.0)
-    assert losses.rejection_reason(4.0)
+    assert losses.skip_reason(4.0)
 
 
 def after(bad_steps: BadSteps, *steps: int) -> BadSteps:
@@ -94,7 +94,7 @@ def test_what_is_passed_over_outlives_the_process(tmp_path: Path) -> None:
 def test_enough_is_enough(tmp_path: Path) -> None:
     bad_steps = BadSteps(Guards(max_rollbacks=0), tmp_path)
     with pytest.raises(
-        DivergedError, match=r"steps 3 to 5 could not be taken, after 0 returns .*guards.max_rollbacks = 0"
+        DivergedError, match=r"steps 3 to 5 were bad again after 0 rollbacks .*guards.max_rollbacks = 0"
     ):
         after(bad_steps, 3, 4, 5).begin_rollback()
 
@@ -114,4 +114,4 @@ def test_a_record_that_cannot_be_written_is_a_warning(
     bad_steps = BadSteps(Guards(), tmp_path)
     bad_steps._path = tmp_path / "nowhere" / NAME
     bad_steps.write()
-    assert "a restart will not know which batches to pass over" in caplog.text
+    assert "a restart will not know which batches are excluded" in caplog.text

@@ -1,6 +1,9 @@
 """Sources of documents by the form of ``data.source``.
 
 Another one is a file here and a line in :data:`SOURCES`.
+
+The first kind that matches is taken.
+
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from sffn_dist.data.sources.stdlib import StandardLibrary
 SOURCES: tuple[Source, ...] = (
     StandardLibrary(),
     Hub(),
-    LocalFiles(),  # any other text is taken for a path
+    LocalFiles(),  # last: any other text is taken for a path
 )
 
 

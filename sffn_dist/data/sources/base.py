@@ -42,12 +42,12 @@ class Source(abc.ABC):
         """Every document, in a fixed order; raises ConfigError for a row without its text."""
 
 
-def refused(data: Data, rule: str) -> ConfigError:
+def source_error(data: Data, rule: str) -> ConfigError:
     """An error about ``data.source``."""
     return ConfigError([f"data.source = {json.dumps(data.source)}: {rule}"])
 
 
-def no_column(data: Data, columns: Iterable[str]) -> ConfigError:
+def missing_column_error(data: Data, columns: Iterable[str]) -> ConfigError:
     """An error about ``data.text_field``, which is none of the ``columns``."""
     names = ", ".join(sorted(map(str, columns))) or "none"
     return ConfigError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sffn_dist.data.sources.base import ROWS, Source, no_column, text_of
+from sffn_dist.data.sources.base import ROWS, Source, missing_column_error, text_of
 from sffn_dist.spec.config import Data
 
 PREFIX = "hf:"
@@ -22,10 +22,10 @@ def name_and_configuration(source: str) -> tuple[str, str | None]:
 class Hub(Source):
     """Downloaded once by datasets and read from its memory-mapped copy.
 
-    Known by its name until it is first prepared.
+    Identified by its name: a dataset that changes on the hub is not noticed.
     """
 
-    form = '"hf:<dataset>"'
+    form = '"hf:<dataset>[:<configuration>]"'
 
     def matches(self, source: str) -> bool:
         return source.startswith(PREFIX)
@@ -45,7 +45,7 @@ class Hub(Source):
         name, configuration = name_and_configuration(data.source)
         rows = datasets.load_dataset(name, configuration, split="train")
         if data.text_field not in rows.column_names:
-            raise no_column(data, rows.column_names)
+            raise missing_column_error(data, rows.column_names)
         for batch in rows.select_columns([data.text_field]).iter(batch_size=ROWS):
             for value in batch[data.text_field]:
                 yield text_of(data, value)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sffn_dist.data.sources.base import ROWS, Source, digest, no_column, refused, text_of
+from sffn_dist.data.sources.base import ROWS, Source, digest, missing_column_error, source_error, text_of
 from sffn_dist.data.sources.files import SourceFile, in_reading_order, open_files, walk, whole_files
 from sffn_dist.spec.config import Data
 
@@ -107,11 +107,11 @@ def _json_lines(data: Data, files: list[Path]) -> Iterator[str]:
             try:
                 row = json.loads(line.lstrip("\ufeff"))
             except (ValueError, RecursionError) as error:
-                raise refused(data, f"line {number} of {file.name} is not JSON: {error}") from None
+                raise source_error(data, f"line {number} of {file} is not JSON: {error}") from None
             if not isinstance(row, dict):
-                raise refused(data, f"line {number} of {file.name} must hold a JSON object")
+                raise source_error(data, f"line {number} of {file} must hold a JSON object")
             if data.text_field not in row:
-                raise no_column(data, row)
+                raise missing_column_error(data, row)
             yield text_of(data, row[data.text_field])
 
 
@@ -119,7 +119,7 @@ def _parquet(data: Data, files: list[Path]) -> Iterator[str]:
     for file in files:  # one at a time: columns other than the text may differ between files
         columns = open_files("parquet", [file]).column_names or []
         if data.text_field not in columns:
-            raise no_column(data, columns)
+            raise missing_column_error(data, columns)
         for rows in open_files("parquet", [file], columns=[data.text_field]).iter(batch_size=ROWS):
             for value in rows[data.text_field]:
                 yield text_of(data, value)

@@ -26,7 +26,7 @@ def files() -> Iterator[SourceFile]:
 
 
 class StandardLibrary(Source):
-    """Files that are not UTF-8 (a few tests of the tokenizer) are left out."""
+    """Files that are not UTF-8 (a few tests of Python's tokenize module) are left out."""
 
     form = '"stdlib"'
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sffn_dist.spec.config import Config
 from sffn_dist.training.hooks.base import Hook
 from sffn_dist.training.hooks.checkpoint import SaveCheckpoint
@@ -11,6 +13,21 @@ from sffn_dist.training.hooks.rank_report import RankReport
 from sffn_dist.training.hooks.replica_check import ReplicaCheck
 from sffn_dist.training.hooks.rollback import Rollback
 from sffn_dist.training.hooks.save_failures import SaveFailures
+from sffn_dist.training.run import TrainingRun
+from sffn_dist.training.step_result import StepResult
+
+
+def call_hooks(hooks: Sequence[Hook], run: TrainingRun, result: StepResult) -> bool:
+    """Call the hooks that are due after a step, in order; True if one of them took the run back.
+
+    The hooks after that one are left out: they were due after another step.
+    """
+    for hook in hooks:
+        if hook.due(run, result):
+            hook(run, result)
+            if hook.rewinds:
+                return True
+    return False
 
 
 def standard_hooks(config: Config) -> list[Hook]:

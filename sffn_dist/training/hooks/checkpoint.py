@@ -24,15 +24,18 @@ class LostWeightsError(RuntimeError):
 
 
 class SaveCheckpoint(Hook):
-    """No save between bad steps (bad_steps.can_save): one that falls due there is made up for after them."""
+    """No save falls due between bad steps (bad_steps.can_save); it is made up for after them.
+
+    A stop signal and the run's last step save there all the same.
+    """
 
     def __init__(self, config: Config):
         self._interval = config.checkpoint.interval
-        self._pending = False  # a save fell due between bad steps
+        self._pending = False  # a save fell due between bad steps; set by due()
 
     def due(self, run: TrainingRun, result: StepResult) -> bool:
         total = run.schedule.total_steps
-        self._pending |= schedule.due(run.step, self._interval, total)
+        self._pending |= schedule.interval_reached(run.step, self._interval, total)
         allowed = run.bad_steps.can_save or run.step == total
         return result.stop is not None or (self._pending and allowed)
 
@@ -60,7 +63,7 @@ def save(run: TrainingRun) -> None:
         run.data_fingerprint,
         tuple(run.bad_steps.losses.recent),
     )
-    _wait_for_save(run)  # of the one before, which must not seem a hang
+    wait_for_save(run)  # of the one before, which must not seem a hang
     run.saver.save(position, fragments)
     run.bad_steps.record_save(run.step)
     if run.reports:
@@ -92,19 +95,19 @@ def require_saved(run: TrainingRun, stop: signal.Signals | None = None) -> None:
 
 def finished_save(run: TrainingRun) -> Path | None:
     """The checkpoint begun last, once it is written; None if that failed, on every rank."""
-    path = _wait_for_save(run)
+    path = wait_for_save(run)
     report_failures(run)
     return path
 
 
-def report_failures(run: TrainingRun) -> None:
-    """Report saves that failed since the last call."""
+def report_failures(run: TrainingRun, consequence: str = "") -> None:
+    """Report saves that failed since the last call, and what follows."""
     for problem in run.saver.news():
         if run.reports:
-            run.reports.progress.note(f"warning: {problem}; training goes on")
+            run.reports.progress.note(f"warning: {problem}{consequence}")
 
 
-def _wait_for_save(run: TrainingRun) -> Path | None:
+def wait_for_save(run: TrainingRun) -> Path | None:
     """Let a save end, however slow the disk is."""
     while run.saver.writing:
         run.watchdog.tick("saving", run.step)

@@ -23,7 +23,8 @@ class Evaluate(Hook):
         self._interval = config.evaluation.interval
 
     def due(self, run: TrainingRun, result: StepResult) -> bool:
-        return schedule.due(run.step, self._interval, run.schedule.total_steps) and not result.stop
+        total = run.schedule.total_steps
+        return schedule.interval_reached(run.step, self._interval, total) and not result.stop
 
     def __call__(self, run: TrainingRun, result: StepResult) -> None:
         evaluate_run(run)
@@ -35,8 +36,9 @@ def evaluate_missed(run: TrainingRun) -> None:
     All ranks must call it.
     """
     total = run.schedule.total_steps
-    was_due = 0 < run.step < total and schedule.due(run.step, run.config.evaluation.interval, total)
-    if was_due and broadcast_object(run.reports is not None and run.reports.evaluations.last != run.step):
+    reached = schedule.interval_reached(run.step, run.config.evaluation.interval, total)
+    missed = run.reports is not None and run.reports.evaluations.last != run.step
+    if 0 < run.step < total and reached and broadcast_object(missed):
         evaluate_run(run)
 
 

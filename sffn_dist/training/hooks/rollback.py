@@ -9,6 +9,7 @@ from sffn_dist.training import engine as engines
 from sffn_dist.training import resume
 from sffn_dist.training.engine_state import Engine
 from sffn_dist.training.hooks.base import Hook
+from sffn_dist.training.hooks.checkpoint import wait_for_save
 from sffn_dist.training.run import TrainingRun
 from sffn_dist.training.step_result import StepResult
 
@@ -39,7 +40,7 @@ def roll_back(run: TrainingRun) -> None:
     first, last = bad_steps.consecutive[0], bad_steps.consecutive[-1]
     limit = bad_steps.begin_rollback()
     run.watchdog.tick("rolling back", run.step)
-    run.saver.wait()
+    wait_for_save(run)  # a slow one must not seem a hang
     checkpoint = resume.latest_good_checkpoint(run.dir, topology, up_to=limit)
     if checkpoint is None and limit < first:  # nothing that far back is kept
         checkpoint = resume.latest_good_checkpoint(run.dir, topology, up_to=first)

@@ -15,4 +15,4 @@ class SaveFailures(Hook):
         return True
 
     def __call__(self, run: TrainingRun, result: StepResult) -> None:
-        report_failures(run)
+        report_failures(run, "; training goes on")

@@ -1,4 +1,4 @@
-"""AdamW with decoupled weight decay (paper, appendix)."""
+"""AdamW; weight decay applies to every parameter, biases and norms included (paper, appendix)."""
 
 from __future__ import annotations
 
