@@ -259,15 +259,17 @@ def initialise(model: GPTModel, config: Config, topology: Topology) -> None:
     parameters = dict(model.named_parameters())
     specs = model_tensors(config, guide=has_guide(model))
     units = list(_units(specs).items())
-    own_units = units[topology.rank :: topology.world]
+    own_units = units[topology.rank :: topology.world_size]
     drawn = {unit: _draw(config, specs, unit, names) for unit, names in own_units}
     for i, (unit, names) in enumerate(units):
         for name in names:
             own = drawn[unit].pop(name) if unit in drawn else torch.empty(specs[name].shape)
             full = own.to(topology.device)
-            if topology.world > 1:
-                dist.broadcast(full, src=i % topology.world)
-            parameters[name].copy_(shard(full, specs[name], topology.tensor, topology.tensor_rank))
+            if topology.world_size > 1:
+                dist.broadcast(full, src=i % topology.world_size)
+            parameters[name].copy_(
+                shard(full, specs[name], topology.tensor_parallel_size, topology.tensor_parallel_rank)
+            )
 
 
 def guides(config: Config, topology: Topology, full: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -280,4 +282,4 @@ def guides(config: Config, topology: Topology, full: Callable[[str], Tensor]) ->
         leaves = [other.removeprefix(prefix) for other in specs if other.startswith(prefix)]
         factors = {leaf: full(prefix + leaf) for leaf in leaves if leaf not in ("guide", "bias")}
         dense = to_dense(ffn_structure(config, layer), factors)
-        yield name, shard(dense, specs[name], topology.tensor, topology.tensor_rank)
+        yield name, shard(dense, specs[name], topology.tensor_parallel_size, topology.tensor_parallel_rank)

@@ -60,7 +60,7 @@ def pretrain(config: Config, watchdog: Watchdog) -> int:
 
     # groups, and whether all ranks work
     topology = topologies.init_parallel(config)
-    watchdog.start(store, topology.rank, topology.world, config.guards, run_dir)
+    watchdog.start(store, topology.rank, topology.world_size, config.guards, run_dir)
     preflight_report = preflight.run(rank_facts, topology, precision, measures=config.guards.preflight)
     kernel_choice.start(config.kernels, topology)
     cpu_compat.seed(train.seed)

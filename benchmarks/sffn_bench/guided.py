@@ -97,7 +97,7 @@ def providers(structure: Structure, config: TransformerConfig, device: torch.dev
 def measure(structure: Structure, settings: dict[str, Any], ranks: topology.Topology) -> list[dict[str, Any]]:
     """Rows of one structure."""
     h, f, tokens = settings["width"], settings["inner"], settings["tokens"]
-    config = one_layer.transformer(h, f, ranks.tensor, sequence=False)
+    config = one_layer.transformer(h, f, ranks.tensor_parallel_size, sequence=False)
     x = torch.randn(tokens, 1, h, dtype=config.params_dtype, device=ranks.device).requires_grad_()
     layers = providers(structure, config, ranks.device)
     cases = {name: one_layer.timed(layer, x, ranks.device) for name, layer in layers.items()}

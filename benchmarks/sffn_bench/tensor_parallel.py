@@ -34,11 +34,11 @@ def providers(
     structure: Structure, h: int, f: int, sequence: bool, ranks: topology.Topology
 ) -> dict[str, nn.Module]:
     """The same layer by each provider, with small random weights."""
-    config = one_layer.transformer(h, f, ranks.tensor, sequence)
+    config = one_layer.transformer(h, f, ranks.tensor_parallel_size, sequence)
     structured = structured_mlp_submodules(structure.kind, rank=structure.rank, blocks=structure.blocks)
     layers: dict[str, nn.Module] = {
         "dense": one_layer.dense(config),
-        "naive": NaiveMLP(structure, h, f, config, ranks.tensor, ranks.tensor_rank),
+        "naive": NaiveMLP(structure, h, f, config, ranks.tensor_parallel_size, ranks.tensor_parallel_rank),
         "bottleneck": StructuredMLP(config, structured, ffn_hidden_size=f),
         "recomputed": StructuredMLP(config, structured, ffn_hidden_size=f, recompute="bottleneck"),
     }
@@ -51,9 +51,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows of one structure, with or without sequence parallelism."""
     h, f, tokens = settings["width"], settings["inner"], settings["tokens"]
-    sequence = sequence and ranks.tensor > 1
-    config = one_layer.transformer(h, f, ranks.tensor, sequence)
-    rows_here = tokens // ranks.tensor if sequence else tokens
+    sequence = sequence and ranks.tensor_parallel_size > 1
+    config = one_layer.transformer(h, f, ranks.tensor_parallel_size, sequence)
+    rows_here = tokens // ranks.tensor_parallel_size if sequence else tokens
     x = torch.randn(rows_here, 1, h, dtype=config.params_dtype, device=ranks.device).requires_grad_()
     layers = providers(structure, h, f, sequence, ranks)
     cases = {name: one_layer.timed(layer, x, ranks.device) for name, layer in layers.items()}
@@ -62,7 +62,7 @@ def measure(
     sizes = {"rank": structure.rank, "blocks": structure.blocks}
     shape = {
         "kind": structure.kind,
-        "p": ranks.tensor,
+        "p": ranks.tensor_parallel_size,
         "sequence": sequence,
         "tokens": tokens,
         "h": h,
@@ -93,7 +93,7 @@ def main() -> None:
         for structure, sequence in itertools.product(structures, settings["sequence"])
         for row in measure(structure, sequence, settings, ranks)
     ]
-    if ranks.main:
+    if ranks.is_rank_zero:
         print(json.dumps(found), flush=True)
     dist.barrier()
     topology.destroy()

@@ -96,8 +96,8 @@ class Reader:
         for fragment in fragments:
             for kind in kinds:
                 place = (
-                    topology.tensor,
-                    topology.tensor_rank,
+                    topology.tensor_parallel_size,
+                    topology.tensor_parallel_rank,
                     fragment.start,
                     fragment.start + fragment.numel,
                 )
@@ -109,7 +109,7 @@ class Reader:
         type.
         """
         for name, parameter in model.named_parameters():
-            local = self.local(name, "weight", topology.tensor, topology.tensor_rank)
+            local = self.local(name, "weight", topology.tensor_parallel_size, topology.tensor_parallel_rank)
             parameter.copy_(local.view(parameter.shape))
 
     def weights(self) -> Weights:

@@ -93,7 +93,7 @@ class Saver:
 
     def __init__(self, run_dir: Path, config: Config, topology: Topology, tokenizer: Path | None = None):
         self.run_dir, self.config, self.topology, self.tokenizer = run_dir, config, topology, tokenizer
-        self._group = topology.background_group() if topology.world > 1 else None
+        self._group = topology.background_group() if topology.world_size > 1 else None
         self._staging, self._thread = _Staging(), threading.Thread()
         self._saved: Path | None = None
         self._news: list[str] = []
@@ -140,7 +140,7 @@ class Saver:
         file = f"rank_{self.topology.rank:05d}.safetensors"
         views: dict[str, Tensor] = {}
         for fragment in fragments:
-            piece = Piece(self.topology.tensor_rank, fragment.start, fragment.numel, file)
+            piece = Piece(self.topology.tensor_parallel_rank, fragment.start, fragment.numel, file)
             job.pieces.setdefault(fragment.name, []).append(piece)
             views |= {
                 piece.key(kind, fragment.name): view.detach() for kind, view in fragment.tensors.items()
@@ -195,12 +195,12 @@ class Saver:
         """
         reports = [report] if self._group is None else all_gather_object(report, self._group)
         problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(reports) if problem]
-        if self.topology.main and not problems:
+        if self.topology.is_rank_zero and not problems:
             try:
                 act([result for result, _ in reports])
             except Exception as error:
                 problems = [f"rank 0: {type(error).__name__}: {error}"]
-        if self.topology.main and problems:
+        if self.topology.is_rank_zero and problems:
             give_up()
         if self._group is not None:
             problems = broadcast_object(problems, self._group)
@@ -238,7 +238,7 @@ class Saver:
             guide_optimizer_steps=position.guide_optimizer_steps,
             data_fingerprint=position.data_fingerprint,
             recent_losses=position.recent_losses,
-            tensor_parallel=self.topology.tensor,
+            tensor_parallel=self.topology.tensor_parallel_size,
             kinds=KINDS,
             config=self.config.model_dump(mode="json"),
             shapes={name: spec.shape for name, spec in specs.items()},
@@ -284,9 +284,9 @@ def owned_fragments(fragments: Iterable[Fragment], config: Config, topology: Top
     """
     specs = model_tensors(config, guide=True)
     for fragment in fragments:
-        if config.zero.stage == 0 and topology.data_rank > 0:
+        if config.zero.stage == 0 and topology.data_parallel_rank > 0:
             continue
-        if specs[fragment.name].cut is None and topology.tensor_rank > 0:
+        if specs[fragment.name].cut is None and topology.tensor_parallel_rank > 0:
             continue
         yield fragment
 

@@ -132,7 +132,7 @@ def preflight_only(config: Config, watch: Watchdog) -> None:
             created = True
     try:
         agreed, rank_topology = check_ranks(config, precision), topology.init_parallel(config)
-        watch.start(store, rank_topology.rank, rank_topology.world, config.guards, run_dir)
+        watch.start(store, rank_topology.rank, rank_topology.world_size, config.guards, run_dir)
         report = measure(agreed, rank_topology, precision)
         watch.stop()
         if main:
@@ -160,7 +160,7 @@ def run(facts: RankFacts, topology: Topology, precision: str, *, measures: bool)
 
     All ranks must call it.
     """
-    return measure(facts, topology, precision) if measures and topology.world > 1 else facts.report()
+    return measure(facts, topology, precision) if measures and topology.world_size > 1 else facts.report()
 
 
 def measure(
@@ -179,7 +179,7 @@ def measure(
     """
     began, device = time.perf_counter(), topology.device
     report = agreed.report(dist.get_backend() if dist.is_initialized() else "no process group")
-    if topology.world > 1:
+    if topology.world_size > 1:
         groups = {"world": dist.group.WORLD, "tensor": topology.tensor_group, "data": topology.data_group}
         report.trials, report.links = collective_check.check_collectives(groups, device)
         report.clocks = collective_check.clocks(device, now)

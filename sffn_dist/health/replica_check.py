@@ -73,7 +73,7 @@ def check_replicas(model: nn.Module, masters: Iterable[Fragment], config: Config
     Raises ReplicasDifferError on every rank: which parameters, over which group, and whose are the odd ones
     where more ranks agree on others.
     """
-    if topology.world == 1:
+    if topology.world_size == 1:
         return
     # those over the data-parallel group come first, those over the tensor-parallel one last: slices, for an
     # index would make the host wait
@@ -109,8 +109,8 @@ def _compared(
 
     def over(name: str, *, data: bool) -> tuple[str, ...]:
         groups = {
-            "data": data and topology.data > 1,
-            "tensor": specs[name].cut is None and topology.tensor > 1,
+            "data": data and topology.data_parallel_size > 1,
+            "tensor": specs[name].cut is None and topology.tensor_parallel_size > 1,
         }
         return tuple(group for group, wanted in groups.items() if wanted)
 
@@ -123,7 +123,7 @@ def _compared(
             if p.ds_persist and p.data.numel() == p.ds_numel:
                 yield _Compared(name, p.data, over(name, data=True))
             part = p.ds_tensor.ds_numel  # the last parts are padded with whatever there was
-            numel = max(0, min(part, p.ds_numel - part * topology.data_rank))
+            numel = max(0, min(part, p.ds_numel - part * topology.data_parallel_rank))
             yield _Compared(f"{name} (part)", p.ds_tensor.data.view(-1)[:numel], over(name, data=False))
         for fragment in masters:
             group_names = over(fragment.name, data=config.zero.stage == 0)

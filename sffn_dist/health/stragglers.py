@@ -150,7 +150,7 @@ def report(recorder: Recorder, topology: Topology, tokens_per_step: int, precisi
         rank=topology.rank,
         host=socket.gethostname(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        tokens_per_s=tokens_per_step / topology.world / step if step else None,
+        tokens_per_s=tokens_per_step / topology.world_size / step if step else None,
         peak_bytes=peak_bytes(device),
         flops=max(
             measured_flops(device, precision, MEASURED_SECONDS) for _ in range(3)

@@ -51,8 +51,8 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    per_rank = math.ceil(len(windows) / topology.data)
-    own_rows = range(topology.data_rank * per_rank, (topology.data_rank + 1) * per_rank)
+    per_rank = math.ceil(len(windows) / topology.data_parallel_size)
+    own_rows = range(topology.data_parallel_rank * per_rank, (topology.data_parallel_rank + 1) * per_rank)
     nats = torch.zeros((), dtype=torch.float64)
     for start in range(0, per_rank, micro_batch):
         rows = list(own_rows[start : start + micro_batch])
@@ -68,7 +68,7 @@ def evaluate(
         weight = torch.tensor([row < len(windows) for row in rows], dtype=torch.float64)
         nats += (losses * weight).sum()
     total = nats.to(topology.device)
-    if topology.data > 1:
+    if topology.data_parallel_size > 1:
         dist.all_reduce(total, group=topology.data_group)
     model.train(was_training)
     labels = windows[:, 1:]

@@ -40,13 +40,13 @@ def sample(
     for _ in range(tokens):
         window = ids[-context:]
         # sequence parallelism needs equal parts
-        padded = math.ceil(len(window) / topology.tensor) * topology.tensor
+        padded = math.ceil(len(window) / topology.tensor_parallel_size) * topology.tensor_parallel_size
         batch = torch.tensor([window + [0] * (padded - len(window))], device=topology.device)
         # what stands right of it is not seen by causal attention
         local = logits(model, batch)[0, len(window) - 1].float()
         full = _gather(local, topology)[:vocab].cpu()
         following = torch.tensor([_draw(full, temperature, generator)], device=topology.device)
-        if topology.world > 1:
+        if topology.world_size > 1:
             dist.broadcast(following, src=0)
         ids.append(int(following))
         if ids[-1] == stop:
@@ -56,9 +56,9 @@ def sample(
 
 
 def _gather(local: Tensor, topology: Topology) -> Tensor:
-    if topology.tensor == 1:
+    if topology.tensor_parallel_size == 1:
         return local
-    full = local.new_empty(local.numel() * topology.tensor)
+    full = local.new_empty(local.numel() * topology.tensor_parallel_size)
     dist.all_gather_into_tensor(full, local.contiguous(), group=topology.tensor_group)
     return full
 

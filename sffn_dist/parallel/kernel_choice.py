@@ -21,7 +21,7 @@ def start(setting: str, topology: Topology) -> None:
     all. Raises RuntimeError if Triton is asked for and cannot run.
     """
     dispatch.use(setting)
-    if topology.world == 1 or topology.device.type != "cuda":
+    if topology.world_size == 1 or topology.device.type != "cuda":
         dispatch.agree_by(None)
         return
     if any(
@@ -33,10 +33,10 @@ def start(setting: str, topology: Topology) -> None:
     def mean(times: list[float]) -> list[float]:
         summed = torch.tensor(times, device=topology.device)
         dist.all_reduce(summed)
-        return [time / topology.world for time in summed.tolist()]
+        return [time / topology.world_size for time in summed.tolist()]
 
     def first(table: dict[str, str]) -> dict[str, str]:
         return dict(broadcast_object(table, device=topology.device))
 
-    dispatch.agree_by(mean, writes=topology.main)
+    dispatch.agree_by(mean, writes=topology.is_rank_zero)
     dispatch.shared_table(topology.device, first)

@@ -28,17 +28,17 @@ class Topology:
     """Ranks and groups of this process."""
 
     rank: int
-    world: int
-    tensor: int
-    tensor_rank: int
-    data: int
-    data_rank: int
+    world_size: int
+    tensor_parallel_size: int
+    tensor_parallel_rank: int
+    data_parallel_size: int
+    data_parallel_rank: int
     device: torch.device
     tensor_group: Any
     data_group: Any
 
     @property
-    def main(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     def background_group(self) -> Any:
@@ -117,11 +117,11 @@ def groups(tensor: int) -> Topology:
         )
     return Topology(
         rank=dist.get_rank(),
-        world=dist.get_world_size(),
-        tensor=tensor,
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        data=parallel_state.get_data_parallel_world_size(),
-        data_rank=parallel_state.get_data_parallel_rank(),
+        world_size=dist.get_world_size(),
+        tensor_parallel_size=tensor,
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
         device=cpu_compat.device(),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),

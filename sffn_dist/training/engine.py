@@ -87,7 +87,7 @@ def create(
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        config=deepspeed_config(config, precision, topology.data, guide=bool(groups[1])),
+        config=deepspeed_config(config, precision, topology.data_parallel_size, guide=bool(groups[1])),
         mpu=ModelParallelUnit(),
         dist_init_required=False,
     )

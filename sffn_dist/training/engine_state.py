@@ -208,16 +208,16 @@ def full_weight(held: dict[str, Fragment], name: str, spec: TensorSpec, topology
 
     All ranks must call it.
     """
-    part = torch.zeros(spec.local_shape(topology.tensor), device=topology.device)
+    part = torch.zeros(spec.local_shape(topology.tensor_parallel_size), device=topology.device)
     fragment = held.get(name)
     if fragment is not None:
         part.view(-1)[fragment.start : fragment.start + fragment.numel] = fragment.tensors["weight"]
     whole = fragment is not None and fragment.numel == part.numel()
     if not _on_all_ranks(whole, topology):  # fragments do not overlap: the sum has the very bits
         dist.all_reduce(part, group=topology.data_group)
-    if spec.cut is None or topology.tensor == 1:
+    if spec.cut is None or topology.tensor_parallel_size == 1:
         return part
-    parts = [torch.empty_like(part) for _ in range(topology.tensor)]
+    parts = [torch.empty_like(part) for _ in range(topology.tensor_parallel_size)]
     dist.all_gather(parts, part, group=topology.tensor_group)
     return unshard(parts, spec)
 

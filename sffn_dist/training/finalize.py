@@ -95,7 +95,11 @@ def summary(run: TrainingRun, evaluation: EvaluationResult, unigram_entropy: flo
         "tokens": run.step * tokens,
         "parameters": counts.parameters(run.config),
         "precision": run.precision,
-        "ranks": {"world": run.topology.world, "tensor": run.topology.tensor, "data": run.topology.data},
+        "ranks": {
+            "world": run.topology.world_size,
+            "tensor": run.topology.tensor_parallel_size,
+            "data": run.topology.data_parallel_size,
+        },
     }
 
 

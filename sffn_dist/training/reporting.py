@@ -35,7 +35,7 @@ def open_reports(
 
     Raises ConfigError where run.dir cannot be written.
     """
-    if not topology.main:
+    if not topology.is_rank_zero:
         return None
     run_dir = Path(config.run.dir)
     try:
@@ -152,7 +152,7 @@ def announce_bound(run: TrainingRun) -> None:
     """Before the first step of a long run: what its matrix products alone will take."""
     if run.reports is None or run.step >= run.schedule.total_steps:
         return
-    rate = measured_flops(run.topology.device, run.precision) * run.topology.world
+    rate = measured_flops(run.topology.device, run.precision) * run.topology.world_size
     seconds = run.reports.flops_per_step * run.reports.estimate.cost_left(run.step) / rate
     if seconds > 600:
         run.reports.progress.note(

@@ -49,7 +49,7 @@ class Reports:
             total,
             step,
             flops_per_step=self.flops_per_step,
-            peak_flops=peak * topology.world if peak else None,
+            peak_flops=peak * topology.world_size if peak else None,
             enabled=config.logging.progress,
         )
         self.estimate = _estimate(config, topology, step, self.guide_flops_per_step / self.flops_per_step)
@@ -92,7 +92,7 @@ def _estimate(config: Config, topology: Topology, step: int, guide_cost: float) 
     one_sequence = 1 / 3 / config.train.global_batch_size
     sampled = config.sample.tokens**2 / 2 / config.model.sequence
     # bytes: fp32 weight and two moments
-    saved = 12 * counts.parameters_per_rank(config, guide=False) * topology.tensor
+    saved = 12 * counts.parameters_per_rank(config, guide=False) * topology.tensor_parallel_size
     return Estimate(
         run_schedule.total_steps,
         step,

@@ -45,7 +45,7 @@ def latest_good_checkpoint(run_dir: Path, topology: Topology, up_to: int | None 
         if not problems:
             return checkpoint
         damaged.add(checkpoint.folder)
-        if topology.main:
+        if topology.is_rank_zero:
             reason = "; ".join(map(str, problems))
             log.warning("checkpoint skipped: %s", reason)
             if not all(isinstance(problem, UnreadableCheckpoint) for problem in problems):
@@ -70,7 +70,7 @@ def find_initial_weights(config: Config, topology: Topology) -> Manifest:
 def _rank_zero_choice(choose: Callable[[], Manifest | None], topology: Topology) -> Manifest | None:
     """Rank 0's choice, or its ConfigError, on every rank."""
     choice: Manifest | ConfigError | None = None
-    if topology.main:
+    if topology.is_rank_zero:
         try:
             choice = choose()
         except ConfigError as error:
@@ -83,7 +83,7 @@ def _rank_zero_choice(choose: Callable[[], Manifest | None], topology: Topology)
 
 def verify_files(manifest: Manifest, topology: Topology) -> list[BrokenCheckpoint]:
     """What is wrong with the files' content, found by all ranks together, each a share."""
-    problems = manifest.damage(sorted(manifest.files)[topology.rank :: topology.world])
+    problems = manifest.damage(sorted(manifest.files)[topology.rank :: topology.world_size])
     return [problem for of_rank in all_gather_object(problems) for problem in of_rank]
 
 
@@ -198,7 +198,7 @@ def load_weights(engine: Engine, config: Config, topology: Topology, source: Man
         fragment for fragment in engine_state.fragments(engine) if reader.guide or not is_guide(fragment.name)
     )
     reader.restore(wanted, topology, kinds=("weight",))
-    if reader.guide and not models.has_guide(engine.module) and topology.main:
+    if reader.guide and not models.has_guide(engine.module) and topology.is_rank_zero:
         log.warning(
             "init_from = %r: its guides are left: this run is not guided at its first step", config.init_from
         )

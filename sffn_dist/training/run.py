@@ -108,7 +108,7 @@ class TrainingRun:
         Looked for every two seconds at most.
         """
         now = time.monotonic()
-        if not self.topology.main or now - self._asked < 2.0:
+        if not self.topology.is_rank_zero or now - self._asked < 2.0:
             return False
         self._asked = now
         return stragglers.requested(self.dir)

@@ -84,7 +84,10 @@ def _micro_batches(run: TrainingRun, step_schedule: StepSchedule) -> Iterator[Te
     """
     topology, micro = run.topology, run.config.train.micro_batch_size
     batches = run.batches.at(
-        step_schedule.data_step, topology.data_rank, topology.data, micro_batch_size=micro
+        step_schedule.data_step,
+        topology.data_parallel_rank,
+        topology.data_parallel_size,
+        micro_batch_size=micro,
     )
     started = time.perf_counter()
     for index, batch in enumerate(batches):

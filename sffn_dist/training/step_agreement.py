@@ -41,11 +41,11 @@ def agree_on_step(
     signals.report_wanted = False
     started = time.perf_counter()
     facts = [
-        loss / topology.world,
+        loss / topology.world_size,
         float(report),
         *(float(signals.received == number) for number in STOP_SIGNALS),
     ]
-    if topology.world > 1:
+    if topology.world_size > 1:
         shared = torch.tensor(facts, dtype=torch.float64, device=topology.device)
         dist.all_reduce(shared)
         facts = shared.tolist()

@@ -39,28 +39,28 @@ def obstacle(kind: str, disk: Path, here: Topology, half: int) -> Iterator[None]
     files, a read-only disk.
     """
     limits, check = resource.getrlimit(resource.RLIMIT_FSIZE), writer.check_room
-    if kind in ("full", "vanishing") and here.main:
+    if kind in ("full", "vanishing") and here.is_rank_zero:
         fill(disk / "filler", half)
     if kind == "vanishing":
         writer.check_room = lambda *_: None
-    if kind == "limit" and here.rank == here.world - 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (half // here.world, limits[1]))
-    if kind == "read-only" and here.main:
+    if kind == "limit" and here.rank == here.world_size - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (half // here.world_size, limits[1]))
+    if kind == "read-only" and here.is_rank_zero:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     _meet(here)
     yield
     _meet(here)
     writer.check_room = check
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    if kind == "read-only" and here.main:
+    if kind == "read-only" and here.is_rank_zero:
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-    if here.main:
+    if here.is_rank_zero:
         (disk / "filler").unlink(missing_ok=True)
     _meet(here)
 
 
 def _meet(here: Topology) -> None:
-    if here.world > 1:
+    if here.world_size > 1:
         dist.barrier()
 
 

@@ -143,12 +143,12 @@ def stolen_name(run_dir: Path) -> list[str]:
 def _save_for_ever(here: Topology, run_dir: Path, first: int, width: int, report: int) -> None:
     settings = saving.config(width, keep=2)
     saver, state = saving.saver_in(run_dir, settings, here), saving.State(settings, here)
-    if here.main:
+    if here.is_rank_zero:
         os.write(report, b"ready\n")
     for step in range(first, first + 900):
-        if saving.save(saver, state, step) and here.main:
+        if saving.save(saver, state, step) and here.is_rank_zero:
             os.write(report, f"{step}\n".encode())
-        for problem in saver.news() if here.main else ():
+        for problem in saver.news() if here.is_rank_zero else ():
             os.write(report, f"{problem}\n".encode())
 
 

@@ -29,7 +29,7 @@ def logits(importer: str, path: str, tokens: np.ndarray, overrides: tuple[str, .
         for name, parameter in model.named_parameters():
             full = weights.full(name)
             assert full.dtype == torch.float32
-            parameter.copy_(shard(full, specs[name], ranks.tensor, ranks.tensor_rank))
+            parameter.copy_(shard(full, specs[name], ranks.tensor_parallel_size, ranks.tensor_parallel_rank))
         models.mix_guide(model, weights.alpha)
         found = models.token_logits(model, torch.from_numpy(tokens))
     return found.numpy()

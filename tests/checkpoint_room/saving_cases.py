@@ -75,7 +75,7 @@ class State:
     def __init__(self, settings: Config, here: Topology, guide: bool = False):
         self.fragments = []
         for name, spec in model_tensors(settings, guide=guide).items():
-            start, stop = (spec.numel * rank // here.world for rank in (here.rank, here.rank + 1))
+            start, stop = (spec.numel * rank // here.world_size for rank in (here.rank, here.rank + 1))
             tensors = {kind: torch.zeros(stop - start) for kind in KINDS}
             self.fragments.append(writer.Fragment(name, start, stop - start, tensors))
         self.numels = {name: spec.numel for name, spec in model_tensors(settings, guide=guide).items()}
@@ -104,7 +104,7 @@ def saver_in(run_dir: Path, settings: Config, here: Topology | None = None) -> w
     """A Saver with a small tokenizer file."""
     here = here or place()
     tokenizer = run_dir.parent / "tokenizer.json"
-    if here.main and not tokenizer.exists():
+    if here.is_rank_zero and not tokenizer.exists():
         tokenizer.write_text('{"model": "none"}' + " " * 300)
     return writer.Saver(run_dir, settings, here, tokenizer)
 

@@ -55,8 +55,8 @@ def there(tree: dict[str, Any], folder: str, steps: int, more: int) -> dict[str,
     """
     cases = _training()
     run, manifest, _, counts = _trained(tree, steps)
-    if run.topology.main:
-        universal.to_universal(manifest, Path(folder), tensor=run.topology.tensor)
+    if run.topology.is_rank_zero:
+        universal.to_universal(manifest, Path(folder), tensor=run.topology.tensor_parallel_size)
     dist.barrier()
     expected = {"state": cases.state_digests(run.engine), "losses": [cases.take(run)[0] for _ in range(more)]}
     engines.destroy(run.engine)

@@ -61,7 +61,7 @@ def megatron_linears(h: int, f: int, rows: int, batch: int, sequence: bool) -> l
     """A forward and a backward over ``rows`` x ``batch`` tokens."""
     ranks = _join(2)
     model = _FeedForward(h, f, sequence)
-    x = torch.randn(rows // (ranks.tensor if sequence else 1), batch, h, requires_grad=True)
+    x = torch.randn(rows // (ranks.tensor_parallel_size if sequence else 1), batch, h, requires_grad=True)
     with _open(model, ranks) as ledger:
         model(x).sum().backward()
     return ledger.entries

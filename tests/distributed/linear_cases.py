@@ -114,7 +114,7 @@ def feed_forward_errors(
 ) -> dict[str, float]:  # fmt: skip
     """Relative RMS error of the output and of every gradient, on this rank, against the reference."""
     ranks = join()
-    p, structure = ranks.tensor, build_structure(kind, rank, blocks)
+    p, structure = ranks.tensor_parallel_size, build_structure(kind, rank, blocks)
     full = _full_tensors(structure, h, f, gated, bias, guide=alpha is not None)
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(rows, batch, h, generator=generator, dtype=torch.float64)
@@ -132,10 +132,14 @@ def feed_forward_errors(
     for role, layer in layers.items():
         layer.guide_weight = alpha
         for name, tensor in full[role].items():
-            getattr(layer, name).data.copy_(shard(tensor.detach(), layer.specs[name], p, ranks.tensor_rank))
+            getattr(layer, name).data.copy_(
+                shard(tensor.detach(), layer.specs[name], p, ranks.tensor_parallel_rank)
+            )
     sum_partial_gradients(mlp, ranks.tensor_group)
     mine = (
-        slice(ranks.tensor_rank * rows // p, (ranks.tensor_rank + 1) * rows // p) if sequence else slice(None)
+        slice(ranks.tensor_parallel_rank * rows // p, (ranks.tensor_parallel_rank + 1) * rows // p)
+        if sequence
+        else slice(None)
     )
     x_local = x[mine].clone().requires_grad_()
     y, left = mlp(x_local)
@@ -164,7 +168,7 @@ def traffic(
     dense is Megatron's own.
     """
     ranks = join()
-    p, structure = ranks.tensor, build_structure(kind, rank, blocks)
+    p, structure = ranks.tensor_parallel_size, build_structure(kind, rank, blocks)
     mlp = _ours(structure, h, f, gated, False, sequence, alpha, recompute, p)
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter)
@@ -194,7 +198,7 @@ def saved_bytes(
 ) -> int:
     """Bytes that one layer keeps for backward on this rank: storages counted once, without parameters."""
     ranks = join()
-    p, structure = ranks.tensor, build_structure(kind, rank, blocks)
+    p, structure = ranks.tensor_parallel_size, build_structure(kind, rank, blocks)
     mlp = _ours(structure, h, f, gated, False, sequence, None, recompute, p)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in mlp.parameters()}
     kept: dict[int, int] = {}
@@ -218,9 +222,17 @@ def frozen_guided(kind: str, rank: int | None, blocks: int | None, sequence: boo
     """
     ranks = join()
     mlp = _ours(
-        build_structure(kind, rank, blocks), 8, 16, False, False, sequence, 0.3, recompute, ranks.tensor
+        build_structure(kind, rank, blocks),
+        8,
+        16,
+        False,
+        False,
+        sequence,
+        0.3,
+        recompute,
+        ranks.tensor_parallel_size,
     )
-    torch.manual_seed(ranks.tensor_rank)
+    torch.manual_seed(ranks.tensor_parallel_rank)
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     for linear in (mlp.linear_fc1, mlp.linear_fc2):
@@ -251,7 +263,7 @@ def other_uses(
     it has not.
     """
     ranks = join()
-    p, structure, h, f = ranks.tensor, build_structure(kind, rank, blocks), 16, 64
+    p, structure, h, f = ranks.tensor_parallel_size, build_structure(kind, rank, blocks), 16, 64
     mlp = _ours(structure, h, f, True, True, sequence, None, recompute, p).float()
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -351,7 +363,17 @@ def peak_bytes(
     weights.
     """
     ranks = join()
-    mlp = _ours(build_structure(kind, rank, blocks), h, f, False, False, False, None, recompute, ranks.tensor)
+    mlp = _ours(
+        build_structure(kind, rank, blocks),
+        h,
+        f,
+        False,
+        False,
+        False,
+        None,
+        recompute,
+        ranks.tensor_parallel_size,
+    )
     for parameter in mlp.parameters():
         parameter.data.normal_()
     x = torch.randn(rows, 1, h, dtype=torch.float64, requires_grad=True)
@@ -367,7 +389,17 @@ def any_leading_dimensions(kind: str, rank: int | None, blocks: int | None, reco
     without one; 40 and 80 tokens.
     """
     ranks = join()
-    mlp = _ours(build_structure(kind, rank, blocks), 16, 64, True, True, False, None, recompute, ranks.tensor)
+    mlp = _ours(
+        build_structure(kind, rank, blocks),
+        16,
+        64,
+        True,
+        True,
+        False,
+        None,
+        recompute,
+        ranks.tensor_parallel_size,
+    )
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     errors = []

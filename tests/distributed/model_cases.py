@@ -51,13 +51,18 @@ def table_mismatches(tree: dict[str, Any]) -> list[str]:
     problems = [f"{name} is in one only" for name in specs.keys() ^ found.keys()]
     for name in specs.keys() & found.keys():
         spec, parameter = specs[name], found[name]
-        if tuple(parameter.shape) != spec.local_shape(ranks.tensor):
-            problems.append(f"{name}: {tuple(parameter.shape)}, table {spec.local_shape(ranks.tensor)}")
+        if tuple(parameter.shape) != spec.local_shape(ranks.tensor_parallel_size):
+            problems.append(
+                f"{name}: {tuple(parameter.shape)}, table {spec.local_shape(ranks.tensor_parallel_size)}"
+            )
         if parameter.tensor_model_parallel != (spec.cut is not None):
             problems.append(f"{name}: marked tensor_model_parallel {parameter.tensor_model_parallel}")
         # of what every rank holds, vectors; a replicated factor's gradient is summed by its linear
         split_by_tokens = (
-            config.parallel.sequence and ranks.tensor > 1 and spec.cut is None and len(spec.shape) == 1
+            config.parallel.sequence
+            and ranks.tensor_parallel_size > 1
+            and spec.cut is None
+            and len(spec.shape) == 1
         )
         if bool(getattr(parameter, "sequence_parallel", False)) != split_by_tokens:
             problems.append(f"{name}: marked sequence_parallel {not split_by_tokens}")

@@ -26,7 +26,7 @@ def _ranks() -> topology.Topology:
 def error(structure: dict[str, Any], inputs: int, outputs: int, sequence: bool) -> float:
     """Largest difference from the structure's own map, of the linear as this rank computes it."""
     ranks = _ranks()
-    p, rank, kind = ranks.tensor, ranks.tensor_rank, build_structure(**structure)
+    p, rank, kind = ranks.tensor_parallel_size, ranks.tensor_parallel_rank, build_structure(**structure)
     linear = NaiveLinear(kind, inputs, outputs, transformer(inputs, outputs, p, sequence), p, rank)
     generator = torch.Generator().manual_seed(3)
     factors = {

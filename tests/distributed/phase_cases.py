@@ -123,7 +123,9 @@ def stale_weights(run: Any) -> list[str]:
     held = {fragment.name: fragment for fragment in engine_state.fragments(run.engine)}
     for name, parameter in run.model.named_parameters():
         mine = (
-            shard(full[name], specs[name], run.topology.tensor, run.topology.tensor_rank)
+            shard(
+                full[name], specs[name], run.topology.tensor_parallel_size, run.topology.tensor_parallel_rank
+            )
             .view(-1)
             .to(parameter.dtype)
         )

@@ -51,7 +51,10 @@ def recorded(
 
     for step in range(steps):
         micro = run.batches.at(
-            step, here.data_rank, here.data, micro_batch_size=run.config.train.micro_batch_size
+            step,
+            here.data_parallel_rank,
+            here.data_parallel_size,
+            micro_batch_size=run.config.train.micro_batch_size,
         )
         recorder.begin()
         engines.train_batch(run.engine, loss, recorder.data(slowly(micro)), run.config.train.clip)
@@ -59,7 +62,7 @@ def recorded(
             dist.all_reduce(torch.zeros(1))
         recorder.end()
     rows = stragglers.report(recorder, here, run.config.tokens_per_step, "fp32")
-    if here.main:
+    if here.is_rank_zero:
         stragglers.write(Path(run_dir), steps, rows)
     engines.destroy(run.engine)
     return {"rows": [asdict(row) for row in rows], "text": stragglers.render(rows)}

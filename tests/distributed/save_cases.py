@@ -46,7 +46,7 @@ def trained(
             and time.monotonic() < deadline
         ):
             time.sleep(0.01)
-        if run.topology.rank == run.topology.world - 1 and failing.get(step, 0):
+        if run.topology.rank == run.topology.world_size - 1 and failing.get(step, 0):
             failing[step] -= 1
             raise OSError(28, "No space left on device")
         result = usual_write(folder, job)

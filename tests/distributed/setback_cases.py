@@ -42,7 +42,7 @@ def trained(
         told_before = json.dumps({"steps": passed, "returns": [], "trouble": -1})
         (Path(tree["run"]["dir"]) / NAME).write_text(told_before)
     run = training.begin(tree, precision)
-    last = run.topology.rank == run.topology.world - 1
+    last = run.topology.rank == run.topology.world_size - 1
     told: list[Any] = []
     taken: list[int] = []
     unchanged: dict[int, bool] = {}

@@ -134,7 +134,10 @@ def take(run: TrainingRun, nan: bool = False) -> tuple[float, float, int]:
     drawn = models.set_guide(run.model, run.schedule, now)
     engines.set_learning_rate(run.engine, config.train.learning_rate * now.learning_rate_factor)
     micro = run.batches.at(
-        now.data_step, ranks.data_rank, ranks.data, micro_batch_size=config.train.micro_batch_size
+        now.data_step,
+        ranks.data_parallel_rank,
+        ranks.data_parallel_size,
+        micro_batch_size=config.train.micro_batch_size,
     )
 
     def loss(batch: torch.Tensor) -> torch.Tensor:
@@ -147,7 +150,7 @@ def take(run: TrainingRun, nan: bool = False) -> tuple[float, float, int]:
     total = torch.tensor(result.loss)
     dist.all_reduce(total, group=ranks.data_group)
     run.step += 1
-    return float(total) / ranks.data, result.grad_norm, drawn
+    return float(total) / ranks.data_parallel_size, result.grad_norm, drawn
 
 
 @contextlib.contextmanager
@@ -179,7 +182,9 @@ def received(tree: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
     batches = Batches(
         tokens(config.model.vocab), config.model.sequence, config.train.global_batch_size, config.train.seed
     )
-    micro = batches.at(0, ranks.data_rank, ranks.data, micro_batch_size=config.train.micro_batch_size)
+    micro = batches.at(
+        0, ranks.data_parallel_rank, ranks.data_parallel_size, micro_batch_size=config.train.micro_batch_size
+    )
 
     def loss(batch: torch.Tensor) -> torch.Tensor:
         return models.token_losses(engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
@@ -189,7 +194,7 @@ def received(tree: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
     engines.destroy(engine)
     purposes = ("forward", "backward", "gradient")
     found = {purpose: float(ledger.elements(group="tensor", purpose=purpose)) for purpose in purposes}
-    return found, communication(config, "fp32", ranks.data)["step"]
+    return found, communication(config, "fp32", ranks.data_parallel_size)["step"]
 
 
 def save(run: TrainingRun) -> None:
@@ -214,7 +219,7 @@ def differing_replicas(engine: Any, config: configs.Config, ranks: Any) -> list[
     mine = {
         key: value for key, value in state_digests(engine).items() if specs[key.split("/")[0]].cut is None
     }
-    everyone: list[Any] = [None] * ranks.tensor
+    everyone: list[Any] = [None] * ranks.tensor_parallel_size
     dist.all_gather_object(everyone, mine, group=ranks.tensor_group)
     return [key for key in mine if any(other.get(key) != mine[key] for other in everyone)]
 
@@ -238,7 +243,7 @@ def failed_save(tree: dict[str, Any], step: int) -> tuple[str, list[str]]:
 
     def full_disk() -> Any:
         for fragment in held:
-            if ranks.rank == ranks.world - 1:
+            if ranks.rank == ranks.world_size - 1:
                 raise OSError(28, "No space left on device")
             yield fragment
 

@@ -180,7 +180,10 @@ def test_reshard_and_verify(convert: Callable[..., str], run: Path, tmp_path: Pa
         (["reshard", "{run}", "{run}", "--tensor", "2"], "exists already"),
         (["to-hf", "{none}", "{out}", "--ffn", "merged"], "no such file or folder"),
         (["from-megatron", "{run}", "{out}"], "this is checkpoint, not megatron"),
-        (["from-hf", "{here}", "{out}"], "neither a checkpoint nor a run"),
+        (
+            ["from-hf", "{here}", "{out}"],
+            "must be the .pth of the paper's authors; or a checkpoint or a run of sffn_dist; or",
+        ),
         (["to-hf", "{run}", "{out}"], "--ffn"),
         (["from-hf", "{run}", "{out}", "--rank", "0"], "--rank"),
     ],

@@ -56,7 +56,7 @@ def roll_back(run: TrainingRun) -> None:
     run.replace_engine(build)
     resume.load_state(run.engine, config, topology, start)
     bad_steps.record_rollback(start.step)
-    if topology.main:
+    if topology.is_rank_zero:
         bad_steps.write()
     run.rewind(start.step)
     source = checkpoint.folder if checkpoint else "the start"
