@@ -65,7 +65,7 @@ class Saves:
         self._saver.save(Position(self._step, self._step, None, None), self._fragments)
         self.stalls.append(time.perf_counter() - start)
         if self._saver.wait() is None:
-            sys.exit("; ".join(self._saver.news()))
+            sys.exit("; ".join(self._saver.pop_failures()))
         self.totals.append(time.perf_counter() - start)
         return self.stalls[-1]
 

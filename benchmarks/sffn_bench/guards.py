@@ -21,7 +21,7 @@ import torch.distributed as dist
 from sffn_bench import rows
 from sffn_dist import pretrain
 from sffn_dist.health import replica_check
-from sffn_dist.health.stragglers import Recorder
+from sffn_dist.health.stragglers import StepTimers
 from sffn_dist.health.watchdog import Watchdog
 from sffn_dist.launch import environment
 from sffn_dist.telemetry import metrics
@@ -36,8 +36,13 @@ GUARDS: dict[str, tuple[tuple[tuple[Any, str], ...], bool]] = {
     "replicas": (((replica_check, "check_replicas"),), True),
     "spikes": (((LossHistory, "skip_reason"), (BadSteps, "record")), False),
     "watch": (((Watchdog, "tick"),), False),
-    "recorder": (
-        ((Recorder, "begin"), (Recorder, "forwarded"), (Recorder, "end"), (TrainingRun, "report_requested")),
+    "timers": (
+        (
+            (StepTimers, "begin"),
+            (StepTimers, "forwarded"),
+            (StepTimers, "end"),
+            (TrainingRun, "report_requested"),
+        ),
         False,
     ),
     "telemetry": (((reporting, "report_step"),), False),

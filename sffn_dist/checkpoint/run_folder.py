@@ -44,7 +44,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def latest_checkpoint(
-    run_dir: Path, besides: Container[Path] = (), up_to: int | None = None
+    run_dir: Path, known_damaged: Container[Path] = (), up_to: int | None = None
 ) -> Manifest | None:
     """The newest complete checkpoint of a run; broken ones are skipped and named in a warning.
 
@@ -53,8 +53,7 @@ def latest_checkpoint(
     ``up_to``: the last step that it may be of.
 
     None if there is none, or none up to ``up_to``. Raises ConfigError if there are some and all are broken
-    (or among ``besides``, already known to be), or if they cannot be listed: starting anew would overwrite
-    the run.
+    (or among ``known_damaged``), or if they cannot be listed: starting anew would overwrite the run.
     """
     reasons: list[str] = []
     already_logged = 0
@@ -67,7 +66,7 @@ def latest_checkpoint(
     for folder in reversed(folders):
         if up_to is not None and step_of(folder) > up_to:
             continue
-        if folder in besides:
+        if folder in known_damaged:
             reasons.append(f"{folder}: its content is damaged, see above")
             already_logged = len(reasons)  # those before it by the call that found it
             continue

@@ -88,7 +88,7 @@ class Saver:
     """Writes a run's checkpoints; every rank has one and calls it alike.
 
     ``tokenizer`` is a file that goes into each checkpoint, so that it can be exported without the data.
-    Failures do not raise: they are reported by :meth:`news`, and :meth:`wait` gives None.
+    Failures do not raise: they are reported by :meth:`pop_failures`, and :meth:`wait` gives None.
     """
 
     def __init__(self, run_dir: Path, config: Config, topology: Topology, tokenizer: Path | None = None):
@@ -109,7 +109,7 @@ class Saver:
         self._saved = None
         job = _Job(position)
         try:
-            self._take(job, list(fragments))
+            self._stage(job, list(fragments))
         except Exception as error:  # whatever it is, every rank must receive it
             job.problem = f"{type(error).__name__}: {error}"
         if self.config.checkpoint.asynchronous:
@@ -132,11 +132,11 @@ class Saver:
         """True while a save is being written in the background."""
         return self._thread.is_alive()
 
-    def news(self) -> list[str]:
+    def pop_failures(self) -> list[str]:
         """What went wrong since this was last asked, a sentence each."""
         return [self._news.pop(0) for _ in range(len(self._news))]  # the thread may add to it meanwhile
 
-    def _take(self, job: _Job, fragments: list[Fragment]) -> None:
+    def _stage(self, job: _Job, fragments: list[Fragment]) -> None:
         file = f"rank_{self.topology.rank:05d}.safetensors"
         views: dict[str, Tensor] = {}
         for fragment in fragments:
@@ -161,11 +161,11 @@ class Saver:
         target = folder_of(self.run_dir, job.position.step)
         temporary = target.with_name(f".{target.name}{PARTIAL}")
 
-        def give_up() -> None:  # before the others learn of it: then nothing is left on any rank
+        def remove_partial() -> None:  # before the others learn of it: then nothing is left on any rank
             shutil.rmtree(temporary, ignore_errors=True)
 
         self._agree(
-            job, (job.bytes, job.problem), lambda reports: self._make_room(temporary, reports), give_up
+            job, (job.bytes, job.problem), lambda reports: self._make_room(temporary, reports), remove_partial
         )
         report, problem = None, None
         try:
@@ -178,7 +178,7 @@ class Saver:
             job,
             (report, problem),
             lambda reports: self._publish(temporary, target, job.position, reports),
-            give_up,
+            remove_partial,
         )
         return target
 
@@ -187,7 +187,7 @@ class Saver:
         job: _Job,
         report: tuple[Any, str | None],
         act: Callable[[list[Any]], None],
-        give_up: Callable[[], None],
+        remove_partial: Callable[[], None],
     ) -> None:
         """Gather (result, problem) of all ranks; rank 0 then acts on the results.
 
@@ -201,7 +201,7 @@ class Saver:
             except Exception as error:
                 problems = [f"rank 0: {type(error).__name__}: {error}"]
         if self.topology.is_rank_zero and problems:
-            give_up()
+            remove_partial()
         if self._group is not None:
             problems = broadcast_object(problems, self._group)
         if problems:

@@ -67,11 +67,11 @@ class Heartbeat:
         self._heard = 0
         self._stopping = threading.Event()
         self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._talk, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._exchange_beats, name="heartbeat", daemon=True)
         self._number, self._asked, self.fault = 0, 0.0, ""
         self._all = rank == 0  # read the beats of every rank, not only of those of this machine
         # when this process last came back from having been stopped: no silence counts from before
-        self.awake = 0.0
+        self.resumed_at = 0.0
 
     def start(self) -> None:
         """Publish this rank's place, wait until all have, and begin."""
@@ -165,7 +165,7 @@ class Heartbeat:
             return None
         if self._broken or self._out_of_contact():
             if self.rank == 0:
-                return "the rendezvous store does not answer: the process that serves it is gone"
+                return "the rendezvous store does not answer: its process is gone or cannot be reached"
             return (
                 None
                 if self._done(0)
@@ -173,7 +173,7 @@ class Heartbeat:
             )
         now = time.monotonic()
         for rank in range(self.world) if self.rank == 0 else (0,):
-            silence = now - max(self._beats[rank][0], self.awake)
+            silence = now - max(self._beats[rank][0], self.resumed_at)
             if rank != self.rank and silence > self._patience and not self._done(rank):
                 symptom = f"no heartbeat for {silence:.0f} s (guards.lost_seconds = {self._patience:g})"
                 return self._describe(rank, symptom)
@@ -214,7 +214,7 @@ class Heartbeat:
         ]
         return ", ".join(positions) + (", ..." if len(order) > 8 else "")
 
-    def is_spokesman(self, folder: Path) -> bool:
+    def should_report(self, folder: Path) -> bool:
         """True if this rank is to report the reason: always, unless the store does not answer and another
         rank has reported it.
         """
@@ -258,11 +258,13 @@ class Heartbeat:
         return bool(self._beats[rank][1].get("done"))
 
     def _out_of_contact(self) -> bool:
-        return bool(self._patience) and time.monotonic() - max(self._contact, self.awake) > self._patience
+        return (
+            bool(self._patience) and time.monotonic() - max(self._contact, self.resumed_at) > self._patience
+        )
 
     # ---------------------------------------------------------------------------------------- the line itself
 
-    def _talk(self) -> None:
+    def _exchange_beats(self) -> None:
         acknowledged = False
         while not self._stopping.is_set():
             try:
@@ -270,7 +272,7 @@ class Heartbeat:
                 self._beat()
                 self._read_beats()
                 self._asked = asked
-                self._judge()
+                self._settle_verdict()
                 if self.verdict and not acknowledged:
                     acknowledged = True
                     self._heard = self._store.add("heard", 1)
@@ -303,7 +305,7 @@ class Heartbeat:
             if beat["n"] != self._beats.get(rank, (0.0, {}))[1].get("n"):
                 self._beats[rank] = (now, beat)
 
-    def _judge(self) -> None:
+    def _settle_verdict(self) -> None:
         if self.verdict is None:
             if self._mine is not None:
                 verdict_json = self._store.compare_set("verdict", "", json.dumps(asdict(self._mine)))

@@ -16,7 +16,7 @@ several micro-steps, whose gradients are exchanged in each. There the rate of ma
 and there, tells the ranks apart.
 
 On CUDA the host runs ahead of the device, and ``compute`` means something only in steps that were
-synchronised (``Recorder.precise``): one of these is enough, and the others are left out of that column.
+synchronised (``StepTimers.precise``): one of these is enough, and the others are left out of that column.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Row:
     flops: float  # FLOP/s of matrix products, now
 
 
-class Recorder:
+class StepTimers:
     """A rank's last steps.
 
     In each step: begin, data while a batch is waited for, forwarded after each forward pass, waiting, end.
@@ -138,13 +138,13 @@ class Recorder:
 # ----------------------------------------------------------------------------------------------------- report
 
 
-def report(recorder: Recorder, topology: Topology, tokens_per_step: int, precision: str) -> list[Row]:
+def report(timers: StepTimers, topology: Topology, tokens_per_step: int, precision: str) -> list[Row]:
     """One row a rank, the same list on all, which all call between two steps.
 
     Takes some 0.3 s, for the matrix products.
     """
     device = topology.device
-    medians = recorder.medians()
+    medians = timers.medians()
     step = medians["step"]
     own_row = Row(
         rank=topology.rank,

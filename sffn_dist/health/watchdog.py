@@ -68,7 +68,7 @@ class Watchdog:
         self._heartbeat.start()
         self._catch_wakeups()
         self._ticked = time.monotonic()
-        self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
     def tick(self, doing: str, step: int) -> None:
@@ -130,13 +130,13 @@ class Watchdog:
 
     # --------------------------------------------------------------------------------------- the watch thread
 
-    def _look(self) -> None:
+    def _run(self) -> None:
         assert self._heartbeat
         warned = False
         while not self._ended.is_set():
             fault = self._heartbeat.fault
             try:
-                self._glance()
+                self._poll()
             except Exception:  # a fault of the watch ends no healthy run, nor does it leave one alone
                 fault = traceback.format_exc()
                 self._ended.wait(POLL_SECONDS)
@@ -146,13 +146,13 @@ class Watchdog:
                     f"rank {self._rank}: warning: the watchdog raised an error and continues:\n{fault}"
                 )
 
-    def _glance(self) -> None:
+    def _poll(self) -> None:
         assert self._heartbeat
         before = time.monotonic()
         self._wait_for_wakeup()
         now = time.monotonic()
         if now - before > STARVED_SECONDS:
-            self._heartbeat.awake = now  # nobody is late for that
+            self._heartbeat.resumed_at = now  # nobody is late for that
         if self._guards.hang_seconds and now - self._armed > REARM:
             # where this thread cannot run either, because somebody keeps the interpreter's lock: C code,
             # which needs none
@@ -182,7 +182,7 @@ class Watchdog:
         limit = self._limit()
         if (
             not self._guards.hang_seconds
-            or time.monotonic() - max(self._ticked, self._heartbeat.awake) < limit
+            or time.monotonic() - max(self._ticked, self._heartbeat.resumed_at) < limit
         ):
             return None
         self._heartbeat.refresh_all()
@@ -200,15 +200,15 @@ class Watchdog:
         faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
         folder = self._run_dir / "stacks" / self._heartbeat.run_id
         try:
-            is_spokesman = verdict.rank == self._rank and self._heartbeat.is_spokesman(folder)
+            should_report = verdict.rank == self._rank and self._heartbeat.should_report(folder)
             stuck = verdict.code in (exit_codes.HUNG, exit_codes.LOST_RANK)
-            if is_spokesman:  # first of all: folders and files may be what hangs
+            if should_report:  # first of all: folders and files may be what hangs
                 stacks_note = f"stacks of the ranks that still run: {folder}/\n" if stuck else ""
                 _write_stderr((verdict.text or f"pretrain.py: error: {verdict.reason}\n") + stacks_note)
             with suppress(Exception):
                 if stuck:
                     self.dump_stacks(folder)
-            if is_spokesman:
+            if should_report:
                 self._record(verdict)
             self._heartbeat.wait_for_others(verdict, LINGER_SECONDS)
             _flush()

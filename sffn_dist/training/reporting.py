@@ -123,7 +123,7 @@ def report_ranks(run: TrainingRun) -> None:
 
     All ranks must call it.
     """
-    rows = stragglers.report(run.recorder, run.topology, run.config.tokens_per_step, run.precision)
+    rows = stragglers.report(run.timers, run.topology, run.config.tokens_per_step, run.precision)
     if run.reports:
         run.reports.progress.note(stragglers.render(rows))
         stragglers.write(run.dir, run.step, rows)

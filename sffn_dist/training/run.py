@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sffn_dist.checkpoint.writer import Saver
 from sffn_dist.data.batches import Batches
 from sffn_dist.health import stragglers
-from sffn_dist.health.stragglers import Recorder
+from sffn_dist.health.stragglers import StepTimers
 from sffn_dist.health.watchdog import Watchdog
 from sffn_dist.inference.evaluation import EvaluationResult
 from sffn_dist.launch.signals import SignalHandler
@@ -61,12 +61,12 @@ class TrainingRun:
     evaluated: dict[int, EvaluationResult] = field(default_factory=dict)
     steps_taken: int = 0  # in this process
     start_step: int = field(init=False)
-    recorder: Recorder = field(init=False)
+    timers: StepTimers = field(init=False)
     _asked: float = -math.inf  # when rank 0 last looked for a request, by the monotonic clock
 
     def __post_init__(self) -> None:
         self.start_step = self.step
-        self.recorder = Recorder(self.topology.device)
+        self.timers = StepTimers(self.topology.device)
 
     @property
     def model(self) -> Any:

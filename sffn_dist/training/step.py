@@ -30,14 +30,14 @@ def train_step(run: TrainingRun) -> StepResult:
     engines.set_learning_rate(run.engine, config.train.learning_rate * step_schedule.learning_rate_factor)
 
     def decide(local_loss: float) -> StepAgreement:
-        with run.recorder.waiting():
+        with run.timers.waiting():
             agreement = agree_on_step(local_loss, run.signals, run.topology, report=run.report_requested())
         return dataclasses.replace(agreement, skip_reason=run.bad_steps.losses.skip_reason(agreement.loss))
 
-    run.recorder.begin()
-    batches = run.recorder.data(_micro_batches(run, step_schedule))
+    run.timers.begin()
+    batches = run.timers.data(_micro_batches(run, step_schedule))
     engine_step = engines.train_batch(run.engine, _loss(run), batches, config.train.clip, decide)
-    run.recorder.end()
+    run.timers.end()
     agreement, norm = engine_step.decision, engine_step.grad_norm
     skip_reason = agreement.skip_reason
     if skip_reason is None and not math.isfinite(norm):
@@ -71,7 +71,7 @@ def _loss(run: TrainingRun) -> Callable[[Tensor], Tensor]:
     def loss(batch: Tensor) -> Tensor:
         run.watchdog.tick("training", run.step)
         mean = models.token_losses(run.engine, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).mean()
-        run.recorder.forwarded()
+        run.timers.forwarded()
         return mean
 
     return loss

@@ -72,7 +72,7 @@ def obstructed(here: Topology, disk: Path, kind: str, asynchronous: bool) -> dic
     paths = [saving.save(saver, state, 1)]
     with obstacle(kind, disk, here, half):
         paths.append(saving.save(saver, state, 2))
-        news, left, whole = saver.news(), saving.names(run_dir), saving.complete(run_dir)
+        news, left, whole = saver.pop_failures(), saving.names(run_dir), saving.complete(run_dir)
     paths.append(saving.save(saver, state, 2))
     _meet(here)
     saves = [path and path.name for path in paths]
@@ -81,7 +81,7 @@ def obstructed(here: Topology, disk: Path, kind: str, asynchronous: bool) -> dic
         "news": news,
         "left": left,
         "whole": whole,
-        "later": saver.news(),
+        "later": saver.pop_failures(),
         "then": saving.complete(run_dir),
     }
 
@@ -137,7 +137,11 @@ def filled_at_random(folder: Path, times: int, seed: int) -> list[dict[str, Any]
             filler = saving.start(take_room)
             path = saving.save(saver, state, step)
             saving.answer(filler)
-            news, left, after = saver.news(), saving.names(folder / "run"), saving.complete(folder / "run")
+            news, left, after = (
+                saver.pop_failures(),
+                saving.names(folder / "run"),
+                saving.complete(folder / "run"),
+            )
             (folder / "filler").unlink(missing_ok=True)
             rows.append(
                 {

@@ -69,9 +69,9 @@ def save_with_calls(run_dir: Path, act: Callable[[int, str], None]) -> list[Any]
     before_each_call(told)
     path = saving.save(saver, state, 3)
     watching = False
-    news, left, whole = saver.news(), saving.names(run_dir), saving.complete(run_dir)
+    news, left, whole = saver.pop_failures(), saving.names(run_dir), saving.complete(run_dir)
     again = saving.save(saver, state, 3)
-    return [calls, path and path.name, news, left, whole, again and again.name, saver.news()]
+    return [calls, path and path.name, news, left, whole, again and again.name, saver.pop_failures()]
 
 
 def prepared(folder: Path) -> Path:
@@ -148,7 +148,7 @@ def _save_for_ever(here: Topology, run_dir: Path, first: int, width: int, report
     for step in range(first, first + 900):
         if saving.save(saver, state, step) and here.is_rank_zero:
             os.write(report, f"{step}\n".encode())
-        for problem in saver.news() if here.is_rank_zero else ():
+        for problem in saver.pop_failures() if here.is_rank_zero else ():
             os.write(report, f"{problem}\n".encode())
 
 
@@ -254,7 +254,7 @@ def one_rank_fails(run_dir: Path, where: str) -> list[Any]:
         if here.rank == 1:
             delattr(part, method)
         paths.append(saving.save(saver, state, 2))
-        return [[path and path.name for path in paths], saver.news(), seen]
+        return [[path and path.name for path in paths], saver.pop_failures(), seen]
 
     run_dir.mkdir(parents=True)
     return saving.on_ranks(2, run_dir.parent / "meeting", some)

@@ -265,7 +265,7 @@ def saved(
         settings = config(**checkpoint)
         saver, state = saver_in(run_dir, settings, here), State(settings, here, guide)
         paths = [save(saver, state, step, guide) for step in steps]
-        return [[path and path.name for path in paths], saver.news()]
+        return [[path and path.name for path in paths], saver.pop_failures()]
 
     run_dir.mkdir(parents=True, exist_ok=True)
     return on_ranks(world, run_dir.parent / "meeting", some)
@@ -286,6 +286,6 @@ def saved_on_a_disk_that_goes(run_dir: Path, how: str) -> dict[str, Any]:
 
         writer.Saver._write = lossy  # type: ignore[method-assign]
         path = save(saver, State(saver.config, saver.topology), 1)
-        return {"saved": path, "news": saver.news()}
+        return {"saved": path, "news": saver.pop_failures()}
 
     return forked(attempt)

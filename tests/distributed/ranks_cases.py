@@ -36,7 +36,7 @@ def recorded(
     run = training.begin(tree)
     here = run.topology
     late_data, late_forward = slow.get(here.rank, (0.0, 0.0))
-    recorder = stragglers.Recorder(here.device)
+    recorder = stragglers.StepTimers(here.device)
 
     def slowly(batches: Any) -> Iterator[torch.Tensor]:
         for batch in batches:

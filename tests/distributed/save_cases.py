@@ -33,7 +33,7 @@ def trained(
     run = training.begin(tree)
     events, news, failing = [], [], dict(failures or {})
     usual_write: Callable[..., Any] = run.saver._write
-    usual_news, usual_step = run.saver.news, engines.train_batch
+    usual_news, usual_step = run.saver.pop_failures, engines.train_batch
 
     def write(folder: Path, job: Any) -> Any:
         step = job.position.step
@@ -62,7 +62,7 @@ def trained(
         events.append(f"step {run.step + 1}")
         return result
 
-    run.saver._write, run.saver.news, engines.train_batch = write, heard, step  # type: ignore[method-assign]
+    run.saver._write, run.saver.pop_failures, engines.train_batch = write, heard, step  # type: ignore[method-assign]
     lost = ""
     try:
         loop.train(run)

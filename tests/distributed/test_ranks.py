@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sffn_dist.health import stragglers as reports
-from sffn_dist.health.stragglers import Recorder, Row, requested, stragglers
+from sffn_dist.health.stragglers import Row, StepTimers, requested, stragglers
 
 CASES = Path(__file__).with_name("ranks_cases.py")
 TREE: dict[str, Any] = {
@@ -90,7 +90,7 @@ def test_the_table_names_the_straggler() -> None:
 
 
 def test_the_recorder_keeps_the_last_steps() -> None:
-    recorder = Recorder(torch.device("cpu"), window=4)
+    recorder = StepTimers(torch.device("cpu"), window=4)
     assert set(recorder.medians().values()) == {None}
     for _ in range(9):
         recorder.begin()

@@ -249,7 +249,7 @@ def failed_save(tree: dict[str, Any], step: int) -> tuple[str, list[str]]:
 
     saver = writer.Saver(Path(config.run.dir), config, ranks)
     saver.save(writer.Position(step, step, None, None), full_disk())
-    message = "saved" if saver.wait() else "; ".join(saver.news())
+    message = "saved" if saver.wait() else "; ".join(saver.pop_failures())
     engines.destroy(engine)
     return message, sorted(path.name for path in (Path(config.run.dir) / "checkpoints").iterdir())
 

@@ -102,7 +102,7 @@ def finished_save(run: TrainingRun) -> Path | None:
 
 def report_failures(run: TrainingRun, consequence: str = "") -> None:
     """Report saves that failed since the last call, and what follows."""
-    for problem in run.saver.news():
+    for problem in run.saver.pop_failures():
         if run.reports:
             run.reports.progress.note(f"warning: {problem}{consequence}")
 

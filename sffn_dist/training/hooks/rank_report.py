@@ -14,11 +14,11 @@ class RankReport(Hook):
     """
 
     def due(self, run: TrainingRun, result: StepResult) -> bool:
-        return result.report or run.recorder.precise
+        return result.report or run.timers.precise
 
     def __call__(self, run: TrainingRun, result: StepResult) -> None:
-        if run.topology.device.type == "cuda" and not run.recorder.precise:
-            run.recorder.precise = True
+        if run.topology.device.type == "cuda" and not run.timers.precise:
+            run.timers.precise = True
             return
-        run.recorder.precise = False
+        run.timers.precise = False
         reporting.report_ranks(run)
