@@ -139,7 +139,7 @@ def test_the_server_of_the_store_is_gone(scenes: Scenes) -> None:
     late = scenes("agent_ends_late")
     assert late.codes == [6, 0]
     assert late.errors == [
-        "pretrain.py: error: the rendezvous store does not answer: the process that serves it is gone"
+        "pretrain.py: error: the rendezvous store does not answer: its process is gone or cannot be reached"
     ]
 
 
