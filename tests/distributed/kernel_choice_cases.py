@@ -38,15 +38,15 @@ def choices(
 
     cuda: Any = torch.cuda
     kept = {name: getattr(cuda, name) for name in ("device", "is_current_stream_capturing")}
-    usual = dispatch.unavailable, dispatch._table, dispatch._time, dispatch._write, dispatch._State.setting
+    usual = dispatch.unavailable, dispatch._table, dispatch._time, dispatch._write, dispatch._DispatchState.setting
     module: Any = dispatch
     try:
         cuda.device = lambda device: torch.no_grad()
         cuda.is_current_stream_capturing = lambda: False
         module.unavailable = lambda device: reasons[here.rank]
         module._time, module._write = timed, lambda device, table: measured.append("written")
-        dispatch._State.table = tables[here.rank]
-        module._table = lambda device: dispatch._State.table
+        dispatch._DispatchState.table = tables[here.rank]
+        module._table = lambda device: dispatch._DispatchState.table
         claimed = dataclasses.replace(here, device=torch.device("cuda", 0))
         all_reduce, broadcast = dist.all_reduce, dist.broadcast_object_list
         as_tensor: Any = torch.tensor
@@ -63,6 +63,6 @@ def choices(
         torch.tensor, dist.all_reduce, dist.broadcast_object_list = as_tensor, all_reduce, broadcast
         for name, function in kept.items():
             setattr(cuda, name, function)
-        module.unavailable, module._table, module._time, module._write, dispatch._State.setting = usual
-        dispatch._State.table = None
+        module.unavailable, module._table, module._time, module._write, dispatch._DispatchState.setting = usual
+        dispatch._DispatchState.table = None
         dispatch.agree_by(None)

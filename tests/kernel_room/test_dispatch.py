@@ -43,9 +43,9 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, 
         return times[way()]
 
     monkeypatch.setattr(dispatch, "_time", timed)
-    monkeypatch.setattr(dispatch._State, "among_kernels", {})
+    monkeypatch.setattr(dispatch._DispatchState, "among_kernels", {})
     dispatch._name.cache_clear()
-    monkeypatch.setattr(dispatch._State, "table", None)
+    monkeypatch.setattr(dispatch._DispatchState, "table", None)
     yield times
     dispatch._name.cache_clear()
 
@@ -97,12 +97,12 @@ def test_a_choice_that_no_longer_fits_falls_back(card: dict[str, float]) -> None
     def grown() -> str:
         raise OutOfResourcesError
 
-    dispatch._State.table = {"op float16 128x8": "quick"}
+    dispatch._DispatchState.table = {"op float16 128x8": "quick"}
     assert (
         dispatch.run("op", (100, 8), Card, lambda: "torch", lambda: {"slow": lambda: "slow", "quick": grown})
         == "torch"
     )  # type: ignore[arg-type, type-var]
-    assert dispatch._State.table == {"op float16 128x8": "torch"}
+    assert dispatch._DispatchState.table == {"op float16 128x8": "torch"}
 
 
 def test_several_ranks_that_do_not_agree_measure_nothing(
@@ -111,7 +111,7 @@ def test_several_ranks_that_do_not_agree_measure_nothing(
     monkeypatch.setattr(dispatch, "_alone", lambda: False)
     assert chosen() == "torch"
     assert card["measured"] == 0
-    dispatch._State.table = {"op float16 128x8": "quick"}
+    dispatch._DispatchState.table = {"op float16 128x8": "quick"}
     assert chosen() == "quick", "by a table"
 
 
@@ -119,7 +119,7 @@ def test_a_table_of_another_triton_is_not_used(card: dict[str, float], tmp_path:
     assert chosen() == "quick"
     (file,) = (tmp_path / "sffn_dist" / "kernels").iterdir()
     file.write_text(json.dumps({**json.loads(file.read_text()), "triton": "3.0"}))
-    dispatch._State.table = None
+    dispatch._DispatchState.table = None
     card.update(quick=9.0)
     assert chosen() == "torch"
 
@@ -149,7 +149,7 @@ def test_what_is_fastest_is_kept(card: dict[str, float], tmp_path: Path) -> None
     (file,) = (tmp_path / "sffn_dist" / "kernels").iterdir()
     assert file.name == "a_card_80gb.json"
     assert json.loads(file.read_text())["rows"] == {"op float16 128x8": "quick", "op float16 256x8": "torch"}
-    dispatch._State.table = None  # another process
+    dispatch._DispatchState.table = None  # another process
     card.update(quick=9.0, torch=8.0)
     assert chosen() == "quick"
 
@@ -186,7 +186,7 @@ def test_nothing_is_measured_within_a_graph_capture(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert chosen() == "torch"
-    assert not dispatch._State.table
+    assert not dispatch._DispatchState.table
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": 3}', '{"rows": {"op float16 128x8": 3}}', "\xff"])
@@ -200,7 +200,7 @@ def test_a_damaged_table_is_left_aside(card: dict[str, float], text: str) -> Non
 
 
 def test_a_table_may_name_what_is_no_more(card: dict[str, float]) -> None:
-    dispatch._State.table = {"op float16 128x8": "gone"}
+    dispatch._DispatchState.table = {"op float16 128x8": "gone"}
     assert chosen() == "quick"
 
 
