@@ -86,12 +86,17 @@ def check_replicas(model: nn.Module, masters: Iterable[Fragment], config: Config
     )
     sums, differ = sums.to(topology.device), {}
     count_over = {name: sum(name in item.over for item in held) for name in ("data", "tensor")}
-    for name, group, own in (
-        ("data", topology.data_group, sums[: count_over["data"]]),
-        ("tensor", topology.tensor_group, sums[len(held) - count_over["tensor"] :]),
+    for name, size, group, own in (
+        ("data", topology.data_parallel_size, topology.data_group, sums[: count_over["data"]]),
+        (
+            "tensor",
+            topology.tensor_parallel_size,
+            topology.tensor_group,
+            sums[len(held) - count_over["tensor"] :],
+        ),
     ):
         bounds = torch.stack([own, ~own])  # the least of ~x is ~ of the greatest x
-        if getattr(topology, name) > 1:
+        if size > 1:
             dist.all_reduce(bounds, op=dist.ReduceOp.MIN, group=group)
         differ[name] = bounds[0] != ~bounds[1]
     any_differ = torch.cat(list(differ.values())).any().to(torch.int32)

@@ -38,7 +38,13 @@ def choices(
 
     cuda: Any = torch.cuda
     kept = {name: getattr(cuda, name) for name in ("device", "is_current_stream_capturing")}
-    usual = dispatch.unavailable, dispatch._table, dispatch._time, dispatch._write, dispatch._DispatchState.setting
+    usual = (
+        dispatch.unavailable,
+        dispatch._table,
+        dispatch._time,
+        dispatch._write,
+        dispatch._DispatchState.setting,
+    )
     module: Any = dispatch
     try:
         cuda.device = lambda device: torch.no_grad()
@@ -63,6 +69,8 @@ def choices(
         torch.tensor, dist.all_reduce, dist.broadcast_object_list = as_tensor, all_reduce, broadcast
         for name, function in kept.items():
             setattr(cuda, name, function)
-        module.unavailable, module._table, module._time, module._write, dispatch._DispatchState.setting = usual
+        module.unavailable, module._table, module._time, module._write, dispatch._DispatchState.setting = (
+            usual
+        )
         dispatch._DispatchState.table = None
         dispatch.agree_by(None)

@@ -47,7 +47,10 @@ def three_passes_errors(structure: dict[str, Any], h: int, f: int, alpha: float)
     """Largest difference between the guided layer and the one of three passes, as a share of the largest
     value: y and every gradient.
     """
-    config, kind = transformer(h, f, _ranks().tensor_parallel_size, sequence=False), build_structure(**structure)
+    config, kind = (
+        transformer(h, f, _ranks().tensor_parallel_size, sequence=False),
+        build_structure(**structure),
+    )
     layers = ours(kind, config, guide=True, alpha=alpha), ThreePassesMLP(kind, config, alpha)
     generator = torch.Generator().manual_seed(3)
     weights = {
