@@ -35,7 +35,7 @@ GUARDS: dict[str, tuple[tuple[tuple[Any, str], ...], bool]] = {
     "agreement": (((step, "agree_on_step"),), True),
     "replicas": (((replica_check, "check_replicas"),), True),
     "spikes": (((LossHistory, "skip_reason"), (BadSteps, "record")), False),
-    "watch": (((Watchdog, "tick"),), False),
+    "watchdog": (((Watchdog, "tick"),), False),
     "timers": (
         (
             (StepTimers, "begin"),
