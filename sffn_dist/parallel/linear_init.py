@@ -1,6 +1,4 @@
-"""What a structured linear sees to by itself in a model that no run of ours sets up: that its sizes fit,
-and its first weights.
-"""
+"""Checks and first weights of structured linears, also in a model that is not ours."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """How a structured linear is computed on p tensor-parallel ranks, forward and backward: only the bottleneck z
 is exchanged.
 
-    column (h -> f)   z = A x, A replicated, on the rank's tokens; spread z; y = U z, U the rank's part
-    row (f -> h)      z = A x, A the rank's part, on the rank's features; collect z; y = U z, U replicated, on
+    column (h -> f)   z = V x, V replicated, on the rank's tokens; spread z; y = U z, U the rank's part
+    row (f -> h)      z = V x, V the rank's part, on the rank's features; collect z; y = U z, U replicated, on
                       the rank's tokens
 
-(A, U: first and second factor; spread, collect: collectives.Exchange.) With the guide: y = alpha W x + (1 -
+(V, U: first and second factor; spread, collect: collectives.Exchange.) With the guide: y = alpha W x + (1 -
 alpha) U z (paper, section 4), where W is split as Megatron splits a dense linear, at its price. Both weights
 of the mix are scale factors of the matrix products, which accumulate onto one another, so the mix makes no
 pass over y or dy of its own. Two things are added in a pass where they had to travel: a column's dx of the
@@ -102,7 +102,7 @@ class ColumnSplit(SplitLinear):
     role = "column"
 
     def narrow(self, x: Tensor, first: Tensor) -> Tensor:
-        """A x of the rank's tokens, as a narrow z: a view, not laid out yet."""
+        """V x of the rank's tokens, as a narrow z: a view, not laid out yet."""
         z, n = self.first_product.forward(x, first), self.exchange.count
         if self.shuffled:  # feature (r, l): a chunk holds some blocks l
             return (
