@@ -115,7 +115,7 @@ class ColumnSplit(SplitLinear):
         return wide.shape[: -2 if self.shuffled else -1]
 
     def _join(self, narrow: Tensor) -> Tensor:
-        """A narrow z -> (rows, ..., bottleneck), as A wrote it."""
+        """A narrow z -> (rows, ..., bottleneck), as V wrote it."""
         if self.shuffled:
             return narrow.transpose(-1, -2).movedim(0, -2).flatten(-3)
         return _joined(narrow)
