@@ -55,6 +55,15 @@ def run(folder: Path, script: str, *arguments: str, code: int = 0) -> str:
     return done.stdout if script.endswith("convert.py") else done.stdout + done.stderr
 
 
+def run_plan(folder: Path, config: str) -> str:
+    """The plan of a config, as JSON."""
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "sffn_dist/pretrain.py"), "--config", config, "--plan", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -143,3 +152,23 @@ def test_an_export_is_imported(past: Path) -> None:
     trained = json.loads((past / "fresh/summary.json").read_text())["heldout_loss"]
     started_at = rows(GOLDEN / "plain/evaluations.jsonl")[0]["heldout_loss"]
     assert trained < started_at + 0.05, "it starts from the golden weights"
+
+
+def test_a_structured_export_is_imported(past: Path) -> None:
+    """Its factors become a checkpoint of the same structure, which gives the same logits."""
+    run(past, "tools/convert.py", "from-hf", "structured", "imported")
+    manifest = json.loads((past / "imported/manifest.json").read_text())
+    assert manifest["config"]["ffn"]["kind"] == "block_dense"
+    assert any(name.endswith(".mlp.linear_fc1.block_in") for name in manifest["tensors"])
+    assert "the same" in run(past, "tools/convert.py", "verify", "structured", "imported")
+
+
+def test_a_start_config_is_read(past: Path) -> None:
+    """The start.json that an import with guides wrote is a base to train on."""
+    options = ("--ffn", "low_rank", "--rank", "8", "--guide")
+    run(past, "tools/convert.py", "from-hf", "merged", "imported", *options)
+    base = {"base": "start.json", "train": {"steps": 3, "global_batch_size": 2, "micro_batch_size": 2}}
+    (past / "from_import.json").write_text(json.dumps(base | {"data": {"source": "text/corpus.jsonl"}}))
+    planned = json.loads(run_plan(past, "from_import.json"))
+    assert (planned["ffn"]["kind"], planned["ffn"]["rank"]) == ("low_rank", 8)
+    assert planned["guided_steps_share"] > 0
