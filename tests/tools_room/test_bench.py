@@ -113,7 +113,12 @@ def test_interrupted_saves_leave_nothing(root: Path, tmp_path: Path) -> None:
     arguments = ["checkpoint", "--gigabytes", "0.3", "--repeats", "99", "--folder", str(tmp_path)]
     command = [sys.executable, str(root / "tools" / "bench.py"), *arguments]
     bench = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        # a shell's background job ignores SIGINT, and so would what it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
     while not list(tmp_path.rglob("*.safetensors")) and time.monotonic() < deadline:
