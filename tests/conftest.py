@@ -78,7 +78,7 @@ def nursery() -> Iterator[Callable[..., Any]]:
     """``nursery(file, function, ...)`` calls it in a process of its own that joins no group: a child that
     it forks starts at once.
     """
-    pool = _load(Path(__file__).parent / "distributed" / "rank_pool.py").RankPool(1)
+    pool = _load(Path(__file__).parent / "distributed" / "rank_pool.py").RankPool(1, timeout=580.0)
     yield lambda file, function, **arguments: pool.run(file, function, **arguments)[0]
     pool.stop()
 
