@@ -30,6 +30,7 @@ from sffn_dist.conversion.formats import IMPORTERS, format_of, is_checkpoint, we
 from sffn_dist.launch.error_output import print_errors
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.structured.registry import structure_class, structured_kinds
+from sffn_dist.structured.structure import SETTINGS
 
 REFUSED, DIFFERENT = 2, 1  # exit codes
 
@@ -112,12 +113,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _misfit(options: argparse.Namespace) -> str | None:
     """Options that would be left unread."""
-    given_names = [
-        name for name in ("rank", "blocks", "dense_layers", "guide") if getattr(options, name, None)
-    ]
+    given_names = [name for name in (*SETTINGS, "dense_layers", "guide") if getattr(options, name, None)]
     ffn = getattr(options, "ffn", None)
     for name in given_names:
-        unread = not ffn or (name in ("rank", "blocks") and name not in structure_class(ffn).settings)
+        unread = not ffn or (name in SETTINGS and name not in structure_class(ffn).settings)
         if "ffn" in options and options.command.startswith("from-") and unread:
             return f"--{name.replace('_', '-')}: " + (
                 f"--ffn {options.ffn} has no use for it" if options.ffn else "goes with --ffn"

@@ -8,7 +8,7 @@ command for it then.
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +38,7 @@ class ImportFormat:
 
     def read(self, path: Path, overrides: Sequence[str] = ()) -> Weights:
         """The model in ``path``. Raises ConfigError."""
-        module, _, function = self.reader.partition(":")
-        weights: Weights = getattr(importlib.import_module(module), function)(path, overrides)
+        weights: Weights = pkgutil.resolve_name(self.reader)(path, overrides)
         return weights
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sffn_dist.parallel import cpu_compat
 from sffn_dist.structured import functional
 from sffn_dist.structured.cut import Role, TensorSpec
-from sffn_dist.structured.registry import structured_kinds
+from sffn_dist.structured.registry import listed, structured_kinds
 from sffn_dist.structured.structure import Size, Structure, refuse
 
 # between the seeds of expert-parallel ranks: odd and far from small numbers
@@ -22,7 +22,7 @@ _NEXT_EXPERT_RANK = 0x9E3779B97F4A7C15
 def check_structure(structure: Structure) -> None:
     """Raise ValueError if the settings do not make a structure, or it has nothing structured."""
     if structure.dense:
-        raise ValueError(f"kind = {structure.kind!r}: must be one of {', '.join(structured_kinds())}")
+        raise ValueError(f"kind = {structure.kind!r}: must be {listed(structured_kinds())}")
     refuse(structure.setting_problems())
 
 

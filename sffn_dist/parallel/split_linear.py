@@ -68,7 +68,7 @@ class SplitLinear:
     @cached_property
     def shuffled(self) -> bool:
         """Whether z is shuffled before the second factor, which reads a row of it for each block."""
-        return ops(self.structure).second_blocks is not None
+        return ops(self.structure).shuffled
 
     @cached_property
     def guide_exchange(self) -> Exchange:

@@ -14,7 +14,7 @@ from sffn_dist.spec.config import Config, ConfigError, Guide
 from sffn_dist.spec.config_keys import defaults, flatten
 from sffn_dist.spec.split_table import configured_structure
 from sffn_dist.structured.registry import DENSE, structure_class
-from sffn_dist.structured.structure import Size
+from sffn_dist.structured.structure import SETTINGS, Size
 
 
 def problems(config: Config) -> Iterable[str]:
@@ -130,7 +130,7 @@ def unused_settings(config: Config) -> dict[str, str]:
     """Settings that this run does not use, with the reason; shown by the plan."""
     notes: dict[str, str] = {}
     kind, settings = config.ffn.kind, structure_class(config.ffn.kind).settings
-    for name in ("rank", "blocks"):
+    for name in SETTINGS:
         if getattr(config.ffn, name) is not None and name not in settings:
             notes[f"ffn.{name}"] = f"ffn.kind = {kind} has no {name}"
     notes.update(_unused_guide(config))
@@ -188,9 +188,7 @@ def identity(config: Config) -> dict[str, Any]:
     that guides nothing.
     """
     idle = set(FREE)
-    idle |= {
-        f"ffn.{name}" for name in ("rank", "blocks") if name not in structure_class(config.ffn.kind).settings
-    }
+    idle |= {f"ffn.{name}" for name in SETTINGS if name not in structure_class(config.ffn.kind).settings}
     flat = {
         key: value
         for key, value in flatten(config).items()

@@ -21,9 +21,7 @@ class BlockShuffleOps(StructureOps):
     matrix: the Monarch projection.
     """
 
-    @property
-    def second_blocks(self) -> int | None:
-        return self.structure.needed_blocks
+    shuffled = True
 
     def products(self, role: Role) -> tuple[Product, Product]:
         return BlockDiagonalProduct(), InterleavedProduct()

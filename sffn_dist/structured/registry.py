@@ -8,7 +8,7 @@ Another structure is two files and a line in ``BUILT_IN``, or :func:`register` c
 from __future__ import annotations
 
 import functools
-import importlib
+import pkgutil
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -81,8 +81,7 @@ def ops(structure: Structure) -> StructureOps:
     """What computes with factors of this structure."""
     implementation = _registered[structure.kind][1]
     if isinstance(implementation, str):
-        module, _, name = implementation.partition(":")
-        implementation = getattr(importlib.import_module(module), name)
+        implementation = pkgutil.resolve_name(implementation)
     assert not isinstance(implementation, str)
     return implementation(structure)
 

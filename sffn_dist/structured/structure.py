@@ -19,6 +19,7 @@ from typing import ClassVar, NamedTuple
 from sffn_dist.structured.cut import Cut, Layout, Role
 
 Shapes = Mapping[str, tuple[int, ...]]
+SETTINGS = ("rank", "blocks")  # what structures may have: keys of the config's ffn section
 
 
 class Size(NamedTuple):
@@ -123,7 +124,7 @@ class Structure(abc.ABC):
 
         ``prefix`` stands before their names in messages.
         """
-        for name in ("rank", "blocks"):
+        for name in SETTINGS:
             value = getattr(self, name)
             if name in self.settings and value is None:
                 yield f'{prefix}{name}: missing; {prefix}kind = "{self.kind}" needs it'

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,16 +26,11 @@ Gaussian = Callable[[tuple[int, ...]], Tensor]  # shape -> N(0, 1)
 class StructureOps(abc.ABC):
     """The computation of one structure; ``structure`` has the settings, factors come by name."""
 
+    # block l of the second factor reads the features r*B + l of z, as Monarch does, in place of z as it is
+    shuffled: ClassVar[bool] = False
+
     def __init__(self, structure: Structure):
         self.structure = structure
-
-    @property
-    def second_blocks(self) -> int | None:
-        """B if the second factor's block l reads the features r*B + l of z, as Monarch's does.
-
-        None if it reads z as it is.
-        """
-        return None
 
     @abc.abstractmethod
     def products(self, role: Role) -> tuple[Product, Product]:

@@ -6,11 +6,11 @@ What of an engine is the run's state: engine_state.py.
 from __future__ import annotations
 
 import gc
-import importlib
 import inspect
 import logging
 import math
 import os
+import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -76,8 +76,7 @@ def create(
     _patch_deepspeed()
     named_params = list(model.named_parameters())
     groups = [[p for n, p in named_params if not is_guide(n)], [p for n, p in named_params if is_guide(n)]]
-    module, _, function = OPTIMIZERS[config.train.optimizer].partition(":")
-    optimizer = getattr(importlib.import_module(module), function)(
+    optimizer = pkgutil.resolve_name(OPTIMIZERS[config.train.optimizer])(
         [group for group in groups if group], config.train
     )
     if config.zero.stage == 3:

@@ -1,9 +1,6 @@
 """Sources of documents by the form of ``data.source``.
 
-Another one is a file here and a line in :data:`SOURCES`.
-
-The first kind that matches is taken.
-
+Another one is a file here and a line in :data:`SOURCES`. The first kind that matches is taken.
 """
 
 from __future__ import annotations
