@@ -26,9 +26,10 @@ from sffn_dist.spec.config import Config
 
 if TYPE_CHECKING:
     from sffn_dist.health.watchdog import Watchdog
+    from sffn_dist.launch.signals import SignalHandler
 
 
-def pretrain(config: Config, watchdog: Watchdog) -> int:
+def pretrain(config: Config, watchdog: Watchdog, signals: SignalHandler) -> int:
     """The run itself, on every rank; returns its exit code."""
     from sffn_dist import model as models
     from sffn_dist.checkpoint.writer import Saver
@@ -96,11 +97,12 @@ def pretrain(config: Config, watchdog: Watchdog) -> int:
         step=start.step,
         reports=reports,
         watchdog=watchdog,
+        signals=signals,
     )
     del engine
     reporting.report_start(run, checkpoint.folder if checkpoint else None, preflight_report)
 
-    run.signals.catch()
+    finalize.stop_in_time(run, store)
     try:
         stop = loop.train(run)
     finally:
@@ -112,7 +114,7 @@ def pretrain(config: Config, watchdog: Watchdog) -> int:
         finalize.finalize(run, corpus)
     watchdog.stop()
     topologies.destroy()
-    return exit_codes.for_signal(stop) if stop else exit_codes.DONE
+    return stop.exit_code if stop else exit_codes.DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,7 @@ class Saver:
         self._group = topology.background_group() if topology.world_size > 1 else None
         self._staging, self._thread = _Staging(), threading.Thread()
         self._saved: Path | None = None
+        self.seconds = 0.0  # that the last save took
         self._news: list[str] = []
 
     def save(self, position: Position, fragments: Iterable[Fragment]) -> None:
@@ -148,8 +150,10 @@ class Saver:
         job.tensors = self._staging.copy(views) if self.config.checkpoint.asynchronous else views
 
     def _finish(self, job: _Job) -> None:
+        started = time.monotonic()
         try:
             self._saved = self._commit(job)
+            self.seconds = time.monotonic() - started
         except SaveError as error:
             self._news.append(str(error))
         except Exception as error:  # e.g. a rank is gone: training will notice by itself

@@ -2,6 +2,7 @@
 
     beat/<rank>     {"n": number of the beat, "ticks", "doing", "idle": progress, "done"}
     place/<rank>    host, pid and start time of the process
+    stop            number of the signal that a rank received
     verdict         {"code", "rank", "reason", "text"}; written once
     heard           how many ranks have read it
     run             id of this start, by rank 0's clock
@@ -57,6 +58,8 @@ class Heartbeat:
         self.interval = min(2.0, max(0.2, patience / 10)) if patience else 2.0
         self.verdict: Verdict | None = None
         self.run_id = ""
+        self.stop_signal: int | None = None  # a signal that some rank received; set it to tell the others
+        self._stop_shared = False
         self._mine: Verdict | None = None
         self._places: dict[int, tuple[str, int, str]] = {}
         self._near: list[int] = []  # ranks whose processes can be seen from here
@@ -277,6 +280,7 @@ class Heartbeat:
                 self._read_beats()
                 self._asked = asked
                 self._settle_verdict()
+                self._share_stop()
                 if self.verdict and not acknowledged:
                     acknowledged = True
                     self._heard = self._store.add("heard", 1)
@@ -308,6 +312,15 @@ class Heartbeat:
             beat = json.loads(raw)
             if beat["n"] != self._beats.get(rank, (0.0, {}))[1].get("n"):
                 self._beats[rank] = (now, beat)
+
+    def _share_stop(self) -> None:
+        if self._stop_shared:
+            return
+        if self.stop_signal is not None:
+            self._store.set("stop", str(self.stop_signal))
+            self._stop_shared = True
+        elif self._store.check(["stop"]):
+            self.stop_signal, self._stop_shared = int(self._store.get("stop")), True
 
     def _settle_verdict(self) -> None:
         if self.verdict is None:

@@ -16,9 +16,6 @@ from __future__ import annotations
 import faulthandler
 import math
 import os
-import select
-import signal
-import sys
 import threading
 import time
 import traceback
@@ -29,7 +26,7 @@ from typing import Any
 
 from sffn_dist.health.heartbeat import Heartbeat, Verdict
 from sffn_dist.launch import exit_codes
-from sffn_dist.launch.signals import REPORT_SIGNAL
+from sffn_dist.launch.signals import SignalHandler, StopRequested, flush_stdout, write_stderr
 from sffn_dist.spec.config import ConfigError, Guards
 from sffn_dist.telemetry.events import EventLog
 
@@ -52,13 +49,13 @@ STARVED_SECONDS = 3.0
 class Watchdog:
     """One a rank; inert until :meth:`start`."""
 
-    def __init__(self) -> None:
+    def __init__(self, signals: SignalHandler | None = None) -> None:
+        self._signals = signals or SignalHandler()
         self._heartbeat: Heartbeat | None = None
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
         self._ticks, self._ticked, self._longest, self._doing = 0, time.monotonic(), 0.0, "start"
         self._guards, self._run_dir, self._rank, self._step = Guards(), Path(), 0, 0
-        self._wakeup: tuple[int, int] | None = None
         self._armed = -math.inf
 
     def start(self, store: Any, rank: int, world: int, guards: Guards, run_dir: Path) -> None:
@@ -66,7 +63,9 @@ class Watchdog:
         self._guards, self._run_dir, self._rank = guards, run_dir, rank
         self._heartbeat = Heartbeat(store, rank, world, guards.lost_seconds, self._progress)
         self._heartbeat.start()
-        self._catch_wakeups()
+        # a run is asked for stacks from now on: unhandled, the signal would end this process
+        self._signals.on_report = self._write_stacks
+        self._signals.catch()
         self._ticked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -106,7 +105,7 @@ class Watchdog:
             )
             # it ends this process, unless it waits for the store
             self._thread.join(EXIT_SECONDS + LINGER_SECONDS)
-        _write_stderr(self._text(error))
+        write_stderr(self._text(error))
         exit_codes.record(code, _short(error))
         return code
 
@@ -122,11 +121,7 @@ class Watchdog:
         self._thread.join()
         self._heartbeat.stop()
         faulthandler.cancel_dump_traceback_later()
-        if self._wakeup:
-            signal.set_wakeup_fd(-1)
-            for descriptor in self._wakeup:
-                os.close(descriptor)
-            self._wakeup = None
+        self._signals.on_report = None
 
     # --------------------------------------------------------------------------------------- the watch thread
 
@@ -142,14 +137,14 @@ class Watchdog:
                 self._ended.wait(POLL_SECONDS)
             if fault and not warned:
                 warned = True
-                _write_stderr(
+                write_stderr(
                     f"rank {self._rank}: warning: the watchdog raised an error and continues:\n{fault}"
                 )
 
     def _poll(self) -> None:
         assert self._heartbeat
         before = time.monotonic()
-        self._wait_for_wakeup()
+        self._ended.wait(POLL_SECONDS)
         now = time.monotonic()
         if now - before > STARVED_SECONDS:
             self._heartbeat.resumed_at = now  # nobody is late for that
@@ -158,9 +153,20 @@ class Watchdog:
             # which needs none
             self._armed = now
             faulthandler.dump_traceback_later(self._limit() + BEYOND, exit=True)
+        self._share_stop()
         verdict = self._heartbeat.verdict or self._lost() or self._hung()
         if verdict:
             self._end(verdict)
+
+    def _share_stop(self) -> None:
+        """A signal that one rank received is one for all, whatever their main threads wait in."""
+        assert self._heartbeat
+        received = self._signals.received
+        if received is not None and self._heartbeat.stop_signal is None:
+            self._heartbeat.stop_signal = int(received)
+            self._heartbeat.check_now()
+        elif received is None and self._heartbeat.stop_signal is not None:
+            self._signals.note(self._heartbeat.stop_signal)
 
     def _progress(self) -> dict[str, Any]:
         return {"ticks": self._ticks, "doing": self._doing, "idle": round(time.monotonic() - self._ticked, 1)}
@@ -204,14 +210,14 @@ class Watchdog:
             stuck = verdict.code in (exit_codes.HUNG, exit_codes.LOST_RANK)
             if should_report:  # first of all: folders and files may be what hangs
                 stacks_note = f"stacks of the ranks that still run: {folder}/\n" if stuck else ""
-                _write_stderr((verdict.text or f"pretrain.py: error: {verdict.reason}\n") + stacks_note)
+                write_stderr((verdict.text or f"pretrain.py: error: {verdict.reason}\n") + stacks_note)
             with suppress(Exception):
                 if stuck:
                     self.dump_stacks(folder)
             if should_report:
                 self._record(verdict)
             self._heartbeat.wait_for_others(verdict, LINGER_SECONDS)
-            _flush()
+            flush_stdout()
         finally:
             os._exit(verdict.code)
 
@@ -236,39 +242,16 @@ class Watchdog:
                 file.write("\n")
             return path
         except OSError:
-            _write_stderr(header)
+            write_stderr(header)
             faulthandler.dump_traceback(all_threads=True)
             return None
 
-    # ------------------------------------------------------------------------------------------------ signals
-
-    def _catch_wakeups(self) -> None:
-        """Python's handlers run in the main thread only, which may wait in a collective: the numbers of
-        signals come through a pipe too.
-
-        A run is asked for stacks from now on, also before it handles the signal: unhandled, it would end this
-        process.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            return
-        self._wakeup = os.pipe()
-        for descriptor in self._wakeup:
-            os.set_blocking(descriptor, False)
-        signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
-        if signal.getsignal(REPORT_SIGNAL) == signal.SIG_DFL:
-            signal.signal(REPORT_SIGNAL, lambda number, frame: None)
-
-    def _wait_for_wakeup(self) -> None:
-        if self._wakeup is None:
-            self._ended.wait(POLL_SECONDS)
-            return
-        waiting = select.poll()  # unlike select(), for any descriptor: a store's server has thousands
-        waiting.register(self._wakeup[0], select.POLLIN)
-        if waiting.poll(1000 * POLL_SECONDS) and REPORT_SIGNAL in os.read(self._wakeup[0], 4096):
-            assert self._heartbeat
-            path = self.dump_stacks(self._run_dir / "stacks" / self._heartbeat.run_id)
-            if path:
-                _write_stderr(f"rank {self._rank}: stacks written to {path}\n")
+    def _write_stacks(self) -> None:
+        """On REPORT_SIGNAL."""
+        assert self._heartbeat
+        path = self.dump_stacks(self._run_dir / "stacks" / self._heartbeat.run_id)
+        if path:
+            write_stderr(f"rank {self._rank}: stacks written to {path}\n")
 
     def _where(self) -> str:
         assert self._heartbeat
@@ -282,6 +265,8 @@ class Watchdog:
                 f"pretrain.py: error: {rank_prefix if self._rank else ''}{problem}\n"
                 for problem in error.problems
             )
+        if isinstance(error, StopRequested):
+            return f"pretrain.py: {error}\n"
         if _own_code(error):
             return f"pretrain.py: error: {error}\n"
         trace = "".join(traceback.format_exception(error))
@@ -313,29 +298,3 @@ def _own_code(error: BaseException) -> int | None:
 def _short(error: BaseException) -> str:
     first = str(error).strip().split("\n", 1)[0]
     return first if isinstance(error, ConfigError) or _own_code(error) else f"{type(error).__name__}: {first}"
-
-
-def _write_stderr(text: str) -> None:
-    """Straight to the descriptor: the main thread may hold the stream's lock, and a full pipe that nobody
-    reads would block.
-    """
-    _flush()
-    with suppress(OSError, ValueError):
-        data = text.encode(errors="replace")
-        while data and select.select([], [2], [], 1.0)[1]:
-            data = data[os.write(2, data[:4096]) :]
-
-
-def _flush() -> None:
-    """Write out what is buffered for standard output, if that takes no longer than a second: it may be a
-    full pipe.
-    """
-
-    def flush() -> None:
-        with suppress(Exception):
-            sys.stdout.flush()
-
-    with suppress(RuntimeError):  # no thread can be started
-        thread = threading.Thread(target=flush, name="flush", daemon=True)
-        thread.start()
-        thread.join(1.0)

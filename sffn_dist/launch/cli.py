@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sffn_dist.launch import checks, environment, exit_codes, launcher_watch, run_lock
 from sffn_dist.launch.error_output import print_errors
+from sffn_dist.launch.signals import SignalHandler, StopRequested, write_stderr
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import Config, ConfigError
 
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
 REFUSAL_DELAY = 3.0
 
 
-def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog], int]) -> int:
+def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog, SignalHandler], int]) -> int:
     """Read the command line, refuse bad input, then ``pretrain``; returns the exit code (exit_codes.py)."""
-    main_rank, watchdog = environment.is_rank_zero(), None
+    main_rank, watchdog, signals = environment.is_rank_zero(), None, SignalHandler()
     try:
         environment.set_rank_variables()
-        launcher_watch.watch_launcher()
+        signals.catch()
+        launcher_watch.watch_launcher(signals.launcher_gone)
         options = arguments(argv)
         config = load_config(options)
         if config.parallel.tensor > 1:
@@ -51,13 +53,17 @@ def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog], int]
         _prepare_process()
         from sffn_dist.health.watchdog import Watchdog
 
-        watchdog = Watchdog()
-        return preflight_only(config, watchdog) if options.preflight else pretrain(config, watchdog)
+        watchdog = Watchdog(signals)
+        if options.preflight:
+            return preflight_only(config, watchdog)
+        return pretrain(config, watchdog, signals)
     except ConfigError as error:
         if not main_rank:
             time.sleep(REFUSAL_DELAY)
         # a rank may have a fault of its own once the run has begun: e.g. a folder that its node does not see
         return watchdog.fail(error) if watchdog else refuse(error, main_rank)
+    except StopRequested as stop:
+        return watchdog.fail(stop) if watchdog else report_stop(stop, main_rank)
     except Exception as error:
         if watchdog is None:
             raise
@@ -133,6 +139,14 @@ def refuse(error: ConfigError, main_rank: bool) -> int:
         print_errors("pretrain.py", (f"{rank_prefix}{problem}" for problem in error.problems))
     exit_codes.record(exit_codes.REFUSED, error.problems[0])
     return exit_codes.REFUSED
+
+
+def report_stop(stop: StopRequested, main_rank: bool) -> int:
+    """A signal that came before the ranks had met: say so, once for all ranks, and record the end."""
+    if main_rank:
+        write_stderr(f"pretrain.py: {stop}\n")
+    exit_codes.record(stop.exit_code, str(stop))
+    return stop.exit_code
 
 
 def preflight_only(config: Config, watchdog: Watchdog) -> int:

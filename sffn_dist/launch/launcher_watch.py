@@ -1,20 +1,21 @@
-"""No rank without its launcher: a rank whose launcher is gone stops.
+"""No rank without its launcher: a rank whose launcher is gone saves and stops.
 
-Standard library only; runs before torch is imported.
+Ctrl-C in a terminal ends the ``deepspeed`` command at once, long before its ranks have saved: its end is a
+request to stop, as SIGTERM is. Standard library only; runs before torch is imported.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import threading
 import time
+from collections.abc import Callable
 
 from sffn_dist.launch import processes
 
 
-def watch_launcher(exit_code: int = 1, interval: float = 1.0) -> threading.Thread | None:
-    """Stop this process, with ``exit_code``, when the launcher that started it is gone.
+def watch_launcher(stop: Callable[[str], None], interval: float = 1.0) -> threading.Thread | None:
+    """Call ``stop`` with a description of the launcher that started this process, once it is gone.
 
     Polls every ``interval`` seconds.
 
@@ -31,35 +32,20 @@ def watch_launcher(exit_code: int = 1, interval: float = 1.0) -> threading.Threa
         return None  # LOCAL_RANK set by hand, and a shell that the user may leave
     runner = _deepspeed_runner(parent, command)
     thread = threading.Thread(
-        target=_watch, args=(parent, runner, exit_code, interval), name="watch-launcher", daemon=True
+        target=_watch, args=(parent, runner, stop, interval), name="watch-launcher", daemon=True
     )
     thread.start()
     return thread
 
 
-def _watch(parent: int, runner: int | None, exit_code: int, interval: float) -> None:
+def _watch(parent: int, runner: int | None, stop: Callable[[str], None], interval: float) -> None:
     names = {pid: processes.described(pid) for pid in (parent, runner) if pid is not None}
     while True:
         if os.getppid() != parent:
-            _stop(names[parent], exit_code)
+            return stop(names[parent])
         if runner is not None and processes.parent_of(parent) not in (runner, None):
-            _stop(names[runner], exit_code)
+            return stop(names[runner])
         time.sleep(interval)
-
-
-def _stop(name: str, exit_code: int) -> None:
-    """One line to standard error, then the end without clean-up: the main thread may hang in a collective."""
-    try:
-        rank = os.environ.get("RANK", os.environ["LOCAL_RANK"])
-        line = f"rank {rank}: its launcher, {name}, is gone; this process stops\n".encode(errors="replace")
-        # straight to the descriptor: sys.stderr's lock may be held, and a full pipe that nobody reads would
-        # block
-        if select.select([], [2], [], 0)[1]:
-            os.write(2, line)
-    except (OSError, ValueError, KeyError):
-        pass  # the launcher may have been the other end of standard error
-    finally:
-        os._exit(exit_code)
 
 
 def _deepspeed_runner(launch: int, command: list[str]) -> int | None:

@@ -206,6 +206,11 @@ class Guards(Section):
     lost_seconds: NonNegativeFloat = Field(
         30.0, description="no heartbeat of a rank for so long ends the run; 0: never"
     )
+    stop_seconds: PositiveFloat = Field(
+        25.0,
+        description="after SIGTERM, SIGINT or the launcher's end: the state is saved and the process gone "
+        "by then",
+    )
     replicas_interval: NaturalInt = Field(
         100, description="steps between comparisons of the replicas' weights; 0: none"
     )

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
-import signal
+import os
 import sys
 from typing import Any
 
 from sffn_dist import model as models
 from sffn_dist.atomic_io import write_text
+from sffn_dist.checkpoint import run_folder
 from sffn_dist.data.shards import Corpus
 from sffn_dist.inference.evaluation import EvaluationResult
 from sffn_dist.inference.generation import sample
 from sffn_dist.launch import exit_codes
+from sffn_dist.launch.signals import Stop, flush_stdout
 from sffn_dist.spec import counts
 from sffn_dist.telemetry import metrics
 from sffn_dist.telemetry.progress import format_duration
+from sffn_dist.training.hooks.checkpoint import finished_save, save
 from sffn_dist.training.hooks.evaluate import evaluate_run
 from sffn_dist.training.run import TrainingRun
 
@@ -27,7 +31,10 @@ log = logging.getLogger(__name__)
 def finalize(run: TrainingRun, corpus: Corpus) -> None:
     """Evaluate, sample, report; every rank must call it."""
     result = evaluate_run(run)
-    text = sample_text(run, corpus)
+    with run.interruption.allowed(run.step, "a sample of its text"):
+        text = sample_text(run, corpus)
+    run.interruption.close()
+    run.signals.finished = True
     if run.reports is None:
         return
     run.reports.close()
@@ -42,16 +49,54 @@ def finalize(run: TrainingRun, corpus: Corpus) -> None:
     sys.stdout.flush()
 
 
-def finalize_stopped(run: TrainingRun, stop: signal.Signals) -> None:
-    """A signal stopped the run, its state is saved: the record of the end reports it to a job script, the
-    trackers close.
+def finalize_stopped(run: TrainingRun, stop: Stop) -> None:
+    """The run stopped before its last step, its state is saved: the record of the end reports it to a job
+    script, the trackers close.
     """
     reason = f"stopped by {stop.name} after step {run.step} of {run.schedule.total_steps}"
     if run.reports is None:
         return
-    exit_codes.record(exit_codes.for_signal(stop), reason)
+    exit_codes.record(stop.exit_code, reason)
     run.reports.close()
     run.reports.trackers.finish({"stopped": reason})
+
+
+def stop_in_time(run: TrainingRun, store: Any) -> None:
+    """From here on stop signals are noted, and the state is saved before guards.stop_seconds are over.
+
+    All ranks must call it.
+    """
+    run.signals.defer(run.config.guards.stop_seconds)
+    run.interruption.start(
+        store, run.topology, run.signals, functools.partial(end_interrupted, run), lambda: run.saver.seconds
+    )
+
+
+def end_interrupted(run: TrainingRun, stop: Stop, doing: str) -> None:
+    """A stop within a step, an evaluation or a sample (interruption.py): save, report, end this process.
+
+    Called beside the main thread, on every rank.
+    """
+    position, code = f"after step {run.step} of {run.schedule.total_steps}", stop.exit_code
+    path = finished_save(run)
+    if run.step > run.start_step and (path is None or run_folder.step_of(path) != run.step):
+        save(run)
+        path = finished_save(run)
+    if path is None and run.step > run.start_step:
+        code = exit_codes.FAILED
+        reason = f"stopped by {stop.name} {position}, whose state could not be saved in {run.dir}"
+    else:
+        reason = f"stopped by {stop.name} {position}, within {doing}, which was given up; "
+        reason += f"saved in {path}" if path else "nothing had been trained since this start"
+    if run.reports:
+        run.tell("stopped", reason, signal=stop.name)
+        exit_codes.record(code, reason)
+    run.watchdog.stop()
+    if run.reports:
+        run.reports.close()
+        run.reports.trackers.finish({"stopped": reason})
+    flush_stdout()
+    os._exit(code)
 
 
 def sample_text(run: TrainingRun, corpus: Corpus) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-
+from sffn_dist.launch.signals import Stop
 from sffn_dist.training import reporting
 from sffn_dist.training.hooks import call_hooks, standard_hooks
 from sffn_dist.training.hooks.checkpoint import require_saved
@@ -12,8 +11,8 @@ from sffn_dist.training.run import TrainingRun
 from sffn_dist.training.step import skip_excluded_batch, train_step
 
 
-def train(run: TrainingRun) -> signal.Signals | None:
-    """Train to the last step. On a stop signal: save, then return the signal.
+def train(run: TrainingRun) -> Stop | None:
+    """Train to the last step. On a stop: save, then return it.
 
     Raises LostWeightsError, DivergedError or ReplicasDifferError, each on every rank.
     """

@@ -25,6 +25,7 @@ from sffn_dist.spec.schedule import Schedule
 from sffn_dist.training import engine as engines
 from sffn_dist.training.bad_steps import BadSteps
 from sffn_dist.training.engine_state import Engine
+from sffn_dist.training.interruption import Interruption
 from sffn_dist.training.reports import Reports
 
 
@@ -58,6 +59,7 @@ class TrainingRun:
     reports: Reports | None = None  # rank 0's
     watchdog: Watchdog = field(default_factory=Watchdog)
     signals: SignalHandler = field(default_factory=SignalHandler)
+    interruption: Interruption = field(default_factory=Interruption)
     evaluated: dict[int, EvaluationResult] = field(default_factory=dict)
     steps_taken: int = 0  # in this process
     start_step: int = field(init=False)

@@ -18,6 +18,7 @@ from sffn_dist import model as models
 from sffn_dist.spec.schedule import StepSchedule
 from sffn_dist.training import engine as engines
 from sffn_dist.training import reporting
+from sffn_dist.training.interruption import TRAINING
 from sffn_dist.training.run import TrainingRun
 from sffn_dist.training.step_agreement import StepAgreement, agree_on_step
 from sffn_dist.training.step_result import StepResult
@@ -32,9 +33,11 @@ def train_step(run: TrainingRun) -> StepResult:
     def decide(local_loss: float) -> StepAgreement:
         with run.timers.waiting():
             agreement = agree_on_step(local_loss, run.signals, run.topology, report=run.report_requested())
+        run.interruption.forbid()  # the update follows
         return dataclasses.replace(agreement, skip_reason=run.bad_steps.losses.skip_reason(agreement.loss))
 
     run.timers.begin()
+    run.interruption.allow(run.step, TRAINING)
     batches = run.timers.data(_micro_batches(run, step_schedule))
     engine_step = engines.train_batch(run.engine, _loss(run), batches, config.train.clip, decide)
     run.timers.end()

@@ -8,23 +8,23 @@ checkpoints, so all ranks decide the same.
 
 from __future__ import annotations
 
-import signal
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from sffn_dist.launch.signals import STOP_SIGNALS, SignalHandler
+from sffn_dist.launch import exit_codes
+from sffn_dist.launch.signals import STOP_SIGNALS, SignalHandler, Stop
 from sffn_dist.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
 class StepAgreement:
-    """The same on every rank, but for ``waited``."""
+    """The same on every rank, but for ``waited`` and the name of ``stop``."""
 
     loss: float  # nats, mean over the step's tokens
-    stop: signal.Signals | None = None
+    stop: Stop | None = None
     report: bool = False
     waited: float = 0.0  # seconds that this rank waited for the others
     skip_reason: str | None = None  # why no update is made on this loss
@@ -49,5 +49,9 @@ def agree_on_step(
         shared = torch.tensor(facts, dtype=torch.float64, device=topology.device)
         dist.all_reduce(shared)
         facts = shared.tolist()
-    stop = next((number for number, count in zip(STOP_SIGNALS, facts[2:], strict=True) if count), None)
+    number = next((number for number, count in zip(STOP_SIGNALS, facts[2:], strict=True) if count), None)
+    stop = None
+    if number is not None:
+        name = signals.cause if signals.received == number else number.name
+        stop = Stop(name, exit_codes.for_signal(number))
     return StepAgreement(facts[0], stop, bool(facts[1]), time.perf_counter() - started)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import signal
 from dataclasses import dataclass
+
+from sffn_dist.launch.signals import Stop
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,6 @@ class StepResult:
     grad_norm: float = math.nan  # before clipping; not finite where the step was skipped
     guides_computed: int = 0  # linears that computed their guide
     skip_reason: str | None = None  # why no update was made; None where one was, or the batch was excluded
-    stop: signal.Signals | None = None  # a rank received it
+    stop: Stop | None = None  # the run ends after this step
     report: bool = False  # a report of all ranks is requested
     seconds: float = 0.0

@@ -30,6 +30,7 @@ def agreed(
     for loss, names in zip(losses, told, strict=True):
         signals = SignalHandler()
         signals.catch()
+        signals.defer(25.0)
         try:
             name = names[here.rank]
             if name:

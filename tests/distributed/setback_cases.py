@@ -61,7 +61,7 @@ def trained(
         at = it.step
         taken.append(at)
         if at == stop_at and last:
-            it.signals.received = signal.SIGTERM
+            it.signals.note(signal.SIGTERM)
         before = training.state_digests(it.engine), engine_state.step_counts(it.engine)[0]
         hook = None
         if bad.get(at) == "nan" and last:

@@ -15,9 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sffn_dist import model as models
 from sffn_dist import pretrain
 from sffn_dist.checkpoint import writer
 from sffn_dist.checkpoint.run_folder import latest_checkpoint
+from sffn_dist.inference import evaluation
+from sffn_dist.training import step
+from sffn_dist.training.hooks import evaluate
 
 
 def start(argv: list[str], world: int, log: Path) -> list[int]:
@@ -119,6 +123,48 @@ def signalled(
             for pid in pids:
                 os.kill(pid, other)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def stuck(argv: list[str], run: str, doing: str, record: str) -> tuple[list[int], float]:
+    """SIGTERM to both ranks of a run while it evaluates, samples, or waits for a rank that never comes.
+    Exit codes, and how long they took to end.
+    """
+    folder = Path(run)
+    usual, mark = (models.token_logits, step.agree_on_step, step.reporting.report_step), folder / "mark"
+
+    def wait(*_: Any, **__: Any) -> Any:
+        mark.touch()
+        time.sleep(60.0)
+
+    def lost(function: Any) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            if os.environ["RANK"] == "1" and rows(folder) >= 2:
+                wait()
+            return function(*args, **more)
+
+        return call
+
+    if doing == "evaluation":
+        evaluate.evaluate = wait
+    elif doing == "sample":
+        models.token_logits = wait
+    elif doing == "collective":
+        step.agree_on_step = lost(usual[1])
+    else:
+        step.reporting.report_step = lost(usual[2])
+    os.environ["SFFN_EXIT_FILE"] = record
+    pids = start(argv, 2, folder.with_name(folder.name + ".log"))
+    del os.environ["SFFN_EXIT_FILE"]
+    models.token_logits, step.agree_on_step, step.reporting.report_step = usual
+    evaluate.evaluate = evaluation.evaluate
+    while not mark.exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    began = time.monotonic()
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return codes, time.monotonic() - began
 
 
 @contextlib.contextmanager

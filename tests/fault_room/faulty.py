@@ -54,16 +54,25 @@ def break_steps() -> None:
             with torch.no_grad():
                 dict(run.model.named_parameters())["decoder.layers.0.mlp.linear_fc1.bias"][3] += 1e-3
         hook = first.register_hook(lambda gradient: gradient * float("nan")) if kind == "nan" else None
+        usual = run.batches
         if kind == "spike":
-            run.batches, usual = Noise(run.batches), run.batches
+            run.batches = Noise(usual)
+        if kind == "slow":
+            run.batches = Slow()
         result = train_step(run)
         if hook:
             hook.remove()
-        if kind == "spike":
-            run.batches = usual
+        run.batches = usual
         return result
 
     loop.train_step = broken
+
+
+class Slow:
+    """Batches that take longer than any launcher waits."""
+
+    def at(self, *place: Any, **more: Any) -> Any:
+        time.sleep(120.0)
 
 
 class Noise:

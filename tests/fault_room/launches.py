@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -90,24 +91,24 @@ def launch(
     world: int = 2,
     fault: dict[str, Any] | None = None,
     port: int = 0,
+    launcher: str = "deepspeed",
 ) -> Launch:
-    """Start a run in ``run``; its own session, so that all of it can be ended."""
+    """Start a run in ``run``; its own session, so that all of it can be ended.
+
+    ``launcher``: deepspeed, torchrun, or none, for a bare process.
+    """
     if not port:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-    launcher = Path(sys.executable).parent / "deepspeed"
+    scripts = Path(sys.executable).parent
     script = str(FAULTY if fault else ROOT / "sffn_dist" / "pretrain.py")
-    command = [
-        str(launcher),
-        "--num_gpus",
-        str(world),
-        "--master_port",
-        str(port),
-        script,
-        "--config",
-        str(config),
-    ]
+    command = {
+        "deepspeed": [str(scripts / "deepspeed"), "--num_gpus", str(world), "--master_port", str(port)],
+        "torchrun": [str(scripts / "torchrun"), "--nproc-per-node", str(world), "--master-port", str(port)],
+        "none": [sys.executable],
+    }[launcher]
+    command += [script, "--config", str(config)]
     mark, log = run.with_name(run.name + ".mark"), run.with_name(run.name + ".log")
     mark.unlink(missing_ok=True)
     environment = {
@@ -115,8 +116,9 @@ def launch(
     }
     environment |= {
         "PYTHONSAFEPATH": "1",
-        "PATH": f"{launcher.parent}:{environment['PATH']}",
+        "PATH": f"{scripts}:{environment['PATH']}",
         "FAULT_MARK": str(mark),
+        "SFFN_EXIT_FILE": str(run.with_name(run.name + ".end.json")),
     }
     environment |= {"FAULT": json.dumps(fault or {}), "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
@@ -130,6 +132,16 @@ def launch(
             start_new_session=True,
         )
     return Launch(run, process, mark, log)
+
+
+def running(run: Path) -> list[int]:
+    """Processes of the run: launchers, ranks and what they started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if f"run.dir={run}".encode() in entry.read_bytes().split(b"\0"):
+                found.append(int(entry.parent.name))
+    return found
 
 
 def ranks(run: Path) -> dict[int, int]:

@@ -60,6 +60,74 @@ def test_stopped_four_times(nursery: Callable[..., Any], config: Path, tmp_path:
     assert stops == ["SIGUSR1", "SIGTERM", "SIGINT", "SIGUSR1"]
 
 
+@pytest.mark.parametrize(
+    ("launcher", "number", "times"),
+    [
+        ("none", "SIGINT", 3),
+        ("deepspeed", "SIGINT", 1),
+        ("torchrun", "SIGINT", 2),
+        ("deepspeed", "SIGTERM", 1),
+    ],
+)
+def test_a_terminal_stops_a_long_step(
+    launches: Any, config: Path, tmp_path: Path, launcher: str, number: str, times: int
+) -> None:
+    """Ctrl-C reaches launcher and ranks at once, and the deepspeed command dies of it; SIGTERM to that
+    command reaches nobody else. The step would last two minutes: it is given up, its start is saved.
+    """
+    code, run, world = 128 + signal.Signals[number], tmp_path / "run", 1 if launcher == "none" else 2
+    stop = {"launcher": launcher, "world": world, "fault": {"kind": "slow", "step": 3}}
+    settings = ["train.steps=6", "guards.stop_seconds=12", "checkpoint.interval=0", "logging.progress=false"]
+    started = launches.launch(config, run, *settings, **stop)
+    started.until_step(3)
+    began = time.monotonic()
+    for _ in range(times):
+        if number == "SIGINT":
+            os.killpg(started.process.pid, signal.SIGINT)
+        else:
+            started.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    started.process.wait(30.0)
+    while launches.running(run):
+        assert time.monotonic() < began + 30.0, started.log.read_text()
+        time.sleep(0.1)
+    assert time.monotonic() < began + 14.0, started.log.read_text()
+    end = json.loads((tmp_path / "run.end.json").read_text())
+    assert (end["code"], end["restart"]) == (code, False), started.log.read_text()
+    assert "after step 3 of 6, within training, which was given up; saved in" in end["reason"]
+    assert launches.saved(run) == [3]
+    assert end["reason"].startswith(
+        "stopped by SIGINT" if number == "SIGINT" else "stopped by the end of its"
+    )
+    (event,) = [row for row in launches.rows(run / "events.jsonl") if row["event"] == "stopped"]
+    assert event["message"] == end["reason"]
+
+
+@pytest.mark.parametrize("doing", ["evaluation", "sample", "collective", "update"])
+def test_a_stop_elsewhere(nursery: Callable[..., Any], config: Path, tmp_path: Path, doing: str) -> None:
+    """An evaluation and a sample are given up at once; so is, near the deadline, a step whose collective
+    waits for a rank. Where a rank is lost between an update and the next step nothing can be saved: the
+    deadline ends the run.
+    """
+    run, record = tmp_path / "run", tmp_path / "end.json"
+    more = ["train.steps=4", "evaluation.interval=2", "logging.progress=false", "checkpoint.interval=1"]
+    argv = ["--config", str(config), f"run.dir={run}", "guards.stop_seconds=7", *more]
+    codes, seconds = nursery(CASES, "stuck", argv=argv, run=str(run), doing=doing, record=str(record))
+    assert codes == [143, 143], (tmp_path / "run.log").read_text()
+    reason = json.loads(record.read_text())["reason"]
+    if doing == "update":
+        assert 7.0 <= seconds < 12.0
+        assert "its state could not be saved in 7 s (guards.stop_seconds = 7)" in reason
+    else:
+        assert seconds < 6.0
+        step = {"evaluation": 2, "collective": 2, "sample": 4}[doing]
+        assert f"after step {step} of 4, within " in reason
+        assert reason.endswith(f"which was given up; saved in {run}/checkpoints/step_{step:08d}")
+        cycles = nursery(CASES, "cycles", argv=argv, run=str(run), kills=0, seed=0, world=2)
+        assert cycles[-1]["codes"] == [0, 0]
+        assert [json.loads(line)["step"] for line in (run / "evaluations.jsonl").open()] == [2, 4]
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from sffn_dist.launch.signals import REPORT_SIGNAL, STOP_SIGNALS, SignalHandler
+from sffn_dist.launch.signals import REPORT_SIGNAL, STOP_SIGNALS, SignalHandler, StopRequested
 
 
 @pytest.fixture
@@ -22,12 +23,34 @@ def signals() -> Iterator[SignalHandler]:
 @pytest.mark.parametrize("first", STOP_SIGNALS)
 def test_the_first_stays(signals: SignalHandler, first: signal.Signals) -> None:
     signals.catch()
+    signals.defer(25.0)
     assert signals.received is None
     os.kill(os.getpid(), first)
     for number in STOP_SIGNALS:
         os.kill(os.getpid(), number)
     assert signals.received is first
     assert not signals.report_wanted
+
+
+def test_before_training_the_first_one_interrupts(signals: SignalHandler) -> None:
+    """Once: a second Ctrl-C must not interrupt the clean-up."""
+    signals.catch()
+    with pytest.raises(StopRequested, match="stopped by SIGINT before the first step") as stopped:
+        signal.raise_signal(signal.SIGINT)
+    assert stopped.value.exit_code == 130
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("number", "limited"), [("SIGTERM", True), ("SIGINT", True), ("SIGUSR1", False)])
+def test_who_asks_twice_kills(signals: SignalHandler, number: str, limited: bool) -> None:
+    """Launchers do, after 30 seconds; Slurm's warning has a lead of its own."""
+    signals.catch()
+    signals.defer(25.0)
+    os.kill(os.getpid(), signal.Signals[number])
+    assert (signals.deadline < time.monotonic() + 25.0) is limited
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.deadline <= time.monotonic() + 25.0
 
 
 def test_a_report_is_no_stop(signals: SignalHandler) -> None:
@@ -40,7 +63,7 @@ def test_a_report_is_no_stop(signals: SignalHandler) -> None:
 def test_handlers_are_put_back(signals: SignalHandler) -> None:
     before = [signal.getsignal(number) for number in (*STOP_SIGNALS, REPORT_SIGNAL)]
     signals.catch()
-    assert all(signal.getsignal(number) == signals._note for number in (*STOP_SIGNALS, REPORT_SIGNAL))
+    assert all(signal.getsignal(number) == signals._handle for number in (*STOP_SIGNALS, REPORT_SIGNAL))
     signals.release()
     signals.release()
     assert [signal.getsignal(number) for number in (*STOP_SIGNALS, REPORT_SIGNAL)] == before

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from pathlib import Path
 
 from sffn_dist.checkpoint import writer
 from sffn_dist.launch import exit_codes
+from sffn_dist.launch.signals import Stop
 from sffn_dist.spec import schedule
 from sffn_dist.spec.config import Config
 from sffn_dist.spec.split_table import is_guide
@@ -70,7 +70,7 @@ def save(run: TrainingRun) -> None:
         run.reports.estimate.observe("checkpoint", time.perf_counter() - started)
 
 
-def require_saved(run: TrainingRun, stop: signal.Signals | None = None) -> None:
+def require_saved(run: TrainingRun, stop: Stop | None = None) -> None:
     """The end of training: its last save is on disk, tried twice at the run's end.
 
     Raises LostWeightsError on every rank.

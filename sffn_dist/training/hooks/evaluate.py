@@ -53,14 +53,15 @@ def evaluate_run(run: TrainingRun) -> EvaluationResult:
         models.unset_guide(run.model)
     else:
         models.mix_guide(run.model, run.schedule.alpha(run.step))
-    result = evaluate(
-        run.model,
-        run.watchdog.with_progress(models.token_losses, "evaluation", run.step),
-        run.heldout.windows,
-        run.heldout.token_bytes,
-        run.config.train.micro_batch_size,
-        run.topology,
-    )
+    with run.interruption.allowed(run.step, "evaluation"):
+        result = evaluate(
+            run.model,
+            run.watchdog.with_progress(models.token_losses, "evaluation", run.step),
+            run.heldout.windows,
+            run.heldout.token_bytes,
+            run.config.train.micro_batch_size,
+            run.topology,
+        )
     run.evaluated[run.step] = result
     if run.reports:
         run.reports.evaluated(run.step, result, time.perf_counter() - started)
