@@ -54,7 +54,6 @@ def pretrain(config: Config, watchdog: Watchdog, signals: SignalHandler) -> int:
     # data: prepared by rank 0 where they are not
     corpus = shards.open_corpus(prepare.prepare(config))
     run_identity.check_identity(config, corpus.meta.fingerprint)
-    batches = Batches(corpus.train, config.model.sequence, train.global_batch_size, train.seed)
     heldout = Heldout(
         read_heldout(corpus.heldout, config.model.sequence, config.evaluation_sequences), corpus.token_bytes
     )
@@ -69,10 +68,12 @@ def pretrain(config: Config, watchdog: Watchdog, signals: SignalHandler) -> int:
     # where the weights come from: a checkpoint of the run, another model's, the seed
     bad_steps = BadSteps(config.guards, run_dir)
     resume.require_equal_records(run_dir, corpus.meta.fingerprint, bad_steps)
-    saver = Saver(run_dir, config, topology, corpus.folder / "tokenizer.json")
-    checkpoint = resume.latest_good_checkpoint(run_dir, topology)
-    start = resume.find_start(config, topology, saver.tokenizer, checkpoint)
+    checkpoint, tokenizer = resume.latest_good_checkpoint(run_dir, topology), corpus.folder / "tokenizer.json"
+    start = resume.find_start(config, topology, tokenizer, checkpoint)
     bad_steps.reset(start.recent_losses)
+    config = resume.continue_data(config, start, corpus.meta.fingerprint)
+    saver, first_sample = Saver(run_dir, config, topology, tokenizer), config.init_from.first_sample
+    batches = Batches(corpus.train, config.model.sequence, train.global_batch_size, train.seed, first_sample)
 
     # model, engine, weights and optimizer state
     model = models.build(config, precision, topology, guide=run_schedule.guided(start.step))

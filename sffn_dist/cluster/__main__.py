@@ -43,6 +43,7 @@ def world_info(node: int, ranks: int, hosts: Sequence[str], visible: str | None)
 def _run_dir(arguments: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(prog="pretrain.py")
     parser.add_argument("--config", required=True)
+    parser.add_argument("--change", action="append", default=[])
     parser.add_argument("overrides", nargs="*")
     options, _ = parser.parse_known_intermixed_args(arguments)
     return loading.load(options.config, options.overrides).run.dir

@@ -39,7 +39,7 @@ class JobRun:
             self.run_dir,
             config.data.dir,
             config.data.tokenizer,
-            config.init_from,
+            config.init_from.path,
             str(Path(self.file).absolute().parent),
         ]
         if config.data.source != "stdlib" and not config.data.source.startswith("hf:"):

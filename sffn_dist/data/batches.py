@@ -67,13 +67,17 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class Batches:
-    """Training batches: ``batches.at(step)``.
+    """Training batches: ``batches.at(step)``; step 0 begins with sample ``first_sample`` of the endless
+    sequence.
 
     Raises:
         ConfigError: fewer tokens than one sample needs.
     """
 
-    def __init__(self, tokens: TokenArray, sequence: int, global_batch_size: int, seed: int):
+    def __init__(
+        self, tokens: TokenArray, sequence: int, global_batch_size: int, seed: int, first_sample: int = 0
+    ):
+        self.first_sample = first_sample
         self.tokens, self.sequence, self.global_batch_size, self.seed = (
             tokens,
             sequence,
@@ -89,7 +93,7 @@ class Batches:
         out = np.empty(self.global_batch_size, dtype=np.int64)
         done = 0
         while done < len(out):
-            epoch, start = divmod(step * self.global_batch_size + done, self.windows)
+            epoch, start = divmod(self.first_sample + step * self.global_batch_size + done, self.windows)
             count = min(len(out) - done, self.windows - start)
             indices = np.arange(start, start + count, dtype=np.uint64)
             out[done : done + count] = permute(indices, self.windows, self.seed, epoch)

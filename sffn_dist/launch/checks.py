@@ -28,7 +28,7 @@ def check_run(config: Config, ranks: int, *, starts: bool = True) -> None:
         prepared = metadata.locate(config)
         fingerprint = metadata.read_meta(prepared).fingerprint if metadata.is_usable(prepared) else None
         run_identity.check_identity(config, fingerprint)
-    if config.init_from and run_folder.latest_checkpoint(Path(config.run.dir)) is None:
+    if config.init_from.path and run_folder.latest_checkpoint(Path(config.run.dir)) is None:
         run_identity.check_source_of_weights(config)
 
 

@@ -17,7 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from sffn_dist.launch import checks, environment, exit_codes, launcher_watch, run_lock
+from sffn_dist.launch import (
+    checks,
+    environment,
+    exit_codes,
+    launcher_watch,
+    run_changes,
+    run_identity,
+    run_lock,
+)
 from sffn_dist.launch.error_output import print_errors
 from sffn_dist.launch.signals import SignalHandler, StopRequested, write_stderr
 from sffn_dist.spec import loading
@@ -83,6 +91,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--preflight", action="store_true", help="compare all ranks, try every collective, and stop"
     )
+    parser.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="'key.path=value ...'",
+        help="settings that this run goes on with, from its newest checkpoint on; recorded in run.dir",
+    )
     # launchers add it
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
@@ -112,7 +127,9 @@ def started_ranks(default: int) -> int:
 
 def load_config(options: argparse.Namespace) -> Config:
     """The config, with everything that can be wrong and is cheap to see checked; raises ConfigError."""
-    config = loading.load(options.config, options.overrides)
+    change = run_changes.overrides(options.change)
+    config = loading.load(options.config, [*options.overrides, *change])
+    config = run_identity.continue_run(config, change)
     # --plan assumes one data-parallel replica where nothing was started
     ranks = started_ranks(config.parallel.tensor if options.plan else 1)
     checks.check_run(config, ranks, starts=not options.plan)

@@ -1,41 +1,100 @@
 """Is this the run that ``run.dir`` holds? Compared before anything long starts. Standard library only.
 
 ``run.dir/run.json`` records, at the first start, every setting that makes a run what it is
-(validation.identity) and the fingerprint of its data. Layout, ZeRO stage, micro batch, recomputation,
-precision and logging may change between restarts.
+(validation.identity) and the fingerprint of its data. Where that file is missing, the newest checkpoint says
+the same. Layout, ZeRO stage, micro batch, recomputation, precision and logging may change between restarts,
+and by ``--change`` what run_changes.py allows.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sffn_dist import atomic_io
+from sffn_dist.checkpoint import run_folder
 from sffn_dist.checkpoint.manifest import missing_tensors
 from sffn_dist.checkpoint.run_folder import find_checkpoint
+from sffn_dist.launch import run_changes
 from sffn_dist.spec import config_keys, loading, validation
+from sffn_dist.spec.changes import CHANGEABLE
 from sffn_dist.spec.config import Config, ConfigError
-from sffn_dist.spec.renamed_keys import translate_flat
+from sffn_dist.spec.config_keys import flatten
+from sffn_dist.spec.renamed_keys import translate, translate_flat
 from sffn_dist.spec.split_table import model_tensors
 
 NAME = "run.json"
 
 
-def read_record(run_dir: Path) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Record:
+    """What a run is, by its ``run.json``, or by its newest checkpoint where that file is missing."""
+
+    source: str  # for messages
+    identity: dict[str, Any]
+    data_fingerprint: str | None
+    config: Config | None  # None in records of versions that did not keep it, or that no longer validates
+
+
+def read_record(run_dir: Path) -> Record | None:
     """What run.dir holds; None if no run has started there.
 
     Raises ConfigError if the record cannot be read.
     """
     try:
         tree = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
-        return {"identity": translate_flat(tree["identity"]), "data_fingerprint": tree["data_fingerprint"]}
+        config = _config(tree.get("config"))
+        return Record(NAME, translate_flat(tree["identity"]), tree["data_fingerprint"], config)
     except FileNotFoundError:
-        return None
+        return _record_of_checkpoint(run_dir)
     except (OSError, ValueError, KeyError, TypeError) as error:
         rule = f"its {NAME} is damaged ({error}); put it right, or choose another run.dir"
         raise ConfigError([f"run.dir = {str(run_dir)!r}: {rule}"]) from None
+
+
+def _record_of_checkpoint(run_dir: Path) -> Record | None:
+    """Only ``checkpoints/`` may have been copied here: a checkpoint says what it is one of."""
+    checkpoint = run_folder.latest_checkpoint(run_dir)
+    if checkpoint is None:
+        return None
+    config = _config(checkpoint.config)
+    if config is None:
+        rule = f"has no {NAME}, and the config of {checkpoint.folder} cannot be read by this version"
+        raise ConfigError([f"run.dir = {str(run_dir)!r}: {rule}"])
+    fingerprint = checkpoint.data_fingerprint
+    return Record(str(checkpoint.folder), validation.identity(config), fingerprint, config)
+
+
+def _config(tree: dict[str, Any] | None) -> Config | None:
+    if tree is None:
+        return None
+    try:
+        return loading.from_tree(translate(tree))
+    except ConfigError:
+        return None
+
+
+def continue_run(config: Config, change: Sequence[str] = ()) -> Config:
+    """The config with what the run in run.dir recorded on its way: changes, and where its data began.
+
+    ``change``: the settings of ``--change``. Raises ConfigError.
+    """
+    record = read_record(Path(config.run.dir))
+    if record is None or record.config is None:
+        if change and record is None:
+            rule = f"run.dir = {config.run.dir!r} holds no run to change; set it without --change"
+            raise ConfigError([f"--change {text}: {rule}" for text in change])
+        return config
+    if config.init_from.data:
+        first = record.config.init_from.first_sample
+        config = config.model_copy(
+            update={"init_from": config.init_from.model_copy(update={"first_sample": first})}
+        )
+    return run_changes.take_over(config, record.config, change)
 
 
 def check_identity(config: Config, data_fingerprint: str | None = None) -> None:
@@ -44,31 +103,71 @@ def check_identity(config: Config, data_fingerprint: str | None = None) -> None:
     ``data_fingerprint`` is compared where both are known.
     """
     run_dir = Path(config.run.dir)
-    held = read_record(run_dir)
-    if held is None:
+    record = read_record(run_dir)
+    if record is None:
         return
     # a key that is newer than the record stands for its default
-    own_identity, held["identity"] = validation.identity(config), {**_defaults(config), **held["identity"]}
-    problems = [
-        f"{key} = {json.dumps(own_identity.get(key))}: run.dir = {str(run_dir)!r} holds a run with "
-        f"{json.dumps(held['identity'].get(key))}; "
-        "it must stay as it was, or run.dir must name another folder"
-        for key in sorted(own_identity.keys() | held["identity"].keys())
-        if own_identity.get(key) != held["identity"].get(key)
-    ]
+    held = {**_defaults(config), **record.identity}
+    own = validation.identity(config)
+    differing = [key for key in sorted(own.keys() | held.keys()) if own.get(key) != held.get(key)]
+    if record.config is not None and len(config.changes) > len(record.config.changes):
+        # of the new change; and what follows from it, as the end of a guide that lasts as long as the run
+        before, after = flatten(record.config), flatten(config)
+        differing = [
+            key
+            for key in differing
+            if key not in config.changes[-1].before and before.get(key) != after.get(key)
+        ]
+    problems = [_difference(key, own.get(key), held.get(key), run_dir, record) for key in differing]
+    problems = problems or list(_foreign_checkpoint(own, run_dir, record))
     if (
         not problems
         and data_fingerprint
-        and held["data_fingerprint"]
-        and data_fingerprint != held["data_fingerprint"]
+        and record.data_fingerprint
+        and data_fingerprint != record.data_fingerprint
     ):
         problems = [
             f"data.source = {config.data.source!r}: run.dir = {str(run_dir)!r} was trained on other data "
-            f"(fingerprint {held['data_fingerprint'][:12]}, now {data_fingerprint[:12]}); use the data it "
+            f"(fingerprint {record.data_fingerprint[:12]}, now {data_fingerprint[:12]}); use the data it "
             f"had, or another run.dir"
         ]
     if problems:
         raise ConfigError(problems)
+
+
+def _foreign_checkpoint(own: dict[str, Any], run_dir: Path, record: Record) -> Iterator[str]:
+    """The newest checkpoint may have been copied in from another run."""
+    checkpoint = run_folder.latest_checkpoint(run_dir) if record.source == NAME else None
+    config = _config(checkpoint.config) if checkpoint else None
+    if checkpoint is None or config is None:
+        return
+    its = validation.identity(config)
+    for key in sorted(own.keys() & its.keys()):
+        if key.startswith(("model.", "ffn.")) and own[key] != its[key]:
+            rule = "it is of another run; remove it, or choose another run.dir"
+            yield (
+                f"{key} = {json.dumps(own[key])}: checkpoint {checkpoint.folder} holds "
+                f"{json.dumps(its[key])}: {rule}"
+            )
+    held_fingerprint = checkpoint.data_fingerprint
+    if record.data_fingerprint and held_fingerprint and record.data_fingerprint != held_fingerprint:
+        yield (
+            f"run.dir = {str(run_dir)!r}: checkpoint {checkpoint.folder} was trained on other data than its "
+            f"{NAME} says; remove it, or choose another run.dir"
+        )
+
+
+def _difference(key: str, own: Any, held: Any, run_dir: Path, record: Record) -> str:
+    text = f"{key} = {json.dumps(own)}: run.dir = {str(run_dir)!r} holds a run with {json.dumps(held)}"
+    if record.source != NAME:
+        text += f" (by {record.source}; there is no {NAME})"
+    if key in CHANGEABLE:
+        return f'{text}; to go on with the new value: --change "{key}={_shell(own)}"'
+    return f"{text}; it must stay as it was, or run.dir must name another folder"
+
+
+def _shell(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _defaults(config: Config) -> dict[str, Any]:
@@ -77,8 +176,8 @@ def _defaults(config: Config) -> dict[str, Any]:
 
 def check_source_of_weights(config: Config) -> None:
     """Refuse an ``init_from`` whose model is another one; raises ConfigError."""
-    assert config.init_from
-    manifest = find_checkpoint("init_from", config.init_from)
+    assert config.init_from.path
+    manifest = find_checkpoint("init_from", config.init_from.path)
     wanted = {name: spec.shape for name, spec in model_tensors(config, guide=False).items()}
     problems = list(itertools.islice(missing_tensors(manifest, wanted), 5))
     # what shapes do not show
@@ -102,7 +201,7 @@ def check_source_of_weights(config: Config) -> None:
                 f"its {key} is {json.dumps(source_identity[key])}, {json.dumps(own_identity[key])} here"
             )
     if problems:
-        raise ConfigError([f"init_from = {config.init_from!r}: {problem}" for problem in problems])
+        raise ConfigError([f"init_from = {config.init_from.path!r}: {problem}" for problem in problems])
 
 
 def write_record(config: Config, data_fingerprint: str) -> None:

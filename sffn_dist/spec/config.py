@@ -7,9 +7,9 @@ rules between keys stand in spec/validation.py, and spec/loading.py makes the tr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from sffn_dist.spec.decay import GUIDE_SCHEDULES, LEARNING_RATE_SCHEDULES
@@ -155,6 +155,12 @@ class Train(Section):
     beta2: OpenFraction = 0.999
     epsilon: PositiveFloat = 1e-8
     clip: NonNegativeFloat = Field(1.0, description="global gradient norm; 0: no clipping")
+    stop_at_step: PositiveInt | None = Field(
+        None, description="save and end after so many steps, on the schedule of all train.steps"
+    )
+    stop_after_minutes: PositiveFloat | None = Field(
+        None, description="save and end after so many minutes of training since the start"
+    )
 
 
 class Parallel(Section):
@@ -170,6 +176,29 @@ class Zero(Section):
     """DeepSpeed ZeRO."""
 
     stage: Literal[0, 1, 2, 3] = 1
+
+
+class InitFrom(Section):
+    """Whose weights this run starts from; a text alone is its ``path``."""
+
+    path: str | None = Field(
+        None, min_length=1, description="checkpoint, or run; default: the seed's weights"
+    )
+    optimizer: bool = Field(False, description="its moments and step count too")
+    data: bool = Field(False, description="go on with the samples after those that it was trained on")
+    first_sample: NaturalInt = Field(0, description="recorded where init_from.data is set; not to be set")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"path": value} if value is None or isinstance(value, str) else value
+
+
+class Change(Section):
+    """Values of some settings before ``step``, where ``--change`` gave others (spec/changes.py)."""
+
+    step: NaturalInt
+    before: dict[str, Any]
 
 
 class Checkpoint(Section):
@@ -266,14 +295,13 @@ class Config(Section):
     kernels: Literal["auto", "torch", "triton"] = Field(
         "auto", description="auto: whichever was measured to be faster, on CUDA devices"
     )
-    init_from: str | None = Field(
-        None, min_length=1, description="checkpoint, or run, whose weights this run starts from"
-    )
+    init_from: InitFrom = InitFrom()
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
     guards: Guards = Guards()
     sample: Sample = Sample()
     logging: Logging = Logging()
+    changes: tuple[Change, ...] = Field((), description="recorded by --change; not to be set")
 
     @property
     def kv_heads(self) -> int:

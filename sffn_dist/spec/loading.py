@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from sffn_dist.spec import validation
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.config_keys import key_fields
-from sffn_dist.spec.renamed_keys import RENAMED, translate
+from sffn_dist.spec.renamed_keys import RENAMED, SHORT_FORMS, translate
 
 # written beside imported weights, perhaps by an earlier version: a record, not a user's file
 START = "start.json"
@@ -33,6 +33,7 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
     """
     tree = read_tree(Path(path))
     problems = _apply_overrides(tree, overrides)
+    problems += [f"{key}: is recorded by a run, and not to be set" for key in _recorded_only(tree)]
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
         run["dir"] = run.get("dir") or f"runs/{Path(path).stem}"
@@ -47,6 +48,14 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _recorded_only(tree: Mapping[str, Any]) -> Iterable[str]:
+    if tree.get("changes"):
+        yield "changes"
+    init_from = tree.get("init_from")
+    if isinstance(init_from, dict) and init_from.get("first_sample"):
+        yield "init_from.first_sample"
 
 
 def override(tree: dict[str, Any], overrides: Iterable[str]) -> None:
@@ -152,6 +161,7 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise ConfigError([f"override {text!r}: must read key.path=value"])
     fields = key_fields()
+    key = SHORT_FORMS.get(key, key)
     if key not in fields:
         raise ConfigError([_unknown_key(key)])
     value: Any
@@ -170,6 +180,8 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     node = tree
     for section in sections:
         child = node.setdefault(section, {})
+        if SHORT_FORMS.get(section) and not isinstance(child, dict):
+            child = node[section] = {"path": child}
         if not isinstance(child, dict):
             raise ConfigError([f"{section} = {child!r}: must be an object of settings"])
         node = child

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sffn_dist.spec import counts, machine, schedule, traffic
+from sffn_dist.spec import changes, counts, machine, schedule, traffic
 from sffn_dist.spec.config import Config
 from sffn_dist.spec.memory import memory_per_rank
 from sffn_dist.spec.validation import unused_settings
@@ -56,6 +56,7 @@ def plan(config: Config, world: int) -> dict[str, Any]:
         "communication": communication(config, precision, data_parallel),
         "checkpoint_bytes": checkpoint_bytes(config, guide=guided),
         "checkpoint": config.checkpoint.model_dump(mode="json"),
+        "changes": [text for _, text in changes.described(config)],
         "unused": unused_settings(config),
     }
 
@@ -239,6 +240,7 @@ def render(plan: dict[str, Any]) -> str:
     if ranks["tensor"] > 1:
         lines.append(("received", _received_line(plan)))
     lines.append(("checkpoints", _checkpoint_line(plan)))
+    lines += [("changed", text) for text in plan["changes"]]
     lines += [("unused", f"{key}: {reason}") for key, reason in plan["unused"].items()]
     lines.append(("writes to", plan["run.dir"]))
     return "\n".join(f"  {name:<14} {text}" for name, text in lines)

@@ -16,11 +16,14 @@ RENAMED = {
     "guide.share": "guide.fraction",
     "guards.rollbacks": "guards.max_rollbacks",
 }
+# a text for init_from is still good in a config file
+SHORT_FORMS = {"init_from": "init_from.path"}
+RENAMED_IN_RECORDS = RENAMED | SHORT_FORMS
 
 
 def translate_flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key -> value of a record, with today's names."""
-    return {RENAMED.get(key, key): value for key, value in settings.items()}
+    return {RENAMED_IN_RECORDS.get(key, key): value for key, value in settings.items()}
 
 
 def translate(tree: Mapping[str, Any]) -> dict[str, Any]:

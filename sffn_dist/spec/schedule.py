@@ -22,8 +22,8 @@ import struct
 from dataclasses import dataclass
 from typing import Literal
 
-from sffn_dist.spec import counts
-from sffn_dist.spec.config import Config
+from sffn_dist.spec import changes, counts
+from sffn_dist.spec.config import Config, Train
 from sffn_dist.spec.decay import GUIDE_SCHEDULES, LEARNING_RATE_SCHEDULES
 
 PhaseName = Literal["plain", "guided", "repeat"]
@@ -50,6 +50,15 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class EarlierRecipe:
+    """The settings of the steps before ``end``, and how many steps the run was to have then."""
+
+    end: int
+    train: Train
+    total_steps: int
+
+
+@dataclass(frozen=True)
 class Schedule:
     """A run's schedule; build it with :func:`build_schedule`.
 
@@ -67,6 +76,7 @@ class Schedule:
     stochastic: bool
     seed: int
     learning_rate_schedule: str = "cosine"
+    earlier: tuple[EarlierRecipe, ...] = ()  # where the run was changed on the way, oldest first
 
     def at(self, step: int) -> StepSchedule:
         """Raises ValueError outside [0, total_steps)."""
@@ -119,11 +129,21 @@ class Schedule:
 
     def learning_rate_factor(self, step: int) -> float:
         """Multiplies train.learning_rate: (step + 1)/warm-up, then from 1 down to min_learning_rate_ratio."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        low = self.min_learning_rate_ratio
-        return low + (1.0 - low) * LEARNING_RATE_SCHEDULES[self.learning_rate_schedule](done)
+        warmup, total, low = self.warmup_steps, self.total_steps, self.min_learning_rate_ratio
+        curve = self.learning_rate_schedule
+        for recipe in self.earlier:
+            if step < recipe.end:
+                warmup, total = _warmup_steps(recipe.train, recipe.total_steps), recipe.total_steps
+                low, curve = recipe.train.min_learning_rate_ratio, recipe.train.learning_rate_schedule
+                break
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, total - warmup)
+        return low + (1.0 - low) * LEARNING_RATE_SCHEDULES[curve](done)
+
+    def recipe(self, step: int, current: Train) -> Train:
+        """The settings of a step: ``current`` ones, the config's, or those that the run had then."""
+        return next((recipe.train for recipe in self.earlier if step < recipe.end), current)
 
     def expected_drawn_fraction(self, step: int) -> float:
         """Expected share of linears that compute their guide in a step: all while guided, alpha of them
@@ -142,22 +162,41 @@ class Schedule:
 
 
 def build_schedule(config: Config) -> Schedule:
-    """The schedule of a run."""
-    steps = config.train.steps
-    begin, end = _guided(config)
-    repeated = end - begin if config.guide.mode == "fixed_flop" else 0
+    """The schedule of a run.
+
+    Where it was changed on the way, the guided steps stay those that they were, unless the change named a
+    setting of the guide; the learning rate follows the new settings from the change on.
+    """
+    steps, earlier = config.train.steps, []
+    spans = [settings for _, settings in changes.history(config)]
+    begin, end = _guided(spans[0])
+    for change, was, then in zip(config.changes, spans[:-1], spans[1:], strict=True):
+        earlier.append(EarlierRecipe(change.step, was.train, was.train.steps + _repeated(was, begin, end)))
+        if any(key.startswith("guide.") for key in change.before):
+            begin, end = _guided(then)
+        begin, end = min(begin, then.train.steps), min(end, then.train.steps)
+    total_steps = steps + _repeated(config, begin, end)
     return Schedule(
-        total_steps=steps + repeated,
+        total_steps=total_steps,
         first_pass=steps,
         guide_begin=begin,
         guide_end=end,
-        warmup_steps=math.ceil(config.train.warmup_share * (steps + repeated)),
+        warmup_steps=_warmup_steps(config.train, total_steps),
         min_learning_rate_ratio=config.train.min_learning_rate_ratio,
         guide_schedule=config.guide.schedule,
         stochastic=config.guide.stochastic,
         seed=config.train.seed,
         learning_rate_schedule=config.train.learning_rate_schedule,
+        earlier=tuple(earlier),
     )
+
+
+def _repeated(config: Config, begin: int, end: int) -> int:
+    return end - begin if config.guide.mode == "fixed_flop" else 0
+
+
+def _warmup_steps(train: Train, total_steps: int) -> int:
+    return math.ceil(train.warmup_share * total_steps)
 
 
 def _guided(config: Config) -> tuple[int, int]:

@@ -178,7 +178,13 @@ def _used_guide_keys(config: Config) -> set[str]:
 # Restarting a run with another value of these would continue another run: they are compared with what run.dir
 # holds.
 IDENTITY = ("model", "ffn", "guide", "data", "train", "init_from")
-FREE = ("train.micro_batch_size", "data.dir")
+FREE = (
+    "train.micro_batch_size",
+    "train.stop_at_step",
+    "train.stop_after_minutes",
+    "data.dir",
+    "init_from.first_sample",
+)
 
 
 def identity(config: Config) -> dict[str, Any]:

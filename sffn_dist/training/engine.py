@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sffn_dist.parallel import cpu_compat
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.topology import ModelParallelUnit, Topology
-from sffn_dist.spec.config import Config
+from sffn_dist.spec.config import Config, Train
 from sffn_dist.spec.counts import reduce_bucket
 from sffn_dist.spec.optimizers import OPTIMIZERS
 from sffn_dist.spec.split_table import is_guide
@@ -69,7 +69,7 @@ def create(
     """Wrap the model: the optimizer on everything (the guide as its own last group), ZeRO, precision,
     clipping, accumulation.
 
-    The learning rate is 0 until :func:`set_learning_rate`; optimizer state exists from the start, all zero,
+    The learning rate is 0 until :func:`set_recipe`; optimizer state exists from the start, all zero,
     or what is ``carried`` over from another engine (then engine_state.update_model_weights sets the model's
     weights).
     """
@@ -140,9 +140,14 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()  # the next engine's tensors are of other sizes
 
 
-def set_learning_rate(engine: Engine, value: float) -> None:
+def set_recipe(engine: Engine, train: Train, learning_rate: float) -> None:
+    """The optimizer's settings for the next step: they may change in a run (pretrain.py --change)."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = learning_rate
+        group["betas"] = (train.beta1, train.beta2)
+        group["eps"], group["weight_decay"] = train.epsilon, train.weight_decay
+    if engine.zero_optimization_stage() > 0:  # stage 0: see _clip
+        engine.optimizer.clip_grad = train.clip
 
 
 # ----------------------------------------------------------------------------------------------------- a step

@@ -14,6 +14,7 @@ from sffn_dist.health import stragglers
 from sffn_dist.health.preflight import PreflightReport
 from sffn_dist.launch import run_identity
 from sffn_dist.parallel.topology import Topology
+from sffn_dist.spec import changes
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.config_keys import flatten
 from sffn_dist.spec.plan import checkpoint_bytes
@@ -57,6 +58,9 @@ def report_start(run: TrainingRun, checkpoint: Path | None, preflight: Preflight
         head, *_ = preflight.text().split("\n", 1)
         text = "\n".join([head, *(f"warning: {warning}" for warning in preflight.warnings)])
         run.tell("pre-flight", text, **preflight.row())
+    for step, text in changes.described(run.config):
+        if step == run.step:
+            run.tell("changed", text)
     if checkpoint:
         run.tell(
             "continued", f"continuing at step {run.step} of {run.schedule.total_steps} from {checkpoint}"
@@ -89,7 +93,8 @@ def report_step(run: TrainingRun, step_schedule: StepSchedule, result: StepResul
         "tokens": (step_schedule.step + 1) * tokens,
         "loss": result.loss,
         "alpha": step_schedule.alpha,
-        "lr": config.train.learning_rate * step_schedule.learning_rate_factor,
+        "lr": run.schedule.recipe(step_schedule.step, config.train).learning_rate
+        * step_schedule.learning_rate_factor,
         "grad_norm": result.grad_norm,
         "tokens_per_s": tokens / result.seconds,
         "seconds": result.seconds,

@@ -14,12 +14,14 @@ from pathlib import Path
 from sffn_dist import model as models
 from sffn_dist.atomic_io import hash_file
 from sffn_dist.checkpoint import run_folder
-from sffn_dist.checkpoint.manifest import TOKENIZER, BrokenCheckpoint, Manifest, UnreadableCheckpoint
+from sffn_dist.checkpoint.manifest import KINDS, TOKENIZER, BrokenCheckpoint, Manifest, UnreadableCheckpoint
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.data.tokenizer import differing_tokens
 from sffn_dist.parallel.object_collectives import all_gather_object, broadcast_object
 from sffn_dist.parallel.topology import Topology, require_equal
+from sffn_dist.spec import loading
 from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.schedule import build_schedule
 from sffn_dist.spec.split_table import is_guide
 from sffn_dist.training import engine_state, phases
 from sffn_dist.training.bad_steps import BadSteps
@@ -57,13 +59,13 @@ def find_initial_weights(config: Config, topology: Topology) -> Manifest:
     """The checkpoint that ``init_from`` names, the same for all ranks though a run may be writing there;
     raises ConfigError.
     """
-    assert config.init_from
+    assert config.init_from.path
     source = _rank_zero_choice(
-        functools.partial(run_folder.find_checkpoint, "init_from", config.init_from), topology
+        functools.partial(run_folder.find_checkpoint, "init_from", config.init_from.path), topology
     )
     assert source
     if problems := verify_files(source, topology):
-        raise ConfigError([f"init_from = {config.init_from!r}: {problem}" for problem in problems])
+        raise ConfigError([f"init_from = {config.init_from.path!r}: {problem}" for problem in problems])
     return source
 
 
@@ -120,11 +122,44 @@ def find_start(
 
     Raises ConfigError where ``init_from`` cannot be used, or learned other token ids than ``tokenizer`` has.
     """
-    if checkpoint is not None or not config.init_from:
+    if checkpoint is not None or not config.init_from.path:
         return Start(checkpoint)
     initial_weights = find_initial_weights(config, topology)
     check_tokenizer(initial_weights, config, tokenizer)
+    if config.init_from.optimizer and set(initial_weights.kinds) != set(KINDS):
+        rule = f"{initial_weights.folder} holds weights alone, no moments of an optimizer"
+        raise ConfigError([f"init_from.optimizer = true: {rule}"])
     return Start(initial_weights=initial_weights)
+
+
+def continue_data(config: Config, start: Start, data_fingerprint: str) -> Config:
+    """The config with the sample that ``init_from.data`` begins with: the one after the last that the initial
+    weights were trained on, in the same endless order.
+
+    Raises ConfigError where the order is another one.
+    """
+    source = start.initial_weights
+    if source is None or not config.init_from.data:
+        return config
+    held = loading.from_tree(source.config)
+    samples = {
+        "data.source": (data_fingerprint[:12], (source.data_fingerprint or "unknown")[:12]),
+        "train.seed": (config.train.seed, held.train.seed),
+        "model.sequence": (config.model.sequence, held.model.sequence),
+    }
+    problems = [
+        f"init_from.data = true: {key} is {own} here and {its} in {source.folder}; the order of samples is "
+        f"another one"
+        for key, (own, its) in samples.items()
+        if own != its
+    ]
+    if problems:
+        raise ConfigError(problems)
+    new_steps = min(source.step, build_schedule(held).first_pass)
+    first = held.init_from.first_sample + new_steps * held.train.global_batch_size
+    return config.model_copy(
+        update={"init_from": config.init_from.model_copy(update={"first_sample": first})}
+    )
 
 
 def require_equal_records(run_dir: Path, data_fingerprint: str, bad_steps: BadSteps) -> None:
@@ -158,8 +193,11 @@ def load_state(engine: Engine, config: Config, topology: Topology, start: Start)
         engine_state.set_step_counts(engine, steps, guide_steps)
         guides_loaded = True
     elif start.initial_weights is not None:
-        with _as_config_error("init_from", str(config.init_from)):
+        with _as_config_error("init_from", str(config.init_from.path)):
             guides_loaded = load_weights(engine, config, topology, start.initial_weights)
+        if config.init_from.optimizer:
+            guide_steps = start.initial_weights.guide_optimizer_steps if guides_loaded else 0
+            engine_state.set_step_counts(engine, start.initial_weights.optimizer_steps, guide_steps)
     if not start.from_seed:
         engine_state.update_model_weights(engine)
     if models.has_guide(engine.module) and not guides_loaded:
@@ -180,8 +218,8 @@ def check_tokenizer(source: Manifest, config: Config, tokenizer: Path | None) ->
     if differing := differing_tokens(*texts):
         raise ConfigError(
             [
-                f"init_from = {config.init_from!r}: {len(differing)} tokens have other ids there than in "
-                f"the data, "
+                f"init_from = {config.init_from.path!r}: {len(differing)} tokens have other ids there "
+                f"than in the data, "
                 f"{differing[0]!r} for one; prepare the data with data.tokenizer={source.folder / TOKENIZER}"
             ]
         )
@@ -197,10 +235,11 @@ def load_weights(engine: Engine, config: Config, topology: Topology, source: Man
     wanted = (
         fragment for fragment in engine_state.fragments(engine) if reader.guide or not is_guide(fragment.name)
     )
-    reader.restore(wanted, topology, kinds=("weight",))
+    reader.restore(wanted, topology, kinds=KINDS if config.init_from.optimizer else ("weight",))
     if reader.guide and not models.has_guide(engine.module) and topology.is_rank_zero:
         log.warning(
-            "init_from = %r: its guides are left: this run is not guided at its first step", config.init_from
+            "init_from = %r: its guides are left: this run is not guided at its first step",
+            config.init_from.path,
         )
     return reader.guide
 

@@ -62,6 +62,7 @@ class TrainingRun:
     interruption: Interruption = field(default_factory=Interruption)
     evaluated: dict[int, EvaluationResult] = field(default_factory=dict)
     steps_taken: int = 0  # in this process
+    began: float = field(default_factory=time.monotonic)
     start_step: int = field(init=False)
     timers: StepTimers = field(init=False)
     _asked: float = -math.inf  # when rank 0 last looked for a request, by the monotonic clock

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from sffn_dist import model as models
+from sffn_dist.launch import exit_codes
+from sffn_dist.launch.signals import Stop
 from sffn_dist.spec.schedule import StepSchedule
 from sffn_dist.training import engine as engines
 from sffn_dist.training import reporting
@@ -28,18 +30,25 @@ def train_step(run: TrainingRun) -> StepResult:
     """Take step ``run.step`` and report it. All ranks must call it."""
     config, step_schedule, started = run.config, run.schedule.at(run.step), time.perf_counter()
     guides_computed = models.set_guide(run.model, run.schedule, step_schedule)
-    engines.set_learning_rate(run.engine, config.train.learning_rate * step_schedule.learning_rate_factor)
+    recipe = run.schedule.recipe(run.step, config.train)
+    engines.set_recipe(run.engine, recipe, recipe.learning_rate * step_schedule.learning_rate_factor)
 
     def decide(local_loss: float) -> StepAgreement:
         with run.timers.waiting():
-            agreement = agree_on_step(local_loss, run.signals, run.topology, report=run.report_requested())
+            agreement = agree_on_step(
+                local_loss,
+                run.signals,
+                run.topology,
+                report=run.report_requested(),
+                minutes=(time.monotonic() - run.began) / 60.0,
+            )
         run.interruption.forbid()  # the update follows
         return dataclasses.replace(agreement, skip_reason=run.bad_steps.losses.skip_reason(agreement.loss))
 
     run.timers.begin()
     run.interruption.allow(run.step, TRAINING)
     batches = run.timers.data(_micro_batches(run, step_schedule))
-    engine_step = engines.train_batch(run.engine, _loss(run), batches, config.train.clip, decide)
+    engine_step = engines.train_batch(run.engine, _loss(run), batches, recipe.clip, decide)
     run.timers.end()
     agreement, norm = engine_step.decision, engine_step.grad_norm
     skip_reason = agreement.skip_reason
@@ -52,7 +61,7 @@ def train_step(run: TrainingRun) -> StepResult:
         norm,
         guides_computed,
         skip_reason,
-        agreement.stop,
+        agreement.stop or _planned_stop(run, agreement),
         agreement.report,
         seconds,
     )
@@ -61,6 +70,18 @@ def train_step(run: TrainingRun) -> StepResult:
     reporting.report_step(run, step_schedule, result)
     run.bad_steps.record(step_schedule.step, skip_reason, agreement.loss)
     return result
+
+
+def _planned_stop(run: TrainingRun, agreement: StepAgreement) -> Stop | None:
+    """What train.stop_at_step and train.stop_after_minutes ask for after this step."""
+    train, done = run.config.train, run.step + 1
+    if done == run.schedule.total_steps:
+        return None
+    if train.stop_at_step is not None and done >= train.stop_at_step:
+        return Stop(f"train.stop_at_step = {train.stop_at_step}", exit_codes.DONE)
+    if train.stop_after_minutes is not None and agreement.minutes >= train.stop_after_minutes:
+        return Stop(f"train.stop_after_minutes = {train.stop_after_minutes:g}", exit_codes.DONE)
+    return None
 
 
 def skip_excluded_batch(run: TrainingRun) -> StepResult:

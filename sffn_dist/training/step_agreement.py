@@ -26,12 +26,13 @@ class StepAgreement:
     loss: float  # nats, mean over the step's tokens
     stop: Stop | None = None
     report: bool = False
+    minutes: float = 0.0  # that the run has been training since its start, mean over the ranks
     waited: float = 0.0  # seconds that this rank waited for the others
     skip_reason: str | None = None  # why no update is made on this loss
 
 
 def agree_on_step(
-    loss: float, signals: SignalHandler, topology: Topology, *, report: bool = False
+    loss: float, signals: SignalHandler, topology: Topology, *, report: bool = False, minutes: float = 0.0
 ) -> StepAgreement:
     """Join what every rank has; ``loss`` is the mean over the rank's own sequences.
 
@@ -43,15 +44,16 @@ def agree_on_step(
     facts = [
         loss / topology.world_size,
         float(report),
+        minutes / topology.world_size,
         *(float(signals.received == number) for number in STOP_SIGNALS),
     ]
     if topology.world_size > 1:
         shared = torch.tensor(facts, dtype=torch.float64, device=topology.device)
         dist.all_reduce(shared)
         facts = shared.tolist()
-    number = next((number for number, count in zip(STOP_SIGNALS, facts[2:], strict=True) if count), None)
+    number = next((number for number, count in zip(STOP_SIGNALS, facts[3:], strict=True) if count), None)
     stop = None
     if number is not None:
         name = signals.cause if signals.received == number else number.name
         stop = Stop(name, exit_codes.for_signal(number))
-    return StepAgreement(facts[0], stop, bool(facts[1]), time.perf_counter() - started)
+    return StepAgreement(facts[0], stop, bool(facts[1]), facts[2], time.perf_counter() - started)

@@ -132,7 +132,7 @@ def take(run: TrainingRun, nan: bool = False) -> tuple[float, float, int]:
     """
     now, config, ranks = run.schedule.at(run.step), run.config, run.topology
     drawn = models.set_guide(run.model, run.schedule, now)
-    engines.set_learning_rate(run.engine, config.train.learning_rate * now.learning_rate_factor)
+    engines.set_recipe(run.engine, config.train, config.train.learning_rate * now.learning_rate_factor)
     micro = run.batches.at(
         now.data_step,
         ranks.data_parallel_rank,

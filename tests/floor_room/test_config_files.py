@@ -103,7 +103,7 @@ def test_a_symbolic_link_to_itself_is_refused(tmp_path: Path) -> None:
         ("sample.prompt=", ""),
         ("data.tokenizer=null", None),
         ("data.tokenizer=7", "7"),
-        ("init_from=12", "12"),
+        ("init_from.path=12", "12"),
         ("train.steps=20", 20),
         ("train.learning_rate=1e-3", 1e-3),
         ("train.clip=1", 1.0),

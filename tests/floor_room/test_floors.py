@@ -27,7 +27,7 @@ FLOORS = (
     ("parallel",),
     ("model",),
     ("data", "checkpoint", "telemetry"),
-    ("inference", "conversion", "comparison", "launch.run_identity"),
+    ("inference", "conversion", "comparison", "launch.run_changes", "launch.run_identity"),
     ("health",),
     ("training",),
     ("launch.checks",),
