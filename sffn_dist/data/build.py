@@ -15,19 +15,20 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from sffn_dist.atomic_io import hash_file
 from sffn_dist.data.corpus import documents
 from sffn_dist.data.metadata import FORMAT, Meta, Split, dump_meta, fingerprint
 from sffn_dist.data.shards import SHARD_TOKENS, ShardWriter, Tokens, TokenStream, token_dtype, unigram_entropy
 from sffn_dist.data.tokenizer import (
-    end_of_text,
+    END_OF_TEXT,
+    CorpusTokenizer,
     is_byte_level,
     load_tokenizer,
     pieces,
     token_bytes,
     train_tokenizer,
+    trained,
     vocab_size,
 )
 from sffn_dist.spec.config import Config, ConfigError
@@ -41,11 +42,12 @@ _NEWS = 5.0  # seconds between lines of progress
 class _Piece(NamedTuple):
     """Part of a document on its way to the encoder.
 
-    ``last`` ends the document, whose UTF-8 length is ``size``.
+    ``first`` begins the document and ``last`` ends it; its UTF-8 length is ``size``.
     """
 
     text: str
     heldout: bool
+    first: bool
     last: bool
     size: int
 
@@ -79,15 +81,18 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
     Raises:
         ConfigError: the source holds no text or cannot be read; the tokenizer cannot be used.
     """
-    tokenizer = _tokenizer(config)
+    chosen = _tokenizer(config)
+    tokenizer = chosen.tokenizer
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    lengths = token_bytes(tokenizer)
+    for file, text in chosen.settings.texts().items():
+        (folder / file).write_text(text, encoding="utf-8")
+    lengths = token_bytes(tokenizer, {chosen.end_of_text, *(() if chosen.bos is None else (chosen.bos,))})
     np.save(folder / "token_bytes.npy", lengths)
     dtype = token_dtype(len(lengths))
     train, heldout = (
         _Side(ShardWriter(folder, split, dtype, shard_tokens), lengths) for split in ("train", "heldout")
     )
-    _write(config, tokenizer, train, heldout)
+    _write(config, chosen, train, heldout)
     if not train.documents and not heldout.documents:
         raise ConfigError(
             [f"data.source = {config.data.source!r}: must hold text; every document in it is empty"]
@@ -95,20 +100,21 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
     balance(train, heldout, config.data.heldout_share)
     if not train.writer.tokens or not heldout.writer.tokens:
         raise ConfigError([f"data.source = {config.data.source!r}: must hold at least two tokens of text"])
-    meta = _describe(config, folder, name, tokenizer, train, heldout)
+    meta = _describe(config, folder, name, chosen, train, heldout)
     (folder / "meta.json").write_text(dump_meta(meta), encoding="utf-8")
     return meta
 
 
-def _tokenizer(config: Config) -> Tokenizer:
+def _tokenizer(config: Config) -> CorpusTokenizer:
     if config.data.tokenizer is not None:
-        return load_tokenizer(config.data.tokenizer, config.model.vocab)
+        return load_tokenizer(config.data, config.model.vocab)
     started = time.monotonic()
-    tokenizer = train_tokenizer(documents(config.data), config.model.vocab)
+    end = config.data.end_of_text or END_OF_TEXT
+    tokenizer = train_tokenizer(documents(config.data), config.model.vocab, end)
     log.info(
         "trained a byte-level BPE of %d entries in %.1f s", vocab_size(tokenizer), time.monotonic() - started
     )
-    return tokenizer
+    return trained(tokenizer, end)
 
 
 def is_heldout(text: bytes, share: float) -> bool:
@@ -126,7 +132,7 @@ def _pieces(texts: Iterable[str], share: float) -> Iterator[_Piece]:
         parts = list(pieces(raw.decode()))
         heldout = is_heldout(raw, share)
         for index, part in enumerate(parts, start=1):
-            yield _Piece(part, heldout, index == len(parts), len(raw))
+            yield _Piece(part, heldout, index == 1, index == len(parts), len(raw))
 
 
 def _batches(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
@@ -142,16 +148,18 @@ def _batches(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _write(config: Config, tokenizer: Tokenizer, train: _Side, heldout: _Side) -> None:
+def _write(config: Config, chosen: CorpusTokenizer, train: _Side, heldout: _Side) -> None:
     """Encode every document, an end of text after each, and write it to its side."""
-    separator = np.array([end_of_text(tokenizer)], dtype=np.int64)
+    tokenizer, end = chosen.tokenizer, np.array([chosen.end_of_text], dtype=np.int64)
+    begin = np.array([] if chosen.bos is None else [chosen.bos], dtype=np.int64)
     started = last_logged = time.monotonic()
     for batch in _batches(_pieces(documents(config.data), config.data.heldout_share)):
         encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
         for piece, encoding in zip(batch, encodings, strict=True):
             ids = np.array(encoding.ids, dtype=np.int64)
             side = heldout if piece.heldout else train
-            side.add(np.concatenate([ids, separator]) if piece.last else ids, piece.last, piece.size)
+            around = (begin if piece.first else begin[:0], ids, end if piece.last else end[:0])
+            side.add(np.concatenate(around), piece.last, piece.size)
         now = time.monotonic()
         if now - last_logged >= _NEWS:
             last_logged = now
@@ -192,8 +200,9 @@ def balance(train: _Side, heldout: _Side, share: float) -> None:
 
 
 def _describe(
-    config: Config, folder: Path, name: str, tokenizer: Tokenizer, train: _Side, heldout: _Side
+    config: Config, folder: Path, name: str, chosen: CorpusTokenizer, train: _Side, heldout: _Side
 ) -> Meta:
+    tokenizer = chosen.tokenizer
     sides = {"train": train.split(), "heldout": heldout.split()}
     dtype = train.writer.dtype
     sha256 = hash_file(folder / "tokenizer.json")
@@ -202,8 +211,7 @@ def _describe(
         log.warning(
             "with this tokenizer the bytes of a slice of tokens, and so bits per byte, are an estimate"
         )
-    vocab, separator = vocab_size(tokenizer), end_of_text(tokenizer)
-    assert separator is not None  # load_tokenizer and train_tokenizer see to it
+    vocab = vocab_size(tokenizer)
     packages = {package: version(package) for package in ("datasets", "numpy", "tokenizers")}
     return Meta(
         format=FORMAT,
@@ -213,7 +221,8 @@ def _describe(
         tokenizer=config.data.tokenizer or "trained on the source",
         tokenizer_sha256=sha256,
         vocab=vocab,
-        end_of_text=separator,
+        end_of_text=chosen.end_of_text,
+        bos=chosen.bos,
         dtype="uint16" if dtype.itemsize == 2 else "uint32",
         heldout_share=config.data.heldout_share,
         byte_exact=exact,

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sffn_dist.atomic_io import hash_file
+from sffn_dist.data import tokenizer_files
 from sffn_dist.data.sources import forms, source_of
 from sffn_dist.data.sources.base import digest
 from sffn_dist.spec.config import Config, ConfigError, Data
@@ -65,11 +66,15 @@ def _source_problem(data: Data) -> str | None:
 def _tokenizer_problem(data: Data) -> str | None:
     if data.tokenizer is None:
         return None
-    path, setting = Path(data.tokenizer).expanduser(), f"data.tokenizer = {json.dumps(data.tokenizer)}"
-    if not path.is_file():
-        return f"{setting}: must be the path of a tokenizer.json; there is no such file"
-    if not os.access(path, os.R_OK):
-        return f"{setting}: must be the path of a tokenizer.json; it cannot be read (permissions)"
+    setting = f"data.tokenizer = {json.dumps(data.tokenizer)}: must be {tokenizer_files.FORMS}"
+    path = Path(data.tokenizer).expanduser()
+    if not path.exists():
+        return f"{setting}; there is no such file or folder"
+    files = tokenizer_files.find(path)
+    if files is None:
+        return f"{setting}; this folder holds none, or several"
+    if not all(os.access(file, os.R_OK) for file in files.tokens):
+        return f"{setting}; it cannot be read (permissions)"
     return None
 
 
@@ -86,17 +91,65 @@ def locate(config: Config) -> Path:
         ConfigError: bad ``data.source``, ``data.tokenizer`` or ``model.vocab``.
     """
     check_source(config.data, config.model.vocab)
+    try:
+        return _folder(config, _tokenizer_identity(config.data))
+    except ConfigError:
+        # an earlier version took the first of its own list for the end of text, whatever the files say
+        folder = _folder(config, {"tokenizer": _tokens_hash(config.data)})
+        if config.data.end_of_text is None and not config.data.bos and is_usable(folder):
+            return folder
+        raise
+
+
+def _folder(config: Config, tokenizer: dict[str, Any]) -> Path:
     source = source_of(config.data.source)
     identity = {
         "format": FORMAT,
         "source": source.identity(config.data),
-        "tokenizer": hash_file(Path(config.data.tokenizer).expanduser()) if config.data.tokenizer else None,
+        **tokenizer,
         "vocab": config.model.vocab,
         "heldout_share": config.data.heldout_share,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     label = re.sub(r"[^A-Za-z0-9_]+", "-", source.label(config.data)).strip("-")[:40] or "corpus"
     return Path(config.data.dir).expanduser() / f"{label}-v{config.model.vocab}-{key}"
+
+
+def _tokens_hash(data: Data) -> str | None:
+    """Of the file, or files, that hold the tokens of ``data.tokenizer``."""
+    if data.tokenizer is None:
+        return None
+    hashes = [hash_file(file) for file in tokenizer_files.named(data).tokens]
+    return hashes[0] if len(hashes) == 1 else digest(hashes)
+
+
+def _tokenizer_identity(data: Data) -> dict[str, Any]:
+    """What decides ids and what is put around documents; raises ConfigError as tokenizer_files.end_of_text.
+
+    A key is there only where its value is not what earlier versions did, whose folders keep their names.
+    """
+    tree: dict[str, Any] = {"tokenizer": _tokens_hash(data)}
+    if data.tokenizer is None:
+        return tree | ({"end_of_text": data.end_of_text} if data.end_of_text else {})
+    files = tokenizer_files.named(data)
+    found = tokenizer_files.settings(files.folder)
+    if not files.is_json:  # its tokens are known once it is converted
+        added = found.tokenizer.get("added_tokens_decoder")
+        return tree | {"end_of_text": [data.end_of_text, found.ends], "bos": data.bos, "added": added}
+    try:
+        text = files.tokens[0].read_text(encoding="utf-8")
+        whole = tokenizer_files.with_added_tokens(text, found.tokenizer)
+        ids = tokenizer_files.vocabulary(whole)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        setting = f"data.tokenizer = {json.dumps(data.tokenizer)}"
+        kind = type(error).__name__
+        raise ConfigError([f"{setting}: must be {tokenizer_files.FORMS}: {kind}: {error}"]) from None
+    end = tokenizer_files.end_of_text(data, found, ids)
+    if end != next((token for token in tokenizer_files.EARLIER_SEPARATORS if token in ids), None):
+        tree["end_of_text"] = end
+    if (begin := tokenizer_files.beginning_of_text(data, found, ids)) is not None:
+        tree["bos"] = begin
+    return tree | ({} if whole == text else {"added": found.tokenizer["added_tokens_decoder"]})
 
 
 # -------------------------------------------------------------------------------------------------- meta.json
@@ -140,6 +193,7 @@ class Meta(_Record):
     tokenizer_sha256: Digest
     vocab: Annotated[int, Field(gt=0, le=2**32, description="highest token id + 1")]
     end_of_text: Count
+    bos: Count | None = None  # id put before each document
     dtype: Literal["uint16", "uint32"]
     heldout_share: float
     byte_exact: Annotated[

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sffn_dist import atomic_io
-from sffn_dist.checkpoint.manifest import missing_tensors
+from sffn_dist.checkpoint.manifest import TOKENIZER, missing_tensors
 from sffn_dist.checkpoint.run_folder import find_checkpoint
 from sffn_dist.spec import config_keys, loading, validation
 from sffn_dist.spec.config import Config, ConfigError
@@ -76,9 +76,16 @@ def _defaults(config: Config) -> dict[str, Any]:
 
 
 def check_source_of_weights(config: Config) -> None:
-    """Refuse an ``init_from`` whose model is another one; raises ConfigError."""
+    """Refuse an ``init_from`` whose model is another one, or whose tokenizer nobody names; raises
+    ConfigError.
+    """
     assert config.init_from
     manifest = find_checkpoint("init_from", config.init_from)
+    if TOKENIZER not in manifest.files and config.data.tokenizer is None:
+        rule = (
+            f"must name the tokenizer of init_from = {config.init_from!r}, which holds none that can be read"
+        )
+        raise ConfigError([f"data.tokenizer = null: {rule}"])
     wanted = {name: spec.shape for name, spec in model_tensors(config, guide=False).items()}
     problems = list(itertools.islice(missing_tensors(manifest, wanted), 5))
     # what shapes do not show

@@ -58,9 +58,9 @@ def sample_text(run: TrainingRun, corpus: Corpus) -> str:
     """``sample.prompt`` and what the structure alone makes of it."""
     config = run.config
     models.unset_guide(run.model)
-    prompt = corpus.tokenizer.encode(config.sample.prompt, add_special_tokens=False).ids or [
-        corpus.meta.end_of_text
-    ]
+    begin = [] if corpus.meta.bos is None else [corpus.meta.bos]  # as training put it
+    prompt = begin + corpus.tokenizer.encode(config.sample.prompt, add_special_tokens=False).ids
+    prompt = prompt or [corpus.meta.end_of_text]
     ids = sample(
         run.model,
         run.watchdog.with_progress(models.token_logits, "sample", run.step),

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from sffn_dist.data import build, metadata
 from sffn_dist.data.prepare import prepare
 from sffn_dist.data.shards import Corpus, open_corpus, verify
-from sffn_dist.spec.config import Config
+from sffn_dist.spec.config import Config, ConfigError
 
 PREPARER = """
 import json, logging, os, sys, time
@@ -111,6 +111,31 @@ def test_what_decides_the_content_decides_the_folder(texts: Path, configure: Cal
     assert len({base, *others}) == 6
 
 
+def test_what_is_put_around_documents_decides_the_folder(
+    texts: Path, tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    """A corpus keeps the name that earlier versions gave it, which took the first token of their own list."""
+    vocab = {"[UNK]": 0, "fox": 1, "</s>": 2, "<stop>": 3}
+    Tokenizer(models.WordLevel(vocab, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    alone = configure(texts, tokenizer=str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"data\.end_of_text = null"):
+        metadata.locate(alone)
+    named = configure(texts, tokenizer=str(tmp_path), end_of_text="</s>")
+    earlier = prepare(named)
+    assert metadata.locate(alone) == earlier, (
+        "what is prepared serves, though nothing says what ended documents"
+    )
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2, "bos_token_id": 1}')
+    assert metadata.locate(alone) == earlier
+    with_bos = configure(texts, tokenizer=str(tmp_path), bos=True)
+    assert metadata.locate(with_bos) != earlier
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
+    assert metadata.locate(alone) != earlier
+    with pytest.raises(ConfigError, match=r"data\.bos = true: .*no file beside it says bos_token"):
+        metadata.locate(with_bos)
+    assert metadata.locate(configure(texts, end_of_text="<end>")) != metadata.locate(configure(texts))
+
+
 def test_several_shards(texts: Path, tmp_path: Path, configure: Callable[..., Config]) -> None:
     config = configure(texts)
     one = open_corpus(prepare(config))
@@ -151,7 +176,9 @@ def test_a_vocabulary_over_65536_is_kept_whole(
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 69_999, "fox": 65_540, "</s>": 4}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "t.json"))
-    corpus = open_corpus(prepare(configure(texts, vocab=70_000, tokenizer=str(tmp_path / "t.json"))))
+    corpus = open_corpus(
+        prepare(configure(texts, vocab=70_000, tokenizer=str(tmp_path / "t.json"), end_of_text="</s>"))
+    )
     assert (corpus.meta.dtype, corpus.meta.vocab, corpus.meta.byte_exact) == ("uint32", 70_000, False)
     assert set(np.unique(corpus.train[:]).tolist()) == {4, 65_540, 69_999}
 
