@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sffn_dist.atomic_io import hash_file
+from sffn_dist.data.byte_counts import Counts, counting, source_bytes
 from sffn_dist.data.corpus import documents
-from sffn_dist.data.metadata import FORMAT, Meta, Split, dump_meta, fingerprint
+from sffn_dist.data.metadata import BYTES_TYPE, FORMAT, HELDOUT_BYTES, Meta, Split, dump_meta, fingerprint
 from sffn_dist.data.shards import SHARD_TOKENS, ShardWriter, Tokens, TokenStream, token_dtype, unigram_entropy
 from sffn_dist.data.tokenizer import (
     END_OF_TEXT,
@@ -55,19 +55,33 @@ class _Piece(NamedTuple):
 class _Side:
     """A split being written. Remembers its last document, which may have to move."""
 
-    def __init__(self, writer: ShardWriter, lengths: NDArray[np.uint32]):
-        self.writer, self._lengths = writer, lengths
+    def __init__(self, writer: ShardWriter, lengths: Counts, byte_writer: ShardWriter | None = None):
+        self.writer, self._lengths, self.byte_writer = writer, lengths, byte_writer
+        self.last_counts: list[Counts] = []  # of its last document, if they were counted
         self.documents = self.bytes = self.counted = 0  # counted: bytes by the tokens
         self.last_tokens = self.last_bytes = self._open_tokens = 0
 
-    def add(self, tokens: Tokens, last: bool, size: int) -> None:
+    def add(self, tokens: Tokens, last: bool, size: int, counts: Counts | None = None) -> None:
+        """``counts``: source bytes of each token, kept where the side has a place for them."""
+        if not self._open_tokens:
+            self.last_counts = []
         self.writer.append(tokens)
+        if counts is not None:
+            self.last_counts.append(counts)
+            if self.byte_writer is not None:
+                self.byte_writer.append(counts)
         self.counted += int(self._lengths[tokens].sum(dtype=np.int64))
         self._open_tokens += len(tokens)
         if last:
             self.documents += 1
             self.bytes += size
             self.last_tokens, self.last_bytes, self._open_tokens = self._open_tokens, size, 0
+
+    def pop(self, tokens: int) -> tuple[Tokens, Counts]:
+        """Take tokens of the last document off the end, with their bytes."""
+        if self.byte_writer is not None:
+            self.byte_writer.pop(tokens)
+        return self.writer.pop(tokens), np.concatenate(self.last_counts)[-tokens:]
 
     def split(self) -> Split:
         return Split(
@@ -89,9 +103,9 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
     lengths = token_bytes(tokenizer, {chosen.end_of_text, *(() if chosen.bos is None else (chosen.bos,))})
     np.save(folder / "token_bytes.npy", lengths)
     dtype = token_dtype(len(lengths))
-    train, heldout = (
-        _Side(ShardWriter(folder, split, dtype, shard_tokens), lengths) for split in ("train", "heldout")
-    )
+    byte_writer = ShardWriter(folder, HELDOUT_BYTES, np.dtype(BYTES_TYPE), shard_tokens)
+    train = _Side(ShardWriter(folder, "train", dtype, shard_tokens), lengths)
+    heldout = _Side(ShardWriter(folder, "heldout", dtype, shard_tokens), lengths, byte_writer)
     _write(config, chosen, train, heldout)
     if not train.documents and not heldout.documents:
         raise ConfigError(
@@ -152,14 +166,26 @@ def _write(config: Config, chosen: CorpusTokenizer, train: _Side, heldout: _Side
     """Encode every document, an end of text after each, and write it to its side."""
     tokenizer, end = chosen.tokenizer, np.array([chosen.end_of_text], dtype=np.int64)
     begin = np.array([] if chosen.bos is None else [chosen.bos], dtype=np.int64)
+    exact = counting(tokenizer)
     started = last_logged = time.monotonic()
+    rest = 0  # bytes of the document that no token has yet
     for batch in _batches(_pieces(documents(config.data), config.data.heldout_share)):
-        encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
-        for piece, encoding in zip(batch, encodings, strict=True):
+        # training text too until something is held out: its last document may have to move
+        counted = [piece.heldout or not heldout.documents for piece in batch]
+        fast = [piece.text for piece, count in zip(batch, counted, strict=True) if not count]
+        slow = [piece.text for piece, count in zip(batch, counted, strict=True) if count]
+        encodings = iter(tokenizer.encode_batch_fast(fast, add_special_tokens=False))
+        with_offsets = iter(exact.encode_batch(slow, add_special_tokens=False))
+        for piece, count in zip(batch, counted, strict=True):
+            encoding = next(with_offsets if count else encodings)
             ids = np.array(encoding.ids, dtype=np.int64)
+            before, after = begin if piece.first else begin[:0], end if piece.last else end[:0]
+            counts = None
+            if count:
+                own, rest = source_bytes(piece.text, encoding.offsets, 0 if piece.first else rest)
+                counts = np.concatenate([0 * before, own, rest * (after >= 0)]).astype(np.uint32)
             side = heldout if piece.heldout else train
-            around = (begin if piece.first else begin[:0], ids, end if piece.last else end[:0])
-            side.add(np.concatenate(around), piece.last, piece.size)
+            side.add(np.concatenate([before, ids, after]), piece.last, piece.size, counts)
         now = time.monotonic()
         if now - last_logged >= _NEWS:
             last_logged = now
@@ -187,12 +213,12 @@ def balance(train: _Side, heldout: _Side, share: float) -> None:
     if single:
         kept = full.writer.tokens
         tokens = min(max(1, round(kept * (share if full is train else 1 - share))), kept - 1)
-    moved = full.writer.pop(tokens)
-    before = empty.counted
-    empty.add(moved, True, size)
-    full.counted -= empty.counted - before
+    moved, counts = full.pop(tokens)
+    by_table = full.counted == size  # to the byte, where a token ends inside a character too
+    empty.add(moved, True, size, counts)
+    full.counted -= empty.counted
     if single:
-        empty.bytes = min(empty.counted, size)
+        empty.bytes = empty.counted if by_table else int(counts.sum())
         full.bytes = size - empty.bytes
     else:
         full.documents -= 1
@@ -207,10 +233,9 @@ def _describe(
     dtype = train.writer.dtype
     sha256 = hash_file(folder / "tokenizer.json")
     exact = is_byte_level(tokenizer) and (train.counted, heldout.counted) == (train.bytes, heldout.bytes)
-    if not exact:
-        log.warning(
-            "with this tokenizer the bytes of a slice of tokens, and so bits per byte, are an estimate"
-        )
+    assert heldout.byte_writer is not None
+    if exact:  # the table says as much
+        heldout.byte_writer.pop(heldout.byte_writer.tokens)
     vocab = vocab_size(tokenizer)
     packages = {package: version(package) for package in ("datasets", "numpy", "tokenizers")}
     return Meta(
@@ -226,6 +251,7 @@ def _describe(
         dtype="uint16" if dtype.itemsize == 2 else "uint32",
         heldout_share=config.data.heldout_share,
         byte_exact=exact,
+        heldout_bytes=heldout.byte_writer.finish(),
         unigram_entropy=unigram_entropy(TokenStream(folder, sides["heldout"], dtype), vocab),
         versions={"python": platform.python_version(), **packages},
         **sides,

@@ -3,7 +3,8 @@
 A prepared corpus is one folder in ``data.dir``::
 
     <readable key>-<hash>/    tokenizer.json   token_bytes.npy   meta.json
-                              train-00000.bin ...   heldout-00000.bin ...
+                              train-00000.bin ...   heldout-00000.bin ...   heldout_bytes-00000.bin ...
+                              tokenizer_config.json   generation_config.json
 
 The hash covers all that decides the content, so a changed source, tokenizer or setting means another folder
 and an existing folder never changes. This module answers "which folder?" and "is it whole?"; it imports
@@ -31,6 +32,8 @@ from sffn_dist.spec.config import Config, ConfigError, Data
 
 # of the prepared folder: raise it whenever the same source and settings would give other files
 FORMAT: Final = 1
+# source bytes of each held-out token, little-endian, in files as the tokens'
+HELDOUT_BYTES, BYTES_TYPE, BYTES_SIZE = "heldout_bytes", "<u4", 4
 SMALLEST_VOCAB = 257  # 256 bytes and the end-of-text token
 
 
@@ -165,7 +168,7 @@ class _Record(BaseModel):
 class Shard(_Record):
     """One file of tokens of a split."""
 
-    file: Annotated[str, Field(pattern=r"^(train|heldout)-\d{5}\.bin$")]
+    file: Annotated[str, Field(pattern=r"^(train|heldout|heldout_bytes)-\d{5}\.bin$")]
     tokens: Annotated[int, Field(gt=0)]
     sha256: Digest
 
@@ -199,6 +202,8 @@ class Meta(_Record):
     byte_exact: Annotated[
         bool, Field(description="token_bytes.npy gives bytes of text exactly, not as an estimate")
     ]
+    # source bytes of each held-out token; none where byte_exact, or by an earlier version
+    heldout_bytes: tuple[Shard, ...] = ()
     unigram_entropy: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     train: Split
     heldout: Split
@@ -268,6 +273,9 @@ def _check_files(folder: Path, meta: Meta) -> None:
         for split in (meta.train, meta.heldout)
         for shard in split.shards
     }
+    sizes |= {shard.file: shard.tokens * BYTES_SIZE for shard in meta.heldout_bytes}
+    if meta.heldout_bytes and meta.heldout.tokens != sum(shard.tokens for shard in meta.heldout_bytes):
+        raise CorpusError(f"{folder}: meta.json is damaged: its token counts do not add up")
     for name, size in {**sizes, "tokenizer.json": None, "token_bytes.npy": None}.items():
         try:
             actual_size = (folder / name).stat().st_size

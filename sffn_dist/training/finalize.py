@@ -89,6 +89,7 @@ def summary(run: TrainingRun, evaluation: EvaluationResult, unigram_entropy: flo
         "unigram_entropy": unigram_entropy,
         "perplexity": evaluation.perplexity,
         "bits_per_byte": evaluation.bits_per_byte,
+        "bits_per_byte_estimated": evaluation.bytes_estimated,
         "tokens_per_s": tokens * len(rows) / seconds if seconds else math.nan,
         "seconds": seconds,
         "steps": run.step,
@@ -105,11 +106,13 @@ def summary(run: TrainingRun, evaluation: EvaluationResult, unigram_entropy: flo
 
 def table(numbers: dict[str, Any], run: TrainingRun) -> str:
     """The summary as a page for a terminal."""
+    estimated = numbers["bits_per_byte_estimated"]
+    sign, note = ("~", ", an estimate: the corpus holds no bytes of its tokens") if estimated else ("", "")
     rows = [
         ("held-out loss", f"{numbers['heldout_loss']:.4f} nats a token"),
         ("unigram entropy", f"{numbers['unigram_entropy']:.4f} nats a token, of the held-out tokens"),
         ("perplexity", f"{numbers['perplexity']:.2f}"),
-        ("bits per byte", f"{numbers['bits_per_byte']:.4f}"),
+        ("bits per byte", f"{sign}{numbers['bits_per_byte']:.4f}{note}"),
         ("steps", f"{numbers['steps']}, {numbers['tokens']:,} tokens"),
         (
             "speed",
