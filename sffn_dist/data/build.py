@@ -18,7 +18,16 @@ import numpy as np
 from sffn_dist.atomic_io import hash_file
 from sffn_dist.data.byte_counts import Counts, counting, source_bytes
 from sffn_dist.data.corpus import documents
-from sffn_dist.data.metadata import BYTES_TYPE, FORMAT, HELDOUT_BYTES, Meta, Split, dump_meta, fingerprint
+from sffn_dist.data.metadata import (
+    BYTES_TYPE,
+    FORMAT,
+    HELDOUT_BYTES,
+    Meta,
+    Split,
+    dump_meta,
+    fingerprint,
+    prepared_from,
+)
 from sffn_dist.data.shards import SHARD_TOKENS, ShardWriter, Tokens, TokenStream, token_dtype, unigram_entropy
 from sffn_dist.data.tokenizer import (
     END_OF_TEXT,
@@ -253,6 +262,7 @@ def _describe(
         byte_exact=exact,
         heldout_bytes=heldout.byte_writer.finish(),
         unigram_entropy=unigram_entropy(TokenStream(folder, sides["heldout"], dtype), vocab),
+        prepared_from=prepared_from(config),
         versions={"python": platform.python_version(), **packages},
         **sides,
     )

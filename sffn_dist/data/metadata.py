@@ -14,21 +14,27 @@ heavy is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sffn_dist.atomic_io import hash_file
 from sffn_dist.data import tokenizer_files
+from sffn_dist.data.content import content_digest, names_digest, remember, remembered
 from sffn_dist.data.sources import forms, source_of
 from sffn_dist.data.sources.base import digest
+from sffn_dist.data.sources.files import SourceFile
 from sffn_dist.spec.config import Config, ConfigError, Data
+
+log = logging.getLogger(__name__)
 
 # of the prepared folder: raise it whenever the same source and settings would give other files
 FORMAT: Final = 1
@@ -51,7 +57,10 @@ def check_source(data: Data, vocab: int | None = None) -> None:
     Raises:
         ConfigError: with every problem found.
     """
-    problems = [text for text in (_source_problem(data), _tokenizer_problem(data)) if text]
+    problems = [text for text in (_source_problem(data), tokenizer_files.problem(data)) if text]
+    if problems and vocab is not None and len(prepared := without_source(data, vocab)) == 1:
+        log.info("%s: not there; %s, which was prepared from it, suffices", data.source, prepared[0])
+        return
     if vocab is not None and data.tokenizer is None and vocab < SMALLEST_VOCAB:
         problems.append(
             f"model.vocab = {vocab}: must be at least {SMALLEST_VOCAB} (256 bytes and the end-of-text "
@@ -66,40 +75,31 @@ def _source_problem(data: Data) -> str | None:
     return f"data.source = {json.dumps(data.source)}: must be {forms()}; {problem}" if problem else None
 
 
-def _tokenizer_problem(data: Data) -> str | None:
-    if data.tokenizer is None:
-        return None
-    setting = f"data.tokenizer = {json.dumps(data.tokenizer)}: must be {tokenizer_files.FORMS}"
-    path = Path(data.tokenizer).expanduser()
-    if not path.exists():
-        return f"{setting}; there is no such file or folder"
-    files = tokenizer_files.find(path)
-    if files is None:
-        return f"{setting}; this folder holds none, or several"
-    if not all(os.access(file, os.R_OK) for file in files.tokens):
-        return f"{setting}; it cannot be read (permissions)"
-    return None
-
-
 # --------------------------------------------------------------------------------------------------- locating
 
 
 def locate(config: Config) -> Path:
     """The folder in which the corpus of ``config`` is, or will be, prepared.
 
-    Costs a listing of the source's files and a hash of the tokenizer file; reads no text. A dataset of the
-    hub is known by its name only: what it holds is settled when it is first prepared.
+    Costs a listing of the source's files and a hash of the tokenizer file. Text is read only where a corpus
+    was prepared from files of the same names and sizes but other times: content decides (data/content.py). A
+    dataset of the hub is known by its name only: what it holds is settled when it is first prepared.
 
     Raises:
         ConfigError: bad ``data.source``, ``data.tokenizer`` or ``model.vocab``.
     """
     check_source(config.data, config.model.vocab)
+    data = config.data
+    if _source_problem(data) or tokenizer_files.problem(data):
+        return without_source(data, config.model.vocab)[0]
     try:
-        return _folder(config, _tokenizer_identity(config.data))
+        tokenizer = tokenizer_files.identity(data)
+        folder = _folder(config, tokenizer)
+        return folder if is_usable(folder) else _same_content(config, tokenizer, folder) or folder
     except ConfigError:
         # an earlier version took the first of its own list for the end of text, whatever the files say
-        folder = _folder(config, {"tokenizer": _tokens_hash(config.data)})
-        if config.data.end_of_text is None and not config.data.bos and is_usable(folder):
+        folder = _folder(config, {"tokenizer": tokenizer_files.tokens_hash(data)})
+        if data.end_of_text is None and not data.bos and is_usable(folder):
             return folder
         raise
 
@@ -118,41 +118,77 @@ def _folder(config: Config, tokenizer: dict[str, Any]) -> Path:
     return Path(config.data.dir).expanduser() / f"{label}-v{config.model.vocab}-{key}"
 
 
-def _tokens_hash(data: Data) -> str | None:
-    """Of the file, or files, that hold the tokens of ``data.tokenizer``."""
-    if data.tokenizer is None:
-        return None
-    hashes = [hash_file(file) for file in tokenizer_files.named(data).tokens]
-    return hashes[0] if len(hashes) == 1 else digest(hashes)
+def prepared_from(config: Config) -> PreparedFrom | None:
+    """What a corpus that is prepared now is made of; None of a source without files of its own.
 
-
-def _tokenizer_identity(data: Data) -> dict[str, Any]:
-    """What decides ids and what is put around documents; raises ConfigError as tokenizer_files.end_of_text.
-
-    A key is there only where its value is not what earlier versions did, whose folders keep their names.
+    Reads every file of the source.
     """
-    tree: dict[str, Any] = {"tokenizer": _tokens_hash(data)}
-    if data.tokenizer is None:
-        return tree | ({"end_of_text": data.end_of_text} if data.end_of_text else {})
-    files = tokenizer_files.named(data)
-    found = tokenizer_files.settings(files.folder)
-    if not files.is_json:  # its tokens are known once it is converted
-        added = found.tokenizer.get("added_tokens_decoder")
-        return tree | {"end_of_text": [data.end_of_text, found.ends], "bos": data.bos, "added": added}
-    try:
-        text = files.tokens[0].read_text(encoding="utf-8")
-        whole = tokenizer_files.with_added_tokens(text, found.tokenizer)
-        ids = tokenizer_files.vocabulary(whole)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        setting = f"data.tokenizer = {json.dumps(data.tokenizer)}"
-        kind = type(error).__name__
-        raise ConfigError([f"{setting}: must be {tokenizer_files.FORMS}: {kind}: {error}"]) from None
-    end = tokenizer_files.end_of_text(data, found, ids)
-    if end != next((token for token in tokenizer_files.EARLIER_SEPARATORS if token in ids), None):
-        tree["end_of_text"] = end
-    if (begin := tokenizer_files.beginning_of_text(data, found, ids)) is not None:
-        tree["bos"] = begin
-    return tree | ({} if whole == text else {"added": found.tokenizer["added_tokens_decoder"]})
+    files = source_of(config.data.source).files(config.data)
+    return _prepared_from(config, tokenizer_files.identity(config.data), files) if files else None
+
+
+def _prepared_from(config: Config, tokenizer: dict[str, Any], files: list[SourceFile]) -> PreparedFrom:
+    return PreparedFrom(
+        names=names_digest(files),
+        settings=_settings_digest(config, tokenizer),
+        content=content_digest(files),
+    )
+
+
+def _settings_digest(config: Config, tokenizer: dict[str, Any]) -> str:
+    text_field = source_of(config.data.source).identity(config.data).get("text_field")
+    return digest([tokenizer, config.model.vocab, config.data.heldout_share, text_field])
+
+
+def _same_content(config: Config, tokenizer: dict[str, Any], folder: Path) -> Path | None:
+    """The corpus that was prepared from files of the same content elsewhere, or of other times."""
+    same = remembered(folder)
+    if same is not None and is_usable(same):
+        return same
+    files = source_of(config.data.source).files(config.data)
+    wanted = (names_digest(files), _settings_digest(config, tokenizer)) if files else None
+    alike = [
+        (path, made)
+        for path, meta in _prepared(folder.parent)
+        if (made := meta.prepared_from) is not None and (made.names, made.settings) == wanted
+    ]
+    if not alike:
+        return None
+    log.info("comparing %s with what %s was prepared from", config.data.source, alike[0][0])
+    content = content_digest(files)
+    same = next((path for path, made in alike if made.content == content), None)
+    if same is not None:
+        remember(folder, same)
+    return same
+
+
+def _prepared(folder: Path) -> Iterator[tuple[Path, Meta]]:
+    """Every whole corpus in data.dir."""
+    for path in sorted(folder.glob("[!.]*/meta.json")):
+        with contextlib.suppress(CorpusError):
+            yield path.parent, read_meta(path.parent)
+
+
+def without_source(data: Data, vocab: int) -> list[Path]:
+    """Corpora, each of other content, that were prepared from a source, or with a tokenizer, that is gone.
+
+    Known by its path then, and by the settings.
+    """
+    named = data.tokenizer or "trained on the source"
+    if data.tokenizer is None and Path(data.source).expanduser().exists():
+        return []  # it is there, and something else is wrong with it
+    found = {
+        meta.fingerprint: path
+        for path, meta in _prepared(Path(data.dir).expanduser())
+        if (_absolute(meta.source), _absolute(meta.tokenizer)) == (_absolute(data.source), _absolute(named))
+        and (meta.heldout_share, meta.bos is not None) == (data.heldout_share, data.bos)
+        and f"-v{vocab}-" in path.name
+    }
+    return list(found.values())
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 # -------------------------------------------------------------------------------------------------- meta.json
@@ -182,6 +218,14 @@ class Split(_Record):
     shards: tuple[Shard, ...]
 
 
+class PreparedFrom(_Record):
+    """The files and settings that a corpus was made of, each as a digest; data/content.py."""
+
+    names: Digest
+    settings: Digest
+    content: Digest
+
+
 class Meta(_Record):
     """What meta.json holds.
 
@@ -208,6 +252,7 @@ class Meta(_Record):
     train: Split
     heldout: Split
     versions: dict[str, str]
+    prepared_from: PreparedFrom | None = None  # of local files, since versions that compare content
 
     @property
     def token_size(self) -> int:

@@ -11,11 +11,14 @@ others are folded: with tokenizer.json they lie in a prepared corpus, a checkpoi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sffn_dist.atomic_io import hash_file
+from sffn_dist.data.sources.base import digest
 from sffn_dist.spec.config import ConfigError, Data
 
 TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG = (
@@ -257,3 +260,59 @@ def beginning_of_text(data: Data, found: Settings, ids: Mapping[str, int]) -> st
         rule = "no file beside it says bos_token" if text is None else f"bos_token {text!r} is none of its"
         raise ConfigError([f"data.bos = true: data.tokenizer = {json.dumps(data.tokenizer)}: {rule}"])
     return text
+
+
+# ------------------------------------------------------------------------------------ before reading any text
+
+
+def problem(data: Data) -> str | None:
+    """The cheap check: why ``data.tokenizer`` cannot be read; None if it seems that it can."""
+    if data.tokenizer is None:
+        return None
+    setting = f"data.tokenizer = {json.dumps(data.tokenizer)}: must be {FORMS}"
+    path = Path(data.tokenizer).expanduser()
+    if not path.exists():
+        return f"{setting}; there is no such file or folder"
+    files = find(path)
+    if files is None:
+        return f"{setting}; this folder holds none, or several"
+    if not all(os.access(file, os.R_OK) for file in files.tokens):
+        return f"{setting}; it cannot be read (permissions)"
+    return None
+
+
+def tokens_hash(data: Data) -> str | None:
+    """Of the file, or files, that hold the tokens of ``data.tokenizer``."""
+    if data.tokenizer is None:
+        return None
+    hashes = [hash_file(file) for file in named(data).tokens]
+    return hashes[0] if len(hashes) == 1 else digest(hashes)
+
+
+def identity(data: Data) -> dict[str, Any]:
+    """What decides ids and what is put around documents; raises ConfigError as end_of_text.
+
+    A key is there only where its value is not what earlier versions did, whose folders keep their names.
+    """
+    tree: dict[str, Any] = {"tokenizer": tokens_hash(data)}
+    if data.tokenizer is None:
+        return tree | ({"end_of_text": data.end_of_text} if data.end_of_text else {})
+    files = named(data)
+    found = settings(files.folder)
+    if not files.is_json:  # its tokens are known once it is converted
+        added = found.tokenizer.get("added_tokens_decoder")
+        return tree | {"end_of_text": [data.end_of_text, found.ends], "bos": data.bos, "added": added}
+    try:
+        text = files.tokens[0].read_text(encoding="utf-8")
+        whole = with_added_tokens(text, found.tokenizer)
+        ids = vocabulary(whole)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        setting = f"data.tokenizer = {json.dumps(data.tokenizer)}"
+        kind = type(error).__name__
+        raise ConfigError([f"{setting}: must be {FORMS}: {kind}: {error}"]) from None
+    end = end_of_text(data, found, ids)
+    if end != next((token for token in EARLIER_SEPARATORS if token in ids), None):
+        tree["end_of_text"] = end
+    if (begin := beginning_of_text(data, found, ids)) is not None:
+        tree["bos"] = begin
+    return tree | ({} if whole == text else {"added": found.tokenizer["added_tokens_decoder"]})

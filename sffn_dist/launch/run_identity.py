@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sffn_dist import atomic_io
 from sffn_dist.checkpoint.manifest import TOKENIZER, missing_tensors
 from sffn_dist.checkpoint.run_folder import find_checkpoint
+from sffn_dist.data.sources import source_of
+from sffn_dist.data.sources.local import LocalFiles
 from sffn_dist.spec import config_keys, loading, validation
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.renamed_keys import translate_flat
@@ -49,12 +52,13 @@ def check_identity(config: Config, data_fingerprint: str | None = None) -> None:
         return
     # a key that is newer than the record stands for its default
     own_identity, held["identity"] = validation.identity(config), {**_defaults(config), **held["identity"]}
+    by_content = _keys_by_content(own_identity, held, data_fingerprint)
     problems = [
         f"{key} = {json.dumps(own_identity.get(key))}: run.dir = {str(run_dir)!r} holds a run with "
         f"{json.dumps(held['identity'].get(key))}; "
         "it must stay as it was, or run.dir must name another folder"
         for key in sorted(own_identity.keys() | held["identity"].keys())
-        if own_identity.get(key) != held["identity"].get(key)
+        if own_identity.get(key) != held["identity"].get(key) and key not in by_content
     ]
     if (
         not problems
@@ -69,6 +73,21 @@ def check_identity(config: Config, data_fingerprint: str | None = None) -> None:
         ]
     if problems:
         raise ConfigError(problems)
+
+
+def _keys_by_content(own: Mapping[str, Any], held: Mapping[str, Any], fingerprint: str | None) -> set[str]:
+    """Keys that name data: its content decides, not where it lies.
+
+    Before it is prepared, only two paths may turn out to be the same; a run is compared again then.
+    """
+    if fingerprint and held["data_fingerprint"]:
+        return {"data.source", "data.tokenizer"}
+    values = {key: (own.get(key), held["identity"].get(key)) for key in ("data.source", "data.tokenizer")}
+    local = isinstance(values["data.source"][0], str) and all(
+        isinstance(source_of(str(text)), LocalFiles) for text in values["data.source"]
+    )
+    given = all(text is not None for text in values["data.tokenizer"])
+    return ({"data.source"} if local else set()) | ({"data.tokenizer"} if given else set())
 
 
 def _defaults(config: Config) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from sffn_dist.data import build, metadata
 from sffn_dist.data.prepare import prepare
 from sffn_dist.data.shards import Corpus, open_corpus, verify
+from sffn_dist.launch import run_identity
 from sffn_dist.spec.config import Config, ConfigError
 
 PREPARER = """
@@ -104,6 +105,7 @@ def test_what_decides_the_content_decides_the_folder(texts: Path, configure: Cal
         metadata.locate(configure(texts, heldout_share=0.5)),
     ]
     path = texts / "00.txt"
+    path.write_text(path.read_text().replace("fox", "cat"))
     os.utime(path, ns=(1, 1))
     others.append(metadata.locate(configure(texts)))
     (texts / "rows.jsonl").write_text("{}")
@@ -134,6 +136,70 @@ def test_what_is_put_around_documents_decides_the_folder(
     with pytest.raises(ConfigError, match=r"data\.bos = true: .*no file beside it says bos_token"):
         metadata.locate(with_bos)
     assert metadata.locate(configure(texts, end_of_text="<end>")) != metadata.locate(configure(texts))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_content_decides_not_place_or_time(
+    texts: Path, tmp_path: Path, configure: Callable[..., Config], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Touched, moved and copied without times: the corpus that is there serves. Another word in a file of the
+    same size does not pass.
+    """
+    source = texts if kind == "folder" else texts / "05.txt"
+    folder = prepare(configure(source))
+    os.utime(texts / "05.txt", ns=(5, 5))
+    assert prepare(configure(source)) == folder
+    moved = source.rename(tmp_path / ("elsewhere" if kind == "folder" else "other.txt"))
+    file = moved / "05.txt" if kind == "folder" else moved
+    assert prepare(configure(moved)) == folder
+    with monkeypatch.context() as patch:  # found once, it is not read again
+        patch.setattr(metadata, "content_digest", lambda files: 1 / 0)
+        assert prepare(configure(moved)) == folder
+    assert metadata.locate(configure(moved, heldout_share=0.5)) != folder
+    file.write_text(file.read_text(encoding="utf-8").replace("fox", "cat"), encoding="utf-8")
+    assert metadata.locate(configure(moved)) != folder
+
+
+def test_a_run_goes_on_with_its_data_elsewhere(
+    texts: Path, tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    """run.json names a path; what is compared is the fingerprint, before and after preparation."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+
+    def of(config: Config) -> Config:
+        return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run_dir)})})
+
+    config = of(configure(texts))
+    run_identity.write_record(config, metadata.read_meta(prepare(config)).fingerprint)
+    moved = of(configure(texts.rename(tmp_path / "moved")))
+    run_identity.check_identity(moved)  # not known yet
+    fingerprint = metadata.read_meta(prepare(moved)).fingerprint
+    run_identity.check_identity(moved, fingerprint)
+    with pytest.raises(ConfigError, match=r"data\.source = .*moved.* was trained on other data"):
+        run_identity.check_identity(moved, fingerprint[::-1])
+    with pytest.raises(ConfigError, match=r'data\.source = "stdlib": .* holds a run with'):
+        run_identity.check_identity(of(configure("stdlib")))
+    with pytest.raises(ConfigError, match=r"data\.heldout_share = 0\.5"):
+        run_identity.check_identity(of(configure(tmp_path / "moved", heldout_share=0.5)), fingerprint)
+
+
+def test_prepared_shards_suffice_where_the_text_is_gone(
+    texts: Path, tmp_path: Path, configure: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And where the tokenizer's file is; with other settings the missing source is refused as ever."""
+    Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]")).save(str(tmp_path / "t.json"))
+    config = configure(texts)
+    given = configure(texts, tokenizer=str(tmp_path / "t.json"), end_of_text="</s>")
+    folders = prepare(config), prepare(given)
+    texts.rename(tmp_path / "gone")
+    (tmp_path / "t.json").unlink()
+    with caplog.at_level(logging.INFO):
+        assert (prepare(config), prepare(given)) == folders
+    assert f"{folders[0]}, which was prepared from it, suffices" in caplog.text
+    for other in (configure(texts, vocab=301), configure(texts, heldout_share=0.5)):
+        with pytest.raises(ConfigError, match=r"data\.source = .*there is no such file or folder"):
+            prepare(other)
 
 
 def test_several_shards(texts: Path, tmp_path: Path, configure: Callable[..., Config]) -> None:
