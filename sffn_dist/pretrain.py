@@ -34,7 +34,7 @@ def pretrain(config: Config, watchdog: Watchdog, signals: SignalHandler) -> int:
     from sffn_dist import model as models
     from sffn_dist.checkpoint.writer import Saver
     from sffn_dist.data import prepare, shards
-    from sffn_dist.data.batches import Batches, read_heldout
+    from sffn_dist.data.batches import Batches
     from sffn_dist.health import preflight
     from sffn_dist.launch import run_identity
     from sffn_dist.parallel import cpu_compat, kernel_choice
@@ -42,7 +42,7 @@ def pretrain(config: Config, watchdog: Watchdog, signals: SignalHandler) -> int:
     from sffn_dist.training import engine as engines
     from sffn_dist.training import finalize, loop, reporting, resume
     from sffn_dist.training.bad_steps import BadSteps
-    from sffn_dist.training.run import Heldout, TrainingRun
+    from sffn_dist.training.run import TrainingRun
 
     train, run_dir, precision = config.train, Path(config.run.dir), machine.precision(config.precision)
     run_schedule = schedule.build_schedule(config)
@@ -54,9 +54,7 @@ def pretrain(config: Config, watchdog: Watchdog, signals: SignalHandler) -> int:
     # data: prepared by rank 0 where they are not
     corpus = shards.open_corpus(prepare.prepare(config))
     run_identity.check_identity(config, corpus.meta.fingerprint)
-    heldout = Heldout(
-        read_heldout(corpus.heldout, config.model.sequence, config.evaluation_sequences), corpus.token_bytes
-    )
+    heldout = corpus.heldout_sample(config.model.sequence, config.evaluation_sequences)
 
     # groups, and whether all ranks work
     topology = topologies.init_parallel(config)

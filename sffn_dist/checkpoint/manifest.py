@@ -26,6 +26,8 @@ from sffn_dist.spec.renamed_keys import translate
 
 FORMAT, VERSION = "sffn_dist checkpoint", 2
 NAME, MARK, TOKENIZER = "manifest.json", "BROKEN", "tokenizer.json"
+# what a tokenizer's folder said besides, where it said anything; carried from import to export
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "generation_config.json")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
 log = logging.getLogger(__name__)

@@ -13,7 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sffn_dist.checkpoint.manifest import KINDS, TOKENIZER, BrokenCheckpoint, Manifest, missing_tensors
+from sffn_dist.checkpoint.manifest import (
+    KINDS,
+    TOKENIZER,
+    TOKENIZER_SETTINGS,
+    BrokenCheckpoint,
+    Manifest,
+    missing_tensors,
+)
 from sffn_dist.checkpoint.run_folder import find_checkpoint
 from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.checkpoint.writer import Fragment
@@ -128,14 +135,19 @@ class Reader:
             guide=self.guide,
             alpha=alpha if self.guide else 0.0,
             step=manifest.step,
-            tokenizer=self._tokenizer(),
+            tokenizer=self._text(TOKENIZER),
+            tokenizer_settings={
+                name: text for name in TOKENIZER_SETTINGS if (text := self._text(name)) is not None
+            },
+            trained=manifest.data_fingerprint is not None,
             facts={**facts, "results": _results(manifest)},
         )
 
-    def _tokenizer(self) -> str | None:
-        path = self.manifest.folder / TOKENIZER
+    def _text(self, name: str) -> str | None:
+        """A file beside the tensors, or None if the checkpoint has none of that name."""
+        path = self.manifest.folder / name
         try:
-            return path.read_text(encoding="utf-8") if TOKENIZER in self.manifest.files else None
+            return path.read_text(encoding="utf-8") if name in self.manifest.files else None
         except (OSError, UnicodeError) as error:
             raise BrokenCheckpoint(f"{path}: {error}") from None
 

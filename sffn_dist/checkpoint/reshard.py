@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sffn_dist.atomic_io import atomic_folder, hash_file, write_text
-from sffn_dist.checkpoint.manifest import TOKENIZER, File, Manifest, Piece
+from sffn_dist.checkpoint.manifest import TOKENIZER, TOKENIZER_SETTINGS, File, Manifest, Piece
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.checkpoint.tensor_file import TensorEntry, TensorFile
 from sffn_dist.checkpoint.versions import revision, versions
@@ -49,7 +49,7 @@ def reshard(source: Manifest, target: Path, *, tensor: int, data: int = 1) -> Ma
     )
     texts = {
         name: (source.folder / name).read_text(encoding="utf-8")
-        for name in (TOKENIZER, START)
+        for name in (TOKENIZER, *TOKENIZER_SETTINGS, START)
         if name in source.files
     }
     return write(cut, reader.full, target, data=data, texts=texts)
@@ -58,7 +58,9 @@ def reshard(source: Manifest, target: Path, *, tensor: int, data: int = 1) -> Ma
 def write_weights(weights: Weights, target: Path) -> Manifest:
     """A checkpoint of a model from elsewhere, without moments: for ``init_from``, exports, inspection."""
     start = json.dumps(start_config(weights, target), indent=1) + "\n"
-    texts = {START: start} if weights.tokenizer is None else {START: start, TOKENIZER: weights.tokenizer}
+    texts = {START: start, **weights.tokenizer_settings}
+    if weights.tokenizer is not None:
+        texts[TOKENIZER] = weights.tokenizer
     return write(header(weights, target), lambda name, _: weights.full(name), target, texts=texts)
 
 

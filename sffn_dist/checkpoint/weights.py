@@ -37,6 +37,9 @@ class Weights:
     alpha: float = 0.0
     step: int = 0  # steps of training behind it
     tokenizer: str | None = None  # the text of its tokenizer.json
+    # tokenizer_config.json and generation_config.json, by name, as data/tokenizer_files.py carries them
+    tokenizer_settings: Mapping[str, str] = field(default_factory=dict)
+    trained: bool = False  # on a corpus of ours: ``config.data`` says what was put around documents
     # for model cards: data fingerprint, revision, results, ...
     facts: Mapping[str, Any] = field(default_factory=dict)
 

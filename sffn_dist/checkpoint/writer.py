@@ -28,6 +28,7 @@ from sffn_dist.atomic_io import hash_file, sync
 from sffn_dist.checkpoint.manifest import (
     KINDS,
     TOKENIZER,
+    TOKENIZER_SETTINGS,
     File,
     Manifest,
     Piece,
@@ -235,6 +236,9 @@ class Saver:
         files = {name: file for name, file, _ in reports}
         if self.tokenizer is not None:
             files[TOKENIZER] = copy_in(self.tokenizer, temporary / TOKENIZER)
+            for name in TOKENIZER_SETTINGS:
+                if (beside := self.tokenizer.with_name(name)).is_file():
+                    files[name] = copy_in(beside, temporary / name)
         manifest = Manifest(
             folder=temporary,
             step=position.step,

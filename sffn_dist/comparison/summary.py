@@ -119,6 +119,8 @@ def run_row(result: Result) -> dict[str, Any]:
         **{key: summary[key] for key in ("steps", "tokens")},
         "flops": round(result.flops),
         **{key: summary[key] for key in ("heldout_loss", "perplexity", "bits_per_byte", "unigram_entropy")},
+        # earlier runs do not say
+        "bits_per_byte_estimated": summary.get("bits_per_byte_estimated", "unknown"),
         **{key: summary[key] for key in ("tokens_per_s", "seconds", "precision")},
         "ranks": summary["ranks"]["world"],
         "learning_rate": config.train.learning_rate,

@@ -14,20 +14,30 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from sffn_dist.atomic_io import hash_file
+from sffn_dist.data.byte_counts import Counts, counting, source_bytes
 from sffn_dist.data.corpus import documents
-from sffn_dist.data.metadata import FORMAT, Meta, Split, dump_meta, fingerprint
+from sffn_dist.data.metadata import (
+    BYTES_TYPE,
+    FORMAT,
+    HELDOUT_BYTES,
+    Meta,
+    Split,
+    dump_meta,
+    fingerprint,
+    prepared_from,
+)
 from sffn_dist.data.shards import SHARD_TOKENS, ShardWriter, Tokens, TokenStream, token_dtype, unigram_entropy
 from sffn_dist.data.tokenizer import (
-    end_of_text,
+    END_OF_TEXT,
+    CorpusTokenizer,
     is_byte_level,
     load_tokenizer,
     pieces,
     token_bytes,
     train_tokenizer,
+    trained,
     vocab_size,
 )
 from sffn_dist.spec.config import Config, ConfigError
@@ -41,11 +51,12 @@ _NEWS = 5.0  # seconds between lines of progress
 class _Piece(NamedTuple):
     """Part of a document on its way to the encoder.
 
-    ``last`` ends the document, whose UTF-8 length is ``size``.
+    ``first`` begins the document and ``last`` ends it; its UTF-8 length is ``size``.
     """
 
     text: str
     heldout: bool
+    first: bool
     last: bool
     size: int
 
@@ -53,19 +64,33 @@ class _Piece(NamedTuple):
 class _Side:
     """A split being written. Remembers its last document, which may have to move."""
 
-    def __init__(self, writer: ShardWriter, lengths: NDArray[np.uint32]):
-        self.writer, self._lengths = writer, lengths
+    def __init__(self, writer: ShardWriter, lengths: Counts, byte_writer: ShardWriter | None = None):
+        self.writer, self._lengths, self.byte_writer = writer, lengths, byte_writer
+        self.last_counts: list[Counts] = []  # of its last document, if they were counted
         self.documents = self.bytes = self.counted = 0  # counted: bytes by the tokens
         self.last_tokens = self.last_bytes = self._open_tokens = 0
 
-    def add(self, tokens: Tokens, last: bool, size: int) -> None:
+    def add(self, tokens: Tokens, last: bool, size: int, counts: Counts | None = None) -> None:
+        """``counts``: source bytes of each token, kept where the side has a place for them."""
+        if not self._open_tokens:
+            self.last_counts = []
         self.writer.append(tokens)
+        if counts is not None:
+            self.last_counts.append(counts)
+            if self.byte_writer is not None:
+                self.byte_writer.append(counts)
         self.counted += int(self._lengths[tokens].sum(dtype=np.int64))
         self._open_tokens += len(tokens)
         if last:
             self.documents += 1
             self.bytes += size
             self.last_tokens, self.last_bytes, self._open_tokens = self._open_tokens, size, 0
+
+    def pop(self, tokens: int) -> tuple[Tokens, Counts]:
+        """Take tokens of the last document off the end, with their bytes."""
+        if self.byte_writer is not None:
+            self.byte_writer.pop(tokens)
+        return self.writer.pop(tokens), np.concatenate(self.last_counts)[-tokens:]
 
     def split(self) -> Split:
         return Split(
@@ -79,15 +104,18 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
     Raises:
         ConfigError: the source holds no text or cannot be read; the tokenizer cannot be used.
     """
-    tokenizer = _tokenizer(config)
+    chosen = _tokenizer(config)
+    tokenizer = chosen.tokenizer
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    lengths = token_bytes(tokenizer)
+    for file, text in chosen.settings.texts().items():
+        (folder / file).write_text(text, encoding="utf-8")
+    lengths = token_bytes(tokenizer, {chosen.end_of_text, *(() if chosen.bos is None else (chosen.bos,))})
     np.save(folder / "token_bytes.npy", lengths)
     dtype = token_dtype(len(lengths))
-    train, heldout = (
-        _Side(ShardWriter(folder, split, dtype, shard_tokens), lengths) for split in ("train", "heldout")
-    )
-    _write(config, tokenizer, train, heldout)
+    byte_writer = ShardWriter(folder, HELDOUT_BYTES, np.dtype(BYTES_TYPE), shard_tokens)
+    train = _Side(ShardWriter(folder, "train", dtype, shard_tokens), lengths)
+    heldout = _Side(ShardWriter(folder, "heldout", dtype, shard_tokens), lengths, byte_writer)
+    _write(config, chosen, train, heldout)
     if not train.documents and not heldout.documents:
         raise ConfigError(
             [f"data.source = {config.data.source!r}: must hold text; every document in it is empty"]
@@ -95,20 +123,21 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
     balance(train, heldout, config.data.heldout_share)
     if not train.writer.tokens or not heldout.writer.tokens:
         raise ConfigError([f"data.source = {config.data.source!r}: must hold at least two tokens of text"])
-    meta = _describe(config, folder, name, tokenizer, train, heldout)
+    meta = _describe(config, folder, name, chosen, train, heldout)
     (folder / "meta.json").write_text(dump_meta(meta), encoding="utf-8")
     return meta
 
 
-def _tokenizer(config: Config) -> Tokenizer:
+def _tokenizer(config: Config) -> CorpusTokenizer:
     if config.data.tokenizer is not None:
-        return load_tokenizer(config.data.tokenizer, config.model.vocab)
+        return load_tokenizer(config.data, config.model.vocab)
     started = time.monotonic()
-    tokenizer = train_tokenizer(documents(config.data), config.model.vocab)
+    end = config.data.end_of_text or END_OF_TEXT
+    tokenizer = train_tokenizer(documents(config.data), config.model.vocab, end)
     log.info(
         "trained a byte-level BPE of %d entries in %.1f s", vocab_size(tokenizer), time.monotonic() - started
     )
-    return tokenizer
+    return trained(tokenizer, end)
 
 
 def is_heldout(text: bytes, share: float) -> bool:
@@ -126,7 +155,7 @@ def _pieces(texts: Iterable[str], share: float) -> Iterator[_Piece]:
         parts = list(pieces(raw.decode()))
         heldout = is_heldout(raw, share)
         for index, part in enumerate(parts, start=1):
-            yield _Piece(part, heldout, index == len(parts), len(raw))
+            yield _Piece(part, heldout, index == 1, index == len(parts), len(raw))
 
 
 def _batches(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
@@ -142,16 +171,30 @@ def _batches(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _write(config: Config, tokenizer: Tokenizer, train: _Side, heldout: _Side) -> None:
+def _write(config: Config, chosen: CorpusTokenizer, train: _Side, heldout: _Side) -> None:
     """Encode every document, an end of text after each, and write it to its side."""
-    separator = np.array([end_of_text(tokenizer)], dtype=np.int64)
+    tokenizer, end = chosen.tokenizer, np.array([chosen.end_of_text], dtype=np.int64)
+    begin = np.array([] if chosen.bos is None else [chosen.bos], dtype=np.int64)
+    exact = counting(tokenizer)
     started = last_logged = time.monotonic()
+    rest = 0  # bytes of the document that no token has yet
     for batch in _batches(_pieces(documents(config.data), config.data.heldout_share)):
-        encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
-        for piece, encoding in zip(batch, encodings, strict=True):
+        # training text too until something is held out: its last document may have to move
+        counted = [piece.heldout or not heldout.documents for piece in batch]
+        fast = [piece.text for piece, count in zip(batch, counted, strict=True) if not count]
+        slow = [piece.text for piece, count in zip(batch, counted, strict=True) if count]
+        encodings = iter(tokenizer.encode_batch_fast(fast, add_special_tokens=False))
+        with_offsets = iter(exact.encode_batch(slow, add_special_tokens=False))
+        for piece, count in zip(batch, counted, strict=True):
+            encoding = next(with_offsets if count else encodings)
             ids = np.array(encoding.ids, dtype=np.int64)
+            before, after = begin if piece.first else begin[:0], end if piece.last else end[:0]
+            counts = None
+            if count:
+                own, rest = source_bytes(piece.text, encoding.offsets, 0 if piece.first else rest)
+                counts = np.concatenate([0 * before, own, rest * (after >= 0)]).astype(np.uint32)
             side = heldout if piece.heldout else train
-            side.add(np.concatenate([ids, separator]) if piece.last else ids, piece.last, piece.size)
+            side.add(np.concatenate([before, ids, after]), piece.last, piece.size, counts)
         now = time.monotonic()
         if now - last_logged >= _NEWS:
             last_logged = now
@@ -179,12 +222,12 @@ def balance(train: _Side, heldout: _Side, share: float) -> None:
     if single:
         kept = full.writer.tokens
         tokens = min(max(1, round(kept * (share if full is train else 1 - share))), kept - 1)
-    moved = full.writer.pop(tokens)
-    before = empty.counted
-    empty.add(moved, True, size)
-    full.counted -= empty.counted - before
+    moved, counts = full.pop(tokens)
+    by_table = full.counted == size  # to the byte, where a token ends inside a character too
+    empty.add(moved, True, size, counts)
+    full.counted -= empty.counted
     if single:
-        empty.bytes = min(empty.counted, size)
+        empty.bytes = empty.counted if by_table else int(counts.sum())
         full.bytes = size - empty.bytes
     else:
         full.documents -= 1
@@ -192,18 +235,17 @@ def balance(train: _Side, heldout: _Side, share: float) -> None:
 
 
 def _describe(
-    config: Config, folder: Path, name: str, tokenizer: Tokenizer, train: _Side, heldout: _Side
+    config: Config, folder: Path, name: str, chosen: CorpusTokenizer, train: _Side, heldout: _Side
 ) -> Meta:
+    tokenizer = chosen.tokenizer
     sides = {"train": train.split(), "heldout": heldout.split()}
     dtype = train.writer.dtype
     sha256 = hash_file(folder / "tokenizer.json")
     exact = is_byte_level(tokenizer) and (train.counted, heldout.counted) == (train.bytes, heldout.bytes)
-    if not exact:
-        log.warning(
-            "with this tokenizer the bytes of a slice of tokens, and so bits per byte, are an estimate"
-        )
-    vocab, separator = vocab_size(tokenizer), end_of_text(tokenizer)
-    assert separator is not None  # load_tokenizer and train_tokenizer see to it
+    assert heldout.byte_writer is not None
+    if exact:  # the table says as much
+        heldout.byte_writer.pop(heldout.byte_writer.tokens)
+    vocab = vocab_size(tokenizer)
     packages = {package: version(package) for package in ("datasets", "numpy", "tokenizers")}
     return Meta(
         format=FORMAT,
@@ -213,11 +255,14 @@ def _describe(
         tokenizer=config.data.tokenizer or "trained on the source",
         tokenizer_sha256=sha256,
         vocab=vocab,
-        end_of_text=separator,
+        end_of_text=chosen.end_of_text,
+        bos=chosen.bos,
         dtype="uint16" if dtype.itemsize == 2 else "uint32",
         heldout_share=config.data.heldout_share,
         byte_exact=exact,
+        heldout_bytes=heldout.byte_writer.finish(),
         unigram_entropy=unigram_entropy(TokenStream(folder, sides["heldout"], dtype), vocab),
+        prepared_from=prepared_from(config),
         versions={"python": platform.python_version(), **packages},
         **sides,
     )

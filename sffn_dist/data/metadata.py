@@ -3,7 +3,8 @@
 A prepared corpus is one folder in ``data.dir``::
 
     <readable key>-<hash>/    tokenizer.json   token_bytes.npy   meta.json
-                              train-00000.bin ...   heldout-00000.bin ...
+                              train-00000.bin ...   heldout-00000.bin ...   heldout_bytes-00000.bin ...
+                              tokenizer_config.json   generation_config.json
 
 The hash covers all that decides the content, so a changed source, tokenizer or setting means another folder
 and an existing folder never changes. This module answers "which folder?" and "is it whole?"; it imports
@@ -13,23 +14,32 @@ heavy is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sffn_dist.atomic_io import hash_file
+from sffn_dist.data import tokenizer_files
+from sffn_dist.data.content import content_digest, names_digest, remember, remembered
 from sffn_dist.data.sources import forms, source_of
 from sffn_dist.data.sources.base import digest
+from sffn_dist.data.sources.files import SourceFile
 from sffn_dist.spec.config import Config, ConfigError, Data
+
+log = logging.getLogger(__name__)
 
 # of the prepared folder: raise it whenever the same source and settings would give other files
 FORMAT: Final = 1
+# source bytes of each held-out token, little-endian, in files as the tokens'
+HELDOUT_BYTES, BYTES_TYPE, BYTES_SIZE = "heldout_bytes", "<u4", 4
 SMALLEST_VOCAB = 257  # 256 bytes and the end-of-text token
 
 
@@ -47,7 +57,10 @@ def check_source(data: Data, vocab: int | None = None) -> None:
     Raises:
         ConfigError: with every problem found.
     """
-    problems = [text for text in (_source_problem(data), _tokenizer_problem(data)) if text]
+    problems = [text for text in (_source_problem(data), tokenizer_files.problem(data)) if text]
+    if problems and vocab is not None and len(prepared := without_source(data, vocab)) == 1:
+        log.info("%s: not there; %s, which was prepared from it, suffices", data.source, prepared[0])
+        return
     if vocab is not None and data.tokenizer is None and vocab < SMALLEST_VOCAB:
         problems.append(
             f"model.vocab = {vocab}: must be at least {SMALLEST_VOCAB} (256 bytes and the end-of-text "
@@ -62,41 +75,120 @@ def _source_problem(data: Data) -> str | None:
     return f"data.source = {json.dumps(data.source)}: must be {forms()}; {problem}" if problem else None
 
 
-def _tokenizer_problem(data: Data) -> str | None:
-    if data.tokenizer is None:
-        return None
-    path, setting = Path(data.tokenizer).expanduser(), f"data.tokenizer = {json.dumps(data.tokenizer)}"
-    if not path.is_file():
-        return f"{setting}: must be the path of a tokenizer.json; there is no such file"
-    if not os.access(path, os.R_OK):
-        return f"{setting}: must be the path of a tokenizer.json; it cannot be read (permissions)"
-    return None
-
-
 # --------------------------------------------------------------------------------------------------- locating
 
 
 def locate(config: Config) -> Path:
     """The folder in which the corpus of ``config`` is, or will be, prepared.
 
-    Costs a listing of the source's files and a hash of the tokenizer file; reads no text. A dataset of the
-    hub is known by its name only: what it holds is settled when it is first prepared.
+    Costs a listing of the source's files and a hash of the tokenizer file. Text is read only where a corpus
+    was prepared from files of the same names and sizes but other times: content decides (data/content.py). A
+    dataset of the hub is known by its name only: what it holds is settled when it is first prepared.
 
     Raises:
         ConfigError: bad ``data.source``, ``data.tokenizer`` or ``model.vocab``.
     """
     check_source(config.data, config.model.vocab)
+    data = config.data
+    if _source_problem(data) or tokenizer_files.problem(data):
+        return without_source(data, config.model.vocab)[0]
+    try:
+        tokenizer = tokenizer_files.identity(data)
+        folder = _folder(config, tokenizer)
+        return folder if is_usable(folder) else _same_content(config, tokenizer, folder) or folder
+    except ConfigError:
+        # an earlier version took the first of its own list for the end of text, whatever the files say
+        folder = _folder(config, {"tokenizer": tokenizer_files.tokens_hash(data)})
+        if data.end_of_text is None and not data.bos and is_usable(folder):
+            return folder
+        raise
+
+
+def _folder(config: Config, tokenizer: dict[str, Any]) -> Path:
     source = source_of(config.data.source)
     identity = {
         "format": FORMAT,
         "source": source.identity(config.data),
-        "tokenizer": hash_file(Path(config.data.tokenizer).expanduser()) if config.data.tokenizer else None,
+        **tokenizer,
         "vocab": config.model.vocab,
         "heldout_share": config.data.heldout_share,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     label = re.sub(r"[^A-Za-z0-9_]+", "-", source.label(config.data)).strip("-")[:40] or "corpus"
     return Path(config.data.dir).expanduser() / f"{label}-v{config.model.vocab}-{key}"
+
+
+def prepared_from(config: Config) -> PreparedFrom | None:
+    """What a corpus that is prepared now is made of; None of a source without files of its own.
+
+    Reads every file of the source.
+    """
+    files = source_of(config.data.source).files(config.data)
+    return _prepared_from(config, tokenizer_files.identity(config.data), files) if files else None
+
+
+def _prepared_from(config: Config, tokenizer: dict[str, Any], files: list[SourceFile]) -> PreparedFrom:
+    return PreparedFrom(
+        names=names_digest(files),
+        settings=_settings_digest(config, tokenizer),
+        content=content_digest(files),
+    )
+
+
+def _settings_digest(config: Config, tokenizer: dict[str, Any]) -> str:
+    text_field = source_of(config.data.source).identity(config.data).get("text_field")
+    return digest([tokenizer, config.model.vocab, config.data.heldout_share, text_field])
+
+
+def _same_content(config: Config, tokenizer: dict[str, Any], folder: Path) -> Path | None:
+    """The corpus that was prepared from files of the same content elsewhere, or of other times."""
+    same = remembered(folder)
+    if same is not None and is_usable(same):
+        return same
+    files = source_of(config.data.source).files(config.data)
+    wanted = (names_digest(files), _settings_digest(config, tokenizer)) if files else None
+    alike = [
+        (path, made)
+        for path, meta in _prepared(folder.parent)
+        if (made := meta.prepared_from) is not None and (made.names, made.settings) == wanted
+    ]
+    if not alike:
+        return None
+    log.info("comparing %s with what %s was prepared from", config.data.source, alike[0][0])
+    content = content_digest(files)
+    same = next((path for path, made in alike if made.content == content), None)
+    if same is not None:
+        remember(folder, same)
+    return same
+
+
+def _prepared(folder: Path) -> Iterator[tuple[Path, Meta]]:
+    """Every whole corpus in data.dir."""
+    for path in sorted(folder.glob("[!.]*/meta.json")):
+        with contextlib.suppress(CorpusError):
+            yield path.parent, read_meta(path.parent)
+
+
+def without_source(data: Data, vocab: int) -> list[Path]:
+    """Corpora, each of other content, that were prepared from a source, or with a tokenizer, that is gone.
+
+    Known by its path then, and by the settings.
+    """
+    named = data.tokenizer or "trained on the source"
+    if data.tokenizer is None and Path(data.source).expanduser().exists():
+        return []  # it is there, and something else is wrong with it
+    found = {
+        meta.fingerprint: path
+        for path, meta in _prepared(Path(data.dir).expanduser())
+        if (_absolute(meta.source), _absolute(meta.tokenizer)) == (_absolute(data.source), _absolute(named))
+        and (meta.heldout_share, meta.bos is not None) == (data.heldout_share, data.bos)
+        and f"-v{vocab}-" in path.name
+    }
+    return list(found.values())
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 # -------------------------------------------------------------------------------------------------- meta.json
@@ -112,7 +204,7 @@ class _Record(BaseModel):
 class Shard(_Record):
     """One file of tokens of a split."""
 
-    file: Annotated[str, Field(pattern=r"^(train|heldout)-\d{5}\.bin$")]
+    file: Annotated[str, Field(pattern=r"^(train|heldout|heldout_bytes)-\d{5}\.bin$")]
     tokens: Annotated[int, Field(gt=0)]
     sha256: Digest
 
@@ -124,6 +216,14 @@ class Split(_Record):
     tokens: Annotated[int, Field(gt=0)]
     bytes: Count
     shards: tuple[Shard, ...]
+
+
+class PreparedFrom(_Record):
+    """The files and settings that a corpus was made of, each as a digest; data/content.py."""
+
+    names: Digest
+    settings: Digest
+    content: Digest
 
 
 class Meta(_Record):
@@ -140,15 +240,19 @@ class Meta(_Record):
     tokenizer_sha256: Digest
     vocab: Annotated[int, Field(gt=0, le=2**32, description="highest token id + 1")]
     end_of_text: Count
+    bos: Count | None = None  # id put before each document
     dtype: Literal["uint16", "uint32"]
     heldout_share: float
     byte_exact: Annotated[
         bool, Field(description="token_bytes.npy gives bytes of text exactly, not as an estimate")
     ]
+    # source bytes of each held-out token; none where byte_exact, or by an earlier version
+    heldout_bytes: tuple[Shard, ...] = ()
     unigram_entropy: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     train: Split
     heldout: Split
     versions: dict[str, str]
+    prepared_from: PreparedFrom | None = None  # of local files, since versions that compare content
 
     @property
     def token_size(self) -> int:
@@ -214,6 +318,9 @@ def _check_files(folder: Path, meta: Meta) -> None:
         for split in (meta.train, meta.heldout)
         for shard in split.shards
     }
+    sizes |= {shard.file: shard.tokens * BYTES_SIZE for shard in meta.heldout_bytes}
+    if meta.heldout_bytes and meta.heldout.tokens != sum(shard.tokens for shard in meta.heldout_bytes):
+        raise CorpusError(f"{folder}: meta.json is damaged: its token counts do not add up")
     for name, size in {**sizes, "tokenizer.json": None, "token_bytes.npy": None}.items():
         try:
             actual_size = (folder / name).stat().st_size

@@ -31,6 +31,7 @@ def prepare(config: Config) -> Path:
     """
     folder = locate(config)
     if is_usable(folder):
+        _say_if_estimated(folder)
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +45,16 @@ def prepare(config: Config) -> Path:
             [f"data.dir = {json.dumps(config.data.dir)}: must be a folder to write to: {error}"]
         ) from error
     return folder
+
+
+def _say_if_estimated(folder: Path) -> None:
+    meta = read_meta(folder)
+    if not meta.byte_exact and not meta.heldout_bytes:
+        log.warning(
+            "%s: an earlier version prepared it, and did not count the bytes of its tokens: bits per byte "
+            "are an estimate; remove the folder to have it prepared again",
+            folder,
+        )
 
 
 def _prepare(config: Config, folder: Path) -> None:

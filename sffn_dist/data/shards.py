@@ -7,6 +7,7 @@ where every id of the vocabulary fits, else uint32.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from sffn_dist.atomic_io import hash_file
-from sffn_dist.data.metadata import CorpusError, Meta, Shard, Split, read_meta
+from sffn_dist.data.batches import read_heldout
+from sffn_dist.data.metadata import BYTES_TYPE, CorpusError, Meta, Shard, Split, read_meta
 from sffn_dist.data.tokenizer import plain
 
 SHARD_TOKENS = 1 << 28
@@ -131,6 +133,18 @@ class TokenStream:
         return out
 
 
+@dataclass(frozen=True)
+class HeldoutSample:
+    """What evaluations need: (n, S+1) windows, and the bytes of text that their labels stand for.
+
+    ``estimated``: by a table of bytes a token, where no bytes were counted when the text was encoded.
+    """
+
+    windows: NDArray[np.int64]
+    text_bytes: int
+    estimated: bool = False
+
+
 class Corpus:
     """A prepared corpus, opened.
 
@@ -156,6 +170,19 @@ class Corpus:
         lengths: NDArray[np.uint32] = np.load(self.folder / "token_bytes.npy", allow_pickle=False)
         return lengths
 
+    def heldout_sample(self, sequence: int, count: int) -> HeldoutSample:
+        """Evenly spaced held-out windows, at most ``count``, as batches.read_heldout chooses them.
+
+        Raises ConfigError: fewer tokens than one window needs.
+        """
+        windows = read_heldout(self.heldout, sequence, count)
+        if self.meta.byte_exact or not self.meta.heldout_bytes:
+            text_bytes = int(self.token_bytes[windows[:, 1:]].sum(dtype=np.int64))
+            return HeldoutSample(windows, text_bytes, estimated=not self.meta.byte_exact)
+        split = self.meta.heldout.model_copy(update={"shards": self.meta.heldout_bytes})
+        counts = read_heldout(TokenStream(self.folder, split, np.dtype(BYTES_TYPE)), sequence, count)
+        return HeldoutSample(windows, int(counts[:, 1:].sum()))
+
 
 def open_corpus(folder: str | os.PathLike[str]) -> Corpus:
     """Open a prepared folder.
@@ -174,7 +201,8 @@ def verify(folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     meta = read_meta(folder)
-    sums = {shard.file: shard.sha256 for split in (meta.train, meta.heldout) for shard in split.shards}
+    shards = (*meta.train.shards, *meta.heldout.shards, *meta.heldout_bytes)
+    sums = {shard.file: shard.sha256 for shard in shards}
     for name, sha256 in {**sums, "tokenizer.json": meta.tokenizer_sha256}.items():
         if hash_file(folder / name) != sha256:
             raise CorpusError(f"{folder}: {name} is damaged (its sha256 is not the one in meta.json)")

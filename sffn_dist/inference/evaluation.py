@@ -18,11 +18,15 @@ from sffn_dist.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Over ``tokens`` predicted tokens that stand for ``bytes`` bytes of text; ``loss`` in nats a token."""
+    """Over ``tokens`` predicted tokens that stand for ``bytes`` bytes of text; ``loss`` in nats a token.
+
+    ``bytes_estimated``: they were not counted when the text was encoded.
+    """
 
     loss: float
     tokens: int
     bytes: int
+    bytes_estimated: bool = False
 
     @property
     def perplexity(self) -> float:
@@ -40,11 +44,14 @@ def evaluate(
     model: nn.Module,
     token_losses: Callable[[Any, Tensor, Tensor], Tensor],
     windows: NDArray[np.int64],
-    token_bytes: NDArray[Any],
+    text_bytes: int,
     micro_batch: int,
     topology: Topology,
+    *,
+    bytes_estimated: bool = False,
 ) -> EvaluationResult:
-    """Mean loss over ``windows`` (n, S+1), shared among the data-parallel ranks.
+    """Mean loss over ``windows`` (n, S+1), shared among the data-parallel ranks; their labels stand for
+    ``text_bytes`` bytes of text.
 
     Every rank does the same number of forward passes (ZeRO-3 gathers weights in each): missing rows repeat
     the first window, weight 0.
@@ -71,5 +78,5 @@ def evaluate(
     if topology.data_parallel_size > 1:
         dist.all_reduce(total, group=topology.data_group)
     model.train(was_training)
-    labels = windows[:, 1:]
-    return EvaluationResult(float(total) / labels.size, int(labels.size), int(token_bytes[labels].sum()))
+    labels = int(windows[:, 1:].size)
+    return EvaluationResult(float(total) / labels, labels, text_bytes, bytes_estimated)

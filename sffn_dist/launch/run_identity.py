@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sffn_dist import atomic_io
 from sffn_dist.checkpoint import run_folder
-from sffn_dist.checkpoint.manifest import missing_tensors
+from sffn_dist.checkpoint.manifest import TOKENIZER, missing_tensors
 from sffn_dist.checkpoint.run_folder import find_checkpoint
 from sffn_dist.launch import run_changes
+from sffn_dist.data.sources import source_of
+from sffn_dist.data.sources.local import LocalFiles
 from sffn_dist.spec import config_keys, loading, validation
 from sffn_dist.spec.changes import CHANGEABLE
 from sffn_dist.spec.config import Config, ConfigError
@@ -109,7 +111,9 @@ def check_identity(config: Config, data_fingerprint: str | None = None) -> None:
     # a key that is newer than the record stands for its default
     held = {**_defaults(config), **record.identity}
     own = validation.identity(config)
-    differing = [key for key in sorted(own.keys() | held.keys()) if own.get(key) != held.get(key)]
+    by_content = _keys_by_content(own, record, data_fingerprint)
+    keys = sorted((own.keys() | held.keys()) - by_content)
+    differing = [key for key in keys if own.get(key) != held.get(key)]
     if record.config is not None and len(config.changes) > len(record.config.changes):
         # of the new change; and what follows from it, as the end of a guide that lasts as long as the run
         before, after = flatten(record.config), flatten(config)
@@ -170,14 +174,35 @@ def _shell(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _keys_by_content(own: Mapping[str, Any], record: Record, fingerprint: str | None) -> set[str]:
+    """Keys that name data: its content decides, not where it lies.
+
+    Before it is prepared, only two paths may turn out to be the same; a run is compared again then.
+    """
+    if fingerprint and record.data_fingerprint:
+        return {"data.source", "data.tokenizer"}
+    values = {key: (own.get(key), record.identity.get(key)) for key in ("data.source", "data.tokenizer")}
+    local = isinstance(values["data.source"][0], str) and all(
+        isinstance(source_of(str(text)), LocalFiles) for text in values["data.source"]
+    )
+    given = all(text is not None for text in values["data.tokenizer"])
+    return ({"data.source"} if local else set()) | ({"data.tokenizer"} if given else set())
+
+
 def _defaults(config: Config) -> dict[str, Any]:
     return {key: value for key, value in config_keys.defaults().items() if key in validation.identity(config)}
 
 
 def check_source_of_weights(config: Config) -> None:
-    """Refuse an ``init_from`` whose model is another one; raises ConfigError."""
+    """Refuse an ``init_from`` whose model is another one, or whose tokenizer nobody names; raises
+    ConfigError.
+    """
     assert config.init_from.path
     manifest = find_checkpoint("init_from", config.init_from.path)
+    if TOKENIZER not in manifest.files and config.data.tokenizer is None:
+        rule = f"must name the tokenizer of init_from = {config.init_from.path!r}, which holds none that can be "
+            f"read"
+        raise ConfigError([f"data.tokenizer = null: {rule}"])
     wanted = {name: spec.shape for name, spec in model_tensors(config, guide=False).items()}
     problems = list(itertools.islice(missing_tensors(manifest, wanted), 5))
     # what shapes do not show

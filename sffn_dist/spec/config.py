@@ -128,8 +128,14 @@ class Data(Section):
         "text", description="column that holds the text, of jsonl, parquet and hf sources"
     )
     tokenizer: str | None = Field(
-        None, description="a tokenizer.json; default: a byte-level BPE trained on the source"
+        None,
+        description="a folder or file: tokenizer.json, tokenizer.model, tiktoken, vocab.json and merges.txt; "
+        "default: a byte-level BPE trained on the source",
     )
+    end_of_text: str | None = Field(
+        None, min_length=1, description="token after each document; default: the tokenizer's eos_token"
+    )
+    bos: bool = Field(False, description="put the tokenizer's bos_token before each document")
     heldout_share: OpenFraction = Field(0.02, description="of the documents")
 
 

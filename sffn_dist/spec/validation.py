@@ -28,6 +28,8 @@ def problems(config: Config) -> Iterable[str]:
             "recompute = bottleneck: there is no structured feed-forward layer, whose bottleneck could be "
             "kept; use none or full"
         )
+    if config.data.bos and config.data.tokenizer is None:
+        yield "data.bos = true: a tokenizer trained on the source has no bos_token; name a data.tokenizer"
     if config.train.global_batch_size % config.train.micro_batch_size:
         yield (
             f"train.micro_batch_size = {config.train.micro_batch_size}: must divide "

@@ -270,5 +270,5 @@ class _Tensorboard:
 
     def _add(self, row: Mapping[str, Any], step: int) -> None:
         for key, value in row.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step":
-                self._writer.add_scalar(key, value, step)
+            if isinstance(value, (int, float)) and key != "step":  # of yes and no, 1 and 0
+                self._writer.add_scalar(key, float(value), step)

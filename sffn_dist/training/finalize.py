@@ -103,9 +103,9 @@ def sample_text(run: TrainingRun, corpus: Corpus) -> str:
     """``sample.prompt`` and what the structure alone makes of it."""
     config = run.config
     models.unset_guide(run.model)
-    prompt = corpus.tokenizer.encode(config.sample.prompt, add_special_tokens=False).ids or [
-        corpus.meta.end_of_text
-    ]
+    begin = [] if corpus.meta.bos is None else [corpus.meta.bos]  # as training put it
+    prompt = begin + corpus.tokenizer.encode(config.sample.prompt, add_special_tokens=False).ids
+    prompt = prompt or [corpus.meta.end_of_text]
     ids = sample(
         run.model,
         run.watchdog.with_progress(models.token_logits, "sample", run.step),
@@ -134,6 +134,7 @@ def summary(run: TrainingRun, evaluation: EvaluationResult, unigram_entropy: flo
         "unigram_entropy": unigram_entropy,
         "perplexity": evaluation.perplexity,
         "bits_per_byte": evaluation.bits_per_byte,
+        "bits_per_byte_estimated": evaluation.bytes_estimated,
         "tokens_per_s": tokens * len(rows) / seconds if seconds else math.nan,
         "seconds": seconds,
         "steps": run.step,
@@ -150,11 +151,13 @@ def summary(run: TrainingRun, evaluation: EvaluationResult, unigram_entropy: flo
 
 def table(numbers: dict[str, Any], run: TrainingRun) -> str:
     """The summary as a page for a terminal."""
+    estimated = numbers["bits_per_byte_estimated"]
+    sign, note = ("~", ", an estimate: the corpus holds no bytes of its tokens") if estimated else ("", "")
     rows = [
         ("held-out loss", f"{numbers['heldout_loss']:.4f} nats a token"),
         ("unigram entropy", f"{numbers['unigram_entropy']:.4f} nats a token, of the held-out tokens"),
         ("perplexity", f"{numbers['perplexity']:.2f}"),
-        ("bits per byte", f"{numbers['bits_per_byte']:.4f}"),
+        ("bits per byte", f"{sign}{numbers['bits_per_byte']:.4f}{note}"),
         ("steps", f"{numbers['steps']}, {numbers['tokens']:,} tokens"),
         (
             "speed",

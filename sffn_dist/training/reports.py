@@ -71,6 +71,7 @@ class Reports:
             "heldout_loss": result.loss,
             "perplexity": result.perplexity,
             "bits_per_byte": result.bits_per_byte,
+            "bits_per_byte_estimated": result.bytes_estimated,
         }
         self.estimate.observe("evaluation", seconds)
         self.evaluations.write({"step": step, **figures})

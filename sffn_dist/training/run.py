@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sffn_dist.checkpoint.writer import Saver
 from sffn_dist.data.batches import Batches
+from sffn_dist.data.shards import HeldoutSample
 from sffn_dist.health import stragglers
 from sffn_dist.health.stragglers import StepTimers
 from sffn_dist.health.watchdog import Watchdog
@@ -30,14 +28,6 @@ from sffn_dist.training.reports import Reports
 
 
 @dataclass
-class Heldout:
-    """What evaluations need: (n, S+1) windows and the bytes of every token id."""
-
-    windows: NDArray[np.int64]
-    token_bytes: NDArray[Any]
-
-
-@dataclass
 class TrainingRun:
     """All of a run on this rank; ``step`` is the next step to take.
 
@@ -50,7 +40,7 @@ class TrainingRun:
     schedule: Schedule
     topology: Topology
     batches: Batches
-    heldout: Heldout
+    heldout: HeldoutSample
     data_fingerprint: str
     saver: Saver
     bad_steps: BadSteps

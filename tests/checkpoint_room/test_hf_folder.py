@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from sffn_dist.checkpoint.weights import merged
 from sffn_dist.conversion.hf import source
-from sffn_dist.conversion.hf.describe import SEPARATORS
 from sffn_dist.conversion.hf.export import export
 from sffn_dist.spec import counts
 from sffn_dist.spec.config import ConfigError
@@ -227,12 +226,6 @@ def test_the_tokenizer_travels_with_its_end_of_text(
     assert source.read(folder).tokenizer == weights.tokenizer
 
 
-def test_the_end_of_text_is_what_data_preparation_takes(root: Path) -> None:
-    from sffn_dist.data import tokenizer as ours
-
-    assert SEPARATORS == ours.SEPARATORS
-
-
 def test_no_tokenizer_and_no_end_of_text(tokenizer: Any, tree_of: Any, drawn: Any, tmp_path: Path) -> None:
     folder = export(drawn(tree_of(**LLAMA)), tmp_path / "none", ffn="merged", dtype="fp32")
     assert not (folder / "tokenizer.json").exists()
@@ -245,6 +238,136 @@ def test_no_tokenizer_and_no_end_of_text(tokenizer: Any, tree_of: Any, drawn: An
         with pytest.raises(ConfigError, match="no tokenizer"):
             export(drawn(tree_of(**LLAMA), tokenizer=broken), tmp_path / "broken", ffn="merged", dtype="fp32")
     assert not (tmp_path / "broken").exists()
+
+
+# --------------------------------------------------------- what a tokenizer's folder says, import to export
+
+SAYS: dict[str, dict[str, Any]] = {
+    "config.json": {"bos_token_id": 7, "eos_token_id": [8, 0]},
+    "generation_config.json": {"eos_token_id": [8, 0], "temperature": 0.6, "do_sample": True},
+    "tokenizer_config.json": {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "bos_token": {"__type": "AddedToken", "content": "<s>"},
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "added_tokens_decoder": {"9": {"content": "<pad>", "special": True}},
+        "model_max_length": 999,
+    },
+}
+TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.fixture
+def foreign(tokenizer: Any, tree_of: Any, drawn: Any, tmp_path: Path) -> Path:
+    """A folder as others publish it, whose tokenizer puts <s> before a text."""
+    from tokenizers import Tokenizer, processors
+
+    folder = export(drawn(tree_of(**LLAMA)), tmp_path / "foreign", ffn="merged", dtype="fp32")
+    made = Tokenizer.from_str(tokenizer.to_str())
+    made.add_special_tokens(["<s>", "</s>"])
+    template = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 7)]
+    )
+    made.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    made.save(str(folder / "tokenizer.json"))
+    for name, tree in SAYS.items():
+        before = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (folder / name).write_text(json.dumps({**before, **tree}))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def check_what_it_says(folder: Path) -> Any:
+    """Special tokens, chat template and generation config are those of SAYS."""
+    got = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (got.bos_token_id, got.eos_token_id, got.pad_token_id) == (7, 8, 9)
+    assert got.apply_chat_template([{"content": "ab"}], tokenize=False) == "<s>ab"
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["temperature"]) == ([8, 0], 0.6)
+    model = loaded(folder)
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (7, [8, 0])
+    assert model.generation_config.temperature == 0.6
+    return got
+
+
+def test_what_a_folder_says_is_carried_to_the_export(foreign: Path, tmp_path: Path) -> None:
+    """Through a checkpoint; a model that was only converted encodes as it did."""
+    from sffn_dist.checkpoint import reader, reshard
+
+    reshard.write_weights(source.read(foreign), tmp_path / "imported")
+    reshard.reshard(reshard.Manifest.read(tmp_path / "imported"), tmp_path / "cut", tensor=1)
+    weights = reader.read_weights(tmp_path / "cut")
+    got = check_what_it_says(export(weights, tmp_path / "back", ffn="merged", dtype="fp32"))
+    assert got("ab c").input_ids == transformers.AutoTokenizer.from_pretrained(foreign)("ab c").input_ids
+    assert got("ab c").input_ids[0] == 7
+    assert got.model_max_length == weights.config.model.sequence
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_the_exported_tokenizer_emits_what_training_saw(bos: bool, foreign: Path, tmp_path: Path) -> None:
+    """import -> prepared corpus -> checkpoint -> export: the ids of a text are those in the shards."""
+    from sffn_dist.checkpoint import reader, reshard
+    from sffn_dist.data.prepare import prepare
+    from sffn_dist.data.shards import open_corpus
+    from sffn_dist.spec import loading
+
+    imported = reshard.write_weights(source.read(foreign), tmp_path / "imported").folder
+    texts = ["ab c\na b\n", "cab a", "b", "a b ab c"]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    tree = json.loads((imported / "start.json").read_text())
+    settings = {"dir": str(tmp_path / "data"), "source": str(tmp_path / "rows.jsonl"), "heldout_share": 0.5}
+    tree["data"] |= {**settings, "bos": bos}
+    config = loading.from_tree({**tree, "train": {"steps": 1, "global_batch_size": 8}})
+    corpus = open_corpus(prepare(config))
+    assert (corpus.meta.end_of_text, corpus.meta.bos) == (8, 7 if bos else None)
+
+    weights = reader.read_weights(imported)
+    carried = {name: (corpus.folder / name).read_text() for name in weights.tokenizer_settings}
+    trained = replace(
+        weights,
+        config=config,
+        trained=True,
+        tokenizer=(corpus.folder / "tokenizer.json").read_text(),
+        tokenizer_settings=carried,
+    )
+    got = check_what_it_says(export(trained, tmp_path / "back", ffn="merged", dtype="fp32"))
+    stream = [*corpus.train[:].tolist(), *corpus.heldout[:].tolist()]
+    held = " ".join(map(str, stream))
+    for text in texts:
+        assert " ".join(map(str, [*got(text).input_ids, 8])) in held
+        assert (got(text).input_ids[0] == 7) is bos
+    assert len(stream) == sum(len(got(text).input_ids) + 1 for text in texts)
+
+
+def test_more_tokens_than_rows_are_refused_at_import(foreign: Path) -> None:
+    tree = json.loads((foreign / "tokenizer_config.json").read_text())
+    tree["added_tokens_decoder"] |= {str(n): {"content": f"<{n}>", "special": True} for n in range(10, 38)}
+    (foreign / "tokenizer_config.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: has tokens up to id 37, .* vocab_size = 37"):
+        source.read(foreign)
+
+
+def test_a_folder_without_a_tokenizer_says_what_training_needs(
+    foreign: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a start from it is refused before anything is prepared, unless data.tokenizer is named."""
+    from sffn_dist.checkpoint import reshard
+    from sffn_dist.launch import run_identity
+    from sffn_dist.spec import loading
+
+    tokenizer = (foreign / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    imported = reshard.write_weights(source.read(foreign), tmp_path / "imported").folder
+    assert "holds no tokenizer; training from it needs data.tokenizer" in caplog.text
+    tree = {
+        **json.loads((imported / "start.json").read_text()),
+        "train": {"steps": 1, "global_batch_size": 8},
+    }
+    with pytest.raises(ConfigError, match=r"data\.tokenizer = null: must name the tokenizer of init_from = "):
+        run_identity.check_source_of_weights(loading.from_tree(tree))
+    tree["data"] = {"tokenizer": str(tokenizer)}
+    run_identity.check_source_of_weights(loading.from_tree(tree))
 
 
 @pytest.mark.parametrize("ffn", ["merged", "structured"])

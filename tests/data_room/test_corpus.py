@@ -132,7 +132,7 @@ def test_bad_sources_are_refused_cheaply(tmp_path: Path) -> None:
         assert str(caught.value).startswith(f"data.source = {json.dumps(source)}: must be")
     with pytest.raises(
         ConfigError,
-        match=r'data\.tokenizer = "none\.json": must be the path of a tokenizer\.json; there is no',
+        match=r'data\.tokenizer = "none\.json": must be a folder, or a file, of .*; there is no',
     ):
         metadata.check_source(Data(tokenizer="none.json"))
     with pytest.raises(ConfigError, match=r"model\.vocab = 256: must be at least 257"):

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from sffn_dist.data import build, metadata
 from sffn_dist.data.prepare import prepare
 from sffn_dist.data.shards import Corpus, open_corpus, verify
-from sffn_dist.spec.config import Config
+from sffn_dist.launch import run_identity
+from sffn_dist.spec.config import Config, ConfigError
 
 PREPARER = """
 import json, logging, os, sys, time
@@ -104,11 +105,101 @@ def test_what_decides_the_content_decides_the_folder(texts: Path, configure: Cal
         metadata.locate(configure(texts, heldout_share=0.5)),
     ]
     path = texts / "00.txt"
+    path.write_text(path.read_text().replace("fox", "cat"))
     os.utime(path, ns=(1, 1))
     others.append(metadata.locate(configure(texts)))
     (texts / "rows.jsonl").write_text("{}")
     others += [metadata.locate(configure(texts)), metadata.locate(configure(texts, text_field="body"))]
     assert len({base, *others}) == 6
+
+
+def test_what_is_put_around_documents_decides_the_folder(
+    texts: Path, tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    """A corpus keeps the name that earlier versions gave it, which took the first token of their own list."""
+    vocab = {"[UNK]": 0, "fox": 1, "</s>": 2, "<stop>": 3}
+    Tokenizer(models.WordLevel(vocab, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    alone = configure(texts, tokenizer=str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"data\.end_of_text = null"):
+        metadata.locate(alone)
+    named = configure(texts, tokenizer=str(tmp_path), end_of_text="</s>")
+    earlier = prepare(named)
+    assert metadata.locate(alone) == earlier, (
+        "what is prepared serves, though nothing says what ended documents"
+    )
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2, "bos_token_id": 1}')
+    assert metadata.locate(alone) == earlier
+    with_bos = configure(texts, tokenizer=str(tmp_path), bos=True)
+    assert metadata.locate(with_bos) != earlier
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
+    assert metadata.locate(alone) != earlier
+    with pytest.raises(ConfigError, match=r"data\.bos = true: .*no file beside it says bos_token"):
+        metadata.locate(with_bos)
+    assert metadata.locate(configure(texts, end_of_text="<end>")) != metadata.locate(configure(texts))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_content_decides_not_place_or_time(
+    texts: Path, tmp_path: Path, configure: Callable[..., Config], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Touched, moved and copied without times: the corpus that is there serves. Another word in a file of the
+    same size does not pass.
+    """
+    source = texts if kind == "folder" else texts / "05.txt"
+    folder = prepare(configure(source))
+    os.utime(texts / "05.txt", ns=(5, 5))
+    assert prepare(configure(source)) == folder
+    moved = source.rename(tmp_path / ("elsewhere" if kind == "folder" else "other.txt"))
+    file = moved / "05.txt" if kind == "folder" else moved
+    assert prepare(configure(moved)) == folder
+    with monkeypatch.context() as patch:  # found once, it is not read again
+        patch.setattr(metadata, "content_digest", lambda files: 1 / 0)
+        assert prepare(configure(moved)) == folder
+    assert metadata.locate(configure(moved, heldout_share=0.5)) != folder
+    file.write_text(file.read_text(encoding="utf-8").replace("fox", "cat"), encoding="utf-8")
+    assert metadata.locate(configure(moved)) != folder
+
+
+def test_a_run_goes_on_with_its_data_elsewhere(
+    texts: Path, tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    """run.json names a path; what is compared is the fingerprint, before and after preparation."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+
+    def of(config: Config) -> Config:
+        return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run_dir)})})
+
+    config = of(configure(texts))
+    run_identity.write_record(config, metadata.read_meta(prepare(config)).fingerprint)
+    moved = of(configure(texts.rename(tmp_path / "moved")))
+    run_identity.check_identity(moved)  # not known yet
+    fingerprint = metadata.read_meta(prepare(moved)).fingerprint
+    run_identity.check_identity(moved, fingerprint)
+    with pytest.raises(ConfigError, match=r"data\.source = .*moved.* was trained on other data"):
+        run_identity.check_identity(moved, fingerprint[::-1])
+    with pytest.raises(ConfigError, match=r'data\.source = "stdlib": .* holds a run with'):
+        run_identity.check_identity(of(configure("stdlib")))
+    with pytest.raises(ConfigError, match=r"data\.heldout_share = 0\.5"):
+        run_identity.check_identity(of(configure(tmp_path / "moved", heldout_share=0.5)), fingerprint)
+
+
+def test_prepared_shards_suffice_where_the_text_is_gone(
+    texts: Path, tmp_path: Path, configure: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And where the tokenizer's file is; with other settings the missing source is refused as ever."""
+    Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]")).save(str(tmp_path / "t.json"))
+    config = configure(texts)
+    given = configure(texts, tokenizer=str(tmp_path / "t.json"), end_of_text="</s>")
+    folders = prepare(config), prepare(given)
+    texts.rename(tmp_path / "gone")
+    (tmp_path / "t.json").unlink()
+    with caplog.at_level(logging.INFO):
+        assert (prepare(config), prepare(given)) == folders
+    assert f"{folders[0]}, which was prepared from it, suffices" in caplog.text
+    for other in (configure(texts, vocab=301), configure(texts, heldout_share=0.5)):
+        with pytest.raises(ConfigError, match=r"data\.source = .*there is no such file or folder"):
+            prepare(other)
 
 
 def test_several_shards(texts: Path, tmp_path: Path, configure: Callable[..., Config]) -> None:
@@ -151,7 +242,9 @@ def test_a_vocabulary_over_65536_is_kept_whole(
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 69_999, "fox": 65_540, "</s>": 4}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "t.json"))
-    corpus = open_corpus(prepare(configure(texts, vocab=70_000, tokenizer=str(tmp_path / "t.json"))))
+    corpus = open_corpus(
+        prepare(configure(texts, vocab=70_000, tokenizer=str(tmp_path / "t.json"), end_of_text="</s>"))
+    )
     assert (corpus.meta.dtype, corpus.meta.vocab, corpus.meta.byte_exact) == ("uint32", 70_000, False)
     assert set(np.unique(corpus.train[:]).tolist()) == {4, 65_540, 69_999}
 

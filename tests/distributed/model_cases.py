@@ -102,8 +102,9 @@ def evaluation_and_sample(tree: dict[str, Any], windows: int) -> tuple[float, fl
     """Held-out loss and bits per byte over an odd number of windows, and sampled ids."""
     model, config, ranks = _model(tree)
     models.unset_guide(model)
-    token_bytes = np.arange(config.model.vocab) % 5 + 1
-    result = evaluate(model, models.token_losses, _tokens(config, windows).numpy(), token_bytes, 2, ranks)
+    held = _tokens(config, windows).numpy()
+    text_bytes = int((np.arange(config.model.vocab) % 5 + 1)[held[:, 1:]].sum())
+    result = evaluate(model, models.token_losses, held, text_bytes, 2, ranks)
     ids = sample(
         model, models.token_logits, [3, 1, 4], 6, context=config.model.sequence, vocab=config.model.vocab - 1,
         temperature=0.5, seed=9, topology=ranks,

@@ -129,6 +129,7 @@ def test_what_a_run_writes(whole: tuple[Path, str]) -> None:
         "unigram_entropy",
         "perplexity",
         "bits_per_byte",
+        "bits_per_byte_estimated",
         "tokens_per_s",
         "seconds",
         "steps",

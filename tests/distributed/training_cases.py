@@ -21,6 +21,7 @@ from sffn_dist.checkpoint import writer
 from sffn_dist.checkpoint.manifest import KINDS, Manifest
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.data.batches import Batches
+from sffn_dist.data.shards import HeldoutSample
 from sffn_dist.parallel import cpu_compat, topology
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.ledger import Ledger
@@ -34,7 +35,7 @@ from sffn_dist.training import engine as engines
 from sffn_dist.training import engine_state, phases, resume
 from sffn_dist.training.bad_steps import BadSteps
 from sffn_dist.training.hooks import checkpoint
-from sffn_dist.training.run import Heldout, TrainingRun
+from sffn_dist.training.run import TrainingRun
 
 
 def tokens(vocab: int) -> np.ndarray:
@@ -103,7 +104,7 @@ def begin(tree: dict[str, Any], precision: str = "fp32") -> TrainingRun:
     )
     length = config.model.sequence + 1
     windows = tokens(config.model.vocab)[: 2 * length].astype(np.int64).reshape(2, length)
-    heldout = Heldout(windows, np.ones(config.model.vocab))
+    heldout = HeldoutSample(windows, windows[:, 1:].size)
     run_dir = Path(config.run.dir)
     saver, bad_steps = writer.Saver(run_dir, config, ranks), BadSteps(config.guards, run_dir)
     clock = schedules.build_schedule(config)
@@ -269,7 +270,7 @@ def evaluated_first(tree: dict[str, Any], steps: int) -> dict[str, Any]:
         def measure() -> float:
             heldout = run.heldout
             return evaluate(
-                run.model, models.token_losses, heldout.windows, heldout.token_bytes, 1, run.topology
+                run.model, models.token_losses, heldout.windows, heldout.text_bytes, 1, run.topology
             ).loss
 
         losses, direct = [measure()], set()

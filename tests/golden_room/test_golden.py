@@ -19,6 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sffn_dist.data.metadata import dump_meta, read_meta
+
 GOLDEN = Path(__file__).parent / "v1"
 CORPUS_TIME = 1767225600  # part of the prepared corpus's name
 ROOT = Path(__file__).parents[2]
@@ -88,6 +90,24 @@ def test_a_run_resumes(past: Path, name: str, overrides: tuple[str, ...]) -> Non
         path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted((past / "data").rglob("*.*"))
     }
     assert {path: opened[path] for path in prepared} == prepared, "the corpus is not prepared again"
+
+
+def test_an_estimate_is_marked_wherever_it_appears(past: Path) -> None:
+    """Bits per byte of a corpus whose tokenizer has no exact table, and whose bytes nobody counted."""
+    folder = next((past / "data").iterdir())
+    meta = read_meta(folder).model_copy(update={"byte_exact": False})
+    (folder / "meta.json").write_text(dump_meta(meta))
+    printed = run(past, "sffn_dist/pretrain.py", "--config", "plain.json", "logging.tensorboard=true")
+    assert "bits per byte are an estimate; remove the folder" in printed
+    summary = json.loads((past / "plain/summary.json").read_text())
+    assert f"~{summary['bits_per_byte']:.4f}, an estimate" in printed
+    assert summary["bits_per_byte_estimated"] is True
+    assert rows(past / "plain/evaluations.jsonl")[-1]["bits_per_byte_estimated"] is True
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((past / "plain").rglob("events.out.tfevents.*")).parent))
+    events.Reload()
+    assert events.Scalars("bits_per_byte_estimated")[-1].value == 1.0
 
 
 def test_another_run_is_refused(past: Path) -> None:

@@ -62,6 +62,16 @@ def write_run(folder: Path, entry: PlannedVariant, losses: list[float], steps: i
     (folder / "run.json").write_text(json.dumps({"config": entry.config.model_dump(mode="json")}))
 
 
+def test_a_row_says_whether_bits_per_byte_are_an_estimate(path: str, tmp_path: Path) -> None:
+    """Of a run by an earlier version that is unknown."""
+    entry = made(path, "dense")["dense"]
+    write_run(tmp_path / "run", entry, [5.0])
+    assert summary.run_row(summary.read(entry, 0, tmp_path / "run"))["bits_per_byte_estimated"] == "unknown"
+    tree = json.loads((tmp_path / "run/summary.json").read_text())
+    (tmp_path / "run/summary.json").write_text(json.dumps({**tree, "bits_per_byte_estimated": True}))
+    assert summary.run_row(summary.read(entry, 0, tmp_path / "run"))["bits_per_byte_estimated"] is True
+
+
 @pytest.fixture
 def results(path: str, tmp_path: Path) -> list[summary.Result]:
     found = made(path, "dense,low_rank+guide")

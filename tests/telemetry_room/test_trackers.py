@@ -102,7 +102,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     events.Reload()
     expected = [(step, 1.0 if step < 3 else 2.0) for step in range(7)]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
-    assert sorted(events.Tags()["scalars"]) == ["loss", "summary/heldout_loss"]
+    assert sorted(events.Tags()["scalars"]) == ["done", "loss", "summary/heldout_loss"]
 
 
 def test_tensorboard_shows_what_a_run_went_back_over_once(tmp_path):

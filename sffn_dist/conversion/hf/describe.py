@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.conversion.hf.names import LLAMA, SFFN, STARCODER2, Family
+from sffn_dist.data import tokenizer_files
+from sffn_dist.data.tokenizer_files import IDS
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.split_table import configured_structure
 
@@ -17,16 +20,20 @@ FFN = Literal["merged", "structured"]
 DType = Literal["fp32", "bf16"]
 ACTIVATIONS = {"gelu": "gelu_pytorch_tanh", "gelu_erf": "gelu", "swiglu": "silu"}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-# tokens that end a text, in the order in which data preparation looks for them
-SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
+SPECIAL = ("bos_token", "eos_token", "pad_token")
+# of a tokenizer_config.json: what a tokenizer.json says itself, and what names files of another folder
+OBSOLETE = (
+    "tokenizer_class", "added_tokens_decoder", "auto_map", "legacy", "sp_model_kwargs", "name_or_path",
+    "special_tokens_map_file", "tokenizer_file", "vocab_file", "add_prefix_space", "backend", "is_local",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Special:
-    """The token put after each document in training, which also begins a text: id and text, or neither."""
+    """What a model's tokenizer says besides its tokens, as its two files hold it."""
 
-    id: int | None = None
-    text: str | None = None
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 def family_of(config: Config, ffn: FFN) -> Family:
@@ -81,10 +88,10 @@ def config_json(
         "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rope_base)},
         "attention_dropout": 0.0,
         "use_cache": True,
-        # nothing pads here, though the end of text does in the tokenizer: torch trains no embedding of a
-        # padding token
-        "bos_token_id": special.id,
-        "eos_token_id": special.id,
+        # nothing pads here, though a token may in the tokenizer: torch trains no embedding of a padding
+        # token
+        "bos_token_id": special.generation.get("bos_token_id"),
+        "eos_token_id": special.generation.get("eos_token_id"),
         "pad_token_id": None,
         "dtype": DTYPES[dtype],
     }
@@ -141,46 +148,48 @@ def _structured(config: Config) -> dict[str, Any]:
 
 
 def generation_config_json(special: Special) -> dict[str, Any]:
-    """Generation ends with the end of text, and pads with it."""
-    if special.id is None:
-        return {"do_sample": False}
-    return {
-        "bos_token_id": special.id,
-        "eos_token_id": special.id,
-        "pad_token_id": special.id,
-        "do_sample": False,
-    }
-
-
-def tokenizer_config_json(special: Special, length: int) -> dict[str, Any]:
-    """tokenizer_config.json.
-
-    The end of text also begins texts and pads: a batch of texts can be tokenized as it is.
+    """What the model's folder said of generation; else it is greedy, ends with the end of text and pads with
+    it.
     """
-    tree: dict[str, Any] = {
+    known = {key: value for key, value in special.generation.items() if value is not None}
+    return known if set(known) - set(IDS) else {**known, "do_sample": False}
+
+
+def tokenizer_config_json(special: Special, length: int, trained: bool) -> dict[str, Any]:
+    """tokenizer_config.json: special tokens, chat template and what else the model's folder said.
+
+    The tokenizer.json alone says how text is encoded. ``trained``: it adds what training put around
+    documents, whatever the folder said of that.
+    """
+    left_out = {*OBSOLETE, *(("add_bos_token", "add_eos_token") if trained else ())}
+    kept = {key: value for key, value in special.tokenizer.items() if key not in left_out}
+    return {
+        "clean_up_tokenization_spaces": False,
+        **kept,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": length,
-        "clean_up_tokenization_spaces": False,
     }
-    names = ("bos_token", "eos_token", "pad_token") if special.text is not None else ()
-    return tree | dict.fromkeys(names, special.text)
 
 
-def special_of(tokenizer: str | None) -> Special:
-    """The end-of-text token of a tokenizer.json's text; raises ConfigError where it is no such thing."""
-    if tokenizer is None:
+def special_of(weights: Weights) -> Special:
+    """What goes with the tokenizer of a model; raises ConfigError where that is no tokenizer.json.
+
+    A checkpoint of a version that carried no settings: its end of text also begins texts and pads.
+    """
+    if weights.tokenizer is None:
         return Special()
     try:
-        tree = json.loads(tokenizer)
-        vocabulary = _vocabulary(tree["model"].get("vocab"))
-        vocabulary |= {entry["content"]: int(entry["id"]) for entry in tree.get("added_tokens") or ()}
+        ids = tokenizer_files.vocabulary(weights.tokenizer)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError([f"the tokenizer is no tokenizer.json: {type(error).__name__}: {error}"]) from None
-    return next((Special(vocabulary[text], text) for text in SEPARATORS if text in vocabulary), Special())
-
-
-def _vocabulary(vocab: Mapping[str, int] | list[Any] | None) -> dict[str, int]:
-    """Text -> id; Unigram models keep a list of (text, score), whose place is the id."""
-    if isinstance(vocab, list):
-        return {entry[0]: index for index, entry in enumerate(vocab)}
-    return {text: int(index) for text, index in (vocab or {}).items() if text in SEPARATORS}
+    if weights.tokenizer_settings:
+        trees = {name: json.loads(text) for name, text in weights.tokenizer_settings.items()}
+        tokenizer = trees.get(tokenizer_files.TOKENIZER_CONFIG, {})
+        generation = trees.get(tokenizer_files.GENERATION_CONFIG, {})
+    else:
+        end = next((text for text in tokenizer_files.EARLIER_SEPARATORS if text in ids), None)
+        names = ("bos_token", "eos_token", "pad_token") if end is not None else ()
+        tokenizer, generation = dict.fromkeys(names, end), {}
+    stated = {f"{name}_id": tokenizer_files.token_text(tokenizer.get(name)) for name in SPECIAL}
+    known = {key: ids[text] for key, text in stated.items() if text is not None and text in ids}
+    return Special(tokenizer, {**known, **generation})

@@ -28,6 +28,8 @@ from sffn_dist.conversion.hf import config_json, describe, names
 from sffn_dist.conversion.hf.card import card
 from sffn_dist.conversion.hf.describe import FFN, DType
 from sffn_dist.conversion.hf.names import Family
+from sffn_dist.data.tokenizer import encoding_as_trained
+from sffn_dist.data.tokenizer_files import token_text
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.spec.split_table import model_tensors
 
@@ -55,7 +57,8 @@ def export(
             ]
         )
     family = describe.family_of(weights.config, ffn)
-    special = describe.special_of(weights.tokenizer)
+    special = describe.special_of(weights)
+    weights = dataclasses.replace(weights, tokenizer=_tokenizer(weights, special))
     temporary = folder.with_name(f".{folder.name}.partial")
     _refuse_existing(folder)
     _begin(temporary, folder)
@@ -74,6 +77,14 @@ def export(
         raise
     sync(folder.parent)
     return folder
+
+
+def _tokenizer(weights: Weights, special: describe.Special) -> str | None:
+    """Its tokenizer.json; of a model trained here, one that puts before a text what training put there."""
+    if weights.tokenizer is None or not weights.trained:
+        return weights.tokenizer
+    bos = token_text(special.tokenizer.get("bos_token")) if weights.config.data.bos else None
+    return encoding_as_trained(weights.tokenizer, bos)
 
 
 def _refuse_existing(folder: Path) -> None:
@@ -173,7 +184,8 @@ def _write_rest(
     _write_json(folder / "generation_config.json", describe.generation_config_json(special))
     if weights.tokenizer is not None:
         _write_text(folder / "tokenizer.json", weights.tokenizer)
-        settings = describe.tokenizer_config_json(special, weights.config.model.sequence)
+        length = weights.config.model.sequence
+        settings = describe.tokenizer_config_json(special, length, source.trained)
         _write_json(folder / "tokenizer_config.json", settings)
     if ffn == "structured":
         _write_text(folder / MODELING.name, MODELING.read_text(encoding="utf-8"))

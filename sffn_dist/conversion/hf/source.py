@@ -6,6 +6,7 @@ Runs no code of the folder, needs no transformers.
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.conversion.hf import config_json, names
 from sffn_dist.conversion.hf.config_json import Description, shown
 from sffn_dist.conversion.hf.tensors import Tensors
+from sffn_dist.data import tokenizer_conversion, tokenizer_files
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.spec.split_table import model_tensors
 from sffn_dist.structured.cut import TensorSpec
 
 SHOWN = 20  # problems reported of a folder
+log = logging.getLogger(__name__)
 
 
 def read(folder: Path, overrides: Sequence[str] = ()) -> Weights:
@@ -45,6 +48,7 @@ def read(folder: Path, overrides: Sequence[str] = ()) -> Weights:
     tree = config_json.read_object(folder / config_json.NAME)
     kept = ("architectures", "dtype", "torch_dtype", "transformers_version", "bos_token_id", "eos_token_id")
     facts = {key: tree[key] for key in kept if tree.get(key) is not None}
+    tokenizer, settings = _tokenizer(folder, description.config.model.vocab)
     return Weights(
         config=description.config,
         full=source.full,
@@ -52,7 +56,8 @@ def read(folder: Path, overrides: Sequence[str] = ()) -> Weights:
         guide=description.guide_alpha is not None,
         alpha=description.guide_alpha or 0.0,
         step=description.step,
-        tokenizer=_tokenizer(folder),
+        tokenizer=tokenizer,
+        tokenizer_settings=settings,
         facts={"model_type": description.model_type, **facts},
     )
 
@@ -130,9 +135,27 @@ class _Source:
         return {self._alias(their_name): shape for their_name, shape in shapes.items()}
 
 
-def _tokenizer(folder: Path) -> str | None:
-    path = folder / "tokenizer.json"
+def _tokenizer(folder: Path, rows: int) -> tuple[str | None, dict[str, str]]:
+    """The text of the folder's tokenizer as a tokenizer.json, and what it says besides.
+
+    None and a warning where there is none that can be read: training asks for data.tokenizer then. Raises
+    ConfigError where it is broken, or has more tokens than the ``rows`` of the embedding.
+    """
+    files, settings = tokenizer_files.find(folder), tokenizer_files.settings(folder).texts()
+    if files is None:
+        log.warning("%s: holds no tokenizer; training from it needs data.tokenizer", folder)
+        return None, {}
     try:
-        return path.read_text(encoding="utf-8") if path.exists() else None
-    except (OSError, UnicodeError) as error:
-        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
+        text = tokenizer_conversion.read_text(files)
+    except tokenizer_conversion.MissingPackage as error:
+        log.warning("%s; training from the model needs data.tokenizer", error)
+        return None, {}
+    needed = max(tokenizer_files.vocabulary(text).values(), default=-1) + 1
+    if needed > rows:
+        raise ConfigError(
+            [
+                f"{files.tokens[0]}: has tokens up to id {needed - 1}, must have at most as many as "
+                f"{config_json.NAME}'s vocab_size = {rows}, the rows of the embedding"
+            ]
+        )
+    return text, settings

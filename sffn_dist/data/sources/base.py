@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
+from sffn_dist.data.sources.files import SourceFile
 from sffn_dist.spec.config import ConfigError, Data
 
 ROWS = 256  # read at a time from what has many rows
@@ -32,6 +33,10 @@ class Source(abc.ABC):
 
         Another identity is another prepared folder.
         """
+
+    def files(self, data: Data) -> list[SourceFile]:
+        """Local files that it reads, in order, whose times are part of the identity; none of other kinds."""
+        return []
 
     @abc.abstractmethod
     def label(self, data: Data) -> str:

@@ -60,6 +60,9 @@ class LocalFiles(Source):
             "text_field": data.text_field if has_columns else None,
         }
 
+    def files(self, data: Data) -> list[SourceFile]:
+        return files(data)
+
     def label(self, data: Data) -> str:
         return path_of(data).absolute().stem
 

@@ -58,9 +58,10 @@ def evaluate_run(run: TrainingRun) -> EvaluationResult:
             run.model,
             run.watchdog.with_progress(models.token_losses, "evaluation", run.step),
             run.heldout.windows,
-            run.heldout.token_bytes,
+            run.heldout.text_bytes,
             run.config.train.micro_batch_size,
             run.topology,
+            bytes_estimated=run.heldout.estimated,
         )
     run.evaluated[run.step] = result
     if run.reports:
