@@ -5,6 +5,7 @@ meta.json.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import platform
 import time
@@ -80,9 +81,12 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
         ConfigError: the source holds no text or cannot be read; the tokenizer cannot be used.
     """
     tokenizer = _tokenizer(config)
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    # tokenizers and numpy write files themselves, but do not say why when that fails
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
     lengths = token_bytes(tokenizer)
-    np.save(folder / "token_bytes.npy", lengths)
+    array = io.BytesIO()
+    np.save(array, lengths)
+    (folder / "token_bytes.npy").write_bytes(array.getvalue())
     dtype = token_dtype(len(lengths))
     train, heldout = (
         _Side(ShardWriter(folder, split, dtype, shard_tokens), lengths) for split in ("train", "heldout")

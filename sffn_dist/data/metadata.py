@@ -27,6 +27,7 @@ from sffn_dist.atomic_io import hash_file
 from sffn_dist.data.sources import forms, source_of
 from sffn_dist.data.sources.base import digest
 from sffn_dist.spec.config import Config, ConfigError, Data
+from sffn_dist.spec.disk_errors import explained
 
 # of the prepared folder: raise it whenever the same source and settings would give other files
 FORMAT: Final = 1
@@ -86,11 +87,15 @@ def locate(config: Config) -> Path:
         ConfigError: bad ``data.source``, ``data.tokenizer`` or ``model.vocab``.
     """
     check_source(config.data, config.model.vocab)
-    source = source_of(config.data.source)
+    source, tokenizer = source_of(config.data.source), config.data.tokenizer
+    with explained("data.source", config.data.source):
+        source_identity = source.identity(config.data)
+    with explained("data.tokenizer", tokenizer or ""):
+        tokenizer_hash = hash_file(Path(tokenizer).expanduser()) if tokenizer else None
     identity = {
         "format": FORMAT,
-        "source": source.identity(config.data),
-        "tokenizer": hash_file(Path(config.data.tokenizer).expanduser()) if config.data.tokenizer else None,
+        "source": source_identity,
+        "tokenizer": tokenizer_hash,
         "vocab": config.model.vocab,
         "heldout_share": config.data.heldout_share,
     }
