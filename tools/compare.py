@@ -31,6 +31,7 @@ from sffn_dist.launch import checks
 from sffn_dist.launch.error_output import print_errors
 from sffn_dist.spec import loading, machine, validation
 from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.disk_errors import DiskError, explained
 from sffn_dist.telemetry.progress import format_duration
 
 PRETRAIN = Path(sffn_dist.__file__).absolute().parent / "pretrain.py"
@@ -276,7 +277,8 @@ def compare(args: argparse.Namespace) -> int:
     failed = train_all(todo, args)
     good = [run for run in runs if run not in failed]
     if good:
-        report(entries, good, args)
+        with explained("--out", args.out):
+            report(entries, good, args)
     if failed:
         print_errors(
             "compare.py",
@@ -336,6 +338,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print_errors("compare.py", error.problems)
         return REFUSED
+    except DiskError as error:
+        print_errors("compare.py", [str(error)])
+        return error.exit_code
 
 
 if __name__ == "__main__":
