@@ -30,6 +30,7 @@ from typing import Any
 from sffn_bench import arguments, sizes
 from sffn_bench.columns import table_of
 
+from sffn_dist import strict_json
 from sffn_dist.spec import counts, loading, machine, validation
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.spec.disk_errors import DiskError, explained
@@ -256,7 +257,7 @@ def printed(command: list[str], threads: int, who: str, *, hide_cuda: bool = Fal
     )
     if completed.returncode:
         sys.exit(f"{completed.stderr}bench: {who} ended with {completed.returncode}")
-    rows: list[dict[str, Any]] = json.loads(completed.stdout.splitlines()[-1])
+    rows: list[dict[str, Any]] = strict_json.floats(json.loads(completed.stdout.splitlines()[-1]))
     return rows
 
 
@@ -291,7 +292,7 @@ def measure(args: argparse.Namespace) -> None:
         with explained("--csv", args.csv):  # before minutes of timing
             args.csv.open("a").close()
     rows = COMMANDS[args.command](args)
-    print(json.dumps(rows, indent=1) if args.json else table_of(rows, args.command), flush=True)
+    print(strict_json.dumps(rows, indent=1) if args.json else table_of(rows, args.command), flush=True)
     if args.csv:
         table = io.StringIO()
         writer = csv.DictWriter(table, rows[0].keys())

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import signal
 import socket
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sffn_dist
-from sffn_dist import atomic_io
+from sffn_dist import atomic_io, strict_json
 from sffn_dist.comparison import curves, summary, variants
 from sffn_dist.launch import checks
 from sffn_dist.launch.error_output import print_errors
@@ -163,7 +162,7 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
 def start(run: ComparisonRun, args: argparse.Namespace, place: int) -> RunningProcess:
     """Start a run; its output goes to log.txt in its folder, after what an earlier start wrote there."""
     run.dir.mkdir(parents=True, exist_ok=True)
-    atomic_io.write_text(run.dir / summary.ORIGIN, json.dumps(origin(max(1, args.gpus))) + "\n")
+    atomic_io.write_text(run.dir / summary.ORIGIN, strict_json.dumps(origin(max(1, args.gpus))) + "\n")
     with (run.dir / "log.txt").open("ab") as log:
         process = subprocess.Popen(
             command(run, args, place), stdout=log, stderr=subprocess.STDOUT, env=environment(args)

@@ -133,12 +133,18 @@ class Claim:
     """One process's hold on ``path``; its thread touches the file until :meth:`release`.
 
     ``on_lost`` is called, from that thread, when another process has taken the claim over: this one was
-    stopped, or cut off from the file system, for longer than ``STILL_SECONDS``.
+    stopped, or cut off from the file system, for longer than ``STILL_SECONDS``. With ``on_remade`` a removed
+    folder is made anew with the file in it, then ``on_remade`` is called, from that thread.
     """
 
-    def __init__(self, path: Path, on_lost: Callable[[Seen], None] | None = None):
+    def __init__(
+        self,
+        path: Path,
+        on_lost: Callable[[Seen], None] | None = None,
+        on_remade: Callable[[], None] | None = None,
+    ):
         self.path = path
-        self._on_lost = on_lost
+        self._on_lost, self._on_remade = on_lost, on_remade
         self._holder: Holder | None = None
         self._watched: tuple[str, int, float] | None = None  # token, time of change, since when by our clock
         self._stopping = threading.Event()
@@ -219,7 +225,10 @@ class Claim:
         try:
             token = Holder(**json.loads(self.path.read_bytes())).token
         except FileNotFoundError:
-            _create(self.path, holder)
+            if self._on_remade:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            if _create(self.path, holder) and self._on_remade:
+                self._on_remade()
             return
         except (ValueError, TypeError):  # being written
             return

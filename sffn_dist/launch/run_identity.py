@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
-from sffn_dist import atomic_io
+from sffn_dist import atomic_io, strict_json
 from sffn_dist.checkpoint.manifest import missing_tensors
 from sffn_dist.checkpoint.run_folder import find_checkpoint
 from sffn_dist.spec import config_keys, loading, validation
@@ -21,6 +22,7 @@ from sffn_dist.spec.renamed_keys import translate_flat
 from sffn_dist.spec.split_table import model_tensors
 
 NAME = "run.json"
+_log = logging.getLogger(__name__)
 
 
 def read_record(run_dir: Path) -> dict[str, Any] | None:
@@ -29,7 +31,7 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
     Raises ConfigError if the record cannot be read.
     """
     try:
-        tree = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
+        tree = strict_json.floats(json.loads((run_dir / NAME).read_text(encoding="utf-8")))
         return {"identity": translate_flat(tree["identity"]), "data_fingerprint": tree["data_fingerprint"]}
     except FileNotFoundError:
         return None
@@ -112,4 +114,22 @@ def write_record(config: Config, data_fingerprint: str) -> None:
         "data_fingerprint": data_fingerprint,
         "config": config.model_dump(mode="json"),
     }
-    atomic_io.write_text(Path(config.run.dir) / NAME, json.dumps(tree, indent=1) + "\n")
+    atomic_io.write_text(Path(config.run.dir) / NAME, strict_json.dumps(tree, indent=1) + "\n")
+
+
+def restore_record(config: Config, data_fingerprint: str) -> None:
+    """Make run.dir and its record anew where they were removed under the running run, and say so.
+
+    ``lock`` and ``heartbeat`` come back by themselves (launch/run_lock.py). Raises OSError.
+    """
+    run_dir = Path(config.run.dir)
+    if (run_dir / NAME).exists():
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_record(config, data_fingerprint)
+    _log.warning(
+        "run.dir = %r: was removed while the run goes on; it is made anew with its %s, but earlier "
+        "checkpoints and records are lost",
+        config.run.dir,
+        NAME,
+    )

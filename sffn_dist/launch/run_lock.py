@@ -8,6 +8,7 @@ machine.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import fcntl
 import json
@@ -55,7 +56,7 @@ class RunLock:
     def __init__(self, run_dir: Path):
         self.run_dir = Path(run_dir)
         self._fd: int | None = None
-        self._claim = Claim(self.run_dir / HEARTBEAT_NAME, self._lost)
+        self._claim = Claim(self.run_dir / HEARTBEAT_NAME, self._lost, self._remake)
 
     def acquire(self) -> None:
         """Take the lock, or raise ConfigError naming ``run.dir``: held by another process, or not a
@@ -123,6 +124,21 @@ class RunLock:
         except OSError:
             seen = None
         return seen.describe() if seen and seen.holder else _read_holder(fd)
+
+    def _remake(self) -> None:
+        """Lock again where run.dir was removed: the descriptor's file is at no path any more."""
+        fd = self._fd
+        with contextlib.suppress(ConfigError, OSError):
+            if fd is None or (self.run_dir / LOCK_NAME).exists():
+                return
+            new = self._open()
+            with contextlib.suppress(OSError):  # none there, or a start that the heartbeat refuses
+                fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _write_holder(new)
+            self._fd = new
+            _held.add(new)
+            _held.discard(fd)
+            os.close(fd)
 
     def _lost(self, seen: Seen) -> None:
         """Another run took run.dir while this process was stopped: end before both write."""

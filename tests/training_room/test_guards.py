@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,13 +249,18 @@ def test_a_run_that_was_taken_over_ends(tmp_path):
     assert json.loads((tmp_path / "heartbeat").read_text())["host"] == "far"
 
 
-def test_a_heartbeat_that_was_removed_comes_back(tmp_path):
-    process = start(sys.executable, "-c", STOPPED, tmp_path, FLOCK="missing")
+@pytest.mark.parametrize("flock", ["real", "missing"])
+def test_lock_and_heartbeat_that_were_removed_come_back(tmp_path, flock):
+    run_dir = tmp_path / "run"
+    process = start(sys.executable, "-c", STOPPED, run_dir, FLOCK=flock)
     assert process.stdout.readline() == "held\n"
-    (tmp_path / "heartbeat").unlink()
-    assert until((tmp_path / "heartbeat").exists)
-    before = (tmp_path / "heartbeat").stat().st_mtime_ns
-    assert until(lambda: (tmp_path / "heartbeat").stat().st_mtime_ns > before)
+    shutil.rmtree(run_dir)
+    assert until((run_dir / "lock").exists)
+    before = (run_dir / "heartbeat").stat().st_mtime_ns
+    assert until(lambda: (run_dir / "heartbeat").stat().st_mtime_ns > before)
+    assert json.loads((run_dir / "lock").read_text())["pid"] == process.pid
+    with pytest.raises(ConfigError, match=f"pid {process.pid} on "):
+        RunLock(run_dir).acquire()
     process.kill()
     process.wait()
 
