@@ -35,6 +35,7 @@ def pretrain(config: Config, watchdog: Watchdog, signals: SignalHandler) -> int:
     from sffn_dist.checkpoint.writer import Saver
     from sffn_dist.data import prepare, shards
     from sffn_dist.data.batches import Batches
+    from sffn_dist.data.ranks import Ranks
     from sffn_dist.health import preflight
     from sffn_dist.launch import run_identity
     from sffn_dist.parallel import cpu_compat, kernel_choice
@@ -50,15 +51,17 @@ def pretrain(config: Config, watchdog: Watchdog, signals: SignalHandler) -> int:
     # ranks
     store = topologies.init_process_group(timeout=max(1800.0, 2 * config.guards.hang_seconds))
     rank_facts = preflight.check_ranks(config, precision)
+    ranks = Ranks(store, *topologies.rank_and_world())
+    watchdog.start(store, ranks.rank, ranks.world, config.guards, run_dir)
 
-    # data: prepared by rank 0 where they are not
-    corpus = shards.open_corpus(prepare.prepare(config))
+    # data: prepared by the first rank of each file system where they are not
+    with watchdog.waiving_hangs("preparing data"):
+        corpus = shards.open_corpus(prepare.prepare(config, ranks))
     run_identity.check_identity(config, corpus.meta.fingerprint)
     heldout = corpus.heldout_sample(config.model.sequence, config.evaluation_sequences)
 
     # groups, and whether all ranks work
     topology = topologies.init_parallel(config)
-    watchdog.start(store, topology.rank, topology.world_size, config.guards, run_dir)
     preflight_report = preflight.run(rank_facts, topology, precision, measures=config.guards.preflight)
     kernel_choice.start(config.kernels, topology)
     cpu_compat.seed(train.seed)

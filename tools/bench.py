@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 import shutil
@@ -29,8 +30,10 @@ from typing import Any
 from sffn_bench import arguments, sizes
 from sffn_bench.columns import table_of
 
+from sffn_dist import strict_json
 from sffn_dist.spec import counts, loading, machine, validation
 from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.disk_errors import DiskError, explained
 from sffn_dist.spec.traffic import TrafficGroup, feed_forward, total
 from sffn_dist.structured.dense import Dense
 from sffn_dist.structured.structure import Size
@@ -254,7 +257,7 @@ def printed(command: list[str], threads: int, who: str, *, hide_cuda: bool = Fal
     )
     if completed.returncode:
         sys.exit(f"{completed.stderr}bench: {who} ended with {completed.returncode}")
-    rows: list[dict[str, Any]] = json.loads(completed.stdout.splitlines()[-1])
+    rows: list[dict[str, Any]] = strict_json.floats(json.loads(completed.stdout.splitlines()[-1]))
     return rows
 
 
@@ -277,13 +280,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.settle(args, cuda=machine.cuda() is not None)
     if problems := list(misfits(args)):
         parser.error("\n".join(problems))
-    rows = COMMANDS[args.command](args)
+    try:
+        measure(args)
+    except (ConfigError, DiskError) as error:
+        parser.error(str(error))
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Run the benchmark and print its rows. Raises ConfigError or DiskError where --csv cannot be written."""
     if args.csv:
-        with args.csv.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-    print(json.dumps(rows, indent=1) if args.json else table_of(rows, args.command))
+        with explained("--csv", args.csv):  # before minutes of timing
+            args.csv.open("a").close()
+    rows = COMMANDS[args.command](args)
+    print(strict_json.dumps(rows, indent=1) if args.json else table_of(rows, args.command), flush=True)
+    if args.csv:
+        table = io.StringIO()
+        writer = csv.DictWriter(table, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+        with explained("--csv", args.csv), args.csv.open("w", encoding="utf-8", newline="") as file:
+            file.write(table.getvalue())
 
 
 if __name__ == "__main__":

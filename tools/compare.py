@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import signal
 import socket
@@ -25,12 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sffn_dist
-from sffn_dist import atomic_io
+from sffn_dist import atomic_io, strict_json
 from sffn_dist.comparison import curves, summary, variants
 from sffn_dist.launch import checks
 from sffn_dist.launch.error_output import print_errors
 from sffn_dist.spec import loading, machine, validation
 from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.disk_errors import DiskError, explained
 from sffn_dist.telemetry.progress import format_duration
 
 PRETRAIN = Path(sffn_dist.__file__).absolute().parent / "pretrain.py"
@@ -162,7 +162,7 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
 def start(run: ComparisonRun, args: argparse.Namespace, place: int) -> RunningProcess:
     """Start a run; its output goes to log.txt in its folder, after what an earlier start wrote there."""
     run.dir.mkdir(parents=True, exist_ok=True)
-    atomic_io.write_text(run.dir / summary.ORIGIN, json.dumps(origin(max(1, args.gpus))) + "\n")
+    atomic_io.write_text(run.dir / summary.ORIGIN, strict_json.dumps(origin(max(1, args.gpus))) + "\n")
     with (run.dir / "log.txt").open("ab") as log:
         process = subprocess.Popen(
             command(run, args, place), stdout=log, stderr=subprocess.STDOUT, env=environment(args)
@@ -276,7 +276,8 @@ def compare(args: argparse.Namespace) -> int:
     failed = train_all(todo, args)
     good = [run for run in runs if run not in failed]
     if good:
-        report(entries, good, args)
+        with explained("--out", args.out):
+            report(entries, good, args)
     if failed:
         print_errors(
             "compare.py",
@@ -336,6 +337,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print_errors("compare.py", error.problems)
         return REFUSED
+    except DiskError as error:
+        print_errors("compare.py", [str(error)])
+        return error.exit_code
 
 
 if __name__ == "__main__":

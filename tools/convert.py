@@ -17,13 +17,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sffn_dist import strict_json
 from sffn_dist.checkpoint.manifest import BrokenCheckpoint, Manifest
 from sffn_dist.checkpoint.run_folder import find_checkpoint
 from sffn_dist.conversion.formats import IMPORTERS, format_of, is_checkpoint, weights_of
@@ -157,7 +157,7 @@ def inspect(options: argparse.Namespace) -> int:
     else:
         weights = weights_of(options.source)
         tree = {"origin": weights.origin, **inspection.model(weights, spectra=spectra)}
-    print(json.dumps(tree, indent=1, default=asdict) if options.json else inspection.render(tree))
+    print(strict_json.dumps(tree, indent=1, default=asdict) if options.json else inspection.render(tree))
     return DIFFERENT if tree.get("damage") else 0
 
 
@@ -179,7 +179,7 @@ def verify(options: argparse.Namespace) -> int:
         and tree.get("logits", {}).get("largest", 0.0) <= options.tolerance
     )
     print(
-        json.dumps({**tree, "same": same}, indent=1)
+        strict_json.dumps({**tree, "same": same}, indent=1)
         if options.json
         else _verdict(tree, same, options.tolerance)
     )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from sffn_bench import rows
+from sffn_dist import strict_json
 from sffn_dist.checkpoint.manifest import KINDS
 from sffn_dist.checkpoint.writer import Fragment, Position, Saver
 from sffn_dist.parallel.topology import Topology
@@ -96,4 +97,4 @@ def measured(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measured(json.loads(sys.argv[1]))))
+    print(strict_json.dumps(measured(json.loads(sys.argv[1]))))

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from sffn_bench import one_layer, rows, sizes
 from sffn_bench.feed_forward import floor, wait
+from sffn_dist import strict_json
 from sffn_dist.parallel import topology
 from sffn_dist.structured import functional
 
@@ -168,7 +169,7 @@ def main() -> None:
     device = one_layer.alone(settings["threads"]).device
     with dispatch.measuring_into(Path(settings["table"]) if settings["table"] else None):
         found = [row for width in settings["widths"] for row in measure(width, settings, device)]
-    print(json.dumps(found), flush=True)
+    print(strict_json.dumps(found), flush=True)
     topology.destroy()
 
 

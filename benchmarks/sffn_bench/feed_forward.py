@@ -24,6 +24,7 @@ from sffn_kernels import dispatch
 from torch import Tensor, nn
 
 from sffn_bench import layers, one_layer, rows, sizes
+from sffn_dist import strict_json
 from sffn_dist.parallel import topology
 from sffn_dist.telemetry.peak import peak_flops, peak_memory
 
@@ -169,7 +170,7 @@ def main() -> None:
         found = [
             row for width in settings["widths"] for row in measure(settings["op"], width, settings, device)
         ]
-    print(json.dumps(found), flush=True)
+    print(strict_json.dumps(found), flush=True)
     topology.destroy()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sffn_bench import rows
-from sffn_dist import pretrain
+from sffn_dist import pretrain, strict_json
 from sffn_dist.health import replica_check
 from sffn_dist.health.stragglers import StepTimers
 from sffn_dist.health.watchdog import Watchdog
@@ -131,4 +131,4 @@ def measured(settings: dict[str, Any]) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     result = measured(json.loads(sys.argv[1]))
     if environment.is_rank_zero():
-        print(json.dumps(result))
+        print(strict_json.dumps(result))

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from sffn_bench import one_layer, rows
+from sffn_dist import strict_json
 from sffn_dist.parallel import topology
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.layer_spec import structured_mlp_submodules
@@ -137,7 +138,7 @@ def main() -> None:
     found = [
         row for one in settings["structures"] for row in measure(build_structure(**one), settings, ranks)
     ]
-    print(json.dumps(found), flush=True)
+    print(strict_json.dumps(found), flush=True)
     topology.destroy()
 
 

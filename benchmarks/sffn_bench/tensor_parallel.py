@@ -23,6 +23,7 @@ from torch import nn
 
 from sffn_bench import one_layer, rows
 from sffn_bench.naive_split import NaiveMLP
+from sffn_dist import strict_json
 from sffn_dist.parallel import topology
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.layer_spec import structured_mlp_submodules
@@ -94,7 +95,7 @@ def main() -> None:
         for row in measure(structure, sequence, settings, ranks)
     ]
     if ranks.is_rank_zero:
-        print(json.dumps(found), flush=True)
+        print(strict_json.dumps(found), flush=True)
     dist.barrier()
     topology.destroy()
 

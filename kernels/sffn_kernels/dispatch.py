@@ -317,7 +317,7 @@ def _write(device: torch.device, table: dict[str, str]) -> None:
             "rows": dict(sorted(rows.items())),
         }
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
+            json.dump(content, file, indent=1, allow_nan=False)
         Path(file.name).replace(path)
     except OSError:
         return

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sffn_dist import strict_json
 from sffn_dist.atomic_io import hash_file, write_text
 from sffn_dist.spec.renamed_keys import translate
 
@@ -202,7 +203,7 @@ class Manifest:
 
 def seal(tree: dict[str, Any]) -> str:
     """The manifest's text, with its own hash in it."""
-    plain = json.loads(json.dumps(tree))
+    plain = json.loads(strict_json.dumps(tree))
     return json.dumps({**plain, "sha256": _hash(plain)})
 
 

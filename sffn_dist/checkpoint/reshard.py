@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sffn_dist import strict_json
 from sffn_dist.atomic_io import atomic_folder, hash_file, write_text
 from sffn_dist.checkpoint.manifest import TOKENIZER, TOKENIZER_SETTINGS, File, Manifest, Piece
 from sffn_dist.checkpoint.reader import Reader
@@ -57,7 +57,7 @@ def reshard(source: Manifest, target: Path, *, tensor: int, data: int = 1) -> Ma
 
 def write_weights(weights: Weights, target: Path) -> Manifest:
     """A checkpoint of a model from elsewhere, without moments: for ``init_from``, exports, inspection."""
-    start = json.dumps(start_config(weights, target), indent=1) + "\n"
+    start = strict_json.dumps(start_config(weights, target), indent=1) + "\n"
     texts = {START: start, **weights.tokenizer_settings}
     if weights.tokenizer is not None:
         texts[TOKENIZER] = weights.tokenizer

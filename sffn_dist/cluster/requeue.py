@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sffn_dist import strict_json
 from sffn_dist.checkpoint import manifest, run_folder
 from sffn_dist.launch import exit_codes
 
@@ -83,7 +84,7 @@ def record_end(code: int, asked: str, record: Path, history: Path, run_dir: Path
         "end": verdict.sentence,
     }
     with suppress(OSError), history.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(strict_json.dumps(line) + "\n")
     return verdict
 
 

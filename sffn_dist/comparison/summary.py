@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sffn_dist import strict_json
 from sffn_dist.comparison.variants import PlannedVariant, ffn_parameters
 from sffn_dist.spec import counts, schedule
 from sffn_dist.spec.config import Config
@@ -76,7 +77,7 @@ def finished(run_dir: Path, config: Config) -> bool:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    tree = json.loads(path.read_text(encoding="utf-8"))
+    tree = strict_json.floats(json.loads(path.read_text(encoding="utf-8")))
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds no object")
     return tree

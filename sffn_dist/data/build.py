@@ -5,6 +5,7 @@ meta.json.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import platform
 import time
@@ -106,11 +107,14 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
     """
     chosen = _tokenizer(config)
     tokenizer = chosen.tokenizer
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    # tokenizers and numpy write files themselves, but do not say why when that fails
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
     for file, text in chosen.settings.texts().items():
         (folder / file).write_text(text, encoding="utf-8")
     lengths = token_bytes(tokenizer, {chosen.end_of_text, *(() if chosen.bos is None else (chosen.bos,))})
-    np.save(folder / "token_bytes.npy", lengths)
+    array = io.BytesIO()
+    np.save(array, lengths)
+    (folder / "token_bytes.npy").write_bytes(array.getvalue())
     dtype = token_dtype(len(lengths))
     byte_writer = ShardWriter(folder, HELDOUT_BYTES, np.dtype(BYTES_TYPE), shard_tokens)
     train = _Side(ShardWriter(folder, "train", dtype, shard_tokens), lengths)

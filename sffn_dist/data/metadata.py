@@ -33,6 +33,7 @@ from sffn_dist.data.sources import forms, source_of
 from sffn_dist.data.sources.base import digest
 from sffn_dist.data.sources.files import SourceFile
 from sffn_dist.spec.config import Config, ConfigError, Data
+from sffn_dist.spec.disk_errors import explained
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ def locate(config: Config) -> Path:
     if _source_problem(data) or tokenizer_files.problem(data):
         return without_source(data, config.model.vocab)[0]
     try:
-        tokenizer = tokenizer_files.identity(data)
+        with explained("data.tokenizer", data.tokenizer or ""):
+            tokenizer = tokenizer_files.identity(data)
         folder = _folder(config, tokenizer)
         return folder if is_usable(folder) else _same_content(config, tokenizer, folder) or folder
     except ConfigError:
@@ -106,9 +108,11 @@ def locate(config: Config) -> Path:
 
 def _folder(config: Config, tokenizer: dict[str, Any]) -> Path:
     source = source_of(config.data.source)
+    with explained("data.source", config.data.source):
+        source_identity = source.identity(config.data)
     identity = {
         "format": FORMAT,
-        "source": source.identity(config.data),
+        "source": source_identity,
         **tokenizer,
         "vocab": config.model.vocab,
         "heldout_share": config.data.heldout_share,

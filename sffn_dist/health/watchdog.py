@@ -19,8 +19,8 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Watchdog:
         self._ticks, self._ticked, self._longest, self._doing = 0, time.monotonic(), 0.0, "start"
         self._guards, self._run_dir, self._rank, self._step = Guards(), Path(), 0, 0
         self._armed = -math.inf
+        self._waived = False  # no hang is looked for
 
     def start(self, store: Any, rank: int, world: int, guards: Guards, run_dir: Path) -> None:
         """Begin to watch; every rank must call it at the same place. Waits until all have."""
@@ -77,6 +78,15 @@ class Watchdog:
             self._longest = max(LONGEST_DECAY * self._longest, now - self._ticked)
         self._ticks, self._ticked, self._doing = self._ticks + 1, now, f"step {step}, {doing}"
         self._step = step
+
+    @contextmanager
+    def waiving_hangs(self, doing: str) -> Iterator[None]:
+        """A block that may take hours without progress: lost ranks and verdicts end it, silence does not."""
+        self._waived, self._doing = True, doing
+        try:
+            yield
+        finally:
+            self._ticked, self._waived = time.monotonic(), False
 
     def with_progress(self, function: Callable[..., Any], doing: str, step: int) -> Callable[..., Any]:
         """``function``, each call of which is progress."""
@@ -186,10 +196,8 @@ class Watchdog:
         """No progress here for too long: everybody waits for the rank that is furthest behind."""
         assert self._heartbeat
         limit = self._limit()
-        if (
-            not self._guards.hang_seconds
-            or time.monotonic() - max(self._ticked, self._heartbeat.resumed_at) < limit
-        ):
+        idle = time.monotonic() - max(self._ticked, self._heartbeat.resumed_at)
+        if self._waived or not self._guards.hang_seconds or idle < limit:
             return None
         self._heartbeat.refresh_all()
         reason = (

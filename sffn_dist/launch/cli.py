@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import json
 import logging
 import os
 import platform
@@ -17,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from sffn_dist import strict_json
 from sffn_dist.launch import (
     checks,
     environment,
@@ -143,7 +143,9 @@ def print_plan(config: Config, options: argparse.Namespace) -> None:
     from sffn_dist.spec.plan import plan, render
 
     numbers = plan(config, started_ranks(config.parallel.tensor))
-    print(json.dumps(numbers, indent=1) if options.plan and options.json else render(numbers), flush=True)
+    print(
+        strict_json.dumps(numbers, indent=1) if options.plan and options.json else render(numbers), flush=True
+    )
 
 
 def refuse(error: ConfigError, main_rank: bool) -> int:

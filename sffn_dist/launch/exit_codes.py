@@ -13,13 +13,14 @@ stays.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import signal
 import time
 from contextlib import suppress
 from typing import Any
+
+from sffn_dist import strict_json
 
 DONE, FAILED, REFUSED, DIVERGED, REPLICAS_DIFFER, HUNG, LOST_RANK = range(7)
 RESTARTABLE = frozenset(
@@ -62,6 +63,6 @@ def record(code: int, reason: str) -> None:
     with suppress(OSError, ValueError):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            os.write(descriptor, (json.dumps(tree) + "\n").encode())
+            os.write(descriptor, (strict_json.dumps(tree) + "\n").encode())
         finally:
             os.close(descriptor)

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sffn_dist import atomic_io
+from sffn_dist import atomic_io, strict_json
 from sffn_dist.checkpoint import run_folder
 from sffn_dist.checkpoint.manifest import TOKENIZER, missing_tensors
 from sffn_dist.checkpoint.run_folder import find_checkpoint
-from sffn_dist.launch import run_changes
 from sffn_dist.data.sources import source_of
 from sffn_dist.data.sources.local import LocalFiles
+from sffn_dist.launch import run_changes
 from sffn_dist.spec import config_keys, loading, validation
 from sffn_dist.spec.changes import CHANGEABLE
 from sffn_dist.spec.config import Config, ConfigError
@@ -30,6 +31,7 @@ from sffn_dist.spec.renamed_keys import translate, translate_flat
 from sffn_dist.spec.split_table import model_tensors
 
 NAME = "run.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def read_record(run_dir: Path) -> Record | None:
     Raises ConfigError if the record cannot be read.
     """
     try:
-        tree = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
+        tree = strict_json.floats(json.loads((run_dir / NAME).read_text(encoding="utf-8")))
         config = _config(tree.get("config"))
         return Record(NAME, translate_flat(tree["identity"]), tree["data_fingerprint"], config)
     except FileNotFoundError:
@@ -200,8 +202,8 @@ def check_source_of_weights(config: Config) -> None:
     assert config.init_from.path
     manifest = find_checkpoint("init_from", config.init_from.path)
     if TOKENIZER not in manifest.files and config.data.tokenizer is None:
-        rule = f"must name the tokenizer of init_from = {config.init_from.path!r}, which holds none that can be "
-            f"read"
+        source = f"init_from = {config.init_from.path!r}"
+        rule = f"must name the tokenizer of {source}, which holds none that can be read"
         raise ConfigError([f"data.tokenizer = null: {rule}"])
     wanted = {name: spec.shape for name, spec in model_tensors(config, guide=False).items()}
     problems = list(itertools.islice(missing_tensors(manifest, wanted), 5))
@@ -236,4 +238,22 @@ def write_record(config: Config, data_fingerprint: str) -> None:
         "data_fingerprint": data_fingerprint,
         "config": config.model_dump(mode="json"),
     }
-    atomic_io.write_text(Path(config.run.dir) / NAME, json.dumps(tree, indent=1) + "\n")
+    atomic_io.write_text(Path(config.run.dir) / NAME, strict_json.dumps(tree, indent=1) + "\n")
+
+
+def restore_record(config: Config, data_fingerprint: str) -> None:
+    """Make run.dir and its record anew where they were removed under the running run, and say so.
+
+    ``lock`` and ``heartbeat`` come back by themselves (launch/run_lock.py). Raises OSError.
+    """
+    run_dir = Path(config.run.dir)
+    if (run_dir / NAME).exists():
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_record(config, data_fingerprint)
+    _log.warning(
+        "run.dir = %r: was removed while the run goes on; it is made anew with its %s, but earlier "
+        "checkpoints and records are lost",
+        config.run.dir,
+        NAME,
+    )

@@ -102,6 +102,11 @@ def init_process_group(timeout: float = 1800.0) -> Any:
     return store
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This rank and how many there are, once the process group is joined."""
+    return dist.get_rank(), dist.get_world_size()
+
+
 def groups(tensor: int) -> Topology:
     """Megatron's groups over the processes there are.
 

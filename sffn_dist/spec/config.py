@@ -6,41 +6,26 @@ rules between keys stand in spec/validation.py, and spec/loading.py makes the tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
-from sffn_dist.spec.decay import GUIDE_SCHEDULES, LEARNING_RATE_SCHEDULES
-from sffn_dist.spec.optimizers import OPTIMIZERS
+from sffn_dist.spec.config_types import (
+    FFNKind,
+    Fraction,
+    GuideSchedule,
+    LearningRateSchedule,
+    NaturalInt,
+    NonNegativeFloat,
+    OpenFraction,
+    OptimizerName,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Seed,
+)
 from sffn_dist.structured import registry
-from sffn_dist.structured.registry import listed
-
-PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]  # what a JSON number and a float hold exactly
-NaturalInt = Annotated[int, Field(ge=0, lt=2**53)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-OpenFraction = Annotated[float, Field(gt=0, lt=1)]
-
-
-def _one_of(names: Callable[[], Iterable[str]]) -> AfterValidator:
-    """A text must be one of ``names``, which a table lists when a config is read."""
-
-    def check(name: str) -> str:
-        if name not in names():
-            raise PydanticCustomError("choice", "must be {choices}", {"choices": listed(names())})
-        return name
-
-    return AfterValidator(check)
-
-
-FFNKind = Annotated[str, _one_of(registry.kinds)]
-GuideSchedule = Annotated[str, _one_of(lambda: GUIDE_SCHEDULES)]
-LearningRateSchedule = Annotated[str, _one_of(lambda: LEARNING_RATE_SCHEDULES)]
-OptimizerName = Annotated[str, _one_of(lambda: OPTIMIZERS)]
 
 
 class ConfigError(ValueError):
@@ -49,13 +34,6 @@ class ConfigError(ValueError):
     def __init__(self, problems: Sequence[str]):
         self.problems = tuple(problems)
         super().__init__("\n".join(self.problems))
-
-
-class Section(BaseModel):
-    """A named group of settings."""
-
-    # strict: "4" is not an int and 1 is not a bool; an int where a float is expected is fine
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class RunSettings(Section):

@@ -10,12 +10,12 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from sffn_dist.telemetry.metrics import strict
+from sffn_dist import strict_json
 
 _log = getLogger(__name__)
 KEPT = 1000  # lines kept in memory while the disk is full
@@ -24,20 +24,26 @@ KEPT = 1000  # lines kept in memory while the disk is full
 class EventLog:
     """Append-only; a line is ``{"time": seconds since 1970, "step": ..., "event": kind, ...}``.
 
-    Never raises for a disk's sake.
+    Never raises for a disk's sake. ``on_removed`` is called where the file was removed since the last row; it
+    may make the folder anew.
     """
 
-    def __init__(self, path: Path, *, warns: bool = True):
+    def __init__(self, path: Path, *, warns: bool = True, on_removed: Callable[[], None] = lambda: None):
         self.path = path
+        self._on_removed, self._written = on_removed, False
         self._pending: deque[bytes] = deque(maxlen=KEPT)
         self._warned = not warns
 
     def write(self, event: str, step: int, **facts: Any) -> dict[str, Any]:
         """Append one event, and what could not be written before it; returns the row."""
         row = {"time": round(time.time(), 3), "step": step, "event": event, **facts}
-        self._pending.append((json.dumps(strict(row), allow_nan=False) + "\n").encode())
+        self._pending.append((strict_json.dumps(row) + "\n").encode())
         try:
+            if self._written and not self.path.exists():
+                _log.warning("%s was removed while the run goes on: its events are lost", self.path)
+                self._on_removed()
             self._flush()
+            self._written = True
         except OSError as error:
             if not self._warned:
                 self._warned = True

@@ -8,21 +8,20 @@ turns them back into floats. Standard library only.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+from sffn_dist import strict_json
 from sffn_dist.atomic_io import sync
 
 _log = getLogger(__name__)
 
 PENDING_LINES = 10_000  # kept in memory while the disk is full: a few MB
-_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class MetricsLog:
@@ -35,10 +34,19 @@ class MetricsLog:
     A disk that cannot be written never raises from :meth:`write`: it warns once, keeps the newest
     ``PENDING_LINES`` lines in memory and tries again with every later row. Reading an existing file may raise
     OSError.
+
+    A file that was removed or replaced is noticed at the next row: it warns, calls ``on_removed`` (which may
+    make the folder anew) and goes on in a new file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], resume_step: int):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        resume_step: int,
+        on_removed: Callable[[], None] = lambda: None,
+    ):
         self.path = Path(path)
+        self._on_removed = on_removed
         self._resume_step = resume_step
         self._pending: deque[bytes] = deque(maxlen=PENDING_LINES)
         self._fd: int | None = None
@@ -70,7 +78,7 @@ class MetricsLog:
             )
         if self._closed:
             raise ValueError(f"{self.path} is closed")
-        self._pending.append((json.dumps(strict(row), allow_nan=False) + "\n").encode())
+        self._pending.append((strict_json.dumps(row) + "\n").encode())
         self._last = step
         self._flush()
 
@@ -138,6 +146,16 @@ class MetricsLog:
 
     def _flush(self) -> None:
         try:
+            if self._fd is not None and self._is_removed(self._fd):
+                descriptor, self._fd = self._fd, None
+                os.close(descriptor)
+                self._torn = False
+                _log.warning(
+                    "%s was removed while the run goes on: the rows that it held are lost, the next ones go "
+                    "to a new file",
+                    self.path,
+                )
+                self._on_removed()
             if self._fd is None:
                 self._fd = self._open()
             if self._torn:
@@ -156,6 +174,14 @@ class MetricsLog:
                     error.strerror or error,
                     PENDING_LINES,
                 )
+
+    def _is_removed(self, fd: int) -> bool:
+        """Whether the open file is not the one at ``path`` any more."""
+        try:
+            there = os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        return not os.path.samestat(there, os.fstat(fd))
 
     def _append(self, fd: int, line: bytes) -> None:
         """Write one line; on failure the file ends with a torn one, cut off again before the next attempt."""
@@ -187,7 +213,7 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if row is None:
             torn = number
         else:
-            rows.append(_floats(row))
+            rows.append(strict_json.floats(row))
     if torn is not None and line.endswith(b"\n"):
         raise ValueError(f"{os.fspath(path)}, line {torn}: not a JSON object")
     return rows
@@ -206,28 +232,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
-
-
-def strict(value: Any) -> Any:
-    """A copy that strict JSON can hold; scalars of numpy or torch become Python's."""
-    if isinstance(value, float) and not math.isfinite(value):
-        if math.isnan(value):
-            return "nan"
-        return "inf" if value > 0 else "-inf"
-    if isinstance(value, Mapping):
-        return {key: strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(item) for item in value]
-    if not isinstance(value, (str, int, float, type(None))) and hasattr(value, "item"):
-        return strict(value.item())
-    return value
-
-
-def _floats(value: Any) -> Any:
-    if isinstance(value, str):
-        return _NOT_FINITE.get(value, value)
-    if isinstance(value, dict):
-        return {key: _floats(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_floats(item) for item in value]
-    return value

@@ -19,6 +19,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from sffn_dist import strict_json
 from sffn_dist.atomic_io import write_text
 from sffn_dist.launch import exit_codes
 from sffn_dist.spec.config import ConfigError, Guards
@@ -104,7 +105,7 @@ class BadSteps:
         """Record the excluded batches; where the disk cannot be written, this process still knows them."""
         tree = {"steps": sorted(self.excluded), "returns": self.rollbacks, "trouble": self.last_bad_step}
         try:
-            write_text(self._path, json.dumps(tree) + "\n")
+            write_text(self._path, strict_json.dumps(tree) + "\n")
         except OSError as error:
             log.warning(
                 "%s cannot be written (%s): a restart will not know which batches are excluded",

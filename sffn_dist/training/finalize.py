@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import os
@@ -11,6 +10,7 @@ import sys
 from typing import Any
 
 from sffn_dist import model as models
+from sffn_dist import strict_json
 from sffn_dist.atomic_io import write_text
 from sffn_dist.checkpoint import run_folder
 from sffn_dist.data.shards import Corpus
@@ -41,7 +41,7 @@ def finalize(run: TrainingRun, corpus: Corpus) -> None:
     numbers = {**summary(run, result, corpus.meta.unigram_entropy), "sample": text}
     print(table(numbers, run), flush=True)
     try:
-        write_text(run.dir / "summary.json", json.dumps(numbers, indent=1) + "\n")
+        write_text(run.dir / "summary.json", strict_json.dumps(numbers, indent=1) + "\n")
     except OSError as error:  # the run is over and printed: a full disk takes only this file
         log.warning("summary.json not written: %s", error)
     run.watchdog.stop()  # a tracker may take minutes to send the rest, and nobody waits for it

@@ -4,6 +4,7 @@ takes.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def open_reports(
         run_identity.write_record(config, data_fingerprint)
         finished = step == build_schedule(config).total_steps and (run_dir / "summary.json").exists()
         trackers = Trackers() if finished else open_trackers(config.logging, run_dir, flatten(config), step)
-        return Reports(config, precision, topology, trackers, step)
+        restore = functools.partial(run_identity.restore_record, config, data_fingerprint)
+        return Reports(config, precision, topology, trackers, step, restore)
     except OSError as error:
         raise ConfigError([f"run.dir = {config.run.dir!r}: cannot be written: {error}"]) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,21 @@ DISK_RATE, COPY_RATE = 500e6, 5e9
 class Reports:
     """Opened at a step, and again at an earlier one by a rollback (:meth:`rewind`)."""
 
-    def __init__(self, config: Config, precision: str, topology: Topology, trackers: Trackers, step: int):
+    def __init__(
+        self,
+        config: Config,
+        precision: str,
+        topology: Topology,
+        trackers: Trackers,
+        step: int,
+        restore: Callable[[], None] = lambda: None,
+    ):
+        self._restore = restore  # of run.dir, where it was removed
         self.trackers = trackers
         self.flops_per_step = counts.flops_per_token(config) * config.tokens_per_step  # without the guide
         # when every guide is computed
         self.guide_flops_per_step = counts.guide_flops_per_token(config) * config.tokens_per_step
-        self.events = EventLog(Path(config.run.dir) / "events.jsonl")
+        self.events = EventLog(Path(config.run.dir) / "events.jsonl", on_removed=restore)
         self._config, self._precision, self._topology = config, precision, topology
         self._open(step)
 
@@ -42,9 +52,9 @@ class Reports:
             else None
         )
         total = schedules.build_schedule(config).total_steps
-        self.metrics = MetricsLog(run_dir / "metrics.jsonl", step)
+        self.metrics = MetricsLog(run_dir / "metrics.jsonl", step, self._restore)
         # a row's step counts the steps taken: the one of a resumed step stands, the last one is written anew
-        self.evaluations = MetricsLog(run_dir / "evaluations.jsonl", step + (step < total))
+        self.evaluations = MetricsLog(run_dir / "evaluations.jsonl", step + (step < total), self._restore)
         self.progress = Progress(
             total,
             step,

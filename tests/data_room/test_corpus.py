@@ -151,7 +151,7 @@ def test_no_text_and_no_place_are_refused(
     with pytest.raises(ConfigError, match=r"data\.source = .*must hold text; every document in it is empty"):
         prepare(configure(tmp_path / "empty"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"data\.dir = .*must be a folder to write to"):
+    with pytest.raises(ConfigError, match=r"data\.dir = .*file: File exists; it is a file"):
         prepare(configure(texts, dir=str(tmp_path / "file")))
 
 

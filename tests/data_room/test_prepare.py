@@ -1,13 +1,17 @@
 """Prepared once, whole or not at all."""
 
+import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +22,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from sffn_dist.data import build, metadata
 from sffn_dist.data.prepare import prepare
 from sffn_dist.data.shards import Corpus, open_corpus, verify
-from sffn_dist.launch import run_identity
+from sffn_dist.launch import claim, run_identity
 from sffn_dist.spec.config import Config, ConfigError
 
 PREPARER = """
-import json, logging, os, sys, time
+import errno, fcntl, json, logging, os, sys, time
+def flock(file, operation):
+    if sys.argv[3] == "missing":
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+if sys.argv[3] != "real":
+    fcntl.flock = flock  # "local": says yes to everybody
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 from sffn_dist.spec.loading import from_tree
 from sffn_dist.data import build
@@ -44,9 +53,13 @@ def bytes_of(corpus: Corpus, tokens: np.ndarray) -> int:
     return int(corpus.token_bytes[tokens].sum(dtype=np.int64))
 
 
-def _start(config: Config, go_on: Path) -> subprocess.Popen[str]:
+def _start(config: Config, go_on: Path, flock: str = "real", before: str = "") -> subprocess.Popen[str]:
+    """A preparer that waits for the file ``go_on`` before it describes what it wrote.
+
+    ``flock``: real, missing (ENOSYS) or local. ``before``: code that it runs first.
+    """
     tree = json.dumps(config.model_dump(mode="json"))
-    arguments = [sys.executable, "-c", PREPARER, tree, str(go_on)]
+    arguments = [sys.executable, "-c", before + PREPARER, tree, str(go_on), flock]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -249,13 +262,14 @@ def test_a_vocabulary_over_65536_is_kept_whole(
     assert set(np.unique(corpus.train[:]).tolist()) == {4, 65_540, 69_999}
 
 
+@pytest.mark.parametrize("flock", ["real", "missing", "local"])
 def test_the_second_waits_for_the_first(
-    texts: Path, tmp_path: Path, configure: Callable[..., Config]
+    texts: Path, tmp_path: Path, configure: Callable[..., Config], flock: str
 ) -> None:
     config, go_on = configure(texts), tmp_path / "go on"
-    first = _start(config, go_on)
+    first = _start(config, go_on, flock)
     _wait_until_inside(first)
-    second = _start(config, go_on)
+    second = _start(config, go_on, flock)
     assert second.stderr is not None
     told = second.stderr.readline()
     assert told.startswith("waiting for another process")
@@ -278,18 +292,95 @@ def test_killed_in_the_middle(
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert not folder.exists()
-    left = folder.parent / f".{folder.name}.tmp"
-    assert left.is_dir()
+    (left,) = folder.parent.glob(f".{folder.name}.*.tmp")
     other = configure(texts, vocab=301)  # even one who prepares another corpus clears away what is dead
     with caplog.at_level(logging.INFO):
         prepare(other)
     assert "left by a preparation that did not end" in caplog.text
     assert not left.exists()
     verify(prepare(config))
-    assert sorted(path.suffix for path in folder.parent.iterdir() if path.name.startswith(".")) == [
-        ".lock",
-        ".lock",
-    ]
+    assert not [path.name for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
+BLIND = """
+from sffn_dist.launch.claim import Claim
+Claim.try_take = lambda self: None  # as where a file made on one machine is not seen on the other
+"""
+
+
+def test_who_loses_the_race_uses_what_the_winner_published(
+    texts: Path, tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    config, go_on = configure(texts), tmp_path / "go on"
+    racers = [_start(config, go_on, "local", before=BLIND) for _ in range(2)]
+    for racer in racers:
+        _wait_until_inside(racer)  # both are writing the same corpus
+    go_on.touch()
+    told = [racer.communicate(timeout=120) for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0], told
+    folder = metadata.locate(config)
+    assert [out for out, _ in told] == [f"{folder}\n"] * 2
+    assert sum("another process has prepared" in err for _, err in told) <= 1
+    verify(folder)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_loser_replaces_only_what_is_broken(
+    texts: Path, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(texts)
+    folder, original = metadata.locate(config), build.build
+    for damaged in (False, True):
+        whole = folder.parent.parent / f"whole {damaged}"
+
+        def build_after_another(*arguments: Any, damaged: bool = damaged, whole: Path = whole) -> Any:
+            shutil.copytree(whole, folder)
+            if damaged:
+                (folder / "train-00000.bin").write_bytes(b"other")
+            return original(*arguments)
+
+        prepare(config).rename(whole)
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "build", build_after_another)
+            assert prepare(config) == folder
+        verify(folder)
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+        shutil.rmtree(folder)
+
+
+def test_only_what_reads_back_is_published(
+    texts: Path, configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, original = configure(texts), build.build
+
+    def build_on_a_bad_disk(config: Config, folder: Path, name: str) -> metadata.Meta:
+        meta = original(config, folder, name)
+        with open(folder / "train-00000.bin", "r+b") as file:
+            file.write(b"\x07")
+        return meta
+
+    monkeypatch.setattr(build, "build", build_on_a_bad_disk)
+    with pytest.raises(metadata.CorpusError, match=r"train-00000\.bin is damaged"):
+        prepare(config)
+    assert not list(metadata.locate(config).parent.iterdir())
+
+
+def test_the_sweep_leaves_what_may_be_alive(
+    texts: Path, configure: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configure(texts)
+    data_dir = metadata.locate(config).parent
+    far = dataclasses.replace(claim.Holder.here(), machine="another machine", host="far")
+    leftovers = {}
+    for name, seconds in (("far alive", 30), ("far dead", 1000), ("nameless", 1000), ("nameless old", 1e6)):
+        leftovers[name] = data_dir / f".{name}.tmp"
+        leftovers[name].mkdir(parents=True)
+        file = leftovers[name] / ("preparer" if name.startswith("far") else "train-00000.bin")
+        file.write_bytes(far.line())
+        for path in (file, leftovers[name]):
+            os.utime(path, times=(time.time() - seconds, time.time() - seconds))
+    prepare(config)
+    assert {name for name, path in leftovers.items() if path.exists()} == {"far alive", "nameless"}
 
 
 def test_an_error_leaves_nothing(
@@ -300,7 +391,7 @@ def test_an_error_leaves_nothing(
     with pytest.raises(ZeroDivisionError):
         prepare(config)
     monkeypatch.undo()
-    assert [path.suffix for path in metadata.locate(config).parent.iterdir()] == [".lock"]
+    assert not list(metadata.locate(config).parent.iterdir())
     verify(prepare(config))
 
 

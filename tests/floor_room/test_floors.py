@@ -19,7 +19,7 @@ PACKAGE, KERNELS, TOOLS = ROOT / "sffn_dist", ROOT / "kernels" / "sffn_kernels",
 BENCH = ROOT / "benchmarks" / "sffn_bench"
 # A name with a dot is one file, which stands elsewhere than its room.
 FLOORS = (
-    ("atomic_io",),
+    ("atomic_io", "strict_json"),
     ("sffn_kernels",),
     ("structured",),
     ("spec",),
@@ -55,6 +55,7 @@ BY_NAME = {"importlib.import_module", "import_module", "__import__"}
 NO_TORCH = tuple(f"structured.{file}" for file in ("cut", "structure", *KINDS, "registry"))
 LOWEST = (
     "atomic_io",
+    "strict_json",
     *NO_TORCH,
     *(f"spec.{path.stem}" for path in sorted((PACKAGE / "spec").glob("[!_]*.py"))),
 )

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -168,3 +169,25 @@ def test_memory_is_bounded_on_a_disk_that_stays_full(tmp_path, monkeypatch, capl
     log.close()
     assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [0, 6, 7, 8, 9]
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("removed", ["file", "folder"])
+def test_a_log_that_is_removed_goes_on_in_a_new_file(tmp_path, caplog, removed):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    calls = []
+
+    def restore():
+        calls.append(1)
+        folder.mkdir(exist_ok=True)
+
+    with MetricsLog(folder / "metrics.jsonl", 0, restore) as log:
+        log.write({"step": 0})
+        if removed == "folder":
+            shutil.rmtree(folder)
+        else:
+            (folder / "metrics.jsonl").unlink()
+        log.write({"step": 1})
+        log.write({"step": 2})
+    assert [row["step"] for row in read(folder / "metrics.jsonl")] == [1, 2]
+    assert caplog.text.count("was removed while the run goes on") == len(calls) == 1

@@ -1,20 +1,34 @@
 """The run lock and the launcher watch, with real processes, real kills."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from sffn_dist.launch import claim
 from sffn_dist.launch.run_lock import RunLock
 from sffn_dist.spec.config import ConfigError
 
-HOLD = """
+# flock as it is where a file system has none, or where it is local to a machine and says yes to everybody
+FLOCK = """
+import errno, fcntl, os
+def flock(file, operation):
+    if os.environ["FLOCK"] == "missing":
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+if os.environ.get("FLOCK", "real") != "real":
+    fcntl.flock = flock
+"""
+
+HOLD = f"""{FLOCK}
 import os, sys, time
 from pathlib import Path
 from sffn_dist.launch.run_lock import RunLock
@@ -116,6 +130,146 @@ def test_second_run_is_refused_and_told_who_holds_it(tmp_path, holder):
     told = json.loads((tmp_path / "run" / "lock").read_text())
     assert set(told) == {"host", "pid", "started", "user", "command"}
     assert told["started"].endswith("+00:00")
+
+
+RACE = f"""{FLOCK}
+import sys, time
+from pathlib import Path
+from sffn_dist.launch import run_lock
+run_lock.PATIENCE = 0.5
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    run_lock.RunLock(Path(sys.argv[1])).acquire()
+except run_lock.ConfigError as error:
+    print(error, flush=True)
+    sys.exit(2)
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("flock", ["real", "missing", "local"])
+def test_of_two_that_start_together_one_is_refused(tmp_path, flock):
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACE, tmp_path / "run"],
+            env=environment(FLOCK=flock),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 2
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    told = {racer.stdout.readline(): racer for racer in racers}
+    winner = told.pop("held\n")
+    ((message, loser),) = told.items()
+    for part in ("run.dir = ", "another run is writing there", f"pid {winner.pid} on ", "last heartbeat"):
+        assert part in message
+    assert loser.wait(30) == 2
+    winner.communicate("end\n", timeout=30)
+    assert not (tmp_path / "run" / "heartbeat").exists()  # another machine need not wait
+    with RunLock(tmp_path / "run"):
+        pass
+
+
+def far_away(**changes):
+    """A holder whose process cannot be looked up from here."""
+    return dataclasses.replace(claim.Holder.here(), machine="another machine", host="far", **changes)
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_holder_of_another_machine_is_watched(tmp_path, monkeypatch, caplog, alive):
+    monkeypatch.setattr(claim, "STILL_SECONDS", 1.5)
+    heartbeat = tmp_path / "heartbeat"
+    heartbeat.write_bytes(far_away().line())
+    beating = threading.Event()
+
+    def beat():
+        while not beating.wait(0.3):
+            os.utime(heartbeat)
+
+    thread = threading.Thread(target=beat)
+    began = time.monotonic()
+    if alive:
+        thread.start()
+        try:
+            with pytest.raises(ConfigError, match=r"on far, since .*last heartbeat"):
+                RunLock(tmp_path).acquire()
+        finally:
+            beating.set()
+            thread.join()
+        assert json.loads(heartbeat.read_text())["host"] == "far"
+    else:
+        with RunLock(tmp_path):
+            assert json.loads(heartbeat.read_text())["pid"] == os.getpid()
+        assert 1.0 < time.monotonic() - began < 10.0
+        assert not list(tmp_path.glob(".*"))
+    assert "on far, since" in caplog.text
+    assert "waiting: it is replaced once it has been silent for 1.5 s" in caplog.text
+
+
+def test_of_many_that_find_a_dead_holder_one_replaces_it(tmp_path, monkeypatch):
+    for turn in range(20):
+        path = tmp_path / f"heartbeat {turn}"
+        path.write_bytes(far_away().line())
+        os.utime(path, times=(1, 1))
+        start_together, winners = threading.Barrier(6), []
+
+        def take(path=path, start_together=start_together, winners=winners):
+            one = claim.Claim(path)
+            start_together.wait()
+            if one.try_take() is None:
+                winners.append(one)
+
+        threads = [threading.Thread(target=take) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(winners) == 1
+        winners[0].release()
+        assert not list(tmp_path.iterdir())
+
+
+STOPPED = f"""{FLOCK}
+import sys, time
+from pathlib import Path
+from sffn_dist.launch import claim, run_lock
+claim.BEAT_SECONDS = 0.1
+run_lock.RunLock(Path(sys.argv[1])).acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_run_that_was_taken_over_ends(tmp_path):
+    process = start(sys.executable, "-c", STOPPED, tmp_path, FLOCK="local")
+    assert process.stdout.readline() == "held\n"
+    (tmp_path / "part").write_bytes(far_away().line())
+    (tmp_path / "part").replace(tmp_path / "heartbeat")
+    assert process.wait(20) == 2
+    assert json.loads((tmp_path / "heartbeat").read_text())["host"] == "far"
+
+
+@pytest.mark.parametrize("flock", ["real", "missing"])
+def test_lock_and_heartbeat_that_were_removed_come_back(tmp_path, flock):
+    run_dir = tmp_path / "run"
+    process = start(sys.executable, "-c", STOPPED, run_dir, FLOCK=flock)
+    assert process.stdout.readline() == "held\n"
+    shutil.rmtree(run_dir)
+    assert until((run_dir / "lock").exists)
+    before = (run_dir / "heartbeat").stat().st_mtime_ns
+    assert until(lambda: (run_dir / "heartbeat").stat().st_mtime_ns > before)
+    assert json.loads((run_dir / "lock").read_text())["pid"] == process.pid
+    with pytest.raises(ConfigError, match=f"pid {process.pid} on "):
+        RunLock(run_dir).acquire()
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.parametrize("holder", [[], ["with a forked child"]], indirect=True)

@@ -11,7 +11,6 @@ written beside its place and renamed into it: it is whole or not there.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from sffn_dist import strict_json
 from sffn_dist.atomic_io import sync
 from sffn_dist.checkpoint.tensor_file import TensorEntry, TensorFile
 from sffn_dist.checkpoint.weights import Weights, merged
@@ -194,7 +194,7 @@ def _write_rest(
 
 
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    _write_text(path, json.dumps(tree, indent=2) + "\n")
+    _write_text(path, strict_json.dumps(tree, indent=2) + "\n")
 
 
 def _write_text(path: Path, text: str) -> None:
