@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from sffn_dist.atomic_io import hash_file
-from sffn_dist.data.corpus import documents
-from sffn_dist.data.metadata import FORMAT, Meta, Split, dump_meta, fingerprint
+from sffn_dist.data.corpus import Passed, check, documents
+from sffn_dist.data.metadata import FORMAT, Meta, Skipped, Split, dump_meta, fingerprint
 from sffn_dist.data.shards import SHARD_TOKENS, ShardWriter, Tokens, TokenStream, token_dtype, unigram_entropy
+from sffn_dist.data.sources import source_of
 from sffn_dist.data.tokenizer import (
     end_of_text,
     is_byte_level,
@@ -79,6 +80,9 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
     Raises:
         ConfigError: the source holds no text or cannot be read; the tokenizer cannot be used.
     """
+    for line in source_of(config.data.source).contents(config.data):
+        log.info("data.source %s", line)
+    check(config.data)
     tokenizer = _tokenizer(config)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     lengths = token_bytes(tokenizer)
@@ -87,7 +91,7 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
     train, heldout = (
         _Side(ShardWriter(folder, split, dtype, shard_tokens), lengths) for split in ("train", "heldout")
     )
-    _write(config, tokenizer, train, heldout)
+    skipped = _write(config, tokenizer, train, heldout)
     if not train.documents and not heldout.documents:
         raise ConfigError(
             [f"data.source = {config.data.source!r}: must hold text; every document in it is empty"]
@@ -95,7 +99,7 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
     balance(train, heldout, config.data.heldout_share)
     if not train.writer.tokens or not heldout.writer.tokens:
         raise ConfigError([f"data.source = {config.data.source!r}: must hold at least two tokens of text"])
-    meta = _describe(config, folder, name, tokenizer, train, heldout)
+    meta = _describe(config, folder, name, tokenizer, train, heldout, skipped)
     (folder / "meta.json").write_text(dump_meta(meta), encoding="utf-8")
     return meta
 
@@ -119,14 +123,32 @@ def is_heldout(text: bytes, share: float) -> bool:
     return int.from_bytes(digest, "little") < share * 2.0**64
 
 
-def _pieces(texts: Iterable[str], share: float) -> Iterator[_Piece]:
-    for text in texts:
-        # "replace": JSON may hold half a surrogate pair, which is no text
-        raw = text.encode("utf-8", errors="replace")
-        parts = list(pieces(raw.decode()))
-        heldout = is_heldout(raw, share)
-        for index, part in enumerate(parts, start=1):
-            yield _Piece(part, heldout, index == len(parts), len(raw))
+class _Texts:
+    """Documents on their way to pieces. Counts those that hold the end of text as text."""
+
+    def __init__(self, separator: str):
+        self._separator, self.separators = separator, 0
+
+    def pieces(self, texts: Iterable[str], share: float) -> Iterator[_Piece]:
+        for text in texts:
+            self.separators += self._separator in text
+            raw = text.encode()
+            heldout, size = is_heldout(raw, share), len(raw)
+            del raw
+            ahead = pieces(text)
+            part = next(ahead)
+            for following in ahead:
+                yield _Piece(part, heldout, False, size)
+                part = following
+            yield _Piece(part, heldout, True, size)
+
+    def lines(self) -> Iterator[str]:
+        """What a reader of the log should hear."""
+        if self.separators:
+            yield (
+                f"{self.separators:,} documents hold the text {self._separator!r}: it is encoded as ordinary "
+                "text and ends no document; inside .txt files data.document_separator makes it do so"
+            )
 
 
 def _batches(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
@@ -142,26 +164,34 @@ def _batches(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _write(config: Config, tokenizer: Tokenizer, train: _Side, heldout: _Side) -> None:
+def _write(config: Config, tokenizer: Tokenizer, train: _Side, heldout: _Side) -> Skipped:
     """Encode every document, an end of text after each, and write it to its side."""
-    separator = np.array([end_of_text(tokenizer)], dtype=np.int64)
+    end_id = end_of_text(tokenizer)
+    assert end_id is not None  # load_tokenizer and train_tokenizer see to it
+    separator = np.array([end_id], dtype=np.int64)
     started = last_logged = time.monotonic()
-    for batch in _batches(_pieces(documents(config.data), config.data.heldout_share)):
+    passed, texts, done = Passed(), _Texts(str(tokenizer.id_to_token(end_id))), 0
+    for batch in _batches(texts.pieces(documents(config.data, passed), config.data.heldout_share)):
         encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
         for piece, encoding in zip(batch, encodings, strict=True):
             ids = np.array(encoding.ids, dtype=np.int64)
             side = heldout if piece.heldout else train
             side.add(np.concatenate([ids, separator]) if piece.last else ids, piece.last, piece.size)
+            done += len(piece.text)
         now = time.monotonic()
         if now - last_logged >= _NEWS:
             last_logged = now
-            done, tokens = train.bytes + heldout.bytes, train.writer.tokens + heldout.writer.tokens
             log.info(
-                "encoded %.1f MB, %.1f M tokens, %.1f MB/s",
+                "encoded %s documents and what is done of the next, %.1f M characters, %.1f M tokens, %.1f M "
+                "characters/s",
+                f"{train.documents + heldout.documents:,}",
                 done / 1e6,
-                tokens / 1e6,
+                (train.writer.tokens + heldout.writer.tokens) / 1e6,
                 done / 1e6 / (now - started),
             )
+    for line in (*passed.lines(), *texts.lines()):
+        log.warning("%s", line)
+    return Skipped(empty_documents=passed.empty_documents, bad_rows=passed.bad_rows)
 
 
 def balance(train: _Side, heldout: _Side, share: float) -> None:
@@ -192,7 +222,13 @@ def balance(train: _Side, heldout: _Side, share: float) -> None:
 
 
 def _describe(
-    config: Config, folder: Path, name: str, tokenizer: Tokenizer, train: _Side, heldout: _Side
+    config: Config,
+    folder: Path,
+    name: str,
+    tokenizer: Tokenizer,
+    train: _Side,
+    heldout: _Side,
+    skipped: Skipped,
 ) -> Meta:
     sides = {"train": train.split(), "heldout": heldout.split()}
     dtype = train.writer.dtype
@@ -204,7 +240,7 @@ def _describe(
         )
     vocab, separator = vocab_size(tokenizer), end_of_text(tokenizer)
     assert separator is not None  # load_tokenizer and train_tokenizer see to it
-    packages = {package: version(package) for package in ("datasets", "numpy", "tokenizers")}
+    packages = {package: version(package) for package in ("datasets", "numpy", "pyarrow", "tokenizers")}
     return Meta(
         format=FORMAT,
         name=name,
@@ -219,5 +255,6 @@ def _describe(
         byte_exact=exact,
         unigram_entropy=unigram_entropy(TokenStream(folder, sides["heldout"], dtype), vocab),
         versions={"python": platform.python_version(), **packages},
+        skipped=skipped,
         **sides,
     )

@@ -126,6 +126,13 @@ class Split(_Record):
     shards: tuple[Shard, ...]
 
 
+class Skipped(_Record):
+    """What of the source is in no shard: empty documents, and bad rows where ``data.bad_rows`` is skip."""
+
+    empty_documents: Count = 0
+    bad_rows: Count = 0
+
+
 class Meta(_Record):
     """What meta.json holds.
 
@@ -149,6 +156,7 @@ class Meta(_Record):
     train: Split
     heldout: Split
     versions: dict[str, str]
+    skipped: Skipped = Skipped()
 
     @property
     def token_size(self) -> int:

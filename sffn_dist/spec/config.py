@@ -122,10 +122,18 @@ class Data(Section):
     dir: str = Field("data", description="prepared token shards, shared by runs")
     source: str = Field(
         "stdlib",
-        description='"stdlib", a file or folder of .txt/.jsonl/.parquet, or "hf:<dataset>[:<configuration>]"',
+        description='"stdlib", a file or folder of .txt, .jsonl, .json (also .gz, .zst, .bz2, .xz) and '
+        '.parquet, or "hf:<dataset>[:<configuration>]"',
     )
     text_field: str = Field(
-        "text", description="column that holds the text, of jsonl, parquet and hf sources"
+        "text", description="column that holds the text, of jsonl, json, parquet and hf sources"
+    )
+    document_separator: Annotated[str, Field(min_length=1)] | None = Field(
+        "<|endoftext|>", description="ends a document inside a .txt file, and is no text; null: none does"
+    )
+    ignore: tuple[str, ...] = Field((), description="glob patterns of files of a folder that are not read")
+    bad_rows: Literal["refuse", "skip"] = Field(
+        "refuse", description="what happens to rows that give no text; skipped ones are counted"
     )
     tokenizer: str | None = Field(
         None, description="a tokenizer.json; default: a byte-level BPE trained on the source"
