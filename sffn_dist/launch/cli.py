@@ -117,9 +117,10 @@ def load_config(options: argparse.Namespace) -> Config:
 
 def print_plan(config: Config, options: argparse.Namespace) -> None:
     """The plan on standard output, as text or as JSON."""
+    from sffn_dist.data.overview import overview
     from sffn_dist.spec.plan import plan, render
 
-    numbers = plan(config, started_ranks(config.parallel.tensor))
+    numbers = {**plan(config, started_ranks(config.parallel.tensor)), "data": overview(config)}
     print(json.dumps(numbers, indent=1) if options.plan and options.json else render(numbers), flush=True)
 
 

@@ -194,6 +194,21 @@ def flops(config: Config, phase: Phase | None = None) -> int:
     return steps * per_step + round(counts.guide_flops_per_token(config) * config.tokens_per_step * drawn)
 
 
+def windows(tokens: int, sequence: int) -> int:
+    """Samples of ``sequence`` tokens, and one more for the last label, that ``tokens`` tokens hold."""
+    return max(0, (tokens - 1) // sequence)
+
+
+def epochs(config: Config, train_tokens: int, steps: int) -> float:
+    """Passes over ``train_tokens`` tokens of training data that the first ``steps`` steps of a run make; a
+    phase that repeats data passes over it again.
+
+    0 where the data hold no sample.
+    """
+    samples = windows(train_tokens, config.model.sequence)
+    return steps * config.train.global_batch_size / samples if samples else 0.0
+
+
 def interval_reached(step: int, interval: int, total: int) -> bool:
     """True after the last step and after every ``interval`` ones (0: only after the last)."""
     return step == total or (interval > 0 and step % interval == 0)

@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sffn_dist.data.sources import rows, text
 from sffn_dist.data.sources.base import Item, Source, digest
 from sffn_dist.data.sources.files import SourceFile, in_reading_order, source_file
 from sffn_dist.data.sources.formats import COMPRESSIONS, JSON_LINES, PARQUET, TEXT, Format, format_of
 from sffn_dist.data.sources.listing import Listing, by_reason, list_files
+from sffn_dist.data.sources.rows import json_file, json_lines, parquet_rows
+from sffn_dist.data.sources.text import is_large, text_documents
 from sffn_dist.spec.config import Data
 
 
@@ -87,16 +88,16 @@ class LocalFiles(Source):
         large: list[SourceFile] = []
         for file in files(data):
             kind, compression = _format(file)
-            unusual = kind == TEXT and (compression or file.size > text.LARGE)
+            unusual = kind == TEXT and (compression or is_large(file.size))
             (large if unusual else by_kind[kind if kind in by_kind else JSON_LINES]).append(file)
         for file in [*by_kind[TEXT], *large]:
-            yield from text.text_documents(file.path, _format(file).compression, data.document_separator)
+            yield from text_documents(file.path, _format(file).compression, data.document_separator)
         for file in by_kind[JSON_LINES]:
             kind, compression = _format(file)
-            read = rows.json_lines if kind == JSON_LINES else rows.json_file
+            read = json_lines if kind == JSON_LINES else json_file
             yield from read(data, file.path, compression)
         for file in by_kind[PARQUET]:
-            yield from rows.parquet_rows(data, file.path)
+            yield from parquet_rows(data, file.path)
 
     def contents(self, data: Data) -> list[str]:
         found = listing(data)

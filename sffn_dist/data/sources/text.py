@@ -23,6 +23,11 @@ PART = 1 << 20  # characters
 CHUNK = 1 << 20  # bytes read at a time
 
 
+def is_large(size: int) -> bool:
+    """Whether a text file of ``size`` bytes is cut into parts."""
+    return size > LARGE
+
+
 def text_documents(path: Path, compression: str, separator: str | None) -> Iterator[Item]:
     """The documents of one text file.
 
@@ -34,9 +39,9 @@ def text_documents(path: Path, compression: str, separator: str | None) -> Itera
         for chunk in raw:
             head.append(chunk)
             size += len(chunk)
-            if size > LARGE:
+            if is_large(size):
                 break
-        splitter = _Splitter(separator, PART if size > LARGE else None)
+        splitter = _Splitter(separator, PART if is_large(size) else None)
         for text in reader.decoded(itertools.chain(head, raw)):
             yield from splitter.feed(text)
         if reader.damage:
@@ -57,6 +62,7 @@ class TextReader:
         self.damage: BadRow | None = None
 
     def raw_chunks(self) -> Iterator[bytes]:
+        """The bytes, to the end of the file or to the place of its damage."""
         while True:
             try:
                 chunk = self._stream.read(CHUNK)
@@ -70,6 +76,7 @@ class TextReader:
             yield chunk
 
     def decoded(self, raw: Iterable[bytes]) -> Iterator[str]:
+        """The text of ``raw``, to its end or to the first byte that is no UTF-8."""
         decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
         try:
             for chunk in raw:
