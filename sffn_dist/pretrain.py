@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sffn_dist.launch import cli, exit_codes
+from sffn_dist.launch import cli, environment, exit_codes
 from sffn_dist.spec import machine, schedule
 from sffn_dist.spec.config import Config
 
@@ -32,7 +32,7 @@ def pretrain(config: Config, watchdog: Watchdog) -> int:
     """The run itself, on every rank; returns its exit code."""
     from sffn_dist import model as models
     from sffn_dist.checkpoint.writer import Saver
-    from sffn_dist.data import prepare, shards
+    from sffn_dist.data import overview, prepare, shards
     from sffn_dist.data.batches import Batches, read_heldout
     from sffn_dist.health import preflight
     from sffn_dist.launch import run_identity
@@ -44,7 +44,6 @@ def pretrain(config: Config, watchdog: Watchdog) -> int:
     from sffn_dist.training.run import Heldout, TrainingRun
 
     train, run_dir, precision = config.train, Path(config.run.dir), machine.precision(config.precision)
-    run_schedule = schedule.build_schedule(config)
 
     # ranks
     store = topologies.init_process_group(timeout=max(1800.0, 2 * config.guards.hang_seconds))
@@ -52,6 +51,11 @@ def pretrain(config: Config, watchdog: Watchdog) -> int:
 
     # data: prepared by rank 0 where they are not
     corpus = shards.open_corpus(prepare.prepare(config))
+    if not train.steps:  # train.epochs
+        config = overview.resolve_epochs(config, corpus.meta.train.tokens)
+        if environment.is_rank_zero():
+            cli.print_plan(config)
+    run_schedule = schedule.build_schedule(config)
     run_identity.check_identity(config, corpus.meta.fingerprint)
     batches = Batches(corpus.train, config.model.sequence, train.global_batch_size, train.seed)
     heldout = Heldout(

@@ -262,6 +262,7 @@ def planned_variants(
             [f"{key}: a comparison sets it by {by}; leave it out" for key, by in conflicts.items()]
         )
     target, planned = loading.load(path, given_overrides), []
+    schedule.build_schedule(target)  # which refuses train.epochs: what is compared is counted in steps
     for variant in variants:
         try:
             planned.append(_planned_variant(path, given_overrides, variant, target, equal))

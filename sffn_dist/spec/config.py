@@ -144,10 +144,12 @@ class Data(Section):
 class Train(Section):
     """Recipe (paper, appendix): AdamW, linear warm-up, cosine to a tenth."""
 
-    steps: Annotated[
-        int,
-        Field(gt=0, le=10_000_000, description="over new data; guide.mode = fixed_flop repeats some of them"),
-    ]
+    steps: Annotated[int, Field(ge=0, le=10_000_000)] = Field(
+        0, description="over new data; guide.mode = fixed_flop repeats some of them; 0: train.epochs says"
+    )
+    epochs: PositiveFloat | None = Field(
+        None, description="passes over the training data, in place of train.steps, rounded up to whole steps"
+    )
     global_batch_size: PositiveInt = Field(512, description="sequences a step, over all ranks")
     micro_batch_size: PositiveInt = Field(8, description="sequences a forward pass, a rank")
     seed: Seed = 0

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sffn_dist.spec import counts
-from sffn_dist.spec.config import Config
+from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.decay import GUIDE_SCHEDULES, LEARNING_RATE_SCHEDULES
 
 PhaseName = Literal["plain", "guided", "repeat"]
@@ -142,8 +142,14 @@ class Schedule:
 
 
 def build_schedule(config: Config) -> Schedule:
-    """The schedule of a run."""
+    """The schedule of a run.
+
+    Raises ConfigError where ``train.epochs`` was not made steps yet (data/overview.py).
+    """
     steps = config.train.steps
+    if not steps:
+        rule = "its steps are known once data.source is prepared, which the first start does"
+        raise ConfigError([f"train.epochs = {config.train.epochs}: {rule}; until then set train.steps"])
     begin, end = _guided(config)
     repeated = end - begin if config.guide.mode == "fixed_flop" else 0
     return Schedule(
