@@ -46,7 +46,6 @@ def pretrain(config: Config, watchdog: Watchdog, signals: SignalHandler) -> int:
     from sffn_dist.training.run import TrainingRun
 
     train, run_dir, precision = config.train, Path(config.run.dir), machine.precision(config.precision)
-    run_schedule = schedule.build_schedule(config)
 
     # ranks
     store = topologies.init_process_group(timeout=max(1800.0, 2 * config.guards.hang_seconds))
@@ -57,6 +56,8 @@ def pretrain(config: Config, watchdog: Watchdog, signals: SignalHandler) -> int:
     # data: prepared by the first rank of each file system where they are not
     with watchdog.waiving_hangs("preparing data"):
         corpus = shards.open_corpus(prepare.prepare(config, ranks))
+    config = cli.resolve_epochs(config, corpus.meta.train.tokens)
+    run_schedule = schedule.build_schedule(config)
     run_identity.check_identity(config, corpus.meta.fingerprint)
     heldout = corpus.heldout_sample(config.model.sequence, config.evaluation_sequences)
 

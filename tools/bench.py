@@ -229,12 +229,8 @@ def guards(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of a run's guards; what it wrote is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="bench_guards_") as folder:
         config = loading.load(str(args.config), args.overrides)
-        overrides = [
-            f"run.dir={folder}",
-            f"train.steps={args.steps}",
-            "checkpoint.interval=0",
-            *args.overrides,
-        ]
+        own = (f"run.dir={folder}", f"train.steps={args.steps}", "checkpoint.interval=0")
+        overrides = loading.merge_overrides(own, args.overrides)
         settings = {
             "config": str(args.config),
             "overrides": overrides,

@@ -88,7 +88,8 @@ def planned(args: argparse.Namespace) -> tuple[list[variants.PlannedVariant], li
     for seed in seeds:
         for entry in entries:
             folder = args.out / entry.variant.folder / f"seed_{seed}"
-            overrides = (*entry.overrides, f"train.seed={seed}", f"run.dir={folder}")
+            own = (f"train.seed={seed}", f"run.dir={folder}")
+            overrides = loading.merge_overrides(entry.overrides, own)
             run = ComparisonRun(entry, seed, loading.load(args.config, overrides), overrides)
             try:
                 check(run.config, max(1, args.gpus))

@@ -32,6 +32,7 @@ from typing import Any
 from sffn_dist.cluster import runs
 from sffn_dist.cluster.runs import JobRun
 from sffn_dist.launch import checks
+from sffn_dist.spec import loading, strict_json
 from sffn_dist.spec.config import ConfigError
 
 KEYS = ("name", "configs", "overrides", "grid", "exclude")
@@ -66,9 +67,11 @@ def read(path: Path, config: str | None = None) -> Sweep:
     """
     prefix = f"sweep file {str(path)!r}"
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = strict_json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([f"{prefix}: cannot be read: {error.strerror}"]) from None
+    except strict_json.RepeatedKeyError as error:
+        raise ConfigError([f"{prefix}: {error}"]) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"{prefix}: not valid JSON: {error}"]) from None
     if not isinstance(tree, dict):
@@ -171,7 +174,7 @@ def expand(sweep: Sweep, overrides: Sequence[str], world: int, folder: str = "ru
     ``overrides`` are the command line's, for all runs; ``world``: ranks of each.
     """
     axis_keys = {key for axis in sweep.axes for choice in axis for key, _ in choice.settings}
-    fixed = [*(f"{key}={_text(value)}" for key, value in sweep.overrides), *overrides]
+    fixed = loading.merge_overrides((f"{key}={_text(value)}" for key, value in sweep.overrides), overrides)
     for key in [text.partition("=")[0] for text in fixed] + sorted(axis_keys & {"run.dir"}):
         if key == "run.dir":
             raise ConfigError(["run.dir: is set for each run of a sweep, and cannot be given"])

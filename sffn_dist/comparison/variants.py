@@ -262,6 +262,7 @@ def planned_variants(
             [f"{key}: a comparison sets it by {by}; leave it out" for key, by in conflicts.items()]
         )
     target, planned = loading.load(path, given_overrides), []
+    schedule.build_schedule(target)  # which refuses train.epochs: what is compared is counted in steps
     for variant in variants:
         try:
             planned.append(_planned_variant(path, given_overrides, variant, target, equal))
@@ -277,12 +278,15 @@ def planned_variants(
     return [
         entry
         if entry.config.evaluation_sequences == windows
-        else _loaded(path, entry.variant, (*entry.overrides, f"evaluation.sequences={windows}"))
+        else _loaded(path, entry.variant, (f"evaluation.sequences={windows}",), entry.overrides)
         for entry in planned
     ]
 
 
-def _loaded(path: str, variant: Variant, overrides: tuple[str, ...]) -> PlannedVariant:
+def _loaded(
+    path: str, variant: Variant, own: Iterable[str], given_overrides: tuple[str, ...]
+) -> PlannedVariant:
+    overrides = loading.merge_overrides(given_overrides, own)
     return PlannedVariant(variant, loading.load(path, overrides), overrides)
 
 
@@ -297,13 +301,12 @@ def _planned_variant(
     mode = "off"
     if variant.guide:
         mode = "fixed_flop" if equal == "flops" else "fixed_step"
-    entry = _loaded(path, variant, (*given_overrides, *own, f"guide.mode={mode}"))
+    entry = _loaded(path, variant, (*own, f"guide.mode={mode}"), given_overrides)
     if variant.guide and not schedule.build_schedule(entry.config).guided_steps:
         raise ConfigError([f"guide.mode = {mode}: {validation.unused_settings(entry.config)['guide.mode']}"])
     if equal == "flops" and not variant.guide:
-        return _loaded(
-            path, variant, (*entry.overrides, f"train.steps={equal_flops_steps(entry.config, target)}")
-        )
+        steps = equal_flops_steps(entry.config, target)
+        return _loaded(path, variant, (f"train.steps={steps}",), entry.overrides)
     return entry
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.schedule import windows as count_windows
 
 _ROUNDS = 8
 
@@ -151,7 +152,7 @@ def read_heldout(tokens: TokenArray, sequence: int, count: int) -> NDArray[np.in
 
 
 def _windows(tokens: TokenArray, sequence: int, side: str) -> int:
-    windows = (len(tokens) - 1) // sequence
+    windows = count_windows(len(tokens), sequence)
     if windows < 1:
         raise ConfigError(
             [

@@ -18,18 +18,20 @@ import numpy as np
 
 from sffn_dist.atomic_io import hash_file
 from sffn_dist.data.byte_counts import Counts, counting, source_bytes
-from sffn_dist.data.corpus import documents
+from sffn_dist.data.corpus import Passed, check, documents
 from sffn_dist.data.metadata import (
     BYTES_TYPE,
     FORMAT,
     HELDOUT_BYTES,
     Meta,
+    Skipped,
     Split,
     dump_meta,
     fingerprint,
     prepared_from,
 )
 from sffn_dist.data.shards import SHARD_TOKENS, ShardWriter, Tokens, TokenStream, token_dtype, unigram_entropy
+from sffn_dist.data.sources import source_of
 from sffn_dist.data.tokenizer import (
     END_OF_TEXT,
     CorpusTokenizer,
@@ -105,6 +107,9 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
     Raises:
         ConfigError: the source holds no text or cannot be read; the tokenizer cannot be used.
     """
+    for line in source_of(config.data.source).contents(config.data):
+        log.info("data.source %s", line)
+    check(config.data)
     chosen = _tokenizer(config)
     tokenizer = chosen.tokenizer
     # tokenizers and numpy write files themselves, but do not say why when that fails
@@ -119,7 +124,7 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
     byte_writer = ShardWriter(folder, HELDOUT_BYTES, np.dtype(BYTES_TYPE), shard_tokens)
     train = _Side(ShardWriter(folder, "train", dtype, shard_tokens), lengths)
     heldout = _Side(ShardWriter(folder, "heldout", dtype, shard_tokens), lengths, byte_writer)
-    _write(config, chosen, train, heldout)
+    skipped = _write(config, chosen, train, heldout)
     if not train.documents and not heldout.documents:
         raise ConfigError(
             [f"data.source = {config.data.source!r}: must hold text; every document in it is empty"]
@@ -127,7 +132,7 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
     balance(train, heldout, config.data.heldout_share)
     if not train.writer.tokens or not heldout.writer.tokens:
         raise ConfigError([f"data.source = {config.data.source!r}: must hold at least two tokens of text"])
-    meta = _describe(config, folder, name, chosen, train, heldout)
+    meta = _describe(config, folder, name, chosen, train, heldout, skipped)
     (folder / "meta.json").write_text(dump_meta(meta), encoding="utf-8")
     return meta
 
@@ -152,14 +157,32 @@ def is_heldout(text: bytes, share: float) -> bool:
     return int.from_bytes(digest, "little") < share * 2.0**64
 
 
-def _pieces(texts: Iterable[str], share: float) -> Iterator[_Piece]:
-    for text in texts:
-        # "replace": JSON may hold half a surrogate pair, which is no text
-        raw = text.encode("utf-8", errors="replace")
-        parts = list(pieces(raw.decode()))
-        heldout = is_heldout(raw, share)
-        for index, part in enumerate(parts, start=1):
-            yield _Piece(part, heldout, index == 1, index == len(parts), len(raw))
+class _Texts:
+    """Documents on their way to pieces. Counts those that hold the end of text as text."""
+
+    def __init__(self, separator: str):
+        self._separator, self.separators = separator, 0
+
+    def pieces(self, texts: Iterable[str], share: float) -> Iterator[_Piece]:
+        for text in texts:
+            self.separators += self._separator in text
+            raw = text.encode()
+            heldout, size = is_heldout(raw, share), len(raw)
+            del raw
+            ahead = pieces(text)
+            part, first = next(ahead), True
+            for following in ahead:
+                yield _Piece(part, heldout, first, False, size)
+                part, first = following, False
+            yield _Piece(part, heldout, first, True, size)
+
+    def lines(self) -> Iterator[str]:
+        """What a reader of the log should hear."""
+        if self.separators:
+            yield (
+                f"{self.separators:,} documents hold the text {self._separator!r}: it is encoded as ordinary "
+                "text and ends no document; inside .txt files data.document_separator makes it do so"
+            )
 
 
 def _batches(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
@@ -175,14 +198,15 @@ def _batches(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _write(config: Config, chosen: CorpusTokenizer, train: _Side, heldout: _Side) -> None:
+def _write(config: Config, chosen: CorpusTokenizer, train: _Side, heldout: _Side) -> Skipped:
     """Encode every document, an end of text after each, and write it to its side."""
     tokenizer, end = chosen.tokenizer, np.array([chosen.end_of_text], dtype=np.int64)
     begin = np.array([] if chosen.bos is None else [chosen.bos], dtype=np.int64)
     exact = counting(tokenizer)
     started = last_logged = time.monotonic()
     rest = 0  # bytes of the document that no token has yet
-    for batch in _batches(_pieces(documents(config.data), config.data.heldout_share)):
+    passed, texts, done = Passed(), _Texts(str(tokenizer.id_to_token(chosen.end_of_text))), 0
+    for batch in _batches(texts.pieces(documents(config.data, passed), config.data.heldout_share)):
         # training text too until something is held out: its last document may have to move
         counted = [piece.heldout or not heldout.documents for piece in batch]
         fast = [piece.text for piece, count in zip(batch, counted, strict=True) if not count]
@@ -199,16 +223,21 @@ def _write(config: Config, chosen: CorpusTokenizer, train: _Side, heldout: _Side
                 counts = np.concatenate([0 * before, own, rest * (after >= 0)]).astype(np.uint32)
             side = heldout if piece.heldout else train
             side.add(np.concatenate([before, ids, after]), piece.last, piece.size, counts)
+            done += len(piece.text)
         now = time.monotonic()
         if now - last_logged >= _NEWS:
             last_logged = now
-            done, tokens = train.bytes + heldout.bytes, train.writer.tokens + heldout.writer.tokens
             log.info(
-                "encoded %.1f MB, %.1f M tokens, %.1f MB/s",
+                "encoded %s documents and what is done of the next, %.1f M characters, %.1f M tokens, %.1f M "
+                "characters/s",
+                f"{train.documents + heldout.documents:,}",
                 done / 1e6,
-                tokens / 1e6,
+                (train.writer.tokens + heldout.writer.tokens) / 1e6,
                 done / 1e6 / (now - started),
             )
+    for line in (*passed.lines(), *texts.lines()):
+        log.warning("%s", line)
+    return Skipped(empty_documents=passed.empty_documents, bad_rows=passed.bad_rows)
 
 
 def balance(train: _Side, heldout: _Side, share: float) -> None:
@@ -239,7 +268,13 @@ def balance(train: _Side, heldout: _Side, share: float) -> None:
 
 
 def _describe(
-    config: Config, folder: Path, name: str, chosen: CorpusTokenizer, train: _Side, heldout: _Side
+    config: Config,
+    folder: Path,
+    name: str,
+    chosen: CorpusTokenizer,
+    train: _Side,
+    heldout: _Side,
+    skipped: Skipped,
 ) -> Meta:
     tokenizer = chosen.tokenizer
     sides = {"train": train.split(), "heldout": heldout.split()}
@@ -250,7 +285,7 @@ def _describe(
     if exact:  # the table says as much
         heldout.byte_writer.pop(heldout.byte_writer.tokens)
     vocab = vocab_size(tokenizer)
-    packages = {package: version(package) for package in ("datasets", "numpy", "tokenizers")}
+    packages = {package: version(package) for package in ("datasets", "numpy", "pyarrow", "tokenizers")}
     return Meta(
         format=FORMAT,
         name=name,
@@ -268,5 +303,6 @@ def _describe(
         unigram_entropy=unigram_entropy(TokenStream(folder, sides["heldout"], dtype), vocab),
         prepared_from=prepared_from(config),
         versions={"python": platform.python_version(), **packages},
+        skipped=skipped,
         **sides,
     )

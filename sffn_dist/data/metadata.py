@@ -230,6 +230,13 @@ class PreparedFrom(_Record):
     content: Digest
 
 
+class Skipped(_Record):
+    """What of the source is in no shard: empty documents, and bad rows where ``data.bad_rows`` is skip."""
+
+    empty_documents: Count = 0
+    bad_rows: Count = 0
+
+
 class Meta(_Record):
     """What meta.json holds.
 
@@ -257,6 +264,7 @@ class Meta(_Record):
     heldout: Split
     versions: dict[str, str]
     prepared_from: PreparedFrom | None = None  # of local files, since versions that compare content
+    skipped: Skipped = Skipped()
 
     @property
     def token_size(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sffn_dist.checkpoint import run_folder
 from sffn_dist.data import metadata
+from sffn_dist.data.overview import resolve_prepared
 from sffn_dist.launch import run_identity
 from sffn_dist.spec import machine, validation
 from sffn_dist.spec.config import Config, ConfigError
@@ -24,7 +25,8 @@ def check_run(config: Config, ranks: int, *, starts: bool = True) -> None:
     validation.check_world(config, ranks)
     metadata.check_source(config.data, config.model.vocab)
     check_trackers(config.logging)
-    if starts:
+    config = resolve_prepared(config)
+    if starts and config.train.steps:  # else train.epochs, of a run.dir where nothing was trained yet
         prepared = metadata.locate(config)
         fingerprint = metadata.read_meta(prepared).fingerprint if metadata.is_usable(prepared) else None
         run_identity.check_identity(config, fingerprint)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sffn_dist import strict_json
+from sffn_dist.data import overview
 from sffn_dist.launch import (
     checks,
     environment,
@@ -51,8 +52,10 @@ def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog, Signa
             # Megatron's linears count on one queue: a collective started before a product then runs before
             # it, and overlaps. The driver reads it once, when the plan first asks for devices.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        if main_rank:
-            print_plan(config, options)
+        if main_rank and options.plan:
+            print_plan(overview.resolve_prepared(config), as_json=options.json)
+        elif main_rank and config.train.steps:  # else train.epochs: pretrain prints it, once data are there
+            print_plan(config)
         if options.plan:
             return exit_codes.DONE
         lock = run_lock.RunLock(Path(config.run.dir))
@@ -138,14 +141,22 @@ def load_config(options: argparse.Namespace) -> Config:
     return config
 
 
-def print_plan(config: Config, options: argparse.Namespace) -> None:
+def print_plan(config: Config, *, as_json: bool = False) -> None:
     """The plan on standard output, as text or as JSON."""
     from sffn_dist.spec.plan import plan, render
 
-    numbers = plan(config, started_ranks(config.parallel.tensor))
-    print(
-        strict_json.dumps(numbers, indent=1) if options.plan and options.json else render(numbers), flush=True
-    )
+    numbers = {**plan(config, started_ranks(config.parallel.tensor)), "data": overview.overview(config)}
+    print(strict_json.dumps(numbers, indent=1) if as_json else render(numbers), flush=True)
+
+
+def resolve_epochs(config: Config, tokens: int) -> Config:
+    """The config with the steps that train.epochs are, now that the data's ``tokens`` are known."""
+    if config.train.steps:
+        return config
+    config = overview.resolve_epochs(config, tokens)
+    if environment.is_rank_zero():
+        print_plan(config)
+    return config
 
 
 def refuse(error: ConfigError, main_rank: bool) -> int:

@@ -100,10 +100,18 @@ class Data(Section):
     dir: str = Field("data", description="prepared token shards, shared by runs")
     source: str = Field(
         "stdlib",
-        description='"stdlib", a file or folder of .txt/.jsonl/.parquet, or "hf:<dataset>[:<configuration>]"',
+        description='"stdlib", a file or folder of .txt, .jsonl, .json (also .gz, .zst, .bz2, .xz) and '
+        '.parquet, or "hf:<dataset>[:<configuration>]"',
     )
     text_field: str = Field(
-        "text", description="column that holds the text, of jsonl, parquet and hf sources"
+        "text", description="column that holds the text, of jsonl, json, parquet and hf sources"
+    )
+    document_separator: Annotated[str, Field(min_length=1)] | None = Field(
+        "<|endoftext|>", description="ends a document inside a .txt file, and is no text; null: none does"
+    )
+    ignore: tuple[str, ...] = Field((), description="glob patterns of files of a folder that are not read")
+    bad_rows: Literal["refuse", "skip"] = Field(
+        "refuse", description="what happens to rows that give no text; skipped ones are counted"
     )
     tokenizer: str | None = Field(
         None,
@@ -120,10 +128,12 @@ class Data(Section):
 class Train(Section):
     """Recipe (paper, appendix): AdamW, linear warm-up, cosine to a tenth."""
 
-    steps: Annotated[
-        int,
-        Field(gt=0, le=10_000_000, description="over new data; guide.mode = fixed_flop repeats some of them"),
-    ]
+    steps: Annotated[int, Field(ge=0, le=10_000_000)] = Field(
+        0, description="over new data; guide.mode = fixed_flop repeats some of them; 0: train.epochs says"
+    )
+    epochs: PositiveFloat | None = Field(
+        None, description="passes over the training data, in place of train.steps, rounded up to whole steps"
+    )
     global_batch_size: PositiveInt = Field(512, description="sequences a step, over all ranks")
     micro_batch_size: PositiveInt = Field(8, description="sequences a forward pass, a rank")
     seed: Seed = 0

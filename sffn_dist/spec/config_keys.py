@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sffn_dist.spec.config import Config, Section
+from sffn_dist.spec.config import Config
+from sffn_dist.spec.config_types import Section
 
 
 def key_fields() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sffn_dist.spec import validation
+from sffn_dist.spec import strict_json, validation
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.config_keys import key_fields
 from sffn_dist.spec.renamed_keys import RENAMED, SHORT_FORMS, translate
@@ -64,10 +64,26 @@ def override(tree: dict[str, Any], overrides: Iterable[str]) -> None:
         raise ConfigError(problems)
 
 
+def merge_overrides(*groups: Iterable[str]) -> tuple[str, ...]:
+    """Overrides of several hands as one list: a key that a later group names is left out of earlier ones."""
+    kept: list[str] = []
+    for group in groups:
+        texts = list(group)
+        keys = {text.partition("=")[0] for text in texts}
+        kept = [text for text in kept if text.partition("=")[0] not in keys] + texts
+    return tuple(kept)
+
+
 def _apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> list[str]:
     """Apply what can be applied; returns the problems of the others."""
     problems: list[str] = []
+    given: dict[str, str] = {}
     for text in overrides:
+        key, _, value = text.partition("=")
+        if key in given:
+            problems.append(f"{key} = {value}: was given before, as {given[key]}; give it once")
+            continue
+        given[key] = value
         try:
             _apply_override(tree, text)
         except ConfigError as error:
@@ -122,7 +138,7 @@ def read_tree(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         resolved = path.resolve()
         if resolved in _seen:
             raise ConfigError([f"base = {str(path)!r}: the files name each other as base in a circle"])
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = strict_json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         named_by = f" (named as base by {_seen[-1]})" if _seen else ""
         raise ConfigError([f"config file {str(path)!r}{named_by}: no such file"]) from None
@@ -132,6 +148,8 @@ def read_tree(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         if isinstance(error, RecursionError):
             raise ConfigError([f"config file {str(path)!r}: not valid JSON: {error}"]) from None
         raise ConfigError([f"config file {str(path)!r}: cannot be read: {error}"]) from None
+    except strict_json.RepeatedKeyError as error:
+        raise ConfigError([f"config file {str(path)!r}: {error}"]) from None
     except ValueError as error:  # also a number of more digits than Python reads
         raise ConfigError([f"config file {str(path)!r}: not valid JSON: {error}"]) from None
     if not isinstance(tree, dict):
@@ -170,8 +188,10 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     except (ValueError, RecursionError):
         value = raw
     # run.dir=2024 names a folder: a text field takes what is not already quoted as it stands
+    is_list = str(fields[key]).startswith("tuple")
     if (
         "str" in str(fields[key])
+        and not is_list
         and not isinstance(value, str)
         and not (value is None and "None" in str(fields[key]))
     ):

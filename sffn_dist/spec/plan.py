@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from sffn_dist.spec import changes, counts, machine, schedule, traffic
@@ -198,6 +199,24 @@ def si(number: float, unit: str = "") -> str:
     return f"{number:.3g} {unit}".rstrip()
 
 
+def data_lines(data: dict[str, Any] | None) -> Iterator[str]:
+    """What the run reads, where the plan was asked for it (data/overview.py)."""
+    if data is None:
+        return
+    yield from (f"{data['source']} {line}" for line in data["contents"])
+    if data["epochs"] is None:
+        yield f"{data['source']}: not prepared yet; its tokens and the passes over them are known once it is"
+        return
+    yield (
+        f"{data['source']}: {si(data['train_tokens'])} tokens to train on, {si(data['heldout_tokens'])} held "
+        f"out; the run passes over the training data {data['epochs']:.3g} times"
+    )
+    if any(data["skipped"].values()):
+        yield "skipped: " + ", ".join(
+            f"{n} {key.replace('_', ' ')}" for key, n in data["skipped"].items() if n
+        )
+
+
 def render(plan: dict[str, Any]) -> str:
     """The plan as a page for a terminal."""
     ffn, memory, ranks = plan["ffn"], plan["memory_per_rank"], plan["ranks"]
@@ -225,6 +244,7 @@ def render(plan: dict[str, Any]) -> str:
             for item in plan["phases"]
             if len(plan["phases"]) > 1 or plan["guided_steps_share"]
         ),
+        *(("data", line) for line in data_lines(plan.get("data"))),
         (
             "ranks",
             f"{ranks['world']} = tensor {ranks['tensor']} x data {ranks['data']}, "

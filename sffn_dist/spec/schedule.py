@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sffn_dist.spec import changes, counts
-from sffn_dist.spec.config import Config, Train
+from sffn_dist.spec.config import Config, ConfigError, Train
 from sffn_dist.spec.decay import GUIDE_SCHEDULES, LEARNING_RATE_SCHEDULES
 
 PhaseName = Literal["plain", "guided", "repeat"]
@@ -166,8 +166,13 @@ def build_schedule(config: Config) -> Schedule:
 
     Where it was changed on the way, the guided steps stay those that they were, unless the change named a
     setting of the guide; the learning rate follows the new settings from the change on.
+
+    Raises ConfigError where ``train.epochs`` was not made steps yet (data/overview.py).
     """
     steps, earlier = config.train.steps, []
+    if not steps:
+        rule = "its steps are known once data.source is prepared, which the first start does"
+        raise ConfigError([f"train.epochs = {config.train.epochs}: {rule}; until then set train.steps"])
     spans = [settings for _, settings in changes.history(config)]
     begin, end = _guided(spans[0])
     for change, was, then in zip(config.changes, spans[:-1], spans[1:], strict=True):
@@ -231,6 +236,21 @@ def flops(config: Config, phase: Phase | None = None) -> int:
     drawn = run_schedule.expected_drawn_steps() if phase is None or phase.name == "guided" else 0.0
     per_step = counts.flops_per_token(config) * config.tokens_per_step
     return steps * per_step + round(counts.guide_flops_per_token(config) * config.tokens_per_step * drawn)
+
+
+def windows(tokens: int, sequence: int) -> int:
+    """Samples of ``sequence`` tokens, and one more for the last label, that ``tokens`` tokens hold."""
+    return max(0, (tokens - 1) // sequence)
+
+
+def epochs(config: Config, train_tokens: int, steps: int) -> float:
+    """Passes over ``train_tokens`` tokens of training data that the first ``steps`` steps of a run make; a
+    phase that repeats data passes over it again.
+
+    0 where the data hold no sample.
+    """
+    samples = windows(train_tokens, config.model.sequence)
+    return steps * config.train.global_batch_size / samples if samples else 0.0
 
 
 def interval_reached(step: int, interval: int, total: int) -> bool:

@@ -19,6 +19,7 @@ from sffn_dist.structured.structure import SETTINGS, Size
 
 def problems(config: Config) -> Iterable[str]:
     """Rules that join several keys. Yields a message for each one broken."""
+    yield from _length_rules(config)
     sizes = [*_attention_rules(config), *_ffn_rules(config), *_tensor_parallel_rules(config)]
     yield from sizes
     if not sizes and config.structured:  # FLOPs are those of sizes that fit
@@ -34,6 +35,17 @@ def problems(config: Config) -> Iterable[str]:
         yield (
             f"train.micro_batch_size = {config.train.micro_batch_size}: must divide "
             f"train.global_batch_size = {config.train.global_batch_size}"
+        )
+
+
+def _length_rules(config: Config) -> Iterable[str]:
+    train = config.train
+    if train.epochs is None and not train.steps:
+        yield "train.steps = 0: must be greater than 0, or train.epochs be set in its place"
+    elif train.epochs is not None and train.steps:
+        yield (
+            f"train.epochs = {train.epochs:g}: stands in place of train.steps, which is {train.steps}; set "
+            "one of them (train.steps=0 leaves it to train.epochs)"
         )
 
 
@@ -84,7 +96,7 @@ def _tensor_parallel_rules(config: Config) -> Iterable[str]:
 
 def _guide_rules(config: Config) -> Iterable[str]:
     guide, steps = config.guide, config.train.steps
-    if guide.mode == "window":
+    if guide.mode == "window" and steps:  # of train.epochs the steps are known later
         end = steps if guide.end is None else guide.end
         end_key = "train.steps" if guide.end is None else "guide.end"
         if guide.begin >= end:

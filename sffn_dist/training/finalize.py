@@ -18,7 +18,7 @@ from sffn_dist.inference.evaluation import EvaluationResult
 from sffn_dist.inference.generation import sample
 from sffn_dist.launch import exit_codes
 from sffn_dist.launch.signals import Stop, flush_stdout
-from sffn_dist.spec import counts
+from sffn_dist.spec import counts, schedule
 from sffn_dist.telemetry import metrics
 from sffn_dist.telemetry.progress import format_duration
 from sffn_dist.training.hooks.checkpoint import finished_save, save
@@ -139,6 +139,7 @@ def summary(run: TrainingRun, evaluation: EvaluationResult, unigram_entropy: flo
         "seconds": seconds,
         "steps": run.step,
         "tokens": run.step * tokens,
+        "epochs": schedule.epochs(run.config, len(run.batches.tokens), run.step),
         "parameters": counts.parameters(run.config),
         "precision": run.precision,
         "ranks": {
@@ -158,7 +159,10 @@ def table(numbers: dict[str, Any], run: TrainingRun) -> str:
         ("unigram entropy", f"{numbers['unigram_entropy']:.4f} nats a token, of the held-out tokens"),
         ("perplexity", f"{numbers['perplexity']:.2f}"),
         ("bits per byte", f"{sign}{numbers['bits_per_byte']:.4f}{note}"),
-        ("steps", f"{numbers['steps']}, {numbers['tokens']:,} tokens"),
+        (
+            "steps",
+            f"{numbers['steps']}, {numbers['tokens']:,} tokens, {numbers['epochs']:.3g} passes over the data",
+        ),
         (
             "speed",
             f"{numbers['tokens_per_s']:,.0f} tokens/s, {format_duration(numbers['seconds'])} of "

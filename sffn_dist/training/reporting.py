@@ -11,6 +11,7 @@ from pathlib import Path
 from sffn_dist import model as models
 from sffn_dist.checkpoint import run_folder
 from sffn_dist.checkpoint.run_folder import checkpoints
+from sffn_dist.data.overview import epochs_line
 from sffn_dist.health import stragglers
 from sffn_dist.health.preflight import PreflightReport
 from sffn_dist.launch import run_identity
@@ -19,7 +20,7 @@ from sffn_dist.spec import changes
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.config_keys import flatten
 from sffn_dist.spec.plan import checkpoint_bytes
-from sffn_dist.spec.schedule import StepSchedule, build_schedule
+from sffn_dist.spec.schedule import StepSchedule, build_schedule, epochs
 from sffn_dist.telemetry.peak import measured_flops
 from sffn_dist.telemetry.progress import format_duration
 from sffn_dist.telemetry.trackers import Trackers, open_trackers
@@ -55,6 +56,7 @@ def report_start(run: TrainingRun, checkpoint: Path | None, preflight: Preflight
     """What the pre-flight found, and the checkpoint that the run continues from."""
     if run.reports is None:
         return
+    run.reports.progress.note(epochs_line(run.config, len(run.batches.tokens)))
     _warn_of_room(run, run.reports)
     if preflight.trials or preflight.warnings:
         head, *_ = preflight.text().split("\n", 1)
@@ -93,6 +95,7 @@ def report_step(run: TrainingRun, step_schedule: StepSchedule, result: StepResul
     row = {
         "step": step_schedule.step,
         "tokens": (step_schedule.step + 1) * tokens,
+        "epoch": epochs(config, len(run.batches.tokens), step_schedule.step + 1),
         "loss": result.loss,
         "alpha": step_schedule.alpha,
         "lr": run.schedule.recipe(step_schedule.step, config.train).learning_rate

@@ -13,7 +13,8 @@ import pytest
 
 from sffn_dist.data import corpus, metadata
 from sffn_dist.data.prepare import prepare
-from sffn_dist.data.sources import local, stdlib
+from sffn_dist.data.sources import stdlib
+from sffn_dist.data.sources import text as text_files
 from sffn_dist.data.sources.files import in_reading_order
 from sffn_dist.spec.config import Config, ConfigError, Data
 
@@ -34,8 +35,8 @@ def test_text_files_whatever_their_names(tmp_path: Path) -> None:
 
 
 def test_a_large_text_file_becomes_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "LARGE", 1000)
-    monkeypatch.setattr(local, "PART", 100)
+    monkeypatch.setattr(text_files, "LARGE", 1000)
+    monkeypatch.setattr(text_files, "PART", 100)
     text = "".join(f"line {i}\n" for i in range(500)) + "no line end"
     (tmp_path / "big.txt").write_text(text)
     parts = _read(tmp_path)
@@ -165,6 +166,14 @@ def test_locating_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def _is_utf8(path: Path) -> bool:
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def test_the_standard_library_is_a_corpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, configure: Callable[..., Config]
 ) -> None:
@@ -179,7 +188,7 @@ def test_the_standard_library_is_a_corpus(
     verify(folder)
     opened = open_corpus(folder)
     meta = opened.meta
-    readable = [file for file in some if stdlib.is_utf8(file.path) and file.size]
+    readable = [file for file in some if file.size and _is_utf8(file.path)]
     assert meta.train.documents + meta.heldout.documents == len(readable)
     text = opened.tokenizer.decode(opened.train[:].tolist(), skip_special_tokens=False)
     documents = {file.path.read_text(encoding="utf-8") for file in readable}

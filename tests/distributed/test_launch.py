@@ -125,6 +125,7 @@ def test_what_a_run_writes(whole: tuple[Path, str]) -> None:
     assert not any(name.endswith(".guide") for name in newest["tensors"]), "nothing is left of the guide"
     summary = json.loads((run / "summary.json").read_text())
     wanted = {
+        "epochs",
         "heldout_loss",
         "unigram_entropy",
         "perplexity",

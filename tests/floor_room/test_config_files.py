@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.config_keys import defaults, flatten, key_fields
-from sffn_dist.spec.loading import from_tree, load
+from sffn_dist.spec.loading import from_tree, load, merge_overrides
 from sffn_dist.spec.renamed_keys import RENAMED, translate, translate_flat
 
 SMALL: dict[str, Any] = {
@@ -124,8 +124,28 @@ def test_overrides_read_json_or_text(override: str, value: object, write: Write)
     assert type(node) is type(value)
 
 
-def test_the_last_override_wins_and_makes_absent_sections(write: Write) -> None:
-    assert load(write(SMALL), ["zero.stage=2", "zero.stage=3"]).zero.stage == 3
+def test_an_override_makes_absent_sections(write: Write) -> None:
+    assert load(write(SMALL), ["zero.stage=2"]).zero.stage == 2
+
+
+def test_a_key_given_twice_is_refused(write: Write) -> None:
+    """In the overrides, and in one object of a file; the first value is not dropped in silence."""
+    found = problems(lambda: load(write(SMALL), ["zero.stage=2", "train.seed=1", "zero.stage=3"]))
+    assert found == ("zero.stage = 3: was given before, as 2; give it once",)
+    path = write(SMALL)
+    path.write_text('{"train": {"steps": 1, "seed": 1, "steps": 2}, "zero": {"stage": 1}, "zero": {}}')
+    (problem,) = problems(lambda: load(path))
+    assert problem == f"config file {str(path)!r}: holds zero, train.steps twice in one object; leave one out"
+    over = path.with_name("over.json")
+    over.write_text(json.dumps({"base": path.name}))
+    assert str(path) in problems(lambda: load(over))[0]
+
+
+def test_merged_overrides_hold_a_key_once() -> None:
+    """The later hand wins; what one hand gives twice stays, and is refused."""
+    merged = merge_overrides(["a=1", "b=2"], ["b=3", "c=4"], ["a=5"])
+    assert merged == ("b=3", "c=4", "a=5")
+    assert merge_overrides(["a=1"], ["b=1", "b=2"]) == ("a=1", "b=1", "b=2")
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,10 @@ def test_a_run_resumes(past: Path, name: str, overrides: tuple[str, ...]) -> Non
     assert resumed[6]["seconds"] != expected[6]["seconds"], "step 6 was taken again"
     for key in ("loss", "grad_norm", "lr", "alpha", "guided_share"):
         assert [row[key] for row in resumed] == pytest.approx([row[key] for row in expected], rel=1e-4), key
+    passes = 12 * 4 / (4975 // 16)  # sequences trained on, of those that 4976 tokens hold
+    assert resumed[-1]["epoch"] == pytest.approx(passes)
+    assert json.loads((past / name / "summary.json").read_text())["epochs"] == pytest.approx(passes)
+    assert "4,976 tokens to train on; 12 steps pass over them 0.155 times" in printed
     heldout = [row["heldout_loss"] for row in rows(past / name / "evaluations.jsonl")]
     assert heldout == pytest.approx(
         [row["heldout_loss"] for row in rows(GOLDEN / name / "evaluations.jsonl")], rel=1e-4

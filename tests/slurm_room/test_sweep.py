@@ -31,7 +31,7 @@ def test_every_combination_but_those_left_out(root: Path, tmp_path: Path) -> Non
         },
         "exclude": [{"structure": "dense", "train.learning_rate": [2e-3, 3e-3]}, {"config": "other"}],
     }
-    runs = sweep.expand(sweep.read(write(tmp_path, tree)), ["train.seed=7"], 2)
+    runs = sweep.expand(sweep.read(write(tmp_path, tree)), ["train.seed=7", "train.steps=60"], 2)
     labels = ["dense-learning_rate_0.001", "low-learning_rate_0.001", "low-learning_rate_0.002"]
     assert [run.name for run in runs] == [f"{label}-tensor_{tensor}" for label in labels for tensor in (1, 2)]
     last = runs[-1].config
@@ -41,7 +41,7 @@ def test_every_combination_but_those_left_out(root: Path, tmp_path: Path) -> Non
         2e-3,
         2,
     )
-    assert (last.train.steps, last.train.seed) == (50, 7)
+    assert (last.train.steps, last.train.seed) == (60, 7), "the command line wins over the file"
     assert last.run.dir == f"runs/try/{runs[-1].name}"
 
 
@@ -53,6 +53,14 @@ GOOD = {"name": "x", "configs": ["demo.json"], "grid": {"train.seed": [1, 2]}}
     [
         ("{", "not valid JSON"),
         ("[]", "must hold an object"),
+        (
+            '{"name": "x", "grid": {"train.seed": [1], "train.seed": [2]}}',
+            "holds grid.train.seed twice in one object",
+        ),
+        (
+            {"grid": {"train.seed": [1], "s": {"a": {"train.seed": 2}}}},
+            "train.seed = 2: was given before, as 1",
+        ),
         ({"nmae": "x"}, "nmae: unknown key"),
         ({"name": "a/b"}, 'name = "a/b"'),
         ({"configs": []}, "configs = []"),

@@ -6,18 +6,43 @@ import abc
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from sffn_dist.data.sources.files import SourceFile
 from sffn_dist.spec.config import ConfigError, Data
 
-ROWS = 256  # read at a time from what has many rows
+# read at a time from what has many rows: at most so many, and about so many bytes
+ROWS = 256
+BATCH_BYTES = 8 << 20
+
+
+class BadRow(NamedTuple):
+    """A row or a file that gives no document: where it stands and what is wrong with it.
+
+    ``ends_file``: nothing that follows it in its file could be read either.
+    """
+
+    where: str
+    problem: str
+    key: Literal["data.source", "data.text_field"] = "data.source"
+    ends_file: bool = False
+
+
+class FileNote(NamedTuple):
+    """Something that the owner of a file should hear about, though it stops nothing."""
+
+    note: Literal["holds nothing", "was cut", "is not UTF-8"]
+    file: str
+
+
+Item = str | BadRow | FileNote
 
 
 class Source(abc.ABC):
     """A kind of ``data.source``. Only :meth:`documents` reads text, and imports what that needs."""
 
     form: ClassVar[str]  # what data.source may be, for messages
+    checked_first: ClassVar[bool] = False  # rows may be bad one by one: all are read once before long work
 
     @abc.abstractmethod
     def matches(self, source: str) -> bool:
@@ -43,8 +68,15 @@ class Source(abc.ABC):
         """A short name for the prepared folder."""
 
     @abc.abstractmethod
-    def documents(self, data: Data) -> Iterator[str]:
-        """Every document, in a fixed order; raises ConfigError for a row without its text."""
+    def documents(self, data: Data) -> Iterator[Item]:
+        """Every document in a fixed order, and in its place what gave none.
+
+        Raises ConfigError where the whole source cannot be read, whatever ``data.bad_rows`` says.
+        """
+
+    def contents(self, data: Data) -> list[str]:
+        """Lines that say what is read and what is not, without opening a file; for the plan and the log."""
+        return []
 
 
 def source_error(data: Data, rule: str) -> ConfigError:
@@ -52,29 +84,37 @@ def source_error(data: Data, rule: str) -> ConfigError:
     return ConfigError([f"data.source = {json.dumps(data.source)}: {rule}"])
 
 
-def missing_column_error(data: Data, columns: Iterable[str]) -> ConfigError:
-    """An error about ``data.text_field``, which is none of the ``columns``."""
+def bad_row_message(data: Data, bad: BadRow) -> str:
+    """One bad row as ``key = value: rule``."""
+    rest = "; nothing after it in this file can be read" if bad.ends_file else ""
+    if bad.key == "data.text_field":
+        return f"data.text_field = {json.dumps(data.text_field)}: {bad.problem} ({bad.where})"
+    return f"data.source = {json.dumps(data.source)}: {bad.where} {bad.problem}{rest}"
+
+
+def _missing_column(data: Data, columns: Iterable[str]) -> str:
     names = ", ".join(sorted(map(str, columns))) or "none"
-    return ConfigError(
-        [
-            f"data.text_field = {json.dumps(data.text_field)}: must be a column of data.source = "
-            f"{data.source!r}, which has: {names}"
-        ]
-    )
+    return f"must be a column of data.source = {data.source!r}, which has: {names}"
 
 
-def text_of(data: Data, value: Any) -> str:
-    """The text of a row's ``data.text_field``; null is empty. Raises ConfigError for anything but text."""
+def missing_column_error(data: Data, columns: Iterable[str], where: str) -> ConfigError:
+    """An error about ``data.text_field``, which is none of the ``columns`` of a file or dataset."""
+    bad = BadRow(where, _missing_column(data, columns), "data.text_field")
+    return ConfigError([bad_row_message(data, bad)])
+
+
+def row_item(data: Data, row: Any, where: str) -> Item:
+    """The text of a row's ``data.text_field``; null is empty."""
+    if not isinstance(row, dict):
+        return BadRow(where, f"must hold a JSON object, holds a {type(row).__name__}")
+    if data.text_field not in row:
+        return BadRow(where, _missing_column(data, row), "data.text_field")
+    value = row[data.text_field]
     if value is None:
         return ""
     if not isinstance(value, str):
-        kind = type(value).__name__
-        raise ConfigError(
-            [
-                f"data.text_field = {json.dumps(data.text_field)}: must be a column of text; a "
-                f"row holds a {kind}"
-            ]
-        )
+        problem = f"must be a column of text; a row holds a {type(value).__name__}"
+        return BadRow(where, problem, "data.text_field")
     return value
 
 

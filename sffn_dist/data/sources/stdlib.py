@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sffn_dist.data.sources.base import Source, digest
-from sffn_dist.data.sources.files import SourceFile, in_reading_order, walk, whole_files
+from sffn_dist.data.sources.base import FileNote, Item, Source, digest
+from sffn_dist.data.sources.files import SourceFile, in_reading_order, walk
 from sffn_dist.spec.config import Data
 
 # installed packages are no part of it
@@ -22,7 +22,7 @@ def folder() -> Path:
 
 def files() -> Iterator[SourceFile]:
     """Every source file."""
-    return walk(folder(), (".py",), LEFT_OUT)
+    return walk(folder(), ".py", LEFT_OUT)
 
 
 class StandardLibrary(Source):
@@ -47,14 +47,9 @@ class StandardLibrary(Source):
     def label(self, data: Data) -> str:
         return data.source
 
-    def documents(self, data: Data) -> Iterator[str]:
-        return whole_files([file.path for file in in_reading_order(files()) if is_utf8(file.path)])
-
-
-def is_utf8(path: Path) -> bool:
-    """Whether a file can be read as text."""
-    try:
-        path.read_bytes().decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+    def documents(self, data: Data) -> Iterator[Item]:
+        for file in in_reading_order(files()):
+            try:
+                yield file.path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                yield FileNote("is not UTF-8", str(file.path))
