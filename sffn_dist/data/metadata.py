@@ -7,9 +7,8 @@ A prepared corpus is one folder in ``data.dir``::
                               tokenizer_config.json   generation_config.json
 
 The hash covers all that decides the content, so a changed source, tokenizer or setting means another folder
-and an existing folder never changes. This module answers "which folder?" and "is it whole?"; it imports
-neither numpy nor datasets nor tokenizers, because a run is identified and bad input refused before anything
-heavy is loaded.
+and an existing folder never changes. This module answers "which folder?" and "is it whole?", without numpy,
+datasets and tokenizers: bad input is refused before anything heavy is loaded.
 """
 
 from __future__ import annotations
