@@ -5,7 +5,6 @@ Or, of any two formats, by their logits on the same tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from sffn_dist.checkpoint.manifest import Manifest
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.conversion.formats import HUGGING_FACE, format_of, weights_of
+from sffn_dist.conversion.hf import config_json, names
+from sffn_dist.conversion.hf.tensors import Tensors
 from sffn_dist.spec.config import ConfigError
 
 
@@ -109,12 +110,23 @@ def transformers_model(folder: Path) -> Any:
 
     from sffn_dist.conversion.hf.modeling_sffn import SffnForCausalLM
 
-    structured = (
-        json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        == SffnForCausalLM.config_class.model_type
-    )
+    structured = config_json.read(folder).family is names.SFFN
+    if structured and names.bare_factors(Tensors(folder).shapes):
+        return _renamed(folder, SffnForCausalLM)
     loader: Any = SffnForCausalLM if structured else AutoModelForCausalLM
     return loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+
+@torch.no_grad()
+def _renamed(folder: Path, model_class: Any) -> Any:
+    """A structured export of an earlier version, its tensors by the names that the class has today."""
+    weights = weights_of(folder)
+    model = model_class(model_class.config_class.from_pretrained(folder, local_files_only=True)).float()
+    parameters = dict(model.named_parameters())
+    for name in weights.names():
+        for their_name, part in names.split(names.SFFN, name, weights.full(name), weights.config):
+            parameters[their_name].copy_(part)
+    return model.eval()
 
 
 @torch.no_grad()

@@ -129,6 +129,7 @@ def _structured(config: Config) -> dict[str, Any]:
     return {
         "auto_map": {
             "AutoConfig": "modeling_sffn.SffnConfig",
+            "AutoModel": "modeling_sffn.SffnModel",
             "AutoModelForCausalLM": "modeling_sffn.SffnForCausalLM",
         },
         "norm": config.model.norm,
@@ -161,6 +162,8 @@ def tokenizer_config_json(special: Special, length: int) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": length,
         "clean_up_tokenization_spaces": False,
+        # what generate() takes: transformers 4 would give token_type_ids too
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     names = ("bos_token", "eos_token", "pad_token") if special.text is not None else ()
     return tree | dict.fromkeys(names, special.text)

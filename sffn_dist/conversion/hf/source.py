@@ -63,12 +63,15 @@ class _Source:
     def __init__(self, description: Description, tensors: Tensors):
         self.description, self.tensors, self.config = description, tensors, description.config
         self.specs = model_tensors(self.config, guide=description.guide_alpha is not None)
+        self.family = description.family
+        if self.family.factor_modules and names.bare_factors(tensors.shapes):
+            self.family = names.SFFN_BARE
 
     def full(self, name: str) -> Tensor:
         """A tensor of ours, fp32."""
         if self._absent(name):
             return torch.zeros(self.specs[name].shape)
-        theirs = names.theirs(self.description.family, name)
+        theirs = names.theirs(self.family, name, self.config)
         return names.join([self.tensors.get(self._alias(their_name)) for their_name in theirs], self.config)
 
     def _absent(self, name: str) -> bool:
@@ -107,7 +110,7 @@ class _Source:
             if (
                 their_name not in used
                 and their_name not in tied
-                and not their_name.endswith(self.description.family.unread or ("\0",))
+                and not their_name.endswith(self.family.unread or ("\0",))
             ):
                 yield (
                     f"tensor {shown(their_name)} has no place in the model that {config_json.NAME} describes"
@@ -126,7 +129,7 @@ class _Source:
         return problem + (f"; the nearest there is {near[0]}" if near else "")
 
     def _expected(self, name: str, spec: TensorSpec) -> dict[str, tuple[int, ...]]:
-        shapes = names.shapes(self.description.family, name, spec.shape, self.config)
+        shapes = names.shapes(self.family, name, spec.shape, self.config)
         return {self._alias(their_name): shape for their_name, shape in shapes.items()}
 
 
