@@ -252,6 +252,8 @@ def import_from(options: argparse.Namespace) -> int:
         layers = (0,) if options.dense_layers is None else options.dense_layers
         sizes = {"kind": options.ffn, "rank": options.rank, "blocks": options.blocks, "dense_layers": layers}
         weights = approximated(weights, sizes, guide=options.guide)
+    for notice in weights.notices:
+        print(f"convert.py: {options.source}: {notice}", file=sys.stderr)
     manifest = reshard.write_weights(weights, options.target)
     config = manifest.folder / reshard.START
     print(

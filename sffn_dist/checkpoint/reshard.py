@@ -24,7 +24,7 @@ from sffn_dist.checkpoint.manifest import TOKENIZER, File, Manifest, Piece
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.checkpoint.tensor_file import TensorEntry, TensorFile
 from sffn_dist.checkpoint.versions import revision, versions
-from sffn_dist.checkpoint.weights import Weights
+from sffn_dist.checkpoint.weights import Weights, finite
 from sffn_dist.checkpoint.writer import check_room
 from sffn_dist.parallel.split import shard
 from sffn_dist.spec import loading
@@ -56,10 +56,17 @@ def reshard(source: Manifest, target: Path, *, tensor: int, data: int = 1) -> Ma
 
 
 def write_weights(weights: Weights, target: Path) -> Manifest:
-    """A checkpoint of a model from elsewhere, without moments: for ``init_from``, exports, inspection."""
+    """A checkpoint of a model from elsewhere, without moments: for ``init_from``, exports, inspection.
+
+    Raises ConfigError naming a tensor that holds NaN or inf; nothing is written then.
+    """
     start = json.dumps(start_config(weights, target), indent=1) + "\n"
     texts = {START: start} if weights.tokenizer is None else {START: start, TOKENIZER: weights.tokenizer}
-    return write(header(weights, target), lambda name, _: weights.full(name), target, texts=texts)
+
+    def full(name: str, _: str) -> Tensor:
+        return finite(weights.full(name), name, weights.origin)
+
+    return write(header(weights, target), full, target, texts=texts)
 
 
 def start_config(weights: Weights, target: Path) -> dict[str, Any]:

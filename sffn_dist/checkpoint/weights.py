@@ -8,6 +8,7 @@ a model in memory: a conversion needs about twice the largest tensor.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,10 +40,31 @@ class Weights:
     tokenizer: str | None = None  # the text of its tokenizer.json
     # for model cards: data fingerprint, revision, results, ...
     facts: Mapping[str, Any] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()  # what was decided or left out in reading, for people
 
     def names(self) -> list[str]:
         """Every tensor's name, in the model's order."""
         return list(model_tensors(self.config, guide=self.guide))
+
+
+def finite(tensor: Tensor, name: str, origin: str) -> Tensor:
+    """The tensor as it is; raises ConfigError naming it where a value is NaN or infinite.
+
+    A sum tells in one pass without a copy; only where it is not finite, which finite values can make it too,
+    are the values looked at.
+    """
+    if not math.isfinite(float(tensor.sum())):
+        wrong = int((~torch.isfinite(tensor)).sum())
+        if wrong:
+            raise ConfigError(
+                [f"{origin}: {name} = NaN or inf in {wrong} of {tensor.numel()}: must be finite"]
+            )
+    return tensor
+
+
+def untie(config: Config) -> Config:
+    """The config with an output layer of its own."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"tie_embeddings": False})})
 
 
 def merged(weights: Weights) -> Weights:

@@ -235,7 +235,7 @@ def test_generation_with_a_cache_is_generation_without(
     assert torch.equal(got, model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=False))
 
 
-# ------------------------------------------------------------------------------ what others do with its modules
+# ---------------------------------------------------------------------------- what others do with its modules
 
 
 @pytest.mark.parametrize("variant", ["llama", "starcoder"])

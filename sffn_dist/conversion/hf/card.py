@@ -49,7 +49,8 @@ def card(name: str, weights: Weights, source: Config, ffn: FFN, dtype: DType) ->
         _header(source, weights.facts),
         f"# {_plain(name)}",
         f"A GPT-style language model of {counts.parameters(config):,} parameters.{kind}{steps}",
-        f"## Loading\n\n{LOADING[ffn]}{_ranks(config, ffn)}\n\n```python\n{_snippet(name, weights, ffn)}\n```",
+        f"## Loading\n\n{LOADING[ffn]}{_ranks(config, ffn)}\n\n"
+        f"```python\n{_snippet(name, weights, ffn)}\n```",
         "## Model\n\n" + _table(("setting", "value"), _settings(config, source, dtype)),
         "## Parameters\n\n" + _table(("part", "parameters"), parts),
         "## Provenance\n\n" + _table(("", ""), [("weights of", weights.origin), *_facts(weights.facts)]),

@@ -22,7 +22,7 @@ import torch
 
 from sffn_dist.atomic_io import sync
 from sffn_dist.checkpoint.tensor_file import TensorEntry, TensorFile
-from sffn_dist.checkpoint.weights import Weights, merged
+from sffn_dist.checkpoint.weights import Weights, finite, merged
 from sffn_dist.checkpoint.writer import check_room
 from sffn_dist.conversion.hf import config_json, describe, names
 from sffn_dist.conversion.hf.card import card
@@ -43,8 +43,8 @@ def export(
     """Write ``folder`` and return it; files of tensors hold at most ``shard_bytes`` each, or one tensor.
 
     Raises:
-        ConfigError: ``folder`` is there already, another export writes it, or no architecture fits; nothing
-            is changed then.
+        ConfigError: ``folder`` is there already, another export writes it, or no architecture fits, or a
+            tensor holds NaN or inf; nothing is changed then.
     """
     if ffn not in ("merged", "structured") or dtype not in TORCH_TYPES or shard_bytes < 1:
         raise ConfigError(
@@ -125,7 +125,8 @@ def _tensors(weights: Weights, family: Family, dtype: DType) -> Iterator[tuple[s
                 [f"{weights.origin}: {name} is {list(tensor.shape)}, must be {list(spec.shape)}"]
             )
         for other, part in names.split(family, name, tensor, weights.config):
-            yield other, part.to(TORCH_TYPES[dtype])
+            # rounded, as values beyond a type's range become infinite
+            yield other, finite(part.to(TORCH_TYPES[dtype]), f"{name} ({other})", weights.origin)
         del tensor, part  # before the next one is read: only one is in memory
 
 
