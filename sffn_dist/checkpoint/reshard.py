@@ -58,9 +58,12 @@ def reshard(source: Manifest, target: Path, *, tensor: int, data: int = 1) -> Ma
 def write_weights(weights: Weights, target: Path) -> Manifest:
     """A checkpoint of a model from elsewhere, without moments: for ``init_from``, exports, inspection.
 
-    Raises ConfigError naming a tensor that holds NaN or inf; nothing is written then.
+    Raises ConfigError where no run could have this config, or naming a tensor that holds NaN or inf; nothing
+    is written then.
     """
-    start = json.dumps(start_config(weights, target), indent=1) + "\n"
+    tree = start_config(weights, target)
+    loading.from_tree({**tree, "train": {"steps": 1}})  # what a run that starts from it checks first
+    start = json.dumps(tree, indent=1) + "\n"
     texts = {START: start} if weights.tokenizer is None else {START: start, TOKENIZER: weights.tokenizer}
 
     def full(name: str, _: str) -> Tensor:

@@ -67,6 +67,42 @@ def untie(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"tie_embeddings": False})})
 
 
+TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")  # a row for each token
+
+
+def padded(weights: Weights, multiple: int) -> Weights:
+    """The same model with rows of zeros after its vocabulary, up to a multiple of ``multiple``.
+
+    ``model.vocab_unpadded`` says how many rows stand for tokens.
+    """
+    vocab = weights.config.model.vocab
+    return _with_rows(weights, vocab + -vocab % multiple)
+
+
+def trimmed(weights: Weights) -> Weights:
+    """The same model without the rows that only pad its vocabulary."""
+    return _with_rows(weights, weights.config.vocab_unpadded)
+
+
+def _with_rows(weights: Weights, rows: int) -> Weights:
+    """``rows`` rows of the embedding, and of the output layer: the first ones, then zeros."""
+    vocab, unpadded = weights.config.model.vocab, weights.config.vocab_unpadded
+    if rows == vocab:
+        return weights
+    settings = {"vocab": rows, "vocab_unpadded": None if rows == unpadded else unpadded}
+    model = weights.config.model.model_copy(update=settings)
+
+    def full(name: str) -> Tensor:
+        tensor = weights.full(name)
+        if name not in TABLES:
+            return tensor
+        kept = tensor[:rows]
+        return torch.cat([kept, kept.new_zeros(rows - len(kept), *kept.shape[1:])])
+
+    config = weights.config.model_copy(update={"model": model})
+    return dataclasses.replace(weights, config=config, full=full)
+
+
 def merged(weights: Weights) -> Weights:
     """The same map with dense feed-forward layers: W = U V multiplied out, guides folded in with their
     alpha.

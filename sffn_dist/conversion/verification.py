@@ -75,13 +75,14 @@ def compare_logits(a: Path, b: Path, *, rows: int = 2, length: int = 64, seed: i
     Raises ConfigError where the vocabularies differ.
     """
     sizes = [
-        (weights.config.model.vocab, weights.config.model.sequence) for weights in map(weights_of, (a, b))
+        (weights.config.vocab_unpadded, weights.config.model.sequence) for weights in map(weights_of, (a, b))
     ]
     if sizes[0][0] != sizes[1][0]:
         raise ConfigError([f"{b}: a vocabulary of {sizes[1][0]}, {a} has {sizes[0][0]}: nothing to compare"])
     shape = (rows, min(length, sizes[0][1], sizes[1][1]))
     tokens = torch.randint(0, sizes[0][0], shape, generator=torch.Generator().manual_seed(seed))
-    first, second = logits_of(a, tokens).double(), logits_of(b, tokens).double()
+    # logits of rows that pad the vocabulary are masked here, and of no meaning elsewhere
+    first, second = (logits_of(path, tokens)[..., : sizes[0][0]].double() for path in (a, b))
     rms = (first - second).square().mean().sqrt() / first.square().mean().sqrt()
     same = (first.argmax(-1) == second.argmax(-1)).double().mean()
     return LogitsDifference(float((first - second).abs().max()), float(rms), float(same))

@@ -102,9 +102,9 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
 
 def _tokenizer(config: Config) -> Tokenizer:
     if config.data.tokenizer is not None:
-        return load_tokenizer(config.data.tokenizer, config.model.vocab)
+        return load_tokenizer(config.data.tokenizer, config.vocab_unpadded)
     started = time.monotonic()
-    tokenizer = train_tokenizer(documents(config.data), config.model.vocab)
+    tokenizer = train_tokenizer(documents(config.data), config.vocab_unpadded)
     log.info(
         "trained a byte-level BPE of %d entries in %.1f s", vocab_size(tokenizer), time.monotonic() - started
     )

@@ -85,18 +85,18 @@ def locate(config: Config) -> Path:
     Raises:
         ConfigError: bad ``data.source``, ``data.tokenizer`` or ``model.vocab``.
     """
-    check_source(config.data, config.model.vocab)
+    check_source(config.data, config.vocab_unpadded)
     source = source_of(config.data.source)
     identity = {
         "format": FORMAT,
         "source": source.identity(config.data),
         "tokenizer": hash_file(Path(config.data.tokenizer).expanduser()) if config.data.tokenizer else None,
-        "vocab": config.model.vocab,
+        "vocab": config.vocab_unpadded,
         "heldout_share": config.data.heldout_share,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     label = re.sub(r"[^A-Za-z0-9_]+", "-", source.label(config.data)).strip("-")[:40] or "corpus"
-    return Path(config.data.dir).expanduser() / f"{label}-v{config.model.vocab}-{key}"
+    return Path(config.data.dir).expanduser() / f"{label}-v{config.vocab_unpadded}-{key}"
 
 
 # -------------------------------------------------------------------------------------------------- meta.json

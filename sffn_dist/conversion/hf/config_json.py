@@ -197,6 +197,7 @@ def _tree(values: Values, model_type: str) -> tuple[dict[str, Any], frozenset[st
         "attention_dim": heads * (head_dim or max(1, width // heads)),
         "sequence": values.integer("max_position_embeddings"),
         "vocab": values.integer("vocab_size"),
+        "vocab_unpadded": values.integer_or("unpadded_vocab_size", None),
         "norm": "layernorm" if layernorm else "rmsnorm",
         "norm_epsilon": values.number(epsilon),
         "activation": values.choice("hidden_act", SWIGLU if gated else GELU),

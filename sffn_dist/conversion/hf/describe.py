@@ -88,6 +88,8 @@ def config_json(
         "pad_token_id": None,
         "dtype": DTYPES[dtype],
     }
+    if config.vocab_unpadded < model.vocab:
+        tree["unpadded_vocab_size"] = config.vocab_unpadded  # of ours, which an import reads again
     if family is STARCODER2:
         dropouts = dict.fromkeys(("residual_dropout", "embedding_dropout"), 0.0)
         starcoder = {

@@ -171,7 +171,11 @@ def _write_rest(
     alpha = weights.alpha if weights.guide else None
     tree = describe.config_json(weights.config, family, dtype, special, alpha, weights.step)
     _write_json(folder / config_json.NAME, tree)
-    _write_json(folder / "generation_config.json", describe.generation_config_json(special))
+    generation = describe.generation_config_json(special)
+    padding = range(weights.config.vocab_unpadded, weights.config.model.vocab)
+    if padding:  # rows that stand for no token are never sampled
+        generation = {**generation, "suppress_tokens": list(padding)}
+    _write_json(folder / "generation_config.json", generation)
     if weights.tokenizer is not None:
         _write_text(folder / "tokenizer.json", weights.tokenizer)
         settings = describe.tokenizer_config_json(special, weights.config.model.sequence)
