@@ -3,6 +3,7 @@
 # make test-slurm    jobs on a real Slurm on this machine, for some minutes; needs root and Debian's packages slurmctld slurmd slurm-client munge
 # make test-faults   runs and saves killed at random moments, disks that fill, ranks that hang or lie, for a quarter of an hour;
 #                    their table goes to TABLE
+# make test-versions exported folders under transformers 4.48, the newest 4 and 5; pip brings those, once, below build/
 PYTHON ?= python3
 VENV ?= .venv
 # where torch comes from, if not from pip's default: TORCH_OPTIONS="--index-url ..."
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 TABLE ?= benchmarks/results/faults_cpu.csv
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo test test-faults test-slurm lint clean
+.PHONY: install demo test test-faults test-slurm test-versions lint clean
 
 install: $(READY)
 
@@ -36,6 +37,9 @@ test-faults: $(READY)
 
 test-slurm: $(READY)
 	$(BIN)/python -m pytest -m slurm tests/slurm_room
+
+test-versions: $(READY)
+	$(BIN)/python -m pytest -s -m versions tests/checkpoint_room/test_hf_versions.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

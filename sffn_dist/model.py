@@ -143,9 +143,27 @@ def build(config: Config, precision: str, topology: Topology, *, guide: bool) ->
             layer.forward = functools.partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
+    _mask_padding(model, config, topology)
     _mark_parameters(model, config)
     sum_partial_gradients(model, topology.tensor_group)
     return model
+
+
+def _mask_padding(model: GPTModel, config: Config, topology: Topology) -> None:
+    """Logits of the rows that only pad the vocabulary are the lowest there is: no probability goes there, in
+    the loss or in sampling, and no gradient comes from there.
+    """
+    rows = config.model.vocab // topology.tensor_parallel_size
+    first = max(0, config.vocab_unpadded - topology.tensor_parallel_rank * rows)
+    if first >= rows:
+        return
+
+    def mask(_: object, __: object, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        logits, bias = output
+        padding = torch.arange(rows, device=logits.device) >= first
+        return logits.masked_fill(padding, torch.finfo(logits.dtype).min), bias
+
+    model.output_layer.register_forward_hook(mask)
 
 
 def _mark_parameters(model: GPTModel, config: Config) -> None:

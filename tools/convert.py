@@ -72,12 +72,22 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     subparser.add_argument("--ffn", choices=("merged", "structured"), required=True)
     subparser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     subparser.add_argument(
+        "--trim-vocab", action="store_true", help="leave out the rows that pad the vocabulary"
+    )
+    subparser.add_argument(
         "--shard-size", type=_gigabytes, default=5_000_000_000, metavar="GB", help="of a file (default 5)"
     )
     for source in IMPORTERS:
         subparser = command(f"from-{source.name}", import_from, "source", "target")
         if source.imports_dense:
             subparser.add_argument("--ffn", choices=structured_kinds(), help="default: stays dense")
+            subparser.add_argument(
+                "--pad-vocab-to-multiple",
+                type=_positive,
+                default=1,
+                metavar="N",
+                help="rows of zeros after the vocabulary, never sampled, such that N divides it",
+            )
             subparser.add_argument("--rank", type=_positive)
             subparser.add_argument("--blocks", type=_positive)
             subparser.add_argument(
@@ -227,14 +237,15 @@ def _intact(path: Path) -> Manifest:
 
 def to_hf(options: argparse.Namespace) -> int:
     """A folder that transformers loads."""
+    from sffn_dist.checkpoint.weights import trimmed
     from sffn_dist.conversion.hf import export
 
     if is_checkpoint(options.source):
         _intact(options.source)
-    size = options.shard_size
-    folder = export.export(
-        weights_of(options.source), options.target, ffn=options.ffn, dtype=options.dtype, shard_bytes=size
-    )
+    size, weights = options.shard_size, weights_of(options.source)
+    if options.trim_vocab:
+        weights = trimmed(weights)
+    folder = export.export(weights, options.target, ffn=options.ffn, dtype=options.dtype, shard_bytes=size)
     print(folder)
     return 0
 
@@ -242,7 +253,7 @@ def to_hf(options: argparse.Namespace) -> int:
 def import_from(options: argparse.Namespace) -> int:
     """A checkpoint of a model from elsewhere, for ``init_from``."""
     from sffn_dist.checkpoint import reshard
-    from sffn_dist.checkpoint.weights import approximated
+    from sffn_dist.checkpoint.weights import approximated, padded
 
     expected, actual = options.command.removeprefix("from-"), format_of(options.source)
     if actual.name != expected:
@@ -252,13 +263,33 @@ def import_from(options: argparse.Namespace) -> int:
         layers = (0,) if options.dense_layers is None else options.dense_layers
         sizes = {"kind": options.ffn, "rank": options.rank, "blocks": options.blocks, "dense_layers": layers}
         weights = approximated(weights, sizes, guide=options.guide)
+    weights = padded(weights, getattr(options, "pad_vocab_to_multiple", 1))
+    for notice in weights.notices:
+        print(f"convert.py: {options.source}: {notice}", file=sys.stderr)
     manifest = reshard.write_weights(weights, options.target)
     config = manifest.folder / reshard.START
-    print(
-        f"{manifest.folder}: {manifest.bytes / 1e6:,.1f} MB; to train on: pretrain.py --config {config} "
-        f"train.steps=... (or name it as base)"
-    )
+    advice = f"to train on: pretrain.py --config {config} train.steps=... (or name it as base)"
+    if problems := _training_problems(config):
+        advice = f"to train on it, {config} needs changes first"
+        print_errors("convert.py", problems)
+    print(f"{manifest.folder}: {manifest.bytes / 1e6:,.1f} MB; {advice}")
     return 0
+
+
+def _training_problems(start: Path) -> Sequence[str]:
+    """Why a run with the config ``start`` would be refused: the trainer's own checks, tokenizer included."""
+    from sffn_dist.data.tokenizer import load_tokenizer
+    from sffn_dist.launch import checks
+    from sffn_dist.spec import loading
+
+    try:
+        config = loading.load(start, ["train.steps=1"])
+        checks.check_run(config, 1, starts=False)
+        if config.data.tokenizer is not None:
+            load_tokenizer(config.data, config.vocab_unpadded)
+    except ConfigError as error:
+        return error.problems
+    return ()
 
 
 def to_deepspeed(options: argparse.Namespace) -> int:

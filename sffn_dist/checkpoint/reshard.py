@@ -24,7 +24,7 @@ from sffn_dist.checkpoint.manifest import TOKENIZER, TOKENIZER_SETTINGS, File, M
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.checkpoint.tensor_file import TensorEntry, TensorFile
 from sffn_dist.checkpoint.versions import revision, versions
-from sffn_dist.checkpoint.weights import Weights
+from sffn_dist.checkpoint.weights import Weights, finite
 from sffn_dist.checkpoint.writer import check_room
 from sffn_dist.parallel.split import shard
 from sffn_dist.spec import loading
@@ -56,12 +56,21 @@ def reshard(source: Manifest, target: Path, *, tensor: int, data: int = 1) -> Ma
 
 
 def write_weights(weights: Weights, target: Path) -> Manifest:
-    """A checkpoint of a model from elsewhere, without moments: for ``init_from``, exports, inspection."""
-    start = strict_json.dumps(start_config(weights, target), indent=1) + "\n"
-    texts = {START: start, **weights.tokenizer_settings}
+    """A checkpoint of a model from elsewhere, without moments: for ``init_from``, exports, inspection.
+
+    Raises ConfigError where no run could have this config, or naming a tensor that holds NaN or inf; nothing
+    is written then.
+    """
+    tree = start_config(weights, target)
+    loading.from_tree({**tree, "train": {"steps": 1}})  # what a run that starts from it checks first
+    texts = {START: strict_json.dumps(tree, indent=1) + "\n", **weights.tokenizer_settings}
     if weights.tokenizer is not None:
         texts[TOKENIZER] = weights.tokenizer
-    return write(header(weights, target), lambda name, _: weights.full(name), target, texts=texts)
+
+    def full(name: str, _: str) -> Tensor:
+        return finite(weights.full(name), name, weights.origin)
+
+    return write(header(weights, target), full, target, texts=texts)
 
 
 def start_config(weights: Weights, target: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ a model in memory: a conversion needs about twice the largest tensor.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,10 +43,67 @@ class Weights:
     trained: bool = False  # on a corpus of ours: ``config.data`` says what was put around documents
     # for model cards: data fingerprint, revision, results, ...
     facts: Mapping[str, Any] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()  # what was decided or left out in reading, for people
 
     def names(self) -> list[str]:
         """Every tensor's name, in the model's order."""
         return list(model_tensors(self.config, guide=self.guide))
+
+
+def finite(tensor: Tensor, name: str, origin: str) -> Tensor:
+    """The tensor as it is; raises ConfigError naming it where a value is NaN or infinite.
+
+    A sum tells in one pass without a copy; only where it is not finite, which finite values can make it too,
+    are the values looked at.
+    """
+    if not math.isfinite(float(tensor.sum())):
+        wrong = int((~torch.isfinite(tensor)).sum())
+        if wrong:
+            raise ConfigError(
+                [f"{origin}: {name} = NaN or inf in {wrong} of {tensor.numel()}: must be finite"]
+            )
+    return tensor
+
+
+def untie(config: Config) -> Config:
+    """The config with an output layer of its own."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"tie_embeddings": False})})
+
+
+TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")  # a row for each token
+
+
+def padded(weights: Weights, multiple: int) -> Weights:
+    """The same model with rows of zeros after its vocabulary, up to a multiple of ``multiple``.
+
+    ``model.vocab_unpadded`` says how many rows stand for tokens.
+    """
+    vocab = weights.config.model.vocab
+    return _with_rows(weights, vocab + -vocab % multiple)
+
+
+def trimmed(weights: Weights) -> Weights:
+    """The same model without the rows that only pad its vocabulary."""
+    return _with_rows(weights, weights.config.vocab_unpadded)
+
+
+def _with_rows(weights: Weights, rows: int) -> Weights:
+    """``rows`` rows of the embedding, and of the output layer: the first ones, then zeros."""
+    vocab, unpadded = weights.config.model.vocab, weights.config.vocab_unpadded
+    if rows == vocab:
+        return weights
+    settings = {"vocab": rows, "vocab_unpadded": None if rows == unpadded else unpadded}
+    model = weights.config.model.model_copy(update=settings)
+
+    def full(name: str) -> Tensor:
+        tensor = weights.full(name)
+        if name not in TABLES:
+            return tensor
+        kept = tensor[:rows]
+        return torch.cat([kept, kept.new_zeros(rows - len(kept), *kept.shape[1:])])
+
+    config = weights.config.model_copy(update={"model": model})
+    return dataclasses.replace(weights, config=config, full=full)
 
 
 def merged(weights: Weights) -> Weights:

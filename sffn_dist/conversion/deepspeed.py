@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from sffn_dist.atomic_io import sync
-from sffn_dist.checkpoint.weights import Weights
+from sffn_dist.checkpoint.weights import Weights, finite
 from sffn_dist.conversion import inferred_config, pickles
 from sffn_dist.parallel.split import shard
 from sffn_dist.spec import loading, schedule
@@ -150,6 +150,7 @@ def write(
         split_info = {"cat_dim": axis, **({"param_n_sub_params": parts} if parts > 1 else {})}
         for kind, file in FILES.items():
             full = weights.full(name) if kind == "weight" else moments(name, kind)
+            finite(full, f"{kind} of {name}", weights.origin)
             _save({"param": full.contiguous(), **split_info}, target / f"{file}.pt")
         _save(torch.tensor(float(steps[name])), target / "step.pt")
     _save(_optimizer_state(weights, steps), place / "zero" / "optimizer_state.pt")
@@ -236,13 +237,17 @@ def read(folder: Path, config: Config | None = None) -> Universal:
         name: _fitting(files[name, "weight"], specs[name].shape if name in specs else None) for name in names
     }
     problems = inferred_config.mismatches(shapes, {name: spec.shape for name, spec in specs.items()})
+    folders = sorted(path.name for path in (place / "zero").iterdir() if path.is_dir())
+    bare = [name for name in folders if name not in names and name not in specs]
+    problems += [f"zero/{name} has no fp32.pt, and is no tensor of the config's model" for name in bare[:20]]
     if problems:
         raise ConfigError([f"{place}: {problem}" for problem in problems])
 
     def full(name: str, kind: str) -> Tensor:
         if _fitting(files[name, kind], specs[name].shape) != specs[name].shape:
             raise ConfigError([f"{files[name, kind]}: is not of shape {list(specs[name].shape)}"])
-        return pickles.full_precision(_held(files[name, kind])).view(specs[name].shape)
+        tensor = pickles.full_precision(_held(files[name, kind])).view(specs[name].shape)
+        return finite(tensor, f"{kind} of {name}", str(place))
 
     common_step = _step_of_all(place)
     steps = {

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sffn_dist.checkpoint.weights import Weights
+from sffn_dist.checkpoint.weights import Weights, untie
 from sffn_dist.conversion import inferred_config
 from sffn_dist.conversion.megatron_files import open_checkpoint
 from sffn_dist.conversion.megatron_tensor import MegatronCheckpoint, MegatronTensor
@@ -96,6 +96,13 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Weights:
         train={"steps": max(checkpoint.iteration, 1), **inferred_config.recipe(checkpoint.arguments, RECIPE)},
         guide={},
     )
+    notices = [f"not imported: {name}" for name in checkpoint.unused]
+    if config.model.tie_embeddings and _untied(entries):
+        config = untie(config)
+        notices.append(
+            "output_layer.weight differs from the embedding, though the model is said to tie them: kept, as "
+            "model.tie_embeddings = false"
+        )
     shapes = {name: spec.shape for name, spec in model_tensors(config, guide=False).items()}
     if config.model.bias:
         entries = {**_zero_biases(entries, shapes), **entries}
@@ -113,8 +120,19 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Weights:
 
     facts = {"format": "megatron", "arguments": _plain(checkpoint.arguments)}
     return Weights(
-        config=config, full=full, origin=str(checkpoint.folder), step=checkpoint.iteration, facts=facts
+        config=config,
+        full=full,
+        origin=str(checkpoint.folder),
+        step=checkpoint.iteration,
+        facts=facts,
+        notices=tuple(notices),
     )
+
+
+def _untied(entries: Mapping[str, MegatronTensor]) -> bool:
+    """Whether there is an output layer, and it is not the embedding."""
+    table, head = entries[inferred_config.TABLE], entries.get(inferred_config.OUTPUT)
+    return head is not None and (head.shape != table.shape or not torch.equal(head.read(), table.read()))
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from sffn_dist.conversion.megatron_tensor import (
     NUMBERED,
     MegatronCheckpoint,
     MegatronTensor,
+    beside,
     iteration_of,
 )
 from sffn_dist.conversion.megatron_torch_dist import torch_dist
@@ -130,7 +132,10 @@ def _legacy(folder: Path, places: Mapping[tuple[int, int], Path]) -> MegatronChe
             key = f"model{chunk}" if "model0" in files[0, stage] else "model"
             parts = [_state(places[rank, stage], files[rank, stage].get(key)) for rank in range(tensor)]
             layers += _add(folder, entries, parts, layers)
-    return MegatronCheckpoint(folder, entries, pickles.attributes(first.get("args")), iteration_of(first))
+    keys = [*first, *(key for state in first.values() if isinstance(state, dict) for key in state)]
+    unused = beside(key for key in keys if isinstance(key, str))
+    arguments = pickles.attributes(first.get("args"))
+    return MegatronCheckpoint(folder, entries, arguments, iteration_of(first), unused)
 
 
 def _state(path: Path, state: object) -> dict[str, Tensor]:
@@ -163,15 +168,34 @@ def _add(
         if numbered:
             layers = max(layers, int(numbered[1]) + 1)
             name = f"decoder.layers.{before + int(numbered[1])}.{numbered[2]}"
-        if name not in entries:  # the last stage has a copy of the tied embedding
-            entries[name] = _joined(key, [piece for piece in pieces if piece is not None], parts[0])
+        joined = _joined(folder, key, [piece for piece in pieces if piece is not None], parts[0])
+        if name in entries:  # the last stage has a copy of the tied embedding
+            joined = MegatronTensor(
+                joined.shape, functools.partial(_same, folder, name, entries[name], joined)
+            )
+        entries[name] = joined
     return layers
 
 
-def _joined(key: str, pieces: list[Tensor], part: Mapping[str, Tensor]) -> MegatronTensor:
+def _same(folder: Path, name: str, first: MegatronTensor, second: MegatronTensor) -> Tensor:
+    """A tensor that two pipeline stages hold; raises ConfigError where theirs differ."""
+    tensor = first.read()
+    if first.shape != second.shape or not torch.equal(tensor, second.read()):
+        raise ConfigError([f"{folder}: pipeline-parallel stages do not agree on {name}"])
+    return tensor
+
+
+def _replicated(folder: Path, key: str, pieces: list[Tensor]) -> Tensor:
+    """A tensor that every tensor-parallel rank holds whole; raises ConfigError where theirs differ."""
+    if any(not torch.equal(piece, pieces[0]) for piece in pieces[1:]):
+        raise ConfigError([f"{folder}: tensor-parallel ranks hold different values of {key}, must be equal"])
+    return pickles.full_precision(pieces[0])
+
+
+def _joined(folder: Path, key: str, pieces: list[Tensor], part: Mapping[str, Tensor]) -> MegatronTensor:
     dim = next((axis for end, axis in CUT.items() if key.endswith(end) and len(pieces) > 1), None)
     if dim is None or pieces[0].dim() <= dim:
-        return MegatronTensor(tuple(pieces[0].shape), lambda: pickles.full_precision(pieces[0]))
+        return MegatronTensor(tuple(pieces[0].shape), functools.partial(_replicated, folder, key, pieces))
     shape = tuple(size * (len(pieces) if axis == dim else 1) for axis, size in enumerate(pieces[0].shape))
     gated = False
     if ".linear_fc1." in key:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,18 @@ class MegatronCheckpoint:
     entries: Mapping[str, MegatronTensor]
     arguments: Mapping[str, Any]  # Megatron-LM's command line; empty if it was not kept
     iteration: int
+    unused: tuple[str, ...] = ()  # what else of tensors is in it, in words
 
 
 def iteration_of(tree: Mapping[str, Any]) -> int:
     return value if isinstance(value := tree.get("iteration"), int) and 0 <= value < 2**53 else 0
+
+
+def beside(keys: Iterable[str]) -> tuple[str, ...]:
+    """What of these is beside the model, in words: each kind with the number of its tensors."""
+    kinds = Counter(
+        "Transformer Engine's _extra_state" if "_extra_state" in key else re.split(r"[./]", key)[0]
+        for key in keys
+        if BESIDE.fullmatch(key)
+    )
+    return tuple(f"{kind} ({count} entries)" for kind, count in kinds.items())

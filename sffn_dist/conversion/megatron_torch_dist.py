@@ -24,7 +24,13 @@ import torch
 from torch import Tensor
 
 from sffn_dist.conversion import pickles
-from sffn_dist.conversion.megatron_tensor import BESIDE, MegatronCheckpoint, MegatronTensor, iteration_of
+from sffn_dist.conversion.megatron_tensor import (
+    BESIDE,
+    MegatronCheckpoint,
+    MegatronTensor,
+    beside,
+    iteration_of,
+)
 from sffn_dist.spec.config import ConfigError
 
 STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
@@ -70,7 +76,8 @@ def torch_dist(folder: Path) -> MegatronCheckpoint:
             entries[f"decoder.layers.{layer}.{stacked[1]}"] = MegatronTensor(
                 shape[1:], partial(_box, folder, key, at, box, chunks, layer=True)
             )
-    return MegatronCheckpoint(folder, entries, pickles.attributes(common.get("args")), iteration_of(common))
+    arguments = pickles.attributes(common.get("args"))
+    return MegatronCheckpoint(folder, entries, arguments, iteration_of(common), beside(tensors))
 
 
 def _parse(metadata: object) -> dict[str, tuple[tuple[int, ...], list[_Chunk]]]:

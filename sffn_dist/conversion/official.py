@@ -63,6 +63,7 @@ LEAVES = {
 # neither weights nor needed: Transformer Engine's records of fp8 scales, and what older code kept of rotary
 # embeddings
 IDLE = re.compile(r".*\._extra_state|.*\.inv_freq")
+BESIDE = ("optimizer", "scheduler", "lr_scheduler", "scaler")  # kept by their trainer beside the model
 LAYER = re.compile(r"model\.layers\.(\d{1,4})\.(.+)\.(\w+)")
 
 
@@ -107,8 +108,19 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Weights:
         "settings": settings,
         "guide_dropped": alpha == 0 and any(map(is_guide, tensors)),
     }
+    notices = [f"not imported: {key}" for key in loaded if key in BESIDE and state is not loaded]
+    notices += [f"not imported: {key}" for key in state if IDLE.fullmatch(key)]
+    if facts["guide_dropped"]:
+        notices.append("not imported: the guides, whose time is over (alpha = 0)")
     return Weights(
-        config=config, full=full, origin=str(path), guide=alpha > 0, alpha=alpha, step=step, facts=facts
+        config=config,
+        full=full,
+        origin=str(path),
+        guide=alpha > 0,
+        alpha=alpha,
+        step=step,
+        facts=facts,
+        notices=tuple(notices),
     )
 
 

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from sffn_dist.conversion import downloads
 from sffn_dist.spec.config import ConfigError
 
 # Data that frameworks keep beside tensors: configs, arguments, enums, random states. As stand-ins all of them
@@ -133,6 +134,7 @@ def _refuse(path: Path, names: Iterable[str]) -> None:
 
 def load(path: Path) -> Any:
     """What torch.save wrote to a file; tensors stay on disk until they are read."""
+    downloads.check(path)
     try:
         with path.open("rb") as file:
             names = _globals(path, file)
@@ -145,6 +147,7 @@ def load(path: Path) -> Any:
 
 def load_part(path: Path, start: int, length: int) -> Any:
     """What torch.save wrote to bytes ``start`` .. ``start + length`` of a file; tensors are read at once."""
+    downloads.check(path)
     try:
         with io.BufferedReader(_Window(path, start, length)) as file:
             names = _globals(path, file)
@@ -259,6 +262,7 @@ class _Unpickler(pickle.Unpickler):
 
 def unpickle(path: Path) -> Any:
     """What pickle.dump wrote to a file, every object of a class a stand-in."""
+    downloads.check(path)
     try:
         data = path.read_bytes()
         for opcode, argument, _ in pickletools.genops(data):

@@ -5,7 +5,6 @@ Or, of any two formats, by their logits on the same tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from sffn_dist.checkpoint.manifest import Manifest
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.checkpoint.weights import Weights
 from sffn_dist.conversion.formats import HUGGING_FACE, format_of, weights_of
+from sffn_dist.conversion.hf import config_json, names
+from sffn_dist.conversion.hf.tensors import Tensors
 from sffn_dist.spec.config import ConfigError
 
 
@@ -74,13 +75,14 @@ def compare_logits(a: Path, b: Path, *, rows: int = 2, length: int = 64, seed: i
     Raises ConfigError where the vocabularies differ.
     """
     sizes = [
-        (weights.config.model.vocab, weights.config.model.sequence) for weights in map(weights_of, (a, b))
+        (weights.config.vocab_unpadded, weights.config.model.sequence) for weights in map(weights_of, (a, b))
     ]
     if sizes[0][0] != sizes[1][0]:
         raise ConfigError([f"{b}: a vocabulary of {sizes[1][0]}, {a} has {sizes[0][0]}: nothing to compare"])
     shape = (rows, min(length, sizes[0][1], sizes[1][1]))
     tokens = torch.randint(0, sizes[0][0], shape, generator=torch.Generator().manual_seed(seed))
-    first, second = logits_of(a, tokens).double(), logits_of(b, tokens).double()
+    # logits of rows that pad the vocabulary are masked here, and of no meaning elsewhere
+    first, second = (logits_of(path, tokens)[..., : sizes[0][0]].double() for path in (a, b))
     rms = (first - second).square().mean().sqrt() / first.square().mean().sqrt()
     same = (first.argmax(-1) == second.argmax(-1)).double().mean()
     return LogitsDifference(float((first - second).abs().max()), float(rms), float(same))
@@ -109,12 +111,23 @@ def transformers_model(folder: Path) -> Any:
 
     from sffn_dist.conversion.hf.modeling_sffn import SffnForCausalLM
 
-    structured = (
-        json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        == SffnForCausalLM.config_class.model_type
-    )
+    structured = config_json.read(folder).family is names.SFFN
+    if structured and names.bare_factors(Tensors(folder).shapes):
+        return _renamed(folder, SffnForCausalLM)
     loader: Any = SffnForCausalLM if structured else AutoModelForCausalLM
     return loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+
+@torch.no_grad()
+def _renamed(folder: Path, model_class: Any) -> Any:
+    """A structured export of an earlier version, its tensors by the names that the class has today."""
+    weights = weights_of(folder)
+    model = model_class(model_class.config_class.from_pretrained(folder, local_files_only=True)).float()
+    parameters = dict(model.named_parameters())
+    for name in weights.names():
+        for their_name, part in names.split(names.SFFN, name, weights.full(name), weights.config):
+            parameters[their_name].copy_(part)
+    return model.eval()
 
 
 @torch.no_grad()

@@ -139,10 +139,10 @@ def build(config: Config, folder: Path, name: str, shard_tokens: int = SHARD_TOK
 
 def _tokenizer(config: Config) -> CorpusTokenizer:
     if config.data.tokenizer is not None:
-        return load_tokenizer(config.data, config.model.vocab)
+        return load_tokenizer(config.data, config.vocab_unpadded)
     started = time.monotonic()
     end = config.data.end_of_text or END_OF_TEXT
-    tokenizer = train_tokenizer(documents(config.data), config.model.vocab, end)
+    tokenizer = train_tokenizer(documents(config.data), config.vocab_unpadded, end)
     log.info(
         "trained a byte-level BPE of %d entries in %.1f s", vocab_size(tokenizer), time.monotonic() - started
     )

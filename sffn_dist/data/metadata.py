@@ -88,10 +88,10 @@ def locate(config: Config) -> Path:
     Raises:
         ConfigError: bad ``data.source``, ``data.tokenizer`` or ``model.vocab``.
     """
-    check_source(config.data, config.model.vocab)
+    check_source(config.data, config.vocab_unpadded)
     data = config.data
     if _source_problem(data) or tokenizer_files.problem(data):
-        return without_source(data, config.model.vocab)[0]
+        return without_source(data, config.vocab_unpadded)[0]
     try:
         with explained("data.tokenizer", data.tokenizer or ""):
             tokenizer = tokenizer_files.identity(data)
@@ -113,12 +113,12 @@ def _folder(config: Config, tokenizer: dict[str, Any]) -> Path:
         "format": FORMAT,
         "source": source_identity,
         **tokenizer,
-        "vocab": config.model.vocab,
+        "vocab": config.vocab_unpadded,
         "heldout_share": config.data.heldout_share,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     label = re.sub(r"[^A-Za-z0-9_]+", "-", source.label(config.data)).strip("-")[:40] or "corpus"
-    return Path(config.data.dir).expanduser() / f"{label}-v{config.model.vocab}-{key}"
+    return Path(config.data.dir).expanduser() / f"{label}-v{config.vocab_unpadded}-{key}"
 
 
 def prepared_from(config: Config) -> PreparedFrom | None:
@@ -140,7 +140,7 @@ def _prepared_from(config: Config, tokenizer: dict[str, Any], files: list[Source
 
 def _settings_digest(config: Config, tokenizer: dict[str, Any]) -> str:
     text_field = source_of(config.data.source).identity(config.data).get("text_field")
-    return digest([tokenizer, config.model.vocab, config.data.heldout_share, text_field])
+    return digest([tokenizer, config.vocab_unpadded, config.data.heldout_share, text_field])
 
 
 def _same_content(config: Config, tokenizer: dict[str, Any], folder: Path) -> Path | None:

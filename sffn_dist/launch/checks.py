@@ -23,7 +23,7 @@ def check_run(config: Config, ranks: int, *, starts: bool = True) -> None:
     ``starts``: the run is to be started, not only planned, so run.dir must hold no other one.
     """
     validation.check_world(config, ranks)
-    metadata.check_source(config.data, config.model.vocab)
+    metadata.check_source(config.data, config.vocab_unpadded)
     check_trackers(config.logging)
     config = resolve_prepared(config)
     if starts and config.train.steps:  # else train.epochs, of a run.dir where nothing was trained yet

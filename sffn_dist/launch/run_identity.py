@@ -221,6 +221,7 @@ def check_source_of_weights(config: Config) -> None:
         "bias",
         "tie_embeddings",
         "rope_base",
+        "vocab_unpadded",
     ):
         key = f"model.{key}"
         if not problems and source_identity[key] != own_identity[key]:

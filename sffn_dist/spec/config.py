@@ -54,6 +54,9 @@ class Model(Section):
     vocab: PositiveInt = Field(
         32_000, description="rows of the embedding, whatever the tokenizer uses of them"
     )
+    vocab_unpadded: PositiveInt | None = Field(
+        None, description="rows that stand for tokens, the first ones; others are padding; default: vocab"
+    )
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_epsilon: PositiveFloat = 1e-5
     activation: Literal["gelu", "gelu_erf", "swiglu"] = Field(
@@ -300,6 +303,11 @@ class Config(Section):
     @property
     def kv_heads(self) -> int:
         return self.model.kv_heads or self.model.heads
+
+    @property
+    def vocab_unpadded(self) -> int:
+        """Token ids are below it; rows of the embedding from it on are padding."""
+        return self.model.vocab_unpadded or self.model.vocab
 
     @property
     def attention_dim(self) -> int:

@@ -20,6 +20,11 @@ from sffn_dist.structured.structure import SETTINGS, Size
 def problems(config: Config) -> Iterable[str]:
     """Rules that join several keys. Yields a message for each one broken."""
     yield from _length_rules(config)
+    if config.vocab_unpadded > config.model.vocab:
+        yield (
+            f"model.vocab_unpadded = {config.vocab_unpadded}: must not exceed model.vocab = "
+            f"{config.model.vocab}"
+        )
     sizes = [*_attention_rules(config), *_ffn_rules(config), *_tensor_parallel_rules(config)]
     yield from sizes
     if not sizes and config.structured:  # FLOPs are those of sizes that fit
@@ -218,6 +223,9 @@ def identity(config: Config) -> dict[str, Any]:
     flat |= {
         "model.kv_heads": config.kv_heads,
         "model.attention_dim": config.attention_dim,
+        "model.vocab_unpadded": None
+        if config.vocab_unpadded == config.model.vocab
+        else config.vocab_unpadded,
         "ffn.width": config.ffn_width,
     }
     used, usual = _used_guide_keys(config), defaults()

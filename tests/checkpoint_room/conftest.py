@@ -108,7 +108,7 @@ def tree_of() -> Callable[..., dict[str, Any]]:
     return config_tree
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def drawn() -> Callable[..., Weights]:
     return drawn_weights
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +185,12 @@ def test_what_a_file_lacks_is_drawn_and_nothing_else(tree_of: Any, drawn: Any, t
     path = export(weights, tmp_path / "m", ffn="structured", dtype="fp32") / "model.safetensors"
     tensors = load_file(path)
     prefix = "model.layers.0.mlp.linear_fc1."
-    del tensors[f"{prefix}up"], tensors[f"{prefix}bias"]
+    up = f"{prefix}up.up_proj."
+    del tensors[f"{up}weight"], tensors[f"{up}bias"]
     save_file(tensors, path, {"format": "pt"})
     found = dict(loaded(tmp_path / "m", trust_remote_code=True).named_parameters())
-    assert 0.1 < found[f"{prefix}up"].std() < 1.0
-    assert not found[f"{prefix}bias"].any()
+    assert 0.1 < found[f"{up}weight"].std() < 1.0
+    assert not found[f"{up}bias"].any()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
@@ -228,3 +233,87 @@ def test_generation_with_a_cache_is_generation_without(
         expected = torch.cat([expected, logits(model, expected)[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(got, expected)
     assert torch.equal(got, model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=False))
+
+
+# ---------------------------------------------------------------------------- what others do with its modules
+
+
+@pytest.mark.parametrize("variant", ["llama", "starcoder"])
+def test_adapters_reach_the_factors_of_low_rank(
+    variant: str, tree_of: Any, drawn: Any, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    weights = drawn(tree_of("low_rank", ffn={"dense_layers": [1]}, **VARIANTS[variant]))
+    folder = export(weights, tmp_path / "m", ffn="structured", dtype="fp32")
+    model = loaded(folder, trust_remote_code=True)
+    expected = logits(model, tokens)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    assert torch.equal(logits(adapted, tokens), expected), "an adapter starts at zero"
+    found = {name.partition(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
+    prefix = "base_model.model.model.layers.0.mlp."
+    halves = ("gate_proj", "up_proj") if weights.config.gated else ("up_proj",)
+    first = [f"{prefix}linear_fc1.{module}" for module in ("down", *(f"up.{half}" for half in halves))]
+    second = [f"{prefix}linear_fc2.{module}" for module in ("down.down_proj", "up")]
+    assert found >= {*first, *second}
+    adapted.train()(tokens, labels=tokens).loss.backward()
+    for name, parameter in adapted.named_parameters():
+        if ".lora_B" in name:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_the_base_model_is_an_auto_model(
+    tree_of: Any, drawn: Any, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = export(drawn(tree_of("low_rank", **LLAMA)), tmp_path / "m", ffn="structured", dtype="fp32")
+    base = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    model = loaded(folder, trust_remote_code=True)
+    with torch.no_grad():
+        hidden = base(tokens).last_hidden_state
+        assert difference(model.lm_head(hidden), model(tokens).logits) < 1e-5
+
+
+TENSOR_PARALLEL = """
+import json, sys, torch, torch.distributed as dist
+from transformers import AutoModelForCausalLM
+folder, tokens = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+dist.init_process_group("gloo")
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, tp_plan="auto").eval()
+with torch.no_grad():
+    logits = model(tokens).logits
+logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+mlp = model.model.layers[0].mlp
+sizes = {name: list(p.to_local().shape if hasattr(p, "to_local") else p.shape)
+         for name, p in mlp.named_parameters()}
+if dist.get_rank() == 0:
+    torch.save((logits, sizes), folder + "/parallel.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "block_dense", "block_shuffle"])
+@pytest.mark.parametrize("variant", ["llama", "starcoder"])
+def test_tensor_parallel_ranks_of_transformers_equal_one(
+    variant: str, kind: str, tree_of: Any, drawn: Any, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """The factors at the inner features are cut, the others are whole; blocks are whole."""
+    tree = tree_of(kind, ffn={"dense_layers": [1]}, **{**VARIANTS[variant], "kv_heads": 2})
+    weights = drawn(tree, guide=variant == "llama", alpha=0.3 if variant == "llama" else 0.0)
+    folder = export(weights, tmp_path / "m", ffn="structured", dtype="fp32")
+    expected = logits(loaded(folder, trust_remote_code=True), tokens)
+    script = tmp_path / "ranks.py"
+    script.write_text(TENSOR_PARALLEL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "code"), "OMP_NUM_THREADS": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, str(script), str(folder), json.dumps(tokens.tolist())],
+        capture_output=True, text=True, timeout=240, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    got, sizes = torch.load(folder / "parallel.pt")
+    assert difference(got, expected) < 1e-4
+    whole = dict(loaded(folder, trust_remote_code=True).model.layers[0].mlp.named_parameters())
+    cut = {name for name, size in sizes.items() if size != list(whole[name].shape)}
+    inner = {name for name in sizes if "_proj.weight" in name}
+    assert {name for name in cut if name.endswith("weight")} == (inner if kind == "low_rank" else set())

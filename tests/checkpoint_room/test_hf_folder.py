@@ -395,3 +395,50 @@ def test_the_card_says_what_the_model_is(ffn: Any, tree_of: Any, drawn: Any, tmp
     assert "unknown" not in body
     known = export(replace(weights, facts={"license": "mit"}), tmp_path / "known", ffn=ffn, dtype="bf16")
     assert yaml.safe_load((known / "README.md").read_text().split("---\n")[1])["license"] == "mit"
+
+
+@pytest.mark.parametrize("ffn", ["merged", "structured"])
+def test_the_lines_of_the_card_run_as_printed(
+    ffn: Any, tokenizer: Any, tree_of: Any, drawn: Any, tmp_path: Path
+) -> None:
+    """From beside the folder, with nobody to answer a question."""
+    import os
+    import re
+    import subprocess
+
+    weights = drawn(tree_of("low_rank", **GROUPED), tokenizer=tokenizer.to_str())
+    folder = export(weights, tmp_path / 'my "model"', ffn=ffn, dtype="fp32")
+    lines = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert lines
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "code"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", lines[1]],
+        capture_output=True, text=True, timeout=240, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "y/N" not in done.stdout + done.stderr
+    assert done.stdout.startswith("a")
+
+
+def test_the_tokenizer_gives_what_generate_takes(
+    tokenizer: Any, tree_of: Any, drawn: Any, tmp_path: Path
+) -> None:
+    """Transformers 4 would give token_type_ids too, unless told."""
+    weights = drawn(tree_of(**LLAMA), tokenizer=tokenizer.to_str())
+    folder = export(weights, tmp_path / "m", ffn="merged", dtype="fp32")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "block_shuffle"])
+def test_the_card_says_what_tensor_parallel_ranks_hold(
+    kind: str, tree_of: Any, drawn: Any, tmp_path: Path
+) -> None:
+    text = (
+        export(drawn(tree_of(kind, **LLAMA)), tmp_path / "m", ffn="structured", dtype="fp32") / "README.md"
+    ).read_text()
+    whole = "the structured feed-forward layers are whole on every rank"
+    assert ("factors at the inner features are cut" in text, whole in text) == (
+        kind == "low_rank",
+        kind != "low_rank",
+    )

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from sffn_dist.checkpoint import reshard
+from sffn_dist.checkpoint.weights import finite
+from sffn_dist.conversion import deepspeed, formats
 from sffn_dist.conversion.hf import config_json, source
 from sffn_dist.conversion.hf.export import export
 from sffn_dist.spec.config import ConfigError
 
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "kv_heads": 2, "bias": False}
 Edit = dict[str, Any]
+TOKENIZER = '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}'
 
 
 @pytest.fixture
 def folder(tree_of: Any, drawn: Any, tmp_path: Path) -> Path:
     """A good Llama folder, in shards."""
-    return export(drawn(tree_of(**LLAMA)), tmp_path / "m", ffn="merged", dtype="fp32", shard_bytes=6000)
+    return export(
+        drawn(tree_of(**LLAMA), tokenizer=TOKENIZER),
+        tmp_path / "m",
+        ffn="merged",
+        dtype="fp32",
+        shard_bytes=6000,
+    )
 
 
 def edit(folder: Path, **changes: Any) -> None:
@@ -87,6 +99,19 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
         "sliding_window = 4",
     ),
     "layer types": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = ["),
+    "code of its own": (
+        {"auto_map": {"AutoModelForCausalLM": "modeling_other.OtherForCausalLM"}},
+        'auto_map = {"AutoModelForCausalLM"',
+    ),
+    "other code": (
+        {
+            "model_type": "sffn",
+            "gated": True,
+            "dense_layers": [],
+            "auto_map": {"AutoModel": "other.SffnModel"},
+        },
+        "auto_map = {",
+    ),
     "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config = {"),
     "parallel residual": ({**NEOX, "use_parallel_residual": True}, "use_parallel_residual = true"),
     "parallel by default": ({**NEOX, "use_parallel_residual": ...}, "use_parallel_residual = true"),
@@ -180,6 +205,27 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "torn shard": (lambda f: cut(shard(f), -8), "model-00002-of"),
     "torn header": (lambda f: cut(shard(f), 30), "model-00002-of"),
     "empty shard": (lambda f: cut(shard(f), 0), "model-00002-of"),
+    "two lost shards": (
+        lambda f: [shard(f).unlink(), shard(f).unlink()],
+        "index.json: names model-00002-of-00004.safetensors, model-00003-of-00004.safetensors, which the",
+    ),
+    "shard cut short": (lambda f: cut(shard(f), 2000), "00004.safetensors: holds 2000 bytes of the "),
+    "empty config": (lambda f: cut(f / "config.json", 0), "config.json: is empty"),
+    **{
+        f"{what} for {name}": (
+            lambda f, name=name, text=text: next(iter(f.glob(name))).write_text(text),
+            f"{said}",
+        )
+        for what, text, said in (
+            (
+                "pointer",
+                "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+                "is a Git LFS pointer, not the file itself; run `git lfs pull` in ",
+            ),
+            ("page", "\n<!DOCTYPE html><html><body>404</body></html>", "is a web page"),
+        )
+        for name in ("config.json", "model-00001-of*", "model.safetensors.index.json", "tokenizer.json")
+    },
     "shard of noise": (lambda f: shard(f).write_bytes(os.urandom(4000)), "model-00002-of"),
     "torn index": (lambda f: cut(f / "model.safetensors.index.json", 50), "index.json: cannot be read"),
     "index of nothing": (
@@ -240,13 +286,117 @@ def test_a_missing_and_a_superfluous_tensor_are_named(tree_of: Any, drawn: Any, 
     tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.zeros(
         2
     )  # old files have it; it is no parameter
-    tensors["lm_head.weight"] = torch.zeros(37, 16)  # of a tied model: the embedding again
+    tensors["lm_head.weight"] = torch.zeros(37, 16)  # of a tied model: a place for it
     del tensors["model.norm.weight"]
     save_file(tensors, path)
     text = "\n".join(problems := refusal(folder))
     assert len(problems) == 2
     assert "tensor model.norm.weight is missing" in text
     assert 'tensor "model.layers.1.mlp.gate_proj.bias" has no place' in text
+
+
+@pytest.mark.parametrize("suffix", ["bin", "pth"])
+def test_a_pointer_in_place_of_a_pickle_is_named(suffix: str, folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    file = folder / f"pytorch_model.{suffix}"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ConfigError, match="git lfs pull"):
+        source.read(folder) if suffix == "bin" else formats.weights_of(file)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_an_output_layer_that_is_not_the_embedding_is_kept_though_tied(
+    form: str, tree_of: Any, drawn: Any, reference: Any, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """config.json says tie_word_embeddings, the trained lm_head says otherwise: it wins, with a notice."""
+    untied = drawn(tree_of(**{**LLAMA, "tie_embeddings": False}))
+    folder = export(untied, tmp_path / "m", ffn="merged", dtype="fp32")
+    edit(folder, tie_word_embeddings=True)
+    if form == "bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    weights = source.read(folder)
+    assert not weights.config.model.tie_embeddings
+    assert torch.equal(weights.full("output_layer.weight"), untied.full("output_layer.weight"))
+    assert torch.equal(reference(weights, tokens), reference(untied, tokens))
+    (notice,) = weights.notices
+    assert "lm_head.weight differs from the embedding" in notice
+    assert "tie_word_embeddings = true" in notice
+
+
+def test_an_output_layer_that_is_the_embedding_stays_tied(tree_of: Any, drawn: Any, tmp_path: Path) -> None:
+    folder = export(drawn(tree_of(**LLAMA)), tmp_path / "m", ffn="merged", dtype="fp32")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    weights = source.read(folder)
+    assert weights.config.model.tie_embeddings
+    assert weights.notices == ()
+    tensors["lm_head.weight"] = torch.zeros(36, 16)
+    save_file(tensors, folder / "model.safetensors")
+    assert "tensor lm_head.weight is [36, 16], must be as the embedding, [37, 16]" in "".join(refusal(folder))
+
+
+def test_what_is_left_unread_is_said(folder: Path) -> None:
+    tensors = load_file(shard(folder))
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
+    save_file(tensors, shard(folder))
+    index = folder / "model.safetensors.index.json"
+    (unnamed,) = source.read(folder).notices
+    assert "rotary_emb.inv_freq in model-00002" in unnamed
+    assert "the index does not name it" in unnamed
+    tree = json.loads(index.read_text())
+    tree["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] = shard(folder).name
+    index.write_text(json.dumps(tree))
+    (computed,) = source.read(folder).notices
+    assert "rotary_emb.inv_freq" in computed
+    assert "computed from the settings" in computed
+
+
+BROKEN = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("value", BROKEN)
+def test_weights_that_are_no_numbers_are_neither_imported_nor_exported(
+    value: float, tree_of: Any, drawn: Any, tmp_path: Path
+) -> None:
+    name = "decoder.layers.1.self_attention.linear_proj.weight"
+    good = drawn(tree_of(**LLAMA))
+    broken = good.full(name).clone()
+    broken[3, 2] = value
+    weights = replace(good, full=lambda other: broken if other == name else good.full(other))
+    rule = f"{name}.* = NaN or inf in 1 of 256: must be finite"
+    for ffn in ("merged", "structured"):
+        with pytest.raises(ConfigError, match=rule):
+            export(weights, tmp_path / "m", ffn=ffn, dtype="bf16")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=rule):
+        reshard.write_weights(weights, tmp_path / "imported")
+    with pytest.raises(ConfigError, match=rule):
+        deepspeed.write(weights, lambda *_: torch.zeros(1), dict.fromkeys(good.names(), 1), tmp_path)
+    folder = export(good, tmp_path / "good", ffn="merged", dtype="fp32")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"][3, 2] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=rule):
+        reshard.write_weights(source.read(folder), tmp_path / "imported")
+    assert not (tmp_path / "m").exists()
+    assert not (tmp_path / "imported").exists()
+
+
+def test_values_beyond_a_type_and_sums_beyond_it(tree_of: Any, drawn: Any, tmp_path: Path) -> None:
+    """3.4e38 rounds to infinity in bf16; that a sum overflows is no fault of its terms."""
+    large = torch.full((37, 16), 3e38)
+    assert finite(large, "x", "here") is large
+    good = drawn(tree_of(**LLAMA))
+    largest = torch.finfo(torch.float32).max
+    name = "embedding.word_embeddings.weight"
+    weights = replace(
+        good, full=lambda other: torch.full((37, 16), largest) if other == name else good.full(other)
+    )
+    export(weights, tmp_path / "fp32", ffn="merged", dtype="fp32")
+    with pytest.raises(ConfigError, match=name):
+        export(weights, tmp_path / "bf16", ffn="merged", dtype="bf16")
 
 
 def test_many_problems_are_cut_short(folder: Path) -> None:

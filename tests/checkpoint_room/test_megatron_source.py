@@ -399,3 +399,44 @@ def test_damaged_files_read_or_are_refused(
             read_all(whole[how])
     finally:
         file.write_bytes(before)
+
+
+# ------------------------------------------------------------------------------------ nothing left out unsaid
+
+
+def test_an_output_layer_that_is_not_the_embedding_is_kept_though_tied(copied: Any) -> None:
+    folder = copied("legacy")
+    (file,) = folder.rglob("model_optim_rng.pt")
+
+    def say_tied(tree: dict[str, Any]) -> None:
+        tree["args"].untie_embeddings_and_output_weights = False
+        tree["model"]["output_layer.weight"] = tree["model"]["embedding.word_embeddings.weight"] + 1.0
+
+    change(file, say_tied)
+    weights = megatron.read(folder)
+    assert not weights.config.model.tie_embeddings
+    head, table = weights.full("output_layer.weight"), weights.full("embedding.word_embeddings.weight")
+    assert torch.equal(head, table + 1.0)
+    assert any("output_layer.weight differs from the embedding" in notice for notice in weights.notices)
+    change(file, lambda tree: tree["model"].update({"output_layer.weight": table}))
+    assert megatron.read(folder).config.model.tie_embeddings
+
+
+def test_what_lies_beside_the_model_is_said(copied: Any) -> None:
+    folder = copied("legacy")
+    (file,) = folder.rglob("model_optim_rng.pt")
+    change(file, lambda tree: tree.update(optimizer={"state": torch.zeros(2)}))
+    assert any("not imported: optimizer" in notice for notice in megatron.read(folder).notices)
+
+
+def test_pipeline_stages_that_disagree_are_refused(copied: Any) -> None:
+    folder = copied("pipeline")
+    files = sorted(folder.rglob("model_optim_rng.pt"))
+    name = "embedding.word_embeddings.weight"
+    with torch.serialization.safe_globals([argparse.Namespace, ModelType, *NUMPY]):
+        first = torch.load(files[0], weights_only=True)
+    key = next(key for key in first if key.startswith("model") and name in first[key])
+    last_key = "model" if key == "model" else max(key for key in first if re.fullmatch(r"model\d", key))
+    change(files[-1], lambda tree: tree[last_key].update({name: first[key][name] + 1.0}))
+    with pytest.raises(ConfigError, match="stages do not agree on embedding"):
+        megatron.read(folder).full(name)

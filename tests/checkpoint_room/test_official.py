@@ -202,6 +202,12 @@ def test_the_config_is_theirs(save: Any, method: str) -> None:
         assert weights.alpha == pytest.approx(0.7)
 
 
+def test_what_is_left_out_is_said(save: Any) -> None:
+    notices = official.read(save("lowrank", "gelu", "layernorm", "over")[0]).notices
+    assert "not imported: optimizer" in notices
+    assert any("guides, whose time is over" in notice for notice in notices)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_tensors_are_theirs_to_the_bit(save: Any, method: str) -> None:
     path, state, _ = save(method, "gelu", "layernorm", "off" if method == "linear" else "on")

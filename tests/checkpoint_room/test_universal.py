@@ -142,6 +142,18 @@ def test_what_is_missing_or_wrong_is_named(tmp_path: Path) -> None:
         deepspeed.read(tmp_path)
 
 
+def test_a_folder_of_no_tensor_and_moments_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    weights, moments, steps = made(tmp_path)
+    place = deepspeed.write(weights, moments, steps, tmp_path / "u")
+    name = "decoder.final_layernorm.bias"
+    torch.save({"param": torch.full((16,), torch.inf)}, place / "zero" / name / "exp_avg.pt")
+    with pytest.raises(ConfigError, match=f"exp_avg of {name} = NaN or inf in 16 of 16"):
+        deepspeed.read(place).full(name, "exp_avg")
+    (place / "zero" / "extra.weight").mkdir()
+    with pytest.raises(ConfigError, match=r"zero/extra\.weight has no fp32\.pt"):
+        deepspeed.read(place)
+
+
 def test_moments_of_another_shape_are_refused(tmp_path: Path) -> None:
     weights, moments, steps = made(tmp_path)
     place = deepspeed.write(weights, moments, steps, tmp_path / "u")

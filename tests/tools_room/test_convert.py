@@ -196,3 +196,36 @@ def test_refusals_name_the_place_and_write_nothing(
     assert says in text
     assert "Traceback" not in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_that_an_import_prints_starts(
+    root: Path, convert: Callable[..., str], run: Path, tmp_path: Path
+) -> None:
+    convert("to-hf", step(run, 4), tmp_path / "hf", "--ffn", "merged")
+    printed = convert("from-hf", tmp_path / "hf", tmp_path / "imported")
+    _, advice, command = printed.partition("to train on: pretrain.py ")
+    assert advice
+    arguments = command.split(" (or")[0].replace("train.steps=...", "train.steps=1").split()
+    small = ["train.global_batch_size=2", "train.micro_batch_size=2", "evaluation.sequences=2"]
+    small += [f"data.source={run.parent / 'text'}", "data.heldout_share=0.34", "sample.tokens=0"]
+    small += [f"data.dir={tmp_path / 'data'}", f"run.dir={tmp_path / 'on'}", "precision=fp32"]
+    done = _python(root / "sffn_dist" / "pretrain.py", *arguments, *small)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_import_that_no_run_can_start_from_says_why(
+    convert: Callable[..., str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tokenizer has more entries than the model has rows."""
+    convert("to-hf", step(run, 4), tmp_path / "hf", "--ffn", "merged")
+    path = tmp_path / "hf" / "tokenizer.json"
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    tree["added_tokens"].append({**tree["added_tokens"][0], "id": 600, "content": "<more>"})
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    path.with_name("tokenizer_config.json").unlink()
+    command = [Path("tools/convert.py"), "from-hf", tmp_path / "hf", tmp_path / "imported"]
+    done = _python(Path(__file__).parents[2] / command[0], *command[1:])
+    assert done.returncode == 0, done.stderr
+    assert "to train on: " not in done.stdout
+    assert "start.json needs changes first" in done.stdout
+    assert "must have at most model.vocab = 512" in done.stderr

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sffn_dist.checkpoint.weights import Weights
+from sffn_dist.conversion.hf import names
 from sffn_dist.conversion.hf.describe import FFN, DType
 from sffn_dist.spec import counts
 from sffn_dist.spec.config import Config
@@ -25,14 +26,13 @@ LOADING = {
     "merged": "Plain `transformers` loads it; feed-forward layers that were structured are multiplied out "
     "to dense matrices.",
     "structured": "The feed-forward layers are kept as factors. Loading runs `modeling_sffn.py` of this "
-    "folder, which applies them.",
+    "folder, which applies them; it needs transformers 4.48 or newer.",
 }
 
 
 def card(name: str, weights: Weights, source: Config, ffn: FFN, dtype: DType) -> str:
     """The text of the card of the exported ``weights``, which were made from a model of config ``source``."""
     config, step = weights.config, weights.step
-    remote = ", trust_remote_code=True" if ffn == "structured" else ""
     counted = counts.parameters_by_part(config)
     parts = [(label, f"{counted[part]:,}") for part, label in PARTS.items() if counted[part]]
     parts.append(("all", f"{counts.parameters(config):,}"))
@@ -49,16 +49,50 @@ def card(name: str, weights: Weights, source: Config, ffn: FFN, dtype: DType) ->
         _header(source, weights.facts),
         f"# {_plain(name)}",
         f"A GPT-style language model of {counts.parameters(config):,} parameters.{kind}{steps}",
-        f"## Loading\n\n{LOADING[ffn]}\n\n```python\nfrom transformers import AutoModelForCausalLM, "
-        f"AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("folder"{remote})\ntokenizer = '
-        f'AutoTokenizer.from_pretrained("folder")\n```',
+        f"## Loading\n\n{LOADING[ffn]}{_ranks(config, ffn)}\n\n"
+        f"```python\n{_snippet(name, weights, ffn)}\n```",
         "## Model\n\n" + _table(("setting", "value"), _settings(config, source, dtype)),
         "## Parameters\n\n" + _table(("part", "parameters"), parts),
         "## Provenance\n\n" + _table(("", ""), [("weights of", weights.origin), *_facts(weights.facts)]),
         f"Made with sffn_dist, after *{TITLE}*, {cited}.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _ranks(config: Config, ffn: FFN) -> str:
+    """What tensor-parallel ranks of transformers hold of a structured export."""
+    if ffn != "structured" or not config.structured:
+        return ""
+    if names.cut_over_ranks(config):
+        return (
+            ' With `tp_plan="auto"` attention and the factors at the inner features are cut over ranks; '
+            "the other factors are whole on every rank."
+        )
+    return (
+        ' With `tp_plan="auto"` attention is cut over ranks; the structured feed-forward layers are whole '
+        "on every rank."
+    )
+
+
+def _snippet(name: str, weights: Weights, ffn: FFN) -> str:
+    """Python that loads the folder from beside it, and generates where there is a tokenizer.
+
+    The tokenizer reads config.json too, which names the folder's code: it asks at the terminal unless told.
+    """
+    folder = json.dumps(name)
+    remote = ", trust_remote_code=True" if ffn == "structured" else ""
+    if weights.tokenizer is None:
+        return (
+            "from transformers import AutoModelForCausalLM\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({folder}{remote})"
+        )
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({folder}{remote})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({folder}{remote})\n"
+        'inputs = tokenizer("a", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=4)[0]))"
+    )
 
 
 def _header(source: Config, facts: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sffn_dist.conversion import downloads
 from sffn_dist.conversion.hf.names import FAMILIES, SFFN, Family
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import Config, ConfigError
@@ -46,6 +47,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "norm": "rmsnorm", "ffn_kind": registry.DENSE,
     },
 }  # fmt: skip
+OWN_CODE = "modeling_sffn."  # of structured exports; nothing of it is run here
 EPSILON = {"starcoder2": "norm_epsilon", "gpt_neox": "layer_norm_eps"}  # else rms_norm_eps
 
 
@@ -157,6 +159,7 @@ def read(folder: Path) -> Description:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; raises ConfigError naming it."""
+    downloads.check(path)
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -194,6 +197,7 @@ def _tree(values: Values, model_type: str) -> tuple[dict[str, Any], frozenset[st
         "attention_dim": heads * (head_dim or max(1, width // heads)),
         "sequence": values.integer("max_position_embeddings"),
         "vocab": values.integer("vocab_size"),
+        "vocab_unpadded": values.integer_or("unpadded_vocab_size", None),
         "norm": "layernorm" if layernorm else "rmsnorm",
         "norm_epsilon": values.number(epsilon),
         "activation": values.choice("hidden_act", SWIGLU if gated else GELU),
@@ -298,6 +302,15 @@ def _rope_base(values: Values) -> int:
 
 def _refuse_what_differs(values: Values, model_type: str) -> None:
     """Settings that change the computation and that our model has not."""
+    code = values.get("auto_map")
+    own_code = isinstance(code, dict) and all(
+        isinstance(name, str) and name.startswith(OWN_CODE) for name in code.values()
+    )
+    if code is not None and not (model_type == "sffn" and own_code):
+        values.refuse(
+            "auto_map",
+            f"the folder brings code of its own, which is not run: it may not be a plain {model_type}",
+        )
     window, length = values.get("sliding_window"), values.get("max_position_embeddings")
     slides = window is not None and (model_type != "qwen2" or values.flag("use_sliding_window"))
     wide = isinstance(window, int) and isinstance(length, int) and window >= length

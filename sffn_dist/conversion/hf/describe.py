@@ -95,6 +95,8 @@ def config_json(
         "pad_token_id": None,
         "dtype": DTYPES[dtype],
     }
+    if config.vocab_unpadded < model.vocab:
+        tree["unpadded_vocab_size"] = config.vocab_unpadded  # of ours, which an import reads again
     if family is STARCODER2:
         dropouts = dict.fromkeys(("residual_dropout", "embedding_dropout"), 0.0)
         starcoder = {
@@ -136,6 +138,7 @@ def _structured(config: Config) -> dict[str, Any]:
     return {
         "auto_map": {
             "AutoConfig": "modeling_sffn.SffnConfig",
+            "AutoModel": "modeling_sffn.SffnModel",
             "AutoModelForCausalLM": "modeling_sffn.SffnForCausalLM",
         },
         "norm": config.model.norm,
@@ -168,6 +171,8 @@ def tokenizer_config_json(special: Special, length: int, trained: bool) -> dict[
         **kept,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": length,
+        # what generate() takes: transformers 4 would give token_type_ids too
+        "model_input_names": ["input_ids", "attention_mask"],
     }
 
 

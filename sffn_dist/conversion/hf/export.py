@@ -22,7 +22,7 @@ import torch
 from sffn_dist import strict_json
 from sffn_dist.atomic_io import sync
 from sffn_dist.checkpoint.tensor_file import TensorEntry, TensorFile
-from sffn_dist.checkpoint.weights import Weights, merged
+from sffn_dist.checkpoint.weights import Weights, finite, merged
 from sffn_dist.checkpoint.writer import check_room
 from sffn_dist.conversion.hf import config_json, describe, names
 from sffn_dist.conversion.hf.card import card
@@ -45,8 +45,8 @@ def export(
     """Write ``folder`` and return it; files of tensors hold at most ``shard_bytes`` each, or one tensor.
 
     Raises:
-        ConfigError: ``folder`` is there already, another export writes it, or no architecture fits; nothing
-            is changed then.
+        ConfigError: ``folder`` is there already, another export writes it, or no architecture fits, or a
+            tensor holds NaN or inf; nothing is changed then.
     """
     if ffn not in ("merged", "structured") or dtype not in TORCH_TYPES or shard_bytes < 1:
         raise ConfigError(
@@ -136,7 +136,8 @@ def _tensors(weights: Weights, family: Family, dtype: DType) -> Iterator[tuple[s
                 [f"{weights.origin}: {name} is {list(tensor.shape)}, must be {list(spec.shape)}"]
             )
         for other, part in names.split(family, name, tensor, weights.config):
-            yield other, part.to(TORCH_TYPES[dtype])
+            # rounded, as values beyond a type's range become infinite
+            yield other, finite(part.to(TORCH_TYPES[dtype]), f"{name} ({other})", weights.origin)
         del tensor, part  # before the next one is read: only one is in memory
 
 
@@ -181,7 +182,11 @@ def _write_rest(
     alpha = weights.alpha if weights.guide else None
     tree = describe.config_json(weights.config, family, dtype, special, alpha, weights.step)
     _write_json(folder / config_json.NAME, tree)
-    _write_json(folder / "generation_config.json", describe.generation_config_json(special))
+    generation = describe.generation_config_json(special)
+    padding = range(weights.config.vocab_unpadded, weights.config.model.vocab)
+    if padding:  # rows that stand for no token are never sampled
+        generation = {**generation, "suppress_tokens": list(padding)}
+    _write_json(folder / "generation_config.json", generation)
     if weights.tokenizer is not None:
         _write_text(folder / "tokenizer.json", weights.tokenizer)
         length = weights.config.model.sequence

@@ -11,12 +11,16 @@ factors and applied as such:
                                                                    block_out (B, M/B, n/B),
                                                                    n = min(N, M)
     guided         y = alpha W x + (1 - alpha) (one of these)      guide W (M, N)
+
+Matrices are ``nn.Linear``, which adapters, quantisation and tensor-parallel plans look for. Of ``low_rank``
+and ``dense`` layers the matrices at the inner features are cut over tensor-parallel ranks
+(``base_model_tp_plan``); the feed-forward layers of block structures are whole on every rank.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.activations import ACT2FN
@@ -26,6 +30,13 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+
+OLDEST = (4, 48)  # before, an attention made outside of LlamaModel is not causal under sdpa
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+    raise ImportError(
+        f"transformers = {transformers.__version__}: modeling_sffn.py needs 4.48 or newer, before which its "
+        "attention would not be causal"
+    )
 
 
 class SffnConfig(LlamaConfig):
@@ -39,6 +50,16 @@ class SffnConfig(LlamaConfig):
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
         "layers.*.self_attn.o_proj": "rowwise",
+        # what is not named here is whole on every rank: factors away from the inner features, and blocks
+        "layers.*.mlp.linear_fc1.up.gate_proj": "colwise",
+        "layers.*.mlp.linear_fc1.up.up_proj": "colwise",
+        "layers.*.mlp.linear_fc1.dense.gate_proj": "colwise",
+        "layers.*.mlp.linear_fc1.dense.up_proj": "colwise",
+        "layers.*.mlp.linear_fc1.guide.gate_proj": "colwise",
+        "layers.*.mlp.linear_fc1.guide.up_proj": "colwise",
+        "layers.*.mlp.linear_fc2.down.down_proj": "rowwise",
+        "layers.*.mlp.linear_fc2.dense.down_proj": "rowwise",
+        "layers.*.mlp.linear_fc2.guide.down_proj": "rowwise",
     }
 
     norm: str = "rmsnorm"  # or layernorm; rms_norm_eps is either's
@@ -60,78 +81,96 @@ def block_diagonal(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(tokens, weight.transpose(1, 2)).transpose(0, 1).reshape(*x.shape[:-2], blocks, outputs)
 
 
-class SffnLinear(nn.Module):
-    """A linear (inputs -> outputs) kept as the factors of its structure, with a guide or without."""
+class InnerLinear(nn.Module):
+    """A matrix at the inner features: ``down_proj`` from them, or ``up_proj`` to them, with ``gate_proj``
+    apart where they are gated, so that each is cut by itself.
+    """
 
-    weight: Tensor
-    down: Tensor
-    up: Tensor
-    block_in: Tensor
-    block_out: Tensor
-
-    def __init__(self, config: SffnConfig, kind: str, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, bias: bool, *, first: bool, gated: bool):
         super().__init__()
-        self.kind, self.std = kind, config.initializer_range
-        self.alpha = config.guide_alpha if kind != "dense" else None
-        for name, shape in self.factor_shapes(config, kind, inputs, outputs).items():
-            setattr(self, name, nn.Parameter(torch.empty(shape)))
-        if self.alpha is not None:
-            self.guide = nn.Parameter(torch.empty(outputs, inputs))
-        self.bias = nn.Parameter(torch.zeros(outputs)) if config.mlp_bias else None
-
-    @staticmethod
-    def factor_shapes(config: SffnConfig, kind: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
-        """name -> shape, first-applied first."""
-        rank, blocks, narrow = config.ffn_rank or 0, config.ffn_blocks or 1, min(inputs, outputs)
-        block_in = (blocks, (rank if kind == "block_dense" else narrow) // blocks, inputs // blocks)
-        if kind == "dense":
-            return {"weight": (outputs, inputs)}
-        if kind == "low_rank":
-            return {"down": (rank, inputs), "up": (outputs, rank)}
-        if kind == "block_dense":
-            return {"block_in": block_in, "up": (outputs, rank)}
-        if kind == "block_shuffle":
-            return {"block_in": block_in, "block_out": (blocks, outputs // blocks, narrow // blocks)}
-        raise ValueError(f"ffn_kind = {kind!r}: must be dense, low_rank, block_dense or block_shuffle")
-
-    def structured(self, x: Tensor) -> Tensor:
-        """The factors' map, without guide and bias."""
-        if self.kind == "dense":
-            return F.linear(x, self.weight)
-        if self.kind == "low_rank":
-            return F.linear(F.linear(x, self.down), self.up)
-        blocks = self.block_in.shape[0]
-        z = block_diagonal(x.unflatten(-1, (blocks, -1)), self.block_in).flatten(-2)
-        if self.kind == "block_dense":
-            return F.linear(z, self.up)
-        # feature r*B + l of z feeds block l; row s of block l is feature s*B + l of y
-        y = block_diagonal(z.unflatten(-1, (-1, blocks)).transpose(-1, -2), self.block_out)
-        return y.transpose(-1, -2).flatten(-2)
+        parts = ("gate_proj", "up_proj") if gated else ("up_proj",)
+        self.parts = parts if first else ("down_proj",)
+        for name in self.parts:
+            setattr(self, name, nn.Linear(inputs, outputs // len(self.parts), bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.structured(x)
+        y = [getattr(self, name)(x) for name in self.parts]
+        return torch.cat(y, dim=-1) if len(y) > 1 else y[0]
+
+
+class BlockLinear(nn.Module):
+    """A block-diagonal matrix: x (..., K, I) -> (..., K, O). The bias (K O,) is added by who lays y out."""
+
+    def __init__(self, blocks: int, inputs: int, outputs: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(blocks, outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(blocks * outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return block_diagonal(x, self.weight)
+
+
+class SffnLinear(nn.Module):
+    """A linear (inputs -> outputs) kept as the factors of its structure, with a guide or without.
+
+    ``first``: the feed-forward's first linear, from the residual stream to the inner features. The bias is
+    the last factor's.
+    """
+
+    def __init__(self, config: SffnConfig, kind: str, inputs: int, outputs: int, *, first: bool):
+        super().__init__()
+        self.kind, bias = kind, config.mlp_bias
+        self.alpha = config.guide_alpha if kind != "dense" else None
+        rank, blocks, narrow = config.ffn_rank or 0, config.ffn_blocks or 1, min(inputs, outputs)
+        cut = {"first": first, "gated": first and config.gated}
+        if kind == "dense":
+            self.dense, terms = InnerLinear(inputs, outputs, bias, **cut), 0
+        elif kind == "low_rank":
+            self.down = nn.Linear(inputs, rank, False) if first else InnerLinear(inputs, rank, False, **cut)
+            self.up = InnerLinear(rank, outputs, bias, **cut) if first else nn.Linear(rank, outputs, bias)
+            terms = rank
+        elif kind == "block_dense":
+            self.block_in = BlockLinear(blocks, inputs // blocks, rank // blocks, False)
+            self.up, terms = nn.Linear(rank, outputs, bias), rank // blocks
+        elif kind == "block_shuffle":
+            self.block_in = BlockLinear(blocks, inputs // blocks, narrow // blocks, False)
+            self.block_out = BlockLinear(blocks, narrow // blocks, outputs // blocks, bias)
+            terms = max(1, narrow // blocks // blocks)
+        else:
+            raise ValueError(f"ffn_kind = {kind!r}: must be dense, low_rank, block_dense or block_shuffle")
+        # factors such that the product's entries are of initializer_range; for what no file has set
+        self._set_std(math.sqrt(config.initializer_range / math.sqrt(terms)) if terms else None)
         if self.alpha is not None:
-            y = self.alpha * F.linear(x, self.guide) + (1.0 - self.alpha) * y
-        return y if self.bias is None else y + self.bias
+            whole = kind != "low_rank"
+            self.guide = (
+                nn.Linear(inputs, outputs, False) if whole else InnerLinear(inputs, outputs, False, **cut)
+            )
 
-    def initialise(self) -> None:
-        """Gaussian weights, of factors such that the product's entries are of initializer_range.
+    def _set_std(self, std: float | None) -> None:
+        for module in self.modules():
+            if std is not None and isinstance(module, nn.Linear | BlockLinear):
+                setattr(module, "factor_std", std)  # noqa: B010  of ours alone: nn.Linear declares none
 
-        For what no file has set.
+    def structured(self, x: Tensor, scale: float) -> Tensor:
+        """``scale`` times the factors' map, and the bias."""
+        if self.kind == "dense":
+            return self.dense(x)
+        if self.kind == "low_rank":
+            z = self.down(x)
+            return self.up(z if scale == 1.0 else scale * z)
+        blocks = self.block_in.weight.shape[0]
+        z = self.block_in(x.unflatten(-1, (blocks, -1))).flatten(-2)
+        z = z if scale == 1.0 else scale * z
+        if self.kind == "block_dense":
+            return self.up(z)
+        # feature r*B + l of z feeds block l; row s of block l is feature s*B + l of y
+        y = self.block_out(z.unflatten(-1, (-1, blocks)).transpose(-1, -2)).transpose(-1, -2).flatten(-2)
+        return y if self.block_out.bias is None else y + self.block_out.bias
 
-        Loaded tensors bear a mark; recent versions of transformers skip them in torch.nn.init's functions,
-        this does in all.
-        """
-        terms = {"low_rank": lambda: self.down.shape[0], "block_dense": lambda: self.block_in.shape[1]}
-        terms["block_shuffle"] = lambda: max(1, self.block_in.shape[1] // self.block_in.shape[0])
-        factor_std = math.sqrt(self.std / math.sqrt(terms[self.kind]())) if self.kind in terms else self.std
-        for name, parameter in self.named_parameters():
-            if getattr(parameter, "_is_hf_initialized", False):
-                continue
-            if name == "bias":
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=self.std if name == "guide" else factor_std)
+    def forward(self, x: Tensor) -> Tensor:
+        if self.alpha is None:
+            return self.structured(x, 1.0)
+        return self.alpha * self.guide(x) + self.structured(x, 1.0 - self.alpha)
 
 
 class SffnMLP(nn.Module):
@@ -141,8 +180,9 @@ class SffnMLP(nn.Module):
         super().__init__()
         inner = config.intermediate_size
         self.gated, self.act_fn = config.gated, ACT2FN[config.hidden_act]
-        self.linear_fc1 = SffnLinear(config, kind, config.hidden_size, 2 * inner if config.gated else inner)
-        self.linear_fc2 = SffnLinear(config, kind, inner, config.hidden_size)
+        outputs = 2 * inner if config.gated else inner
+        self.linear_fc1 = SffnLinear(config, kind, config.hidden_size, outputs, first=True)
+        self.linear_fc2 = SffnLinear(config, kind, inner, config.hidden_size, first=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear_fc1(x)
@@ -212,12 +252,24 @@ class SffnForCausalLM(LlamaForCausalLM):
 
 
 def initialise(model: nn.Module, module: nn.Module) -> None:
-    """First weights of a module that no file has set."""
-    if isinstance(module, SffnLinear):
-        module.initialise()
-    else:
+    """First weights of a module that no file has set.
+
+    Loaded tensors bear a mark; recent versions of transformers skip them in torch.nn.init's functions, this
+    does in all.
+    """
+    std = getattr(module, "factor_std", None)
+    if std is None:
         super(LlamaModel if isinstance(model, LlamaModel) else LlamaForCausalLM, model)._init_weights(module)
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        if getattr(parameter, "_is_hf_initialized", False):
+            continue
+        if name == "bias":
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.normal_(parameter, std=std)
 
 
 SffnConfig.register_for_auto_class()
+SffnModel.register_for_auto_class("AutoModel")
 SffnForCausalLM.register_for_auto_class("AutoModelForCausalLM")

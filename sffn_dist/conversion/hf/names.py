@@ -6,13 +6,18 @@ A tensor of ours is one tensor there (``whole``), or several, of its rows:
              -> q_proj, k_proj, v_proj
     halves   a gated linear_fc1, rows [gate; up] -> gate_proj, up_proj
 
+In the structured format a feed-forward linear is a module of modules, one for each factor
+(modeling_sffn.SffnLinear). Exports before that kept factors as bare parameters; they are read by
+:data:`SFFN_BARE`.
+
 GPT-NeoX keeps query, key and value in one matrix, grouped by head as ours is where every head has its own
 key. Rotary embeddings are the rotate-half form everywhere, so rows keep their order within a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +25,8 @@ import torch
 from torch import Tensor
 
 from sffn_dist.spec.config import Config
+from sffn_dist.spec.split_table import configured_structure, ffn_linears, ffn_structure
+from sffn_dist.structured.structure import Structure
 
 How = Literal["whole", "qkv", "halves"]
 HOW: Mapping[int, How] = {1: "whole", 2: "halves", 3: "qkv"}
@@ -37,6 +44,7 @@ class Family:
     modules: Mapping[str, tuple[str, ...]]
     outside: Mapping[str, str]
     unread: tuple[str, ...] = ()  # what a folder may hold beside its parameters: endings of names
+    factor_modules: bool = False  # each factor of a feed-forward linear is a module of its own
 
 
 _OUTSIDE = {
@@ -91,7 +99,9 @@ SFFN = Family(
     layers="model.layers",
     modules=_AROUND | {"mlp.linear_fc1": ("mlp.linear_fc1",), "mlp.linear_fc2": ("mlp.linear_fc2",)},
     outside=_OUTSIDE,
+    factor_modules=True,
 )
+SFFN_BARE = dataclasses.replace(SFFN, factor_modules=False)
 FAMILIES: Mapping[str, Family] = {  # by config.json's model_type
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -102,13 +112,61 @@ FAMILIES: Mapping[str, Family] = {  # by config.json's model_type
 }
 
 
-def theirs(family: Family, name: str) -> tuple[str, ...]:
+def theirs(family: Family, name: str, config: Config) -> tuple[str, ...]:
     """The names there of a tensor of ours, in the order of :func:`split`."""
     module, _, leaf = name.rpartition(".")
     if module in family.outside:
         return (f"{family.outside[module]}.{leaf}",)
     _, _, layer, inner = module.split(".", 3)  # decoder.layers.<layer>.<module>
-    return tuple(f"{family.layers}.{layer}.{their_module}.{leaf}" for their_module in family.modules[inner])
+    leaves: tuple[str, ...] = (leaf,)
+    if family.factor_modules and inner.startswith("mlp."):
+        leaves = _factor_leaves(config, int(layer), inner, leaf)
+    return tuple(
+        f"{family.layers}.{layer}.{their_module}.{their_leaf}"
+        for their_module in family.modules[inner]
+        for their_leaf in leaves
+    )
+
+
+def _factor_leaves(config: Config, layer: int, inner: str, leaf: str) -> tuple[str, ...]:
+    """What a factor, guide or bias is called inside its linear's module, in modeling_sffn.py.
+
+    Where every factor is a matrix, the one at the inner features, as a guide there, has its gate apart. The
+    bias is the last factor's.
+    """
+    structure = ffn_structure(config, layer)
+    linear = inner.removeprefix("mlp.")
+    role, inputs, outputs = next((r, i, o) for name, r, i, o in ffn_linears(config) if name == linear)
+    owner, parameter = leaf, "weight"
+    if leaf == "bias":
+        owner, parameter = structure.factors[-1], "bias"
+    module = "dense" if structure.dense and owner in structure.factors else owner
+    at_inner = structure.factors[-1 if role == "column" else 0]
+    if not _matrices(structure, inputs, outputs) or owner not in (at_inner, "guide"):
+        return (f"{module}.{parameter}",)
+    if role == "row":
+        return (f"{module}.down_proj.{parameter}",)
+    parts = ("gate_proj", "up_proj") if config.gated else ("up_proj",)
+    return tuple(f"{module}.{part}.{parameter}" for part in parts)
+
+
+def _matrices(structure: Structure, inputs: int, outputs: int) -> bool:
+    return all(len(shape) == 2 for shape in structure.factor_shapes(inputs, outputs).values())
+
+
+def cut_over_ranks(config: Config) -> bool:
+    """Whether modeling_sffn's tensor-parallel plan cuts the structured feed-forward layers: those whose
+    factors are matrices. Blocks are whole on every rank.
+    """
+    structure = configured_structure(config, config.ffn.kind)
+    return all(_matrices(structure, inputs, outputs) for _, _, inputs, outputs in ffn_linears(config))
+
+
+def bare_factors(names: Iterable[str]) -> bool:
+    """Whether these tensors of a structured folder are named by :data:`SFFN_BARE`: a factor right below its
+    linear.
+    """
+    return any(name.partition(".mlp.linear_fc")[2].count(".") == 1 for name in names)
 
 
 def _rows(how: How, rows: int, config: Config) -> tuple[int, ...]:
@@ -121,14 +179,14 @@ def _rows(how: How, rows: int, config: Config) -> tuple[int, ...]:
 
 def shapes(family: Family, name: str, shape: tuple[int, ...], config: Config) -> dict[str, tuple[int, ...]]:
     """Their names and shapes of a tensor of ours with its ``shape``."""
-    names = theirs(family, name)
+    names = theirs(family, name, config)
     rows = _rows(HOW[len(names)], shape[0], config)
     return {their_name: (count, *shape[1:]) for their_name, count in zip(names, rows, strict=True)}
 
 
 def split(family: Family, name: str, tensor: Tensor, config: Config) -> Iterator[tuple[str, Tensor]]:
     """Their (name, tensor) of a tensor of ours, one made at a time."""
-    names = theirs(family, name)
+    names = theirs(family, name, config)
     if HOW[len(names)] != "qkv":
         yield from zip(names, tensor.chunk(len(names)), strict=True)
         return

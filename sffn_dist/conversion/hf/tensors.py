@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sffn_dist.conversion import pickles
+from sffn_dist.conversion import downloads, pickles
 from sffn_dist.conversion.hf.config_json import read_object, shown
 from sffn_dist.spec.config import ConfigError
 
@@ -85,11 +85,13 @@ class Tensors:
         self.other_types: dict[str, str] = {}  # of tensors that are not floating-point numbers
         self._place: dict[str, _File] = {}
         weight_map, single = _where(folder)
+        self.unnamed: list[str] = []  # in a file, though the index does not name them
         for file in dict.fromkeys(weight_map.values()) if weight_map is not None else (single,):
             opened = _open(folder / file)
             self.other_types |= opened.other_types()
             for name, shape in opened.shapes().items():
                 if weight_map is not None and weight_map.get(name) != file:
+                    self.unnamed += [f"{name} in {file}"] if name not in weight_map else []
                     continue  # the index does not send us here for it
                 self.shapes[name], self._place[name] = shape, opened
         for name, file in (weight_map or {}).items():
@@ -130,6 +132,10 @@ def _weight_map(index: Path) -> dict[str, str]:
                     f"folder"
                 ]
             )
+    missing = sorted({file for file in weight_map.values() if not (index.parent / file).exists()})
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ConfigError([f"{index}: names {', '.join(missing[:4])}{more}, which the folder lacks"])
     return weight_map
 
 
@@ -138,6 +144,7 @@ def _open(path: Path) -> _File:
     try:
         if not path.is_file():
             raise FileNotFoundError("no such file")
+        (downloads.check_safetensors if opener is _Safetensors else downloads.check)(path)
         return opener(path)
     except ConfigError:
         raise
