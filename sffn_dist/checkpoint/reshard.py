@@ -58,9 +58,7 @@ def reshard(source: Manifest, target: Path, *, tensor: int, data: int = 1) -> Ma
 def write_weights(weights: Weights, target: Path) -> Manifest:
     """A checkpoint of a model from elsewhere, without moments: for ``init_from``, exports, inspection."""
     start = json.dumps(start_config(weights, target), indent=1) + "\n"
-    texts = {START: start, **weights.tokenizer_settings}
-    if weights.tokenizer is not None:
-        texts[TOKENIZER] = weights.tokenizer
+    texts = {START: start, **weights.tokenizer_texts()}
     return write(header(weights, target), lambda name, _: weights.full(name), target, texts=texts)
 
 
