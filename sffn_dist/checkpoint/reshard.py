@@ -63,9 +63,7 @@ def write_weights(weights: Weights, target: Path) -> Manifest:
     """
     tree = start_config(weights, target)
     loading.from_tree({**tree, "train": {"steps": 1}})  # what a run that starts from it checks first
-    texts = {START: strict_json.dumps(tree, indent=1) + "\n", **weights.tokenizer_settings}
-    if weights.tokenizer is not None:
-        texts[TOKENIZER] = weights.tokenizer
+    texts = {START: strict_json.dumps(tree, indent=1) + "\n", **weights.tokenizer_texts()}
 
     def full(name: str, _: str) -> Tensor:
         return finite(weights.full(name), name, weights.origin)

@@ -45,6 +45,11 @@ class Weights:
     facts: Mapping[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()  # what was decided or left out in reading, for people
 
+    def tokenizer_texts(self) -> dict[str, str]:
+        """The tokenizer's files by name: tokenizer.json and its settings; none of a model without one."""
+        tokens = {} if self.tokenizer is None else {"tokenizer.json": self.tokenizer}
+        return {**self.tokenizer_settings, **tokens}
+
     def names(self) -> list[str]:
         """Every tensor's name, in the model's order."""
         return list(model_tensors(self.config, guide=self.guide))

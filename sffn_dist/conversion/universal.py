@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from sffn_dist.atomic_io import write_text
 from sffn_dist.checkpoint import reshard
-from sffn_dist.checkpoint.manifest import KINDS, Manifest
+from sffn_dist.checkpoint.manifest import KINDS, TOKENIZER, TOKENIZER_SETTINGS, Manifest
 from sffn_dist.checkpoint.reader import Reader
 from sffn_dist.checkpoint.writer import check_room
 from sffn_dist.spec.config import Config, ConfigError
@@ -33,7 +34,10 @@ def to_universal(source: Manifest, target: Path, *, tensor: int = 1) -> Path:
     steps = {name: guides if is_guide(name) else source.optimizer_steps for name in reader.specs}
     with reshard.fresh(target) as folder:
         check_room(folder, source.bytes)
-        place = deepspeed.write(reader.weights(), reader.full, steps, folder, tensor=tensor)
+        weights = reader.weights()
+        place = deepspeed.write(weights, reader.full, steps, folder, tensor=tensor)
+        for name, text in weights.tokenizer_texts().items():
+            write_text(place / name, text)
     return target / place.name
 
 
@@ -60,4 +64,8 @@ def from_universal(source: Path, target: Path, config: Config | None = None) -> 
         optimizer_steps=base_steps.pop(),
         guide_optimizer_steps=guide_steps.pop() if guide_steps else None,
     )
-    return reshard.write(header, universal.full, target)
+    latest = source / deepspeed.LATEST
+    place = source / latest.read_text(encoding="utf-8").strip() if latest.is_file() else source
+    names = (TOKENIZER, *TOKENIZER_SETTINGS)
+    texts = {name: (place / name).read_text(encoding="utf-8") for name in names if (place / name).is_file()}
+    return reshard.write(header, universal.full, target, texts=texts)

@@ -139,8 +139,9 @@ def _prepared_from(config: Config, tokenizer: dict[str, Any], files: list[Source
 
 
 def _settings_digest(config: Config, tokenizer: dict[str, Any]) -> str:
-    text_field = source_of(config.data.source).identity(config.data).get("text_field")
-    return digest([tokenizer, config.vocab_unpadded, config.data.heldout_share, text_field])
+    settings = source_of(config.data.source).identity(config.data)
+    settings.pop("files", None)  # names, sizes and times
+    return digest([tokenizer, config.vocab_unpadded, config.data.heldout_share, settings])
 
 
 def _same_content(config: Config, tokenizer: dict[str, Any], folder: Path) -> Path | None:

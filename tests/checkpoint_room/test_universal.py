@@ -4,6 +4,7 @@ converter writes reads back.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sffn_dist.checkpoint import reshard
+from sffn_dist.checkpoint.manifest import KINDS
 from sffn_dist.checkpoint.weights import Weights
-from sffn_dist.conversion import deepspeed
+from sffn_dist.conversion import deepspeed, universal
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.spec.split_table import model_tensors
@@ -94,6 +97,20 @@ def test_what_was_written_reads_back(tmp_path: Path, kind: str, activation: str)
         for name in weights.names():
             assert torch.equal(found.weights.full(name), weights.full(name))
             assert all(torch.equal(found.full(name, key), moments(name, key)) for key in deepspeed.FILES)
+
+
+def test_the_tokenizer_travels_there_and_back(tmp_path: Path) -> None:
+    """With what its folder said: without it the model would start from a new one."""
+    weights, moments, _ = made(tmp_path, guide=False)
+    texts = {"tokenizer.json": "{}", "tokenizer_config.json": '{"eos_token": "</s>"}'}
+    header = dataclasses.replace(
+        reshard.header(weights, tmp_path / "a"), kinds=KINDS, optimizer_steps=6, step=7, origin=None
+    )
+    written = reshard.write(header, moments, tmp_path / "a", texts=texts)
+    universal.to_universal(written, tmp_path / "u")
+    back = universal.from_universal(tmp_path / "u", tmp_path / "b")
+    assert {name: (back.folder / name).read_text() for name in texts} == texts
+    assert texts.keys() <= back.files.keys()
 
 
 @pytest.mark.parametrize(

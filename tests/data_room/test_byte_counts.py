@@ -108,6 +108,32 @@ def test_bytes_of_heldout_text_are_exact(
         assert not sample.estimated
 
 
+def test_white_space_counts_with_its_own_token() -> None:
+    """Though a post-processor trims it off the offsets."""
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "Ġ": 2, "aĠ": 3}, [("a", "Ġ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert tokenizer.encode("a b").offsets == [(0, 1), (2, 3)]
+    assert source_bytes("a b", counting(tokenizer).encode("a b").offsets)[0].tolist() == [2, 1]
+
+
+def test_bytes_between_the_pieces_of_a_long_document_are_counted(
+    tmp_path: Path, configure: Callable[..., Config]
+) -> None:
+    """The first piece ends in white space that the tokenizer drops."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "t.json"))
+    row = json.dumps({"text": "word " * 150_000 + "\n" * 400_000 + "end"})
+    (tmp_path / "long.jsonl").write_text(row + "\n" + json.dumps({"text": "other"}) + "\n")
+    named = {"tokenizer": str(tmp_path / "t.json"), "end_of_text": "</s>", "heldout_share": 1 - 1e-9}
+    corpus = open_corpus(prepare(configure(tmp_path / "long.jsonl", **named)))
+    split = corpus.meta.heldout.model_copy(update={"shards": corpus.meta.heldout_bytes})
+    counts = TokenStream(corpus.folder, split, np.dtype(metadata.BYTES_TYPE))[:]
+    assert counts.sum() == corpus.meta.heldout.bytes == 750_000 + 400_000 + 3
+    assert counts.max() > 300_000, "what is dropped counts with the token after it"
+
+
 def test_a_corpus_of_an_earlier_version_gives_an_estimate(
     texts: Path, tmp_path: Path, configure: Callable[..., Config], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -121,6 +121,10 @@ def test_an_end_of_text_that_nobody_names_is_asked_for(tmp_path: Path) -> None:
         ConfigError, match=r"data\.end_of_text = null: .*config\.json says 1; tokenizer_config"
     ):
         load_tokenizer(data, 10)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text('{"eos_token_id": [1, 3]}')
+    with pytest.raises(ConfigError, match=r"data\.end_of_text = null: .*config\.json says 1, 3"):
+        load_tokenizer(data, 10)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"config\.json: must hold a JSON object"):
         load_tokenizer(data, 10)

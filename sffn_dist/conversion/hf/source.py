@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sffn_dist.checkpoint.weights import Weights, untie
+from sffn_dist.conversion import downloads
 from sffn_dist.conversion.hf import config_json, names
 from sffn_dist.conversion.hf.config_json import Description, shown
 from sffn_dist.conversion.hf.tensors import Tensors
