@@ -243,11 +243,20 @@ def to_hf(options: argparse.Namespace) -> int:
     if is_checkpoint(options.source):
         _intact(options.source)
     size, weights = options.shard_size, weights_of(options.source)
+    notices = weights.notices
     if options.trim_vocab:
+        if weights.config.vocab_unpadded == weights.config.model.vocab:
+            notices += ("--trim-vocab: no row pads its vocabulary",)
         weights = trimmed(weights)
+    _print_notices(options.source, notices)
     folder = export.export(weights, options.target, ffn=options.ffn, dtype=options.dtype, shard_bytes=size)
     print(folder)
     return 0
+
+
+def _print_notices(source: Path, notices: Sequence[str]) -> None:
+    for notice in notices:
+        print(f"convert.py: {source}: {notice}", file=sys.stderr)
 
 
 def import_from(options: argparse.Namespace) -> int:
@@ -264,8 +273,7 @@ def import_from(options: argparse.Namespace) -> int:
         sizes = {"kind": options.ffn, "rank": options.rank, "blocks": options.blocks, "dense_layers": layers}
         weights = approximated(weights, sizes, guide=options.guide)
     weights = padded(weights, getattr(options, "pad_vocab_to_multiple", 1))
-    for notice in weights.notices:
-        print(f"convert.py: {options.source}: {notice}", file=sys.stderr)
+    _print_notices(options.source, weights.notices)
     manifest = reshard.write_weights(weights, options.target)
     config = manifest.folder / reshard.START
     advice = f"to train on: pretrain.py --config {config} train.steps=... (or name it as base)"
