@@ -66,8 +66,8 @@ def finished(run_dir: Path, config: Config) -> bool:
     That the folder holds this run at all launch/run_identity.py checks.
     """
     try:
-        summary = _object(run_dir / "summary.json")
-        recorded_config = translate(_object(run_dir / "run.json")["config"])
+        summary = read_object(run_dir / "summary.json")
+        recorded_config = translate(read_object(run_dir / "run.json")["config"])
         return bool(
             summary["steps"] == schedule.build_schedule(config).total_steps
             and recorded_config["evaluation"]["sequences"] == config.evaluation.sequences
@@ -76,7 +76,8 @@ def finished(run_dir: Path, config: Config) -> bool:
         return False
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, with "nan" and the like as floats. Raises OSError or ValueError."""
     tree = strict_json.floats(json.loads(path.read_text(encoding="utf-8")))
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds no object")
@@ -95,8 +96,8 @@ def read(entry: PlannedVariant, seed: int, run_dir: Path) -> Result:
         for row in metrics.read(run_dir / "evaluations.jsonl")
         if row["step"] < len(cumulative_flops)
     ]
-    origin = _object(run_dir / ORIGIN) if (run_dir / ORIGIN).exists() else {}
-    summary = _object(run_dir / "summary.json")
+    origin = read_object(run_dir / ORIGIN) if (run_dir / ORIGIN).exists() else {}
+    summary = read_object(run_dir / "summary.json")
     return Result(entry, seed, run_dir, summary, origin, cumulative_flops[-1], tuple(curve))
 
 

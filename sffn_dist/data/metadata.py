@@ -168,7 +168,11 @@ def _same_content(config: Config, tokenizer: dict[str, Any], folder: Path) -> Pa
 
 def _prepared(folder: Path) -> Iterator[tuple[Path, Meta]]:
     """Every whole corpus in data.dir."""
-    for path in sorted(folder.glob("[!.]*/meta.json")):
+    try:
+        paths = sorted(folder.glob("[!.]*/meta.json"))
+    except OSError:  # data.dir cannot be: whoever makes it says why
+        return
+    for path in paths:
         with contextlib.suppress(CorpusError):
             yield path.parent, read_meta(path.parent)
 

@@ -112,6 +112,6 @@ def test_the_source_is_not_taken_for_data_dir(
     def refuse(path: Path) -> str:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(metadata, "hash_file", refuse)
+    monkeypatch.setattr(tokenizer_files, "hash_file", refuse)
     with pytest.raises(ConfigError, match=r"data\.tokenizer = .*00\.txt: Permission denied; "):
         prepare(configure(texts, tokenizer=str(texts / "00.txt")))

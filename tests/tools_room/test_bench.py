@@ -31,6 +31,14 @@ def rows(root: Path, *arguments: str) -> list[dict[str, Any]]:
     return found
 
 
+def test_a_table_that_cannot_be_written_is_refused_before_the_work(root: Path, tmp_path: Path) -> None:
+    done = bench(root, "comm", "--csv", str(tmp_path))
+    assert done.returncode == 2
+    assert f'--csv = "{tmp_path}": cannot be used: {tmp_path}: Is a directory; ' in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
 def test_what_travels_beside_dense(root: Path) -> None:
     """h 2048, f 8192: low_rank of rank 512, block_dense of rank 768 in 4 blocks, block_shuffle of 4
     blocks, as a share of dense.
