@@ -19,7 +19,7 @@ import numpy as np
 from sffn_dist.atomic_io import hash_file
 from sffn_dist.data.byte_counts import Counts, counting, source_bytes
 from sffn_dist.data.corpus import Passed, check, documents
-from sffn_dist.data.metadata import (
+from sffn_dist.data.meta_file import (
     BYTES_TYPE,
     FORMAT,
     HELDOUT_BYTES,
@@ -28,8 +28,8 @@ from sffn_dist.data.metadata import (
     Split,
     dump_meta,
     fingerprint,
-    prepared_from,
 )
+from sffn_dist.data.metadata import prepared_from
 from sffn_dist.data.shards import SHARD_TOKENS, ShardWriter, Tokens, TokenStream, token_dtype, unigram_entropy
 from sffn_dist.data.sources import source_of
 from sffn_dist.data.tokenizer import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from sffn_dist.data import metadata
+from sffn_dist.data import meta_file, metadata
 from sffn_dist.data.sources import source_of
 from sffn_dist.spec import loading, schedule
 from sffn_dist.spec.config import Config, ConfigError
@@ -20,7 +20,7 @@ def overview(config: Config) -> dict[str, Any]:
     Tokens and epochs are None where the corpus is not prepared yet. Raises ConfigError as metadata.locate.
     """
     folder = metadata.locate(config)
-    meta = metadata.read_meta(folder) if metadata.is_usable(folder) else None
+    meta = meta_file.read_meta(folder) if meta_file.is_usable(folder) else None
     steps = schedule.build_schedule(config).total_steps
     return {
         "source": config.data.source,
@@ -38,9 +38,9 @@ def resolve_prepared(config: Config) -> Config:
     if config.train.steps:
         return config
     folder = metadata.locate(config)
-    if not metadata.is_usable(folder):
+    if not meta_file.is_usable(folder):
         return config
-    return resolve_epochs(config, metadata.read_meta(folder).train.tokens)
+    return resolve_epochs(config, meta_file.read_meta(folder).train.tokens)
 
 
 def resolve_epochs(config: Config, train_tokens: int) -> Config:

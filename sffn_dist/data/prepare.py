@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sffn_dist.atomic_io import sync
-from sffn_dist.data.metadata import CorpusError, is_usable, locate, read_meta
+from sffn_dist.data.meta_file import CorpusError, is_usable, read_meta
+from sffn_dist.data.metadata import locate
 from sffn_dist.data.ranks import Preparation, Ranks
 from sffn_dist.launch import claim
 from sffn_dist.launch.claim import Claim

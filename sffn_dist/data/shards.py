@@ -18,7 +18,14 @@ from tokenizers import Tokenizer
 
 from sffn_dist.atomic_io import hash_file
 from sffn_dist.data.batches import read_heldout
-from sffn_dist.data.metadata import BYTES_TYPE, CorpusError, Meta, Shard, Split, read_meta
+from sffn_dist.data.meta_file import (
+    BYTES_TYPE,
+    CorpusError,
+    Meta,
+    Shard,
+    Split,
+    read_meta,
+)
 from sffn_dist.data.tokenizer import plain
 
 SHARD_TOKENS = 1 << 28

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sffn_dist.checkpoint import run_folder
-from sffn_dist.data import metadata
+from sffn_dist.data import meta_file, metadata
 from sffn_dist.data.overview import resolve_prepared
 from sffn_dist.launch import run_identity
 from sffn_dist.spec import machine, validation
@@ -28,7 +28,7 @@ def check_run(config: Config, ranks: int, *, starts: bool = True) -> None:
     config = resolve_prepared(config)
     if starts and config.train.steps:  # else train.epochs, of a run.dir where nothing was trained yet
         prepared = metadata.locate(config)
-        fingerprint = metadata.read_meta(prepared).fingerprint if metadata.is_usable(prepared) else None
+        fingerprint = meta_file.read_meta(prepared).fingerprint if meta_file.is_usable(prepared) else None
         run_identity.check_identity(config, fingerprint)
     if config.init_from.path and run_folder.latest_checkpoint(Path(config.run.dir)) is None:
         run_identity.check_source_of_weights(config)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from sffn_dist.data import metadata
+from sffn_dist.data import meta_file
 from sffn_dist.data.byte_counts import counting, source_bytes
 from sffn_dist.data.prepare import prepare
 from sffn_dist.data.shards import TokenStream, open_corpus, verify
@@ -97,7 +97,7 @@ def test_bytes_of_heldout_text_are_exact(
         assert not meta.byte_exact
         assert meta.train.bytes + meta.heldout.bytes == sum(len(text.encode()) for text in texts)
         split = meta.heldout.model_copy(update={"shards": meta.heldout_bytes})
-        counts = TokenStream(corpus.folder, split, np.dtype(metadata.BYTES_TYPE))
+        counts = TokenStream(corpus.folder, split, np.dtype(meta_file.BYTES_TYPE))
         assert counts[:].sum() == meta.heldout.bytes
         if meta.heldout.tokens < 5:
             continue  # of the only document
@@ -129,7 +129,7 @@ def test_bytes_between_the_pieces_of_a_long_document_are_counted(
     named = {"tokenizer": str(tmp_path / "t.json"), "end_of_text": "</s>", "heldout_share": 1 - 1e-9}
     corpus = open_corpus(prepare(configure(tmp_path / "long.jsonl", **named)))
     split = corpus.meta.heldout.model_copy(update={"shards": corpus.meta.heldout_bytes})
-    counts = TokenStream(corpus.folder, split, np.dtype(metadata.BYTES_TYPE))[:]
+    counts = TokenStream(corpus.folder, split, np.dtype(meta_file.BYTES_TYPE))[:]
     assert counts.sum() == corpus.meta.heldout.bytes == 750_000 + 400_000 + 3
     assert counts.max() > 300_000, "what is dropped counts with the token after it"
 
@@ -140,11 +140,11 @@ def test_a_corpus_of_an_earlier_version_gives_an_estimate(
     _tokenizer_of("byte-level, NFC").save(str(tmp_path / "t.json"))
     config = configure(texts, tokenizer=str(tmp_path / "t.json"), end_of_text="</s>")
     folder = prepare(config)
-    meta = metadata.read_meta(folder)
+    meta = meta_file.read_meta(folder)
     for shard in meta.heldout_bytes:
         (folder / shard.file).unlink()
     earlier = meta.model_copy(update={"heldout_bytes": ()})
-    (folder / "meta.json").write_text(metadata.dump_meta(earlier))
+    (folder / "meta.json").write_text(meta_file.dump_meta(earlier))
     assert prepare(config) == folder
     assert "bits per byte are an estimate" in caplog.text
     assert open_corpus(folder).heldout_sample(4, 3).estimated

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sffn_dist.data import build, metadata
+from sffn_dist.data import build, metadata, tokenizer_files
 from sffn_dist.data.prepare import prepare
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.disk_errors import DiskError

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sffn_dist.data import build, corpus, metadata
+from sffn_dist.data import build, corpus, meta_file, metadata
 from sffn_dist.data.prepare import prepare
 from sffn_dist.data.sources import local, rows
 from sffn_dist.data.sources import text as text_files
@@ -284,7 +284,7 @@ def test_bad_rows_are_skipped_and_counted(
 ) -> None:
     _bad_folder(tmp_path / "bad")
     config = configure(tmp_path / "bad", bad_rows="skip")
-    meta = metadata.read_meta(prepare(config))
+    meta = meta_file.read_meta(prepare(config))
     assert meta.skipped.bad_rows == 9
     kept = meta.train.documents + meta.heldout.documents
     assert kept == len(_read(tmp_path / "bad", bad_rows="skip"))
@@ -335,7 +335,7 @@ def test_empty_files_are_skipped_with_a_notice(
         (folder / name).write_bytes(b"")
     (folder / "blank.jsonl").write_bytes(b"\n\n")
     (folder / "none.json").write_bytes(b"[]")
-    meta = metadata.read_meta(prepare(configure(folder)))
+    meta = meta_file.read_meta(prepare(configure(folder)))
     assert meta.train.documents + meta.heldout.documents == 30
     (line,) = [line for line in caplog.messages if "hold no row and no text" in line]
     assert line.startswith("8 files hold no row and no text: ")
@@ -347,7 +347,7 @@ def test_empty_documents_are_counted(
 ) -> None:
     rows_ = [{"text": ""}, {"text": None}, *({"text": f"some text {i}"} for i in range(9))]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_))
-    meta = metadata.read_meta(prepare(configure(tmp_path / "rows.jsonl")))
+    meta = meta_file.read_meta(prepare(configure(tmp_path / "rows.jsonl")))
     assert meta.skipped.empty_documents == 2
     assert "skipped 2 empty documents" in caplog.text
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sffn_dist.data import metadata
+from sffn_dist.data import meta_file
 from sffn_dist.data.overview import epochs_line, overview, resolve_epochs, resolve_prepared
 from sffn_dist.data.prepare import prepare
 from sffn_dist.spec import schedule, validation
@@ -36,7 +36,7 @@ def test_the_plan_counts_passes(texts: Path, configure: Callable[..., Config]) -
     assert "not prepared yet" in render({**plan(config, 1), "data": before})
     folder = prepare(config)
     after = json.loads(json.dumps(overview(config)))
-    tokens = metadata.read_meta(folder).train.tokens
+    tokens = meta_file.read_meta(folder).train.tokens
     epochs = 5000 * 8 / ((tokens - 1) // 16)
     assert after["train_tokens"] == tokens
     assert abs(after["epochs"] - epochs) < 1e-9
@@ -65,7 +65,7 @@ def test_epochs_stand_for_steps(texts: Path, configure: Callable[..., Config]) -
     assert resolve_prepared(config) == config
     with pytest.raises(ConfigError, match=r"train\.epochs = 2\.5: its steps are known once data\.source is"):
         schedule.build_schedule(config)
-    tokens = metadata.read_meta(prepare(config)).train.tokens
+    tokens = meta_file.read_meta(prepare(config)).train.tokens
     resolved = resolve_prepared(config)
     windows = (tokens - 1) // 16
     assert resolved.train.steps == -(-windows * 5 // 16)  # 2.5 passes, of 8 samples a step, rounded up

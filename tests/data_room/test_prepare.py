@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from sffn_dist.data import build, metadata
+from sffn_dist.data import build, meta_file, metadata
 from sffn_dist.data.prepare import prepare
 from sffn_dist.data.shards import Corpus, open_corpus, verify
 from sffn_dist.launch import claim, run_identity
@@ -73,7 +73,7 @@ def test_a_corpus_is_what_its_meta_says(texts: Path, configure: Callable[..., Co
     folder = prepare(config)
     assert folder == metadata.locate(config)
     verify(folder)
-    corpus, meta = open_corpus(folder), metadata.read_meta(folder)
+    corpus, meta = open_corpus(folder), meta_file.read_meta(folder)
     assert len(corpus.train) == meta.train.tokens
     assert len(corpus.heldout) == meta.heldout.tokens
     assert (meta.dtype, meta.byte_exact, meta.end_of_text, meta.vocab) == ("uint16", True, 0, 300)
@@ -106,7 +106,7 @@ def test_prepared_once_and_the_same_elsewhere(
     assert times == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     other = prepare(configure(texts, dir=str(tmp_path / "elsewhere")))
     assert other.name == folder.name
-    assert metadata.read_meta(other).fingerprint == metadata.read_meta(folder).fingerprint
+    assert meta_file.read_meta(other).fingerprint == meta_file.read_meta(folder).fingerprint
 
 
 def test_what_decides_the_content_decides_the_folder(texts: Path, configure: Callable[..., Config]) -> None:
@@ -184,10 +184,10 @@ def test_a_run_goes_on_with_its_data_elsewhere(
         return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run_dir)})})
 
     config = of(configure(texts))
-    run_identity.write_record(config, metadata.read_meta(prepare(config)).fingerprint)
+    run_identity.write_record(config, meta_file.read_meta(prepare(config)).fingerprint)
     moved = of(configure(texts.rename(tmp_path / "moved")))
     run_identity.check_identity(moved)  # not known yet
-    fingerprint = metadata.read_meta(prepare(moved)).fingerprint
+    fingerprint = meta_file.read_meta(prepare(moved)).fingerprint
     run_identity.check_identity(moved, fingerprint)
     with pytest.raises(ConfigError, match=r"data\.source = .*moved.* was trained on other data"):
         run_identity.check_identity(moved, fingerprint[::-1])
@@ -353,14 +353,14 @@ def test_only_what_reads_back_is_published(
 ) -> None:
     config, original = configure(texts), build.build
 
-    def build_on_a_bad_disk(config: Config, folder: Path, name: str) -> metadata.Meta:
+    def build_on_a_bad_disk(config: Config, folder: Path, name: str) -> meta_file.Meta:
         meta = original(config, folder, name)
         with open(folder / "train-00000.bin", "r+b") as file:
             file.write(b"\x07")
         return meta
 
     monkeypatch.setattr(build, "build", build_on_a_bad_disk)
-    with pytest.raises(metadata.CorpusError, match=r"train-00000\.bin is damaged"):
+    with pytest.raises(meta_file.CorpusError, match=r"train-00000\.bin is damaged"):
         prepare(config)
     assert not list(metadata.locate(config).parent.iterdir())
 
@@ -411,11 +411,11 @@ def test_damaged_meta_is_never_believed(meta_text: tuple[Path, str], data: st.Da
             raw = raw[: max(1, place)]
     (folder / "meta.json").write_bytes(raw)
     try:
-        read = metadata.read_meta(folder)
-    except metadata.CorpusError:
+        read = meta_file.read_meta(folder)
+    except meta_file.CorpusError:
         return
     (folder / "meta.json").write_text(text)
-    assert read == metadata.read_meta(folder)  # white space
+    assert read == meta_file.read_meta(folder)  # white space
 
 
 @pytest.fixture
@@ -432,7 +432,7 @@ def test_a_damaged_folder_is_refused_and_prepared_again(
 ) -> None:
     config = configure(texts)
     folder = prepare(config)
-    before = metadata.read_meta(folder).fingerprint
+    before = meta_file.read_meta(folder).fingerprint
     shard = folder / "train-00000.bin"
     if damage == "meta":
         (folder / "meta.json").write_text('{"meta": {}, "checksum": ""}')
@@ -448,17 +448,17 @@ def test_a_damaged_folder_is_refused_and_prepared_again(
             "no bytes": "token_bytes.npy",
         }
         (folder / names[damage]).unlink()
-    with pytest.raises(metadata.CorpusError, match=str(folder)):
+    with pytest.raises(meta_file.CorpusError, match=str(folder)):
         open_corpus(folder)
     assert prepare(config) == folder
     assert "cannot be used" in caplog.text
     verify(folder)
-    assert metadata.read_meta(folder).fingerprint == before
+    assert meta_file.read_meta(folder).fingerprint == before
 
 
 def test_verify_reads_what_sizes_do_not_show(texts: Path, configure: Callable[..., Config]) -> None:
     folder = prepare(configure(texts))
     with open(folder / "train-00000.bin", "r+b") as file:
         file.write(b"\x07")
-    with pytest.raises(metadata.CorpusError, match=r"train-00000\.bin is damaged"):
+    with pytest.raises(meta_file.CorpusError, match=r"train-00000\.bin is damaged"):
         verify(folder)

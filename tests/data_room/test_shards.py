@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sffn_dist.data.metadata import Split
+from sffn_dist.data.meta_file import Split
 from sffn_dist.data.shards import ShardWriter, TokenStream, token_dtype, unigram_entropy
 
 

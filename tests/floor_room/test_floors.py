@@ -63,7 +63,7 @@ LOWEST = (
 LIGHT = (
     *LOWEST,
     *(f"launch.{path.stem}" for path in sorted((PACKAGE / "launch").glob("[!_]*.py"))),
-    *("checkpoint.manifest", "data.metadata", "pretrain"),
+    *("checkpoint.manifest", "data.metadata", "data.meta_file", "pretrain"),
     "conversion.formats",
     *("telemetry.trackers", "telemetry.metrics", "telemetry.progress"),
     *("cluster.runs", "cluster.job", "cluster.sweep", "cluster.requeue"),

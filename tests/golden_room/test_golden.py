@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sffn_dist.data.metadata import dump_meta, read_meta
+from sffn_dist.data.meta_file import dump_meta, read_meta
 
 GOLDEN = Path(__file__).parent / "v1"
 CORPUS_TIME = 1767225600  # part of the prepared corpus's name
