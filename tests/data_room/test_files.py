@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from sffn_dist.data import build, corpus, meta_file, metadata
 from sffn_dist.data.prepare import prepare
-from sffn_dist.data.sources import local, rows
+from sffn_dist.data.sources import local, rows, source_of
 from sffn_dist.data.sources import text as text_files
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import Config, ConfigError, Data
@@ -222,6 +222,18 @@ def test_ignored_files_decide_the_folder(texts: Path, configure: Callable[..., C
     (texts / "more.csv").write_text("x")
     assert metadata.locate(configure(texts, ignore=["*.csv"])) == base
     assert metadata.locate(configure(texts, ignore=["*.csv", "0*"])) != base
+
+
+def test_a_pattern_that_names_nothing_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(_lines(["a"]))
+    (tmp_path / "b.csv").write_text("x")
+    contents = local.LocalFiles().contents(Data(source=str(tmp_path), ignore=("*.csv", "*.tsv")))
+    assert contents[1:] == [
+        "does not read 1 data.ignore: b.csv",
+        'holds nothing that data.ignore = "*.tsv" names',
+    ]
+    data = Data(ignore=("*.csv",))
+    assert source_of(data.source).contents(data) == ["is no folder: data.ignore leaves nothing out"]
 
 
 def test_patterns_come_from_a_command_line(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class Source(abc.ABC):
 
     def contents(self, data: Data) -> list[str]:
         """Lines that say what is read and what is not, without opening a file; for the plan and the log."""
-        return []
+        return ["is no folder: data.ignore leaves nothing out"] if data.ignore else []
 
 
 def source_error(data: Data, rule: str) -> ConfigError:

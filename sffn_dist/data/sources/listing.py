@@ -38,6 +38,7 @@ class Listing:
 
     files: list[Listed] = field(default_factory=list)
     not_read: list[NotRead] = field(default_factory=list)
+    idle_patterns: list[str] = field(default_factory=list)  # of data.ignore, that match nothing
 
     def refused(self) -> list[NotRead]:
         return [item for item in self.not_read if item.refused]
@@ -49,12 +50,13 @@ def list_files(top: Path, ignore: tuple[str, ...] = ()) -> Listing:
     ``ignore``: glob patterns of a name or of a path from ``top``; ``*`` also stands for ``/``.
     """
     if not top.is_dir():
-        return Listing([Listed(top, top.name, False)])
+        return Listing([Listed(top, top.name, False)], idle_patterns=list(ignore))
     walk = _Walk(ignore)
     walk.folder(top, "")
     while walk.links:  # real folders first: a folder is listed under its own name where it has one
         walk.link(*walk.links.pop(0))
     _drop_links_to_listed_files(walk.listing)
+    walk.listing.idle_patterns = [pattern for pattern in ignore if pattern not in walk.used]
     return walk.listing
 
 
@@ -63,7 +65,7 @@ class _Walk:
 
     def __init__(self, ignore: tuple[str, ...]):
         self.listing, self.links = Listing(), list[tuple[str, str]]()
-        self._ignore = ignore
+        self._ignore, self.used = ignore, set[str]()
         self._seen: set[tuple[int, int]] = set()  # device and inode of every folder read
 
     def folder(self, path: str | os.PathLike[str], relative: str) -> None:
@@ -95,7 +97,9 @@ class _Walk:
         return known
 
     def _entry(self, entry: os.DirEntry[str], relative: str) -> None:
-        if _matches(relative, self._ignore):
+        matching = [pattern for pattern in self._ignore if _matches(relative, pattern)]
+        self.used.update(matching)
+        if matching:
             self._pass_over(relative, "data.ignore")
         elif entry.name.startswith("."):
             self._pass_over(relative, "hidden")
@@ -116,9 +120,8 @@ class _Walk:
         self.listing.not_read.append(NotRead(relative, reason, refused))
 
 
-def _matches(relative: str, patterns: Iterable[str]) -> bool:
-    name = relative.rpartition("/")[2]
-    return any(fnmatchcase(relative, pattern) or fnmatchcase(name, pattern) for pattern in patterns)
+def _matches(relative: str, pattern: str) -> bool:
+    return fnmatchcase(relative, pattern) or fnmatchcase(relative.rpartition("/")[2], pattern)
 
 
 def _drop_links_to_listed_files(listing: Listing) -> None:

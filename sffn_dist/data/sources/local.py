@@ -106,7 +106,8 @@ class LocalFiles(Source):
         found = listing(data)
         endings = Counter(_ending(file.relative) for file in found.files)
         read = ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items()))
-        return [f"reads {read}", *(f"does not read {line}" for line in by_reason(found.not_read))]
+        idle = [f"holds nothing that data.ignore = {json.dumps(text)} names" for text in found.idle_patterns]
+        return [f"reads {read}", *(f"does not read {line}" for line in by_reason(found.not_read)), *idle]
 
 
 def _format(file: SourceFile) -> Format:
