@@ -89,7 +89,9 @@ def locate(config: Config) -> Path:
         return folder if is_usable(folder) else _same_content(config, tokenizer, folder) or folder
     except ConfigError:
         # an earlier version took the first of its own list for the end of text, whatever the files say
-        folder = _folder(config, {"tokenizer": tokenizer_files.tokens_hash(data)})
+        with explained("data.tokenizer", data.tokenizer or ""):
+            tokens_hash = tokenizer_files.tokens_hash(data)
+        folder = _folder(config, {"tokenizer": tokens_hash})
         if data.end_of_text is None and not data.bos and is_usable(folder):
             return folder
         raise
