@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog, Signa
             print_plan(config)
         if options.plan:
             return exit_codes.DONE
+        environment.check_port()
         lock = run_lock.RunLock(Path(config.run.dir))
         if main_rank and not options.preflight:
             lock.acquire()
@@ -130,6 +131,8 @@ def started_ranks(default: int) -> int:
 
 def load_config(options: argparse.Namespace) -> Config:
     """The config, with everything that can be wrong and is cheap to see checked; raises ConfigError."""
+    if not options.plan:  # there WORLD_SIZE alone says for how many ranks
+        environment.check_variables()
     change = run_changes.overrides(options.change)
     config = loading.load(options.config, [*options.overrides, *change])
     config = run_identity.continue_run(config, change)

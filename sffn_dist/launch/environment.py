@@ -10,6 +10,7 @@ and MASTER_PORT. Slurm's srun sets names of its own, which :func:`set_rank_varia
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -54,6 +55,27 @@ def set_rank_variables(environ: MutableMapping[str, str] = os.environ) -> bool:
     return adopted
 
 
+# what describes a rank among others; launchers set all of them
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def check_variables(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Refuse some of a launcher's variables without the others: set by hand, or left in a shell.
+
+    Raises ConfigError.
+    """
+    missing = [name for name in _RANK_VARIABLES if name not in environ]
+    several = environ.get("WORLD_SIZE", "1") != "1"
+    if missing and ("RANK" in environ or several):
+        name = "RANK" if "RANK" in environ else "WORLD_SIZE"
+        raise ConfigError(
+            [
+                f"environment variable {name} = {environ[name]!r}: {', '.join(missing)} must be set too; "
+                f"start the ranks with deepspeed, torchrun or srun, or unset {name} for a run of one process"
+            ]
+        )
+
+
 def is_rank_zero(environ: MutableMapping[str, str] = os.environ) -> bool:
     """True for rank 0, which reports for all; also before :func:`set_rank_variables` or after it failed."""
     return environ.get("RANK", environ.get("SLURM_PROCID", "0") if "SLURM_STEP_ID" in environ else "0") == "0"
@@ -96,6 +118,28 @@ def _translate(environ: MutableMapping[str, str]) -> None:
         job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
         variables["MASTER_PORT"] = str(rendezvous_port(job, step))
     environ.update(variables)
+
+
+def check_port(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Refuse a taken MASTER_PORT before anything is imported, on rank 0, which is to serve it.
+
+    Raises ConfigError.
+    """
+    text = environ.get("MASTER_PORT", "")
+    serves = environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if environ.get("RANK") != "0" or not serves or not text.isdecimal() or not 0 < int(text) < 65536:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(text)))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                rule = (
+                    f"is in use on {socket.gethostname()}; another run may have it: choose a free one "
+                    f"(--master_port of deepspeed, --master-port of torchrun)"
+                )
+                raise ConfigError([f"MASTER_PORT = {text}: {rule}"]) from None
 
 
 def rendezvous_port(job: int, step: int) -> int:

@@ -61,7 +61,10 @@ def _connect(host: str, port: int, rank: int, patience: float) -> Any:
         return TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error):
-            rule = f"is in use on {platform.node()}; another run may have it: choose a free port"
+            rule = (
+                f"is in use on {platform.node()}; another run may have it: choose a free one "
+                f"(--master_port of deepspeed, --master-port of torchrun)"
+            )
             raise RendezvousError([f"MASTER_PORT = {port}: {rule}"]) from None
         rule = (
             f"{platform.node()} cannot reach it in {patience:g} seconds ({_first_line(error)}); rank 0 must "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,10 +20,13 @@ from pydantic import ValidationError
 from sffn_dist.spec import strict_json, validation
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.config_keys import key_fields
+from sffn_dist.spec.key_aliases import ALIASES
 from sffn_dist.spec.renamed_keys import RENAMED, SHORT_FORMS, translate
 
 # written beside imported weights, perhaps by an earlier version: a record, not a user's file
 START = "start.json"
+# keys that name a file or folder; relative ones are relative to the folder that the run is started in
+PATHS = ("run.dir", "data.dir", "data.source", "data.tokenizer", "init_from.path")
 
 
 def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
@@ -37,6 +41,7 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
         run["dir"] = run.get("dir") or f"runs/{Path(path).stem}"
+    _expand_home(tree)
     try:
         config = from_tree(tree)
     except ConfigError as error:
@@ -48,6 +53,17 @@ def load(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _expand_home(tree: dict[str, Any]) -> None:
+    """``~`` is the home folder in every path, not a folder of that name."""
+    for key in PATHS:
+        section, _, leaf = key.partition(".")
+        node = tree.get(section)
+        if key == "init_from.path" and isinstance(node, str):
+            tree[section] = os.path.expanduser(node)
+        elif isinstance(node, dict) and isinstance(node.get(leaf), str):
+            node[leaf] = os.path.expanduser(node[leaf])
 
 
 def _recorded_only(tree: Mapping[str, Any]) -> Iterable[str]:
@@ -217,6 +233,9 @@ def _unknown_key(key: str) -> str:
         return f"{key}: names a section, not a setting; set one of {', '.join(leaves)}"
     valid_keys = [*key_fields(), *Config.model_fields]
     leaf = key.rsplit(".", 1)[-1]
+    alias = ALIASES.get(leaf.lower().replace("-", "_"))
+    if alias:
+        return f"{key}: unknown key; the nearest known one is {alias}"
     same = [name for name in valid_keys if name.rsplit(".", 1)[-1] == leaf]
     near = (
         same[:1]
@@ -254,4 +273,20 @@ def _message(problem: Any, tree: Mapping[str, Any]) -> str:
         .replace("a valid ", "a ")
         .replace("a integer", "an integer")
     )
-    return f"{key} = {json.dumps(node, default=str)}: {rule}"
+    return f"{key} = {json.dumps(node, default=str)}: {rule}{_spelling(key, node)}"
+
+
+def _spelling(key: str, value: Any) -> str:
+    """How a value that was meant is written, where that is clear."""
+    annotation = str(key_fields().get(key))
+    if "bool" in annotation and str(value).lower() in ("true", "false", "yes", "no", "on", "off", "1", "0"):
+        return f"; write {'true' if str(value).lower() in ('true', 'yes', 'on', '1') else 'false'}"
+    if isinstance(value, str) and value.lower() in ("none", "~", "nil") and "None" in annotation:
+        return "; write null"
+    if "int" not in annotation:
+        return ""
+    try:
+        number = float(value) if isinstance(value, (float, str)) else math.nan
+    except ValueError:
+        return ""
+    return f"; write {int(number)}" if number.is_integer() and abs(number) < 2**53 else ""

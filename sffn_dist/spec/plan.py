@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -172,7 +173,10 @@ def _received_line(plan: dict[str, Any]) -> str:
 def _checkpoint_line(plan: dict[str, Any]) -> str:
     size, settings = plan["checkpoint_bytes"], plan["checkpoint"]
     frequency = f"every {settings['interval']} steps" if settings["interval"] else "at the end"
-    forever = f", and every {settings['keep_every']} steps for good" if settings["keep_every"] else ""
+    forever = ""
+    if settings["keep_every"] and settings["interval"]:
+        # of the steps that are saved, those that checkpoint.keep_every divides
+        forever = f", and every {math.lcm(settings['interval'], settings['keep_every'])} steps for good"
     disk = (
         f"{settings['keep']} kept{forever}, {si((settings['keep'] + 1) * size, 'B')} of disk while one is "
         f"written"

@@ -155,6 +155,8 @@ def unused_settings(config: Config) -> dict[str, str]:
     notes.update(_unused_guide(config))
     if kind != DENSE and not config.structured:
         notes["ffn.kind"] = "ffn.dense_layers leaves no structured layer"
+    if config.checkpoint.keep_every and not config.checkpoint.interval:
+        notes["checkpoint.keep_every"] = "checkpoint.interval = 0 saves at the end alone"
     if config.parallel.sequence and config.parallel.tensor == 1:
         notes["parallel.sequence"] = "parallel.tensor = 1 splits nothing"
     return notes

@@ -11,6 +11,7 @@ import netrc
 import os
 import secrets
 import string
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from logging import getLogger
@@ -20,6 +21,7 @@ from urllib.parse import urlsplit
 
 from sffn_dist.atomic_io import write_text
 from sffn_dist.spec.config import ConfigError, Logging
+from sffn_dist.telemetry import events
 
 _log = getLogger(__name__)
 
@@ -154,7 +156,10 @@ class _Wandb:
                 allow_val_change=True,
             )
 
-        self._counts: dict[str, int] = {}
+        # those of earlier starts count too: a restart goes on with the numbers that the server has
+        events_file = run_dir / "events.jsonl"
+        rows = events.read(events_file) if events_file.exists() else []
+        self._counts = Counter(str(row.get("event")).replace(" ", "_") for row in rows)
         self._logged = 0
         offline = _wandb_is_logged_out()
         try:
@@ -179,7 +184,7 @@ class _Wandb:
 
     def event(self, row: Mapping[str, Any]) -> None:
         kind = str(row["event"]).replace(" ", "_")
-        self._counts[kind] = self._counts.get(kind, 0) + 1
+        self._counts[kind] += 1
         self._run.summary.update({f"events/{kind}": self._counts[kind], "events/last": str(row["message"])})
 
     def rewind(self, step: int) -> None:

@@ -118,7 +118,9 @@ def report_step(run: TrainingRun, step_schedule: StepSchedule, result: StepResul
         run.tell("skipped", text, skipped=step_schedule.step)
     steps_of_this_start = run.steps_taken + run.schedule.total_steps - run.step
     if run.steps_taken == min(EARLY_STEPS, steps_of_this_start) and run.step < run.schedule.total_steps:
-        announce_estimate(run, f"from {run.step} steps" if run.step > 1 else "from the first step")
+        announce_estimate(
+            run, f"from {run.steps_taken} steps" if run.steps_taken > 1 else "from the first step"
+        )
 
 
 def report_first_micro_batch(run: TrainingRun, step_schedule: StepSchedule, step_seconds: float) -> None:

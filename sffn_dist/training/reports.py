@@ -46,11 +46,11 @@ class Reports:
 
     def _open(self, step: int) -> None:
         config, topology, run_dir = self._config, self._topology, Path(self._config.run.dir)
-        peak = (
-            peak_flops(torch.cuda.get_device_name(), self._precision)
-            if topology.device.type == "cuda"
-            else None
-        )
+        peak = None
+        if config.logging.peak_tflops is not None:
+            peak = config.logging.peak_tflops * 1e12
+        elif topology.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(), self._precision)
         total = schedules.build_schedule(config).total_steps
         self.metrics = MetricsLog(run_dir / "metrics.jsonl", step, self._restore)
         # a row's step counts the steps taken: the one of a resumed step stands, the last one is written anew

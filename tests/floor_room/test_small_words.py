@@ -1,0 +1,123 @@
+"""What a user types who comes from elsewhere, or types almost the right thing."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from sffn_dist.launch import environment
+from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.config_keys import key_fields
+from sffn_dist.spec.key_aliases import ALIASES
+from sffn_dist.spec.loading import load
+from sffn_dist.spec.plan import plan, render
+from sffn_dist.telemetry.peak import peak_flops, peak_memory
+
+SMALL = {
+    "model": {"layers": 2, "width": 32, "heads": 4, "sequence": 16, "vocab": 256},
+    "train": {"steps": 10, "global_batch_size": 4, "micro_batch_size": 4},
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "small.json"
+    file.write_text(json.dumps(SMALL))
+    return file
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as refusal:
+        load(path, overrides)
+    return list(refusal.value.problems)
+
+
+def test_keys_of_other_frameworks(path: Path) -> None:
+    assert set(ALIASES.values()) <= set(key_fields())
+    for word, key in (("train.lr=1", "train.learning_rate"), ("hidden_size=1", "model.width")):
+        assert problems(path, word) == [f"{word[:-2]}: unknown key; the nearest known one is {key}"]
+    assert problems(path, "optimizer.max-steps=3") == [
+        "optimizer.max-steps: unknown key; the nearest known one is train.steps"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "end"),
+    [
+        ("train.steps=1e4", "; write 10000"),
+        ("train.steps=10_000", "; write 10000"),
+        ("parallel.sequence=True", "; write true"),
+        ("model.bias=no", "; write false"),
+        ("ffn.rank=None", "; write null"),
+        ("train.steps=1.5", "integer"),
+        ("train.steps=many", "integer"),
+    ],
+)
+def test_how_a_value_is_written(path: Path, override: str, end: str) -> None:
+    (problem,) = problems(path, override)
+    assert problem.endswith(end) or (end == "integer" and "; write" not in problem)
+
+
+def test_home_is_home(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = load(
+        path,
+        ["run.dir=~/r", "data.dir=~/d", "data.source=~/s", "data.tokenizer=~/t.json", "init_from=~/i"],
+    )
+    found = (
+        config.run.dir,
+        config.data.dir,
+        config.data.source,
+        config.data.tokenizer,
+        config.init_from.path,
+    )
+    assert found == tuple(f"/home/somebody/{name}" for name in ("r", "d", "s", "t.json", "i"))
+
+
+def test_checkpoints_that_are_kept_for_good(path: Path) -> None:
+    """Only what is saved can be kept."""
+    config = load(path, ["checkpoint.interval=300", "checkpoint.keep_every=1000"])
+    assert "every 300 steps; 2 kept, and every 3000 steps for good" in render(plan(config, 1))
+    config = load(path, ["checkpoint.interval=0", "checkpoint.keep_every=1000"])
+    page = render(plan(config, 1))
+    assert "for good" not in page
+    assert "checkpoint.keep_every: checkpoint.interval = 0 saves at the end alone" in page
+
+
+def test_half_a_launcher() -> None:
+    for variables in ({"WORLD_SIZE": "2"}, {"RANK": "0"}, {"RANK": "1", "WORLD_SIZE": "2"}):
+        with pytest.raises(ConfigError, match="must be set too; start the ranks with deepspeed") as refusal:
+            environment.check_variables(dict(variables))
+        assert "MASTER_PORT" in refusal.value.problems[0]
+    environment.check_variables({"WORLD_SIZE": "1"})
+    environment.check_variables({})
+
+
+def test_a_taken_port() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        with pytest.raises(ConfigError, match=f"MASTER_PORT = {port}: is in use .*--master_port"):
+            environment.check_port({"RANK": "0", "MASTER_PORT": port})
+        environment.check_port({"RANK": "1", "MASTER_PORT": port})
+        environment.check_port({"RANK": "0", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    environment.check_port({"RANK": "0", "MASTER_PORT": port})
+
+
+@pytest.mark.parametrize(
+    ("device", "flops"),
+    [
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H800", 989e12),
+        ("NVIDIA A800-SXM4-80GB", 312e12),
+        ("AMD Instinct MI300X", 1307e12),
+        ("NVIDIA B200", 2250e12),
+    ],
+)
+def test_peaks(device: str, flops: float) -> None:
+    assert peak_flops(device, "bf16") == flops
+    assert peak_memory(device)
