@@ -14,6 +14,7 @@ WANDB = """
 import os, signal, sys
 from pathlib import Path
 from sffn_dist.spec.config import Logging
+from sffn_dist.telemetry.events import EventLog
 from sffn_dist.telemetry.trackers import open_trackers
 run_dir, start, stop = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 tracked = open_trackers(Logging(wandb=True), run_dir, {"train.micro_batch_size": start}, start)
@@ -21,11 +22,12 @@ import wandb
 assert wandb.run is not None and wandb.run.offline, "no tracker, or not offline"
 for step in range(start, stop):
     tracked.log({"step": step, "loss": float("nan")}, step)
-tracked.event({"event": "rolled back", "step": stop, "message": "it did"})
+tracked.event(EventLog(run_dir / "events.jsonl").write("rolled back", stop, message="it did"))
 tracked.rewind(start)
 for step in range(start, stop):
     tracked.log({"step": step, "loss": 1.0}, step)  # without a warning for each
-assert wandb.run.summary["events/rolled_back"] == 1 and wandb.run.summary["events/last"] == "it did"
+count = 1 if start == 0 else 2  # a restart goes on counting
+assert wandb.run.summary["events/rolled_back"] == count and wandb.run.summary["events/last"] == "it did"
 if start == 0: os.kill(os.getpid(), signal.SIGKILL)
 tracked.finish({"heldout_loss": 3.0})
 """
