@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sffn_dist import strict_json
 from sffn_dist.atomic_io import hash_file
 from sffn_dist.data.sources.base import digest
 from sffn_dist.spec.config import ConfigError, Data
@@ -89,7 +90,7 @@ class Settings:
         trees = {TOKENIZER_CONFIG: self.tokenizer}
         if self.generation:
             trees[GENERATION_CONFIG] = self.generation
-        return {name: json.dumps(tree, indent=2) + "\n" for name, tree in trees.items()}
+        return {name: strict_json.dumps(tree, indent=2) + "\n" for name, tree in trees.items()}
 
 
 def settings(folder: Path) -> Settings:

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def play(tree: dict[str, Any], data_dirs: list[str], logs: str, dies: bool = Fal
                 os.dup2(log, 2)
                 own = {**tree, "data": {**tree["data"], "dir": data_dir}}
                 code = _rank(rank, len(data_dirs), own, dies)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]

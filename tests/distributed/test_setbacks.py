@@ -4,12 +4,13 @@ passed over stays so.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sffn_dist.launch.signals import Stop
 
 CASES = Path(__file__).with_name("setback_cases.py")
 
@@ -76,7 +77,7 @@ def test_going_back_is_as_if_the_bad_batches_were_not_there(
         assert mine["told"][0][1] == {"first": 9, "last": 11, "reached": 12}
         assert (mine["state"], mine["losses"]) == (others["state"], others["losses"])
     stopped = pool.run(CASES, "trained", tree=tree(tmp_path / "stopped", stage), bad=bad, stop_at=13)
-    assert {rank["stopped"] for rank in stopped} == {signal.SIGTERM}
+    assert {rank["stopped"] for rank in stopped} == {Stop("SIGTERM", 143)}
     assert stopped[0]["taken"] == [*range(12), 8, 12, 13]
     (found, _) = pool.run(CASES, "begun", tree=tree(tmp_path / "stopped", stage))
     assert found == {"step": 14, "losses": stopped[0]["losses"], "passed": [9, 10, 11]}

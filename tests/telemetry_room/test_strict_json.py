@@ -47,7 +47,7 @@ def test_no_record_is_written_but_through_the_helper(root: Path) -> None:
     files = [path for top in ("sffn_dist", "tools", "benchmarks") for path in (root / top).rglob("*.py")]
     found = {path.relative_to(root).as_posix() for path in files if record.search(path.read_text())}
     # the helper; a meta.json is checked to hold finite numbers alone; two of strings and whole numbers
-    allowed = {"strict_json.py", "data/metadata.py", "launch/claim.py", "launch/run_lock.py"}
+    allowed = {"strict_json.py", "data/meta_file.py", "launch/claim.py", "launch/run_lock.py"}
     assert found <= {f"sffn_dist/{name}" for name in allowed}
 
 
