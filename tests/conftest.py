@@ -83,6 +83,14 @@ def nursery() -> Iterator[Callable[..., Any]]:
     pool.stop()
 
 
+@pytest.fixture(scope="module")
+def fresh_nursery() -> Iterator[Callable[..., Any]]:
+    """As ``nursery``, but nobody else's: whose children start process groups of their own."""
+    pool = _load(Path(__file__).parent / "distributed" / "rank_pool.py").RankPool(1, timeout=580.0)
+    yield lambda file, function, **arguments: pool.run(file, function, **arguments)[0]
+    pool.stop()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu run where a CUDA device is, and say why elsewhere."""
     from sffn_dist.spec import machine

@@ -17,7 +17,7 @@ CASES = Path(__file__).with_name("prepare_cases.py")
 
 @pytest.fixture
 def play(
-    nursery: Callable[..., Any], tmp_path: Path, texts: Path, configure: Callable[..., Config]
+    fresh_nursery: Callable[..., Any], tmp_path: Path, texts: Path, configure: Callable[..., Config]
 ) -> Callable[..., list[tuple[int, str]]]:
     """play(data_dirs, ...) -> each rank's exit code, and what it said."""
     (tmp_path / "logs").mkdir()
@@ -25,7 +25,7 @@ def play(
     def run(data_dirs: list[str], source: Path = texts, **options: Any) -> list[tuple[int, str]]:
         tree = configure(source).model_dump(mode="json")
         tree["run"]["dir"] = str(tmp_path / "run")
-        told: list[tuple[int, str]] = nursery(
+        told: list[tuple[int, str]] = fresh_nursery(
             CASES, "play", tree=tree, data_dirs=data_dirs, logs=str(tmp_path / "logs"), **options
         )
         return told
