@@ -32,7 +32,7 @@ from typing import Any
 from sffn_dist.cluster import runs
 from sffn_dist.cluster.runs import JobRun
 from sffn_dist.launch import checks
-from sffn_dist.spec import loading, strict_json
+from sffn_dist.spec import loading, unique_keys
 from sffn_dist.spec.config import ConfigError
 
 KEYS = ("name", "configs", "overrides", "grid", "exclude")
@@ -67,10 +67,10 @@ def read(path: Path, config: str | None = None) -> Sweep:
     """
     prefix = f"sweep file {str(path)!r}"
     try:
-        tree = strict_json.loads(path.read_text(encoding="utf-8"))
+        tree = unique_keys.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([f"{prefix}: cannot be read: {error.strerror}"]) from None
-    except strict_json.RepeatedKeyError as error:
+    except unique_keys.RepeatedKeyError as error:
         raise ConfigError([f"{prefix}: {error}"]) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"{prefix}: not valid JSON: {error}"]) from None

@@ -135,11 +135,15 @@ def check_port(environ: MutableMapping[str, str] = os.environ) -> None:
             probe.bind(("", int(text)))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                rule = (
-                    f"is in use on {socket.gethostname()}; another run may have it: choose a free one "
-                    f"(--master_port of deepspeed, --master-port of torchrun)"
-                )
-                raise ConfigError([f"MASTER_PORT = {text}: {rule}"]) from None
+                raise ConfigError([taken_port(int(text))]) from None
+
+
+def taken_port(port: int) -> str:
+    """What to say of a MASTER_PORT that another process serves on this machine."""
+    return (
+        f"MASTER_PORT = {port}: is in use on {socket.gethostname()}; another run may have it: choose a free "
+        f"one (--master_port of deepspeed, --master-port of torchrun)"
+    )
 
 
 def rendezvous_port(job: int, step: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
-from sffn_dist.launch import exit_codes
+from sffn_dist.launch import environment, exit_codes
 from sffn_dist.spec.config import ConfigError
 
 # seconds that a rank may come later than the first: nodes boot containers and read an environment from a slow
@@ -61,11 +61,7 @@ def _connect(host: str, port: int, rank: int, patience: float) -> Any:
         return TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error):
-            rule = (
-                f"is in use on {platform.node()}; another run may have it: choose a free one "
-                f"(--master_port of deepspeed, --master-port of torchrun)"
-            )
-            raise RendezvousError([f"MASTER_PORT = {port}: {rule}"]) from None
+            raise RendezvousError([environment.taken_port(port)]) from None
         rule = (
             f"{platform.node()} cannot reach it in {patience:g} seconds ({_first_line(error)}); rank 0 must "
             f"run there"

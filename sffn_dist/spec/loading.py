@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sffn_dist.spec import strict_json, validation
+from sffn_dist.spec import unique_keys, validation
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.config_keys import key_fields
 from sffn_dist.spec.key_aliases import ALIASES
@@ -154,7 +154,7 @@ def read_tree(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         resolved = path.resolve()
         if resolved in _seen:
             raise ConfigError([f"base = {str(path)!r}: the files name each other as base in a circle"])
-        tree = strict_json.loads(path.read_text(encoding="utf-8"))
+        tree = unique_keys.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         named_by = f" (named as base by {_seen[-1]})" if _seen else ""
         raise ConfigError([f"config file {str(path)!r}{named_by}: no such file"]) from None
@@ -164,7 +164,7 @@ def read_tree(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         if isinstance(error, RecursionError):
             raise ConfigError([f"config file {str(path)!r}: not valid JSON: {error}"]) from None
         raise ConfigError([f"config file {str(path)!r}: cannot be read: {error}"]) from None
-    except strict_json.RepeatedKeyError as error:
+    except unique_keys.RepeatedKeyError as error:
         raise ConfigError([f"config file {str(path)!r}: {error}"]) from None
     except ValueError as error:  # also a number of more digits than Python reads
         raise ConfigError([f"config file {str(path)!r}: not valid JSON: {error}"]) from None

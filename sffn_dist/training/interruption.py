@@ -17,7 +17,6 @@ at once, the next start makes up for it; a training step only when the deadline 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -87,7 +86,12 @@ class Interruption:
             if topology.world_size > 1:
                 agreement = PrefixStore("interruption", store.clone() if hasattr(store, "clone") else store)
             with suppress(RuntimeError):  # the store is gone: the deadline ends this process
-                self._rounds(agreement, topology, signals, save_and_end, save_seconds)
+                self._rounds(
+                    agreement,
+                    topology,
+                    lambda: self._due(signals, save_seconds()),
+                    lambda doing: save_and_end(signals.stop(), doing),
+                )
 
         threading.Thread(target=run, name="interruption", daemon=True).start()
 
@@ -98,26 +102,15 @@ class Interruption:
     # ------------------------------------------------------------------------------------------------- rounds
 
     def _rounds(
-        self,
-        store: Any,
-        topology: Topology,
-        signals: SignalHandler,
-        save_and_end: Callable[[Stop, str], None],
-        save_seconds: Callable[[], float],
+        self, store: Any, topology: Topology, due: Callable[[], bool], save_and_end: Callable[[str], None]
     ) -> None:
         number = 0
         while not self._closed.is_set():
-            if self._due(signals, save_seconds()):
-                _post(store, "due")
-            if topology.is_rank_zero and (store is None or store.check(["due"])):
-                _post(store, f"round/{number}")
-            opened = self._due(signals, save_seconds()) if store is None else store.check([f"round/{number}"])
-            if opened:
+            if due() if store is None else _opened(store, topology, number, due()):
                 doing = self._hold(store, topology, number)
                 if doing is not None:
                     with _own_stream():
-                        save_and_end(signals.stop(), doing)
-                    os._exit(1)  # not reached
+                        save_and_end(doing)
                 number += 1
             time.sleep(_PAUSE_SECONDS)
 
@@ -149,9 +142,13 @@ class Interruption:
         return None
 
 
-def _post(store: Any, key: str) -> None:
-    if store is not None:
-        store.set(key, "")
+def _opened(store: Any, topology: Topology, number: int, due: bool) -> bool:
+    """Whether rank 0 has opened this round, which it does once any rank asked for one."""
+    if due:
+        store.set("due", "")
+    if topology.is_rank_zero and store.check(["due"]):
+        store.set(f"round/{number}", "")
+    return bool(store.check([f"round/{number}"]))
 
 
 @contextlib.contextmanager
