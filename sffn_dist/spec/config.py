@@ -164,7 +164,9 @@ class Train(Section):
 class Parallel(Section):
     """How the model is split over ranks; what is left of them is data parallel."""
 
-    tensor: PositiveInt = 1
+    tensor: PositiveInt = Field(
+        1, description="ranks that share each layer; a multiple or a divisor of model.kv_heads"
+    )
     sequence: bool = Field(
         False, description="split the residual stream by tokens over the tensor-parallel group"
     )
@@ -273,6 +275,14 @@ class Config(Section):
     def vocab_unpadded(self) -> int:
         """Token ids are below it; rows of the embedding from it on are padding."""
         return self.model.vocab_unpadded or self.model.vocab
+
+    @property
+    def gathers_qkv(self) -> bool:
+        """With fewer key/value heads than tensor-parallel ranks, megatron-core cuts linear_qkv's rows inside a
+        head: a rank computes its rows, gathers the others', and takes its query heads and their key and value
+        head.
+        """
+        return self.kv_heads < self.parallel.tensor
 
     @property
     def attention_dim(self) -> int:

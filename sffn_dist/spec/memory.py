@@ -66,7 +66,8 @@ def _layer_elements(config: Config, layer: int, narrow: bool, guide: bool) -> in
     the feed-forward layer's.
     """
     p, h = config.parallel.tensor, config.model.width
-    attention = (2 * config.attention_dim + 2 * config.kv_heads * config.head_dim) // p
+    qkv = config.attention_dim + 2 * config.kv_heads * config.head_dim
+    attention = config.attention_dim // p + (qkv if config.gathers_qkv else qkv // p)
     return (
         2 * h // (p if config.parallel.sequence else 1)
         + attention

@@ -196,6 +196,10 @@ def layer_traffic(config: Config, layer: int, *, guide: bool = False) -> list[Tr
             )
     if not guide:
         add("self_attention.linear_qkv", dense_linear(group, "column", h, h))
+        if config.gathers_qkv:
+            rows = group.tokens * specs["self_attention.linear_qkv.weight"].shape[0]
+            add("self_attention", group.moved("forward", "all_gather", rows))
+            add("self_attention", group.moved("backward", "reduce_scatter", rows))
         add("self_attention.linear_proj", dense_linear(group, "row", h, h))
     # forward again, up to the last tensor that backward reads: a dense layer's last sum is not
     if config.recompute == "full":

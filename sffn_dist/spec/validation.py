@@ -89,7 +89,6 @@ def _tensor_parallel_rules(config: Config) -> Iterable[str]:
     p = config.parallel.tensor
     sizes = {
         "model.heads": config.model.heads,
-        "model.kv_heads": config.kv_heads,
         "model.vocab": config.model.vocab,
     }
     if config.parallel.sequence and p > 1:
@@ -97,6 +96,14 @@ def _tensor_parallel_rules(config: Config) -> Iterable[str]:
     for key, value in sizes.items():
         if value % p:
             yield f"{key} = {value}: must be divisible by parallel.tensor = {p}"
+    kv_heads, key_rows = config.kv_heads, 2 * config.kv_heads * config.head_dim
+    if kv_heads % p and p % kv_heads:
+        yield f"model.kv_heads = {kv_heads}: must be a multiple or a divisor of parallel.tensor = {p}"
+    elif config.gathers_qkv and key_rows % p:
+        yield (
+            f"model.kv_heads = {kv_heads}: the keys' and values' rows, 2 x {kv_heads} heads of "
+            f"{config.head_dim}, must be divisible by parallel.tensor = {p}"
+        )
 
 
 def _guide_rules(config: Config) -> Iterable[str]:

@@ -45,7 +45,11 @@ def tree(
 
 @pytest.mark.parametrize("kind", FFN)
 def test_parameters_follow_the_split_table(ranks: Callable[..., Any], kind: str) -> None:
-    variants = ({}, {"activation": "swiglu", "norm": "rmsnorm", "bias": False, "tie_embeddings": False})
+    variants = (
+        {},
+        {"activation": "swiglu", "norm": "rmsnorm", "bias": False, "tie_embeddings": False},
+        {"kv_heads": 1},
+    )
     for model, (tensor, sequence) in itertools.product(variants, ((1, False), (2, False), (2, True))):
         for problems in ranks(2, tensor).run(
             CASES, "table_mismatches", tree=tree(kind, tensor=tensor, sequence=sequence, model=model)

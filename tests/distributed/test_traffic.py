@@ -183,8 +183,9 @@ def tree(kind: str, sequence: bool, **extra: Any) -> dict[str, Any]:
             {"recompute": "bottleneck", "model": {"activation": "swiglu", "norm": "rmsnorm", "bias": False}},
         ),
         ("low_rank", {"recompute": "bottleneck", "model": {"tie_embeddings": False}}),
+        ("low_rank", {"recompute": "full", "model": {"kv_heads": 1}}),
     ],
-    ids=["plain", "full", "bottleneck-swiglu", "bottleneck-untied"],
+    ids=["plain", "full", "bottleneck-swiglu", "bottleneck-untied", "one-key-value-head"],
 )
 @pytest.mark.parametrize("sequence", [True, False])
 def test_models_send_what_is_predicted(

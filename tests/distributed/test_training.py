@@ -223,6 +223,24 @@ def test_resume_where_block_shuffle_takes_the_other_route(
     assert np.abs(np.subtract(losses, whole["losses"])).max() < TOLERANCE
 
 
+@pytest.mark.parametrize(("kv_heads", "sequence"), [(1, True), (1, False), (2, True)])
+def test_fewer_key_value_heads_than_ranks(
+    train: Callable[..., dict[str, Any]], tmp_path: Path, kv_heads: int, sequence: bool
+) -> None:
+    """linear_qkv is cut inside a head and its outputs gathered: TP 4 -> TP 2 -> one rank goes on as one rank
+    does, with equal gradient norms.
+    """
+    model = {"model": {"kv_heads": kv_heads}}
+    run = {"run": {"dir": str(tmp_path)}}
+    whole = train(1, tree("low_rank", **model), steps=12)
+    four = train(4, {**tree("low_rank", tensor=4, sequence=sequence, **model), **run}, steps=6)
+    two = train(2, {**tree("low_rank", tensor=2, sequence=sequence, **model), **run}, steps=9)
+    one = train(1, {**tree("low_rank", **model), **run}, steps=12)
+    for key in ("losses", "norms"):
+        joined = four[key] + two[key] + one[key]
+        assert np.abs(np.subtract(joined, whole[key])).max() < TOLERANCE, key
+
+
 def test_gradient_norm_in_bf16(train: Callable[..., dict[str, Any]]) -> None:
     """Every stage reports, and clips by, the norm over all tensor-parallel ranks (DeepSpeed's stage 0 took
     the first one's alone).

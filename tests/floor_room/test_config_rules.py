@@ -83,10 +83,9 @@ def test_a_broken_rule_names_key_value_and_rule(over: dict[str, Any], key: str, 
     ("over", "key"),
     [
         (
-            {"model.heads": 6, "model.width": 48, "model.kv_heads": 6, "ffn.width": 192},
-            ["model.heads = 6", "model.kv_heads = 6"],
+            {"model.heads": 6, "model.width": 48, "model.kv_heads": 2, "ffn.width": 192},
+            ["model.heads = 6"],
         ),
-        ({"model.kv_heads": 2}, ["model.kv_heads = 2"]),
         ({"model.vocab": 510}, ["model.vocab = 510"]),
         ({**LOW_RANK, "ffn.width": 254}, ["ffn.width = 254"]),
         ({"model.sequence": 30, "parallel.sequence": True}, ["model.sequence = 30"]),
@@ -96,6 +95,20 @@ def test_sizes_that_four_tensor_parallel_ranks_do_not_divide(over: dict[str, Any
     config({**over, "parallel.tensor": 1})  # with one rank the same sizes are fine
     found = problems(lambda: config({**over, "parallel.tensor": 4}))
     assert found == tuple(f"{name}: must be divisible by parallel.tensor = 4" for name in key)
+
+
+def test_fewer_key_value_heads_than_ranks_must_divide_them() -> None:
+    for kv_heads in (1, 2):
+        config({"model.kv_heads": kv_heads, "parallel.tensor": 4})
+    sizes = {"model.heads": 12, "model.attention_dim": 96, "parallel.tensor": 4}
+    for kv_heads in (3, 6):
+        assert problems(lambda: config({**sizes, "model.kv_heads": kv_heads})) == (  # noqa: B023
+            f"model.kv_heads = {kv_heads}: must be a multiple or a divisor of parallel.tensor = 4",
+        )
+    (problem,) = problems(
+        lambda: config({"model.kv_heads": 1, "model.attention_dim": 16, "parallel.tensor": 8})
+    )
+    assert "the keys' and values' rows, 2 x 1 heads of 2, must be divisible by parallel.tensor = 8" in problem
 
 
 def test_the_rank_is_cut_nowhere() -> None:
