@@ -278,9 +278,10 @@ class Config(Section):
 
     @property
     def gathers_qkv(self) -> bool:
-        """With fewer key/value heads than tensor-parallel ranks, megatron-core cuts linear_qkv's rows inside a
-        head: a rank computes its rows, gathers the others', and takes its query heads and their key and value
-        head.
+        """Whether there are fewer key/value heads than tensor-parallel ranks.
+
+        megatron-core then cuts linear_qkv's rows inside a head: a rank computes its rows, gathers the
+        others', and takes its query heads and their key and value head.
         """
         return self.kv_heads < self.parallel.tensor
 

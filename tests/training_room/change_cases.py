@@ -100,7 +100,7 @@ def runs(folder: str) -> dict[str, Any]:
     start(place, "once", "train.stop_at_step=6")
     shutil.copytree(place / "once", place / "twice")
     out["once"] = start(place, "once", *change, world=2)
-    start(place, "twice", *change, "train.stop_at_step=9")
+    out["short stop"] = start(place, "twice", *change, "train.stop_at_step=9", "guards.stop_seconds=1")["log"]
     out["twice"] = start(place, "twice", *change, "parallel.tensor=2", world=2)
     refused = start(place, "once")
     out["refused"] = refused["code"], refused["log"]

@@ -204,3 +204,10 @@ def test_a_second_stage(outcome: dict[str, Any]) -> None:
     code, log = outcome["other seed"]
     assert code == 2
     assert "init_from.data = true: train.seed is 7 here and 0 in" in log
+
+
+def test_saves_too_slow_for_a_stop_are_told_once(outcome: dict[str, Any]) -> None:
+    assert (
+        outcome["short stop"].count("too long for a stop by SIGTERM or Ctrl-C (guards.stop_seconds = 1)") == 1
+    )
+    assert "too long for a stop" not in outcome["plain"]["log"]

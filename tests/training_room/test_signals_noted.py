@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from sffn_dist.launch.signals import REPORT_SIGNAL, STOP_SIGNALS, SignalHandler, StopRequested
+from sffn_dist.training.hooks.save_report import slow_save_warning
 
 
 @pytest.fixture
@@ -30,6 +31,18 @@ def test_the_first_stays(signals: SignalHandler, first: signal.Signals) -> None:
         os.kill(os.getpid(), number)
     assert signals.received is first
     assert not signals.report_wanted
+
+
+@pytest.mark.parametrize(
+    ("seconds", "stop_seconds", "warns"),
+    [(0.0, 1.0, False), (22.0, 25.0, False), (24.0, 25.0, True), (31.0, 25.0, True)],
+)
+def test_a_save_too_slow_for_a_stop_is_told(seconds: float, stop_seconds: float, warns: bool) -> None:
+    warning = slow_save_warning(seconds, stop_seconds)
+    assert (warning is not None) is warns
+    if warning:
+        assert f"took {seconds:.1f} s" in warning
+        assert "guards.stop_seconds = 25" in warning
 
 
 def test_before_training_the_first_one_interrupts(signals: SignalHandler) -> None:

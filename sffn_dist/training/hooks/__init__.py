@@ -12,7 +12,7 @@ from sffn_dist.training.hooks.phase_change import PhaseChange
 from sffn_dist.training.hooks.rank_report import RankReport
 from sffn_dist.training.hooks.replica_check import ReplicaCheck
 from sffn_dist.training.hooks.rollback import Rollback
-from sffn_dist.training.hooks.save_failures import SaveFailures
+from sffn_dist.training.hooks.save_report import SaveReport
 from sffn_dist.training.run import TrainingRun
 from sffn_dist.training.step_result import StepResult
 
@@ -40,5 +40,5 @@ def standard_hooks(config: Config) -> list[Hook]:
         Evaluate(config),
         ReplicaCheck(config, save),  # before a save: no checkpoint of replicas that differ
         save,
-        SaveFailures(),
+        SaveReport(),
     ]
