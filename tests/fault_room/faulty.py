@@ -88,8 +88,29 @@ class Noise:
         return [generator.integers(0, 512, np.shape(part)) for part in self._batches.at(*place, **more)]
 
 
+def block_preparation() -> None:
+    """The preparing rank gets one document and then waits, while it trains a tokenizer (the main thread is in
+    the library's C then, and asks for text in another) or while it encodes.
+    """
+    from sffn_dist.data import build
+
+    documents, passes = build.documents, iter(("tokenizer training", "encoding"))
+
+    def blocked(*args: Any) -> Any:
+        if next(passes) != FAULT["kind"]:
+            yield from documents(*args)
+            return
+        yield next(documents(*args))
+        mark()
+        time.sleep(120.0)
+
+    build.documents = blocked
+
+
 if __name__ == "__main__":
-    if FAULT["kind"] == "config":
+    if FAULT["kind"] in ("tokenizer training", "encoding"):
+        block_preparation()
+    elif FAULT["kind"] == "config":
         if HERE:
             sys.argv.append("train.learning_rate=0.123")
             mark()

@@ -103,6 +103,56 @@ def test_a_terminal_stops_a_long_step(
     assert event["message"] == end["reason"]
 
 
+@pytest.mark.parametrize(
+    ("launcher", "number", "times", "fault"),
+    [
+        ("none", "SIGINT", 3, "encoding"),
+        ("torchrun", "SIGINT", 1, "encoding"),
+        ("deepspeed", "SIGINT", 1, "tokenizer training"),
+        pytest.param("deepspeed", "SIGTERM", 1, "encoding", marks=pytest.mark.faults),
+    ],
+)
+def test_a_stop_while_data_is_prepared(
+    launches: Any, config: Path, tmp_path: Path, launcher: str, number: str, times: int, fault: str
+) -> None:
+    """All ranks end with the signal's code, those that wait for the data too. What was half done is removed,
+    at the latest by the next start.
+    """
+    run, data, world = tmp_path / "run", tmp_path / "data", 1 if launcher == "none" else 2
+    settings = [f"data.dir={data}", "train.steps=1", "logging.progress=false"]
+    stop = {"launcher": launcher, "world": world, "fault": {"kind": fault}}
+    started = launches.launch(config, run, *settings, **stop)
+    deadline = time.monotonic() + 120.0
+    while not started.mark.exists():
+        assert started.process.poll() is None, started.log.read_text()
+        assert time.monotonic() < deadline, started.log.read_text()
+        time.sleep(0.05)
+    began = time.monotonic()
+    for _ in range(times):
+        if number == "SIGINT":
+            os.killpg(started.process.pid, signal.SIGINT)
+        else:
+            started.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    started.process.wait(30.0)
+    while launches.running(run):
+        assert time.monotonic() < began + 30.0, started.log.read_text()
+        time.sleep(0.1)
+    assert time.monotonic() < began + 10.0, started.log.read_text()
+    output, end = started.log.read_text(), json.loads((tmp_path / "run.end.json").read_text())
+    assert end["code"] == 128 + signal.Signals[number], output
+    cause = "SIGINT" if number == "SIGINT" else "the end of its launcher, pid "
+    assert f": stopped by {cause}" in end["reason"]
+    assert end["reason"].endswith(" before the first step of this start")
+    left = list(data.glob(".*.tmp"))
+    assert len(left) == (fault == "tokenizer training")
+    if left:
+        again = launches.launch(config, run, *settings, launcher="none").wait()
+        assert again.code == 0, again.output
+        assert f"removing {left[0]}, left by a preparation that did not end" in again.output
+        assert not list(data.glob(".*.tmp"))
+
+
 @pytest.mark.parametrize("doing", ["evaluation", "sample", "collective", "update"])
 def test_a_stop_elsewhere(nursery: Callable[..., Any], config: Path, tmp_path: Path, doing: str) -> None:
     """An evaluation and a sample are given up at once; so is, near the deadline, a step whose collective

@@ -33,7 +33,8 @@ def slow_save_warning(seconds: float, stop_seconds: float) -> str | None:
     if not seconds or seconds + _HOLD_SECONDS <= stop_seconds:
         return None
     return (
-        f"the last save took {seconds:.1f} s, too long for a stop by SIGTERM or Ctrl-C (guards.stop_seconds = "
-        f"{stop_seconds:g}): what was trained since the newest checkpoint would be lost. Raise guards.stop_seconds, with the 30 s after which deepspeed, torchrun and Slurm kill (Slurm's "
-        "KillWait); or stop with SIGUSR1, as the batch scripts do, which has no limit"
+        f"the last save took {seconds:.1f} s, too long for a stop by SIGTERM or Ctrl-C "
+        f"(guards.stop_seconds = {stop_seconds:g}): what was trained since the newest checkpoint would be "
+        "lost. Raise guards.stop_seconds, with the 30 s after which deepspeed, torchrun and Slurm kill "
+        "(Slurm's KillWait); or stop with SIGUSR1, as the batch scripts do, which has no limit"
     )
