@@ -8,10 +8,12 @@ and by ``--change`` what run_changes.py allows.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ class Record:
     identity: dict[str, Any]
     data_fingerprint: str | None
     config: Config | None  # None in records of versions that did not keep it, or that no longer validates
+    init_from_fingerprint: str | None = None  # of the weights that the run began with
 
 
 def read_record(run_dir: Path) -> Record | None:
@@ -52,7 +55,8 @@ def read_record(run_dir: Path) -> Record | None:
     try:
         tree = strict_json.floats(json.loads((run_dir / NAME).read_text(encoding="utf-8")))
         config = _config(tree.get("config"))
-        return Record(NAME, translate_flat(tree["identity"]), tree["data_fingerprint"], config)
+        identity, weights = translate_flat(tree["identity"]), tree.get("init_from_fingerprint")
+        return Record(NAME, identity, tree["data_fingerprint"], config, weights)
     except FileNotFoundError:
         return _record_of_checkpoint(run_dir)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -114,6 +118,8 @@ def check_identity(config: Config, data_fingerprint: str | None = None) -> None:
     held = {**_defaults(config), **record.identity}
     own = validation.identity(config)
     by_content = _keys_by_content(own, record, data_fingerprint)
+    if _same_weights(config.init_from.path, record):
+        by_content = by_content | {"init_from.path"}
     keys = sorted((own.keys() | held.keys()) - by_content)
     differing = [key for key in keys if own.get(key) != held.get(key)]
     if record.config is not None and len(config.changes) > len(record.config.changes):
@@ -191,6 +197,26 @@ def _keys_by_content(own: Mapping[str, Any], record: Record, fingerprint: str | 
     return ({"data.source"} if local else set()) | ({"data.tokenizer"} if given else set())
 
 
+def _same_weights(path: str | None, record: Record) -> bool:
+    """Whether init_from names what the run began with: in the same place, or moved or copied."""
+    held = record.identity.get("init_from.path")
+    if not path or not isinstance(held, str):
+        return False
+    if Path(path).resolve() == Path(held).resolve():
+        return True
+    return record.init_from_fingerprint is not None and record.init_from_fingerprint == _fingerprint(path)
+
+
+def _fingerprint(path: str) -> str | None:
+    """Of the files of the checkpoint that ``init_from`` names, wherever they lie; None if there is none."""
+    try:
+        files = find_checkpoint("init_from", path).files
+    except ConfigError:
+        return None
+    lines = "".join(f"{name} {file.sha256}\n" for name, file in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
 def _defaults(config: Config) -> dict[str, Any]:
     return {key: value for key, value in config_keys.defaults().items() if key in validation.identity(config)}
 
@@ -234,9 +260,16 @@ def check_source_of_weights(config: Config) -> None:
 
 def write_record(config: Config, data_fingerprint: str) -> None:
     """Record the run in run.dir."""
+    weights = None
+    if config.init_from.path:
+        with suppress(ConfigError):  # a damaged record is replaced
+            record = read_record(Path(config.run.dir))
+            weights = record.init_from_fingerprint if record else None
+        weights = weights or _fingerprint(config.init_from.path)
     tree = {
         "identity": validation.identity(config),
         "data_fingerprint": data_fingerprint,
+        "init_from_fingerprint": weights,
         "config": config.model_dump(mode="json"),
     }
     atomic_io.write_text(Path(config.run.dir) / NAME, strict_json.dumps(tree, indent=1) + "\n")

@@ -133,4 +133,9 @@ def runs(folder: str) -> dict[str, Any]:
     out["weights alone"] = [row[1:] for row in start(place, "alone", *second)["curve"]]
     other = start(place, "seed", *second, *state, "train.seed=7")
     out["other seed"] = other["code"], other["log"]
+    shutil.copytree(place / "constant", place / "moved")
+    for name, step in (("weights moved", 4), ("other weights", 2)):
+        path = place / f"moved/checkpoints/step_{step:08d}"
+        again = start(place, "second", *constant, "train.steps=4", f"init_from={path}", *state)
+        out[name] = again["code"], again["log"]
     return out

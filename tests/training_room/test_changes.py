@@ -206,6 +206,14 @@ def test_a_second_stage(outcome: dict[str, Any]) -> None:
     assert "init_from.data = true: train.seed is 7 here and 0 in" in log
 
 
+def test_initial_weights_are_compared_by_content(outcome: dict[str, Any]) -> None:
+    code, log = outcome["weights moved"]
+    assert code == 0, log
+    code, log = outcome["other weights"]
+    assert code == 2
+    assert 'moved/checkpoints/step_00000002": run.dir = ' in log
+
+
 def test_saves_too_slow_for_a_stop_are_told_once(outcome: dict[str, Any]) -> None:
     assert (
         outcome["short stop"].count("too long for a stop by SIGTERM or Ctrl-C (guards.stop_seconds = 1)") == 1
