@@ -243,11 +243,13 @@ def to_hf(options: argparse.Namespace) -> int:
     if is_checkpoint(options.source):
         _intact(options.source)
     size, weights = options.shard_size, weights_of(options.source)
+    padding = weights.config.model.vocab - weights.config.vocab_unpadded
     notices = weights.notices
     if options.trim_vocab:
-        if weights.config.vocab_unpadded == weights.config.model.vocab:
-            notices += ("--trim-vocab: no row pads its vocabulary",)
+        notices += () if padding else ("--trim-vocab: no row pads its vocabulary",)
         weights = trimmed(weights)
+    elif padding:
+        notices += (f"{padding} rows that pad the vocabulary go along; --trim-vocab leaves them out",)
     _print_notices(options.source, notices)
     folder = export.export(weights, options.target, ffn=options.ffn, dtype=options.dtype, shard_bytes=size)
     print(folder)
@@ -255,8 +257,7 @@ def to_hf(options: argparse.Namespace) -> int:
 
 
 def _print_notices(source: Path, notices: Sequence[str]) -> None:
-    for notice in notices:
-        print(f"convert.py: {source}: {notice}", file=sys.stderr)
+    sys.stderr.writelines(f"convert.py: {source}: {notice}\n" for notice in notices)
 
 
 def import_from(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,10 @@ def train_tokenizer(documents: Iterable[str], vocab: int, end_of_text: str = END
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sample(documents, sample_size(vocab)), trainer)
+    started, size = time.monotonic(), sample_size(vocab)
+    log.info("training a tokenizer of %s entries on the first %.0f M characters", f"{vocab:,}", size / 1e6)
+    tokenizer.train_from_iterator(_sample(documents, size), trainer)
+    log.info("trained the tokenizer in %.1f s", time.monotonic() - started)
     return plain(tokenizer)
 
 

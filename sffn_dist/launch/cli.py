@@ -31,6 +31,7 @@ from sffn_dist.launch.error_output import print_errors
 from sffn_dist.launch.signals import SignalHandler, StopRequested, write_stderr
 from sffn_dist.spec import loading
 from sffn_dist.spec.config import Config, ConfigError
+from sffn_dist.spec.disk_errors import DiskError
 
 if TYPE_CHECKING:
     from sffn_dist.health.watchdog import Watchdog
@@ -74,8 +75,8 @@ def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog, Signa
             time.sleep(REFUSAL_DELAY)
         # a rank may have a fault of its own once the run has begun: e.g. a folder that its node does not see
         return watchdog.fail(error) if watchdog else refuse(error, main_rank)
-    except StopRequested as stop:
-        return watchdog.fail(stop) if watchdog else report_stop(stop, main_rank)
+    except (StopRequested, DiskError) as error:
+        return watchdog.fail(error) if watchdog else report_end(error, main_rank)
     except Exception as error:
         if watchdog is None:
             raise
@@ -174,12 +175,13 @@ def refuse(error: ConfigError, main_rank: bool) -> int:
     return exit_codes.REFUSED
 
 
-def report_stop(stop: StopRequested, main_rank: bool) -> int:
-    """A signal that came before the ranks had met: say so, once for all ranks, and record the end."""
+def report_end(error: StopRequested | DiskError, main_rank: bool) -> int:
+    """A signal or a failing disk before the ranks had met: say so, once for all ranks, and record the end."""
     if main_rank:
-        write_stderr(f"pretrain.py: {stop}\n")
-    exit_codes.record(stop.exit_code, str(stop))
-    return stop.exit_code
+        kind = "" if isinstance(error, StopRequested) else "error: "
+        write_stderr(f"pretrain.py: {kind}{error}\n")
+    exit_codes.record(error.exit_code, str(error))
+    return error.exit_code
 
 
 def preflight_only(config: Config, watchdog: Watchdog) -> int:

@@ -243,12 +243,8 @@ class _Tensorboard:
     name = "tensorboard"
 
     def __init__(self, run_dir: Path, config_flat: Mapping[str, Any], resume_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._folder, self._writer = (
-            str(run_dir / "tensorboard"),
-            SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step),
-        )
+        self._folder = run_dir / "tensorboard"
+        self._open(resume_step)
         table = "\n".join(
             ["| key | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in config_flat.items())]
         )
@@ -261,19 +257,30 @@ class _Tensorboard:
         self._add(row, step)
 
     def event(self, row: Mapping[str, Any]) -> None:
+        self._reopen_if_removed()
         self._writer.add_text("events", f"{row['event']}: {row['message']}", row["step"])
 
     def rewind(self, step: int) -> None:
+        self._writer.close()
+        self._open(step)
+
+    def _open(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer.close()
-        self._writer = SummaryWriter(self._folder, purge_step=step)
+        self._writer = SummaryWriter(str(self._folder), purge_step=step)
+
+    def _reopen_if_removed(self) -> None:
+        """The writer would go on in a file that has no name any more."""
+        if next(self._folder.glob("events.out.tfevents.*"), None) is None:
+            _log.warning("%s was removed while the run goes on: its rows so far are lost", self._folder)
+            self.rewind(self._step)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._add({f"summary/{key}": value for key, value in summary.items()}, self._step)
         self._writer.close()
 
     def _add(self, row: Mapping[str, Any], step: int) -> None:
+        self._reopen_if_removed()
         for key, value in row.items():
             if isinstance(value, (int, float)) and key != "step":  # of yes and no, 1 and 0
                 self._writer.add_scalar(key, float(value), step)

@@ -97,11 +97,14 @@ def test_the_true_vocabulary_travels(
     generated = model.generate(tokens[:, :4], max_new_tokens=6, do_sample=True)
     assert generated.shape[1] > 4
     assert (generated < VOCAB).all()
+    card = (folder / "README.md").read_text()
+    assert "Rows 37 to 47 of the vocabulary stand for no token." in card
     cut = export(trimmed(held), tmp_path / "cut", ffn=ffn, dtype="fp32")
     plain = export(weights, tmp_path / "plain", ffn=ffn, dtype="fp32")
     got, expected = (load_file(path / "model.safetensors") for path in (cut, plain))
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert "stand for no token" not in (cut / "README.md").read_text()
     assert (cut / "config.json").read_text() == (plain / "config.json").read_text()
     assert (cut / "generation_config.json").read_text() == (plain / "generation_config.json").read_text()
 

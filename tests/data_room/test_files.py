@@ -323,6 +323,14 @@ def test_every_bad_row_says_where(tmp_path: Path, name: str, where: str) -> None
     assert "data.bad_rows=skip" in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "form"), [("a.jsonl", "%s\n%s\n"), ("a.json", "[%s, %s]")])
+def test_a_key_that_stands_twice_in_a_row_is_refused(tmp_path: Path, name: str, form: str) -> None:
+    (tmp_path / name).write_text(form % ('{"text": "kept"}', '{"text": "first", "text": "second"}'))
+    with pytest.raises(ConfigError, match=rf"(line|row) 2 of .*{name} holds a key twice"):
+        _read(tmp_path)
+    assert _read(tmp_path, bad_rows="skip") == ["kept"]
+
+
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_a_cut_off_stream_keeps_what_came_before(tmp_path: Path, suffix: str) -> None:
     texts = [os.urandom(300).hex() for _ in range(2000)]  # more than one block of any of them

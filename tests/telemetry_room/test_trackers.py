@@ -1,6 +1,7 @@
 """Trackers: one W&B run over restarts, readable events, and no failure that stops a run."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -125,6 +126,22 @@ def test_tensorboard_shows_what_a_run_went_back_over_once(tmp_path):
         (s, 1.0 if s < 2 else 2.0) for s in range(7)
     ]
     assert "events/text_summary" in events.Tags()["tensors"]
+
+
+def test_tensorboard_goes_on_where_its_folder_was_removed(tmp_path, caplog):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracked = open_trackers(Logging(tensorboard=True), tmp_path / "run", {}, 0)
+    for step in range(6):
+        if step == 3:
+            shutil.rmtree(tmp_path / "run")
+        tracked.log({"step": step, "loss": float(step)}, step)
+    tracked.finish({})
+    assert caplog.text.count("tensorboard was removed while the run goes on") == 1
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [3, 4, 5]
 
 
 def test_nothing_asked_for_imports_nothing(tmp_path):

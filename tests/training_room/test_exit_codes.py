@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from sffn_dist import pretrain
 from sffn_dist.launch import exit_codes
+from sffn_dist.spec.disk_errors import disk_error
 
 
 def test_the_first_record_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,3 +71,26 @@ def test_srun_variables_that_cannot_be_read(
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert pretrain.main([]) == exit_codes.REFUSED
     assert "SLURM_STEP_NUM_TASKS = 'many'" in capfd.readouterr().err
+
+
+def test_a_disk_that_fails_before_the_ranks_meet(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One line and exit code 1, at which a job is started again; no traceback."""
+
+    def fail(self: object) -> None:
+        raise disk_error("run.dir = x", "x", OSError(errno.ESTALE, "Stale file handle"))
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(exit_codes.VARIABLE, str(tmp_path / "end.json"))
+    monkeypatch.setattr(pretrain.cli.run_lock.RunLock, "acquire", fail)
+    model = {"layers": 1, "width": 8, "heads": 2, "vocab": 300}
+    config = {"model": model, "ffn": {"kind": "dense"}, "train": {"steps": 1}}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    assert (
+        pretrain.main(["--config", str(tmp_path / "c.json"), f"run.dir={tmp_path}/run"]) == exit_codes.FAILED
+    )
+    words = "run.dir = x: x: Stale file handle; the disk or its server failed, start again"
+    assert capfd.readouterr().err == f"pretrain.py: error: {words}\n"
+    assert json.loads((tmp_path / "end.json").read_text())["code"] == exit_codes.FAILED

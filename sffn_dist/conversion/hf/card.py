@@ -49,7 +49,7 @@ def card(name: str, weights: Weights, source: Config, ffn: FFN, dtype: DType) ->
         _header(source, weights.facts),
         f"# {_plain(name)}",
         f"A GPT-style language model of {counts.parameters(config):,} parameters.{kind}{steps}",
-        f"## Loading\n\n{LOADING[ffn]}{_ranks(config, ffn)}\n\n"
+        f"## Loading\n\n{LOADING[ffn]}{_ranks(config, ffn)}{_padding(config)}\n\n"
         f"```python\n{_snippet(name, weights, ffn)}\n```",
         "## Model\n\n" + _table(("setting", "value"), _settings(config, source, dtype)),
         "## Parameters\n\n" + _table(("part", "parameters"), parts),
@@ -71,6 +71,18 @@ def _ranks(config: Config, ffn: FFN) -> str:
     return (
         ' With `tp_plan="auto"` attention is cut over ranks; the structured feed-forward layers are whole '
         "on every rank."
+    )
+
+
+def _padding(config: Config) -> str:
+    """What rows of no token mean for who reads the logits."""
+    first, rows = config.vocab_unpadded, config.model.vocab
+    if first == rows:
+        return ""
+    return (
+        f" Rows {first:,} to {rows - 1:,} of the vocabulary stand for no token. `generate` never samples "
+        f"them (`suppress_tokens` in generation_config.json); logits that you read yourself hold them: cut "
+        f"those at {first:,}."
     )
 
 

@@ -26,6 +26,16 @@ _SPACE = " \t\r\n"
 _TOKEN = 16  # characters that an incomplete number, literal or escape has at most
 
 
+class RepeatedKeys(dict[str, Any]):
+    """An object that held a key twice; of those the last value is there."""
+
+
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What json makes an object of, marked where it drops something."""
+    row = dict(pairs)
+    return row if len(row) == len(pairs) else RepeatedKeys(row)
+
+
 class MalformedJSON(ValueError):
     """The text is no JSON, from here on."""
 
@@ -57,12 +67,18 @@ def json_lines(data: Data, path: Path, compression: str) -> Iterator[Item]:
 
 def _line_item(data: Data, line: bytes, where: str) -> Item:
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode(), object_pairs_hook=unique_object)
     except UnicodeDecodeError as error:
         return BadRow(where, f"must be UTF-8 text: {error.reason}")
     except (ValueError, RecursionError) as error:
         cut_off = "" if line.endswith(b"\n") else " (the line has no end: the file seems to be cut off)"
         return BadRow(where, f"is not JSON: {error}{cut_off}")
+    return _json_item(data, row, where)
+
+
+def _json_item(data: Data, row: Any, where: str) -> Item:
+    if isinstance(row, RepeatedKeys):
+        return BadRow(where, "holds a key twice: which value counts is not known")
     return row_item(data, row, where)
 
 
@@ -77,7 +93,7 @@ def json_file(data: Data, path: Path, compression: str) -> Iterator[Item]:
         reader = TextReader(path, stream)
         try:
             for rows, row in enumerate(json_values(reader.decoded(reader.raw_chunks())), start=1):
-                yield row_item(data, row, f"row {rows} of {path}")
+                yield _json_item(data, row, f"row {rows} of {path}")
         except (MalformedJSON, RecursionError) as error:
             problem = f"is not JSON: {error}"
             yield reader.damage or BadRow(f"row {rows + 1} of {path}", problem, ends_file=True)
@@ -134,7 +150,11 @@ class _Lookahead:
 
     def __init__(self, chunks: Iterator[str]):
         self.start = 0
-        self._chunks, self._text, self._decoder = chunks, "", json.JSONDecoder()
+        self._chunks, self._text, self._decoder = (
+            chunks,
+            "",
+            json.JSONDecoder(object_pairs_hook=unique_object),
+        )
         self._ended = False
 
     def next_character(self) -> str:
