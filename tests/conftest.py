@@ -78,7 +78,7 @@ def nursery() -> Iterator[Callable[..., Any]]:
     """``nursery(file, function, ...)`` calls it in a process of its own that joins no group: a child that
     it forks starts at once.
     """
-    pool = _load(Path(__file__).parent / "distributed" / "rank_pool.py").RankPool(1, timeout=580.0)
+    pool = _load(Path(__file__).parent / "distributed" / "rank_pool.py").RankPool(1, timeout=1750.0)
     yield lambda file, function, **arguments: pool.run(file, function, **arguments)[0]
     pool.stop()
 
@@ -86,7 +86,7 @@ def nursery() -> Iterator[Callable[..., Any]]:
 @pytest.fixture(scope="module")
 def fresh_nursery() -> Iterator[Callable[..., Any]]:
     """As ``nursery``, but nobody else's: whose children start process groups of their own."""
-    pool = _load(Path(__file__).parent / "distributed" / "rank_pool.py").RankPool(1, timeout=580.0)
+    pool = _load(Path(__file__).parent / "distributed" / "rank_pool.py").RankPool(1, timeout=1750.0)
     yield lambda file, function, **arguments: pool.run(file, function, **arguments)[0]
     pool.stop()
 

@@ -71,6 +71,10 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
+    @property
+    def started(self) -> bool:
+        return self._heartbeat is not None
+
     def tick(self, doing: str, step: int) -> None:
         """The main thread got on, and is ``doing`` something at a step; costs a microsecond."""
         now = time.monotonic()

@@ -73,8 +73,7 @@ def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog, Signa
     except ConfigError as error:
         if not main_rank:
             time.sleep(REFUSAL_DELAY)
-        # a rank may have a fault of its own once the run has begun: e.g. a folder that its node does not see
-        return watchdog.fail(error) if watchdog else refuse(error, main_rank)
+        return end_refused(error, watchdog, main_rank)
     except (StopRequested, DiskError) as error:
         return watchdog.fail(error) if watchdog else report_end(error, main_rank)
     except Exception as error:
@@ -163,6 +162,16 @@ def resolve_epochs(config: Config, tokens: int) -> Config:
     return config
 
 
+def end_refused(error: ConfigError, watchdog: Watchdog | None, main_rank: bool) -> int:
+    """The ranks find the same up to the comparison that precedes the watch: one speaks for all.
+
+    Later a rank may have a fault of its own, e.g. a folder that its node does not see; and so may one that
+    does not find the others.
+    """
+    alone = watchdog and (watchdog.started or isinstance(error, environment.RendezvousError))
+    return watchdog.fail(error) if watchdog and alone else refuse(error, main_rank)
+
+
 def refuse(error: ConfigError, main_rank: bool) -> int:
     """Print the problems, once for all ranks, and record the end.
 
@@ -171,8 +180,9 @@ def refuse(error: ConfigError, main_rank: bool) -> int:
     rank_prefix = "" if main_rank else f"rank {os.environ.get('RANK')} on {platform.node()}: "
     if main_rank or os.environ.get("LOCAL_RANK") == "0":
         print_errors("pretrain.py", (f"{rank_prefix}{problem}" for problem in error.problems))
-    exit_codes.record(exit_codes.REFUSED, error.problems[0])
-    return exit_codes.REFUSED
+    code = int(getattr(error, "exit_code", exit_codes.REFUSED))
+    exit_codes.record(code, error.problems[0])
+    return code
 
 
 def report_end(error: StopRequested | DiskError, main_rank: bool) -> int:

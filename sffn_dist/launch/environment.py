@@ -18,6 +18,7 @@ import socket
 import struct
 from collections.abc import Iterator, MutableMapping, Sequence
 
+from sffn_dist.launch import exit_codes
 from sffn_dist.spec.config import ConfigError
 
 # from here on step ids are Slurm's names for the batch script, an allocation's shell, ...
@@ -25,6 +26,13 @@ _RESERVED_STEPS = 0xFFFFFFF0
 _FIRST_PORT, _PORTS = 20000, 12000  # below those that the kernel gives out by itself, from 32768 on
 _MOST_HOSTS = 1_000_000
 _SIOCGIFADDR = 0x8915
+
+
+class RendezvousError(ConfigError):
+    """Ranks do not find each other: where the address is right, another start may."""
+
+    exit_code = exit_codes.LOST_RANK
+
 
 # --------------------------------------------------------------------------------------------------- adopting
 
@@ -123,7 +131,7 @@ def _translate(environ: MutableMapping[str, str]) -> None:
 def check_port(environ: MutableMapping[str, str] = os.environ) -> None:
     """Refuse a taken MASTER_PORT before anything is imported, on rank 0, which is to serve it.
 
-    Raises ConfigError.
+    Raises RendezvousError: it may be free at another start.
     """
     text = environ.get("MASTER_PORT", "")
     serves = environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -135,7 +143,7 @@ def check_port(environ: MutableMapping[str, str] = os.environ) -> None:
             probe.bind(("", int(text)))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise ConfigError([taken_port(int(text))]) from None
+                raise RendezvousError([taken_port(int(text))]) from None
 
 
 def taken_port(port: int) -> str:

@@ -16,18 +16,13 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
-from sffn_dist.launch import environment, exit_codes
+from sffn_dist.launch import environment
+from sffn_dist.launch.environment import RendezvousError
 from sffn_dist.spec.config import ConfigError
 
 # seconds that a rank may come later than the first: nodes boot containers and read an environment from a slow
 # disk
 RENDEZVOUS_TIMEOUT = 600.0
-
-
-class RendezvousError(ConfigError):
-    """Ranks do not find each other: where the address is right, another start may."""
-
-    exit_code = exit_codes.LOST_RANK
 
 
 def connect(rank: int, world: int, patience: float = RENDEZVOUS_TIMEOUT) -> Any:

@@ -80,6 +80,8 @@ def test_a_whole_number_of_steps_is_not_rounded_up(configure: Callable[..., Conf
     config = _of_epochs(configure("stdlib"), steps=0, epochs=3)
     assert resolve_epochs(config, 16 * 80 + 1).train.steps == 30
     assert resolve_epochs(config, 16 * 81 + 1).train.steps == 31
+    inexact = _of_epochs(configure("stdlib"), steps=0, epochs=8)
+    assert resolve_epochs(inexact, 16 * 103 + 1).train.steps == 103  # 8 / (8 / 103) is 103.00000000000001
     with pytest.raises(
         ConfigError, match=r"model\.sequence = 16: must be below the number of training tokens"
     ):

@@ -79,7 +79,7 @@ class Noise:
     """Batches of random tokens: their loss is that of no knowledge at all."""
 
     def __init__(self, batches: Any):
-        self._batches = batches
+        self._batches, self.tokens = batches, batches.tokens
 
     def at(self, *place: Any, **more: Any) -> Any:
         import numpy as np

@@ -101,7 +101,9 @@ def test_a_taken_port() -> None:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        with pytest.raises(ConfigError, match=f"MASTER_PORT = {port}: is in use .*--master_port"):
+        with pytest.raises(
+            environment.RendezvousError, match=f"MASTER_PORT = {port}: is in use .*--master_port"
+        ):
             environment.check_port({"RANK": "0", "MASTER_PORT": port})
         environment.check_port({"RANK": "1", "MASTER_PORT": port})
         environment.check_port({"RANK": "0", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"})
