@@ -440,3 +440,14 @@ def test_pipeline_stages_that_disagree_are_refused(copied: Any) -> None:
     change(files[-1], lambda tree: tree[last_key].update({name: first[key][name] + 1.0}))
     with pytest.raises(ConfigError, match="stages do not agree on embedding"):
         megatron.read(folder).full(name)
+
+
+def test_tensor_parallel_ranks_that_disagree_are_refused(ranks: Any, tmp_path: Path) -> None:
+    """About what each of them holds whole."""
+    ranks(2, 2).run(CASES, "save", how="legacy", folder=str(tmp_path), tensor=2, tokens=TOKENS)
+    files, name = sorted(tmp_path.rglob("model_optim_rng.pt")), "decoder.final_layernorm.weight"
+    assert len(files) == 2
+    assert megatron.read(tmp_path).full(name).numel()
+    change(files[1], lambda tree: tree["model"].update({name: tree["model"][name] + 1.0}))
+    with pytest.raises(ConfigError, match=f"hold different values of {name}, must be equal"):
+        megatron.read(tmp_path).full(name)
