@@ -48,7 +48,7 @@ def pretrain(config: Config, watchdog: Watchdog, signals: SignalHandler) -> int:
     train, run_dir, precision = config.train, Path(config.run.dir), machine.precision(config.precision)
 
     # ranks
-    store = topologies.init_process_group(timeout=max(1800.0, 2 * config.guards.hang_seconds))
+    store = topologies.init_process_group(topologies.collective_timeout(config))
     rank_facts = preflight.check_ranks(config, precision)
     ranks = Ranks(store, *topologies.rank_and_world())
     watchdog.start(store, ranks.rank, ranks.world, config.guards, run_dir)

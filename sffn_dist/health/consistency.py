@@ -36,7 +36,7 @@ from sffn_dist.spec.config_keys import flatten
 
 # facts: two hashes, of which the keys and the git revision are reported; a name, of which others are odd
 # and no more
-CONFIG, CODE, DEVICE = "config", "code", "device"
+CONFIG, CODE, DEVICE, UUID = "config", "code", "device", "device uuid"
 FOLDER_TIMEOUT = (
     # seconds for a file to be seen on other nodes: NFS clients cache a folder's listing for 3 s and
     # more
@@ -56,6 +56,7 @@ def facts(config: Config, precision: str) -> dict[str, str]:
     rank_facts = {"host": socket.gethostname(), **versions.versions(), "triton": _version("triton")}
     if cuda:
         rank_facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        rank_facts[UUID] = str(torch.cuda.get_device_properties(cpu_compat.device()).uuid)
     canonical = json.dumps(flatten(config), sort_keys=True)
     rank_facts |= {
         CODE: code(),
@@ -108,6 +109,8 @@ def check_consistency(mine: Mapping[str, str], settings: Mapping[str, Any]) -> t
     """
     gathered = all_gather_object(dict(mine))
     hosts = [rank_facts.pop("host") for rank_facts in gathered]
+    if problems := shared_devices(hosts, [rank_facts.pop(UUID, None) for rank_facts in gathered]):
+        raise ConfigError(problems)
     differing = differences(gathered, hosts)
     if differing.pop(CONFIG, None):
         differing |= {
@@ -150,6 +153,23 @@ def differences(gathered: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> 
         ]
         differing[key] = "; ".join(parts)
     return differing
+
+
+def shared_devices(hosts: Sequence[str], uuids: Sequence[str | None]) -> list[str]:
+    """A problem for each CUDA device that several ranks of one host have.
+
+    Parts of a device, by MIG, have uuids of their own.
+    """
+    holders: dict[tuple[str, str], list[int]] = {}
+    for rank, (host, uuid) in enumerate(zip(hosts, uuids, strict=True)):
+        if uuid is not None:
+            holders.setdefault((host, uuid), []).append(rank)
+    return [
+        f"{name_ranks(ranks, hosts)} have one CUDA device, {uuid}: each rank needs its own; start as many "
+        "ranks as there are devices, and look at CUDA_VISIBLE_DEVICES and Slurm's --gpus-per-task, --gpu-bind"
+        for (_, uuid), ranks in holders.items()
+        if len(ranks) > 1
+    ]
 
 
 def name_ranks(ranks: Iterable[int], hosts: Sequence[str]) -> str:

@@ -124,7 +124,7 @@ def preflight_only(config: Config, watch: Watchdog) -> None:
     Raises as the parts do.
     """
     precision, run_dir, created = machine.precision(config.precision), Path(config.run.dir), False
-    store = topology.init_process_group()
+    store = topology.init_process_group(topology.collective_timeout(config))
     main = dist.get_rank() == 0
     if main and not run_dir.exists():
         with contextlib.suppress(OSError):  # check_shared_folder reports it

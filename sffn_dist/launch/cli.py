@@ -49,10 +49,6 @@ def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog, Signa
         launcher_watch.watch_launcher(signals.launcher_gone)
         options = arguments(argv)
         config = load_config(options)
-        if config.parallel.tensor > 1:
-            # Megatron's linears count on one queue: a collective started before a product then runs before
-            # it, and overlaps. The driver reads it once, when the plan first asks for devices.
-            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if main_rank and options.plan:
             print_plan(overview.resolve_prepared(config), as_json=options.json)
         elif main_rank and config.train.steps:  # else train.epochs: pretrain prints it, once data are there
@@ -136,6 +132,7 @@ def load_config(options: argparse.Namespace) -> Config:
     change = run_changes.overrides(options.change)
     config = loading.load(options.config, [*options.overrides, *change])
     config = run_identity.continue_run(config, change)
+    environment.set_driver_variables(config)
     # --plan assumes one data-parallel replica where nothing was started
     ranks = started_ranks(config.parallel.tensor if options.plan else 1)
     checks.check_run(config, ranks, starts=not options.plan)

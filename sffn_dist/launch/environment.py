@@ -19,13 +19,15 @@ import struct
 from collections.abc import Iterator, MutableMapping, Sequence
 
 from sffn_dist.launch import exit_codes
-from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec import machine
+from sffn_dist.spec.config import Config, ConfigError
 
 # from here on step ids are Slurm's names for the batch script, an allocation's shell, ...
 _RESERVED_STEPS = 0xFFFFFFF0
 _FIRST_PORT, _PORTS = 20000, 12000  # below those that the kernel gives out by itself, from 32768 on
 _MOST_HOSTS = 1_000_000
 _SIOCGIFADDR = 0x8915
+BLACKWELL = (10, 0)  # compute capability
 
 
 class RendezvousError(ConfigError):
@@ -126,6 +128,20 @@ def _translate(environ: MutableMapping[str, str]) -> None:
         job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
         variables["MASTER_PORT"] = str(rendezvous_port(job, step))
     environ.update(variables)
+
+
+def set_driver_variables(config: Config, environ: MutableMapping[str, str] = os.environ) -> None:
+    """What the CUDA driver reads once, when it is first asked for devices: so before any check asks it.
+
+    CUDA_DEVICE_MAX_CONNECTIONS = 1 with tensor parallelism: Megatron's linears count on one queue, where a
+    collective that is started before a product runs before it, and overlaps. Not where that costs more: from
+    Blackwell on there are priorities between queues, and ZeRO 2 and 3 reduce beside the backward pass.
+    """
+    if config.parallel.tensor == 1 or config.zero.stage > 1:
+        return
+    capability = machine.compute_capability()
+    if capability is None or capability < BLACKWELL:
+        environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def check_port(environ: MutableMapping[str, str] = os.environ) -> None:

@@ -5,6 +5,7 @@ adjacent.
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import socket
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from sffn_dist.parallel.object_collectives import all_gather_object
 from sffn_dist.spec import machine
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.validation import check_world
+
+TIMEOUT = 1800.0  # seconds that a collective may take, at least
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,18 @@ class ModelParallelUnit:
 
 def init_parallel(config: Config) -> Topology:
     """Join the process group, and make Megatron's groups."""
-    init_process_group()
+    timeout = collective_timeout(config)
+    init_process_group(timeout)
     check_world(config, dist.get_world_size())
-    return groups(config.parallel.tensor)
+    return groups(config.parallel.tensor, timeout)
 
 
-def init_process_group(timeout: float = 1800.0) -> Any:
+def collective_timeout(config: Config) -> float:
+    """Seconds that a collective of any group may take: the watchdog says first who is missing."""
+    return max(TIMEOUT, 2 * config.guards.hang_seconds)
+
+
+def init_process_group(timeout: float = TIMEOUT) -> Any:
     """Join the process group that the launcher describes (RANK, WORLD_SIZE, ...), or be alone.
 
     Returns the rendezvous store.
@@ -97,7 +106,13 @@ def init_process_group(timeout: float = 1800.0) -> Any:
     store = rendezvous.connect(rank, world)
     backend, limit = "nccl" if cpu_compat.has_cuda() else "gloo", datetime.timedelta(seconds=timeout)
     dist.init_process_group(
-        backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=limit
+        backend,
+        store=PrefixStore("group", store),
+        rank=rank,
+        world_size=world,
+        timeout=limit,
+        # NCCL then connects here, where a node that cannot is named, and guesses no device at a barrier
+        device_id=cpu_compat.device() if backend == "nccl" else None,
     )
     return store
 
@@ -107,8 +122,8 @@ def rank_and_world() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def groups(tensor: int) -> Topology:
-    """Megatron's groups over the processes there are.
+def groups(tensor: int, timeout: float = TIMEOUT) -> Topology:
+    """Megatron's groups over the processes there are, whose collectives may take ``timeout`` seconds.
 
     Made anew only if the tensor-parallel size is another one.
     """
@@ -118,7 +133,9 @@ def groups(tensor: int) -> Topology:
         initialized = False
     if not initialized:
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor, create_gloo_process_groups=False
+            tensor_model_parallel_size=tensor,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=math.ceil(timeout / 60),
         )
     return Topology(
         rank=dist.get_rank(),

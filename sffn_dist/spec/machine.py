@@ -107,3 +107,19 @@ def device_name(ranks: int | None = None) -> str:
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of this node's first NVIDIA device, by NVML, which does not start CUDA; None where it cannot be had."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    if nvml.nvmlInit_v2():
+        return None
+    failed = nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)) or (
+        nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+    )
+    nvml.nvmlShutdown()
+    return None if failed else (major.value, minor.value)

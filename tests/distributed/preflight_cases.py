@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from sffn_dist.health import collective_check, consistency, preflight
 from sffn_dist.parallel import cpu_compat, topology
@@ -36,6 +37,22 @@ def agreed(tree: dict[str, Any], odd: dict[int, dict[str, Any]]) -> list[str]:
     except ConfigError as error:
         return list(error.problems)
     return [*hosts, *warnings]
+
+
+def group_limits(tree: dict[str, Any]) -> set[float]:
+    """Seconds that a collective of Megatron's groups may take."""
+    config = loading.from_tree(tree)
+    join(1)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    made = topology.groups(config.parallel.tensor, topology.collective_timeout(config))
+    cpu = torch.device("cpu")
+    limits = {
+        group._get_backend(cpu).options._timeout.total_seconds()
+        for group in (made.tensor_group, made.data_group)
+    }
+    parallel_state.destroy_model_parallel()
+    return limits
 
 
 def folder(folders: list[str], hosts: list[str], late: float = 0.0, upper: str | None = None) -> list[str]:

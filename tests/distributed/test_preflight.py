@@ -56,6 +56,24 @@ def test_another_revision_is_refused_and_another_device_is_not(ranks: Callable[.
         assert '"Z1" on n0 (rank 1)' in warning
 
 
+def test_ranks_of_a_node_that_share_a_device_are_refused(ranks: Callable[..., Any]) -> None:
+    """The same device on two nodes is two: hosts n0, n0, n1, n1."""
+
+    def problems(*uuids: str) -> Any:
+        odd = {rank: {"facts": {consistency.UUID: uuid}} for rank, uuid in enumerate(uuids)}
+        return ranks(4, 2).run(CASES, "agreed", tree=TREE, odd=odd)
+
+    assert problems("a", "b", "a", "b") == [["n0", "n0", "n1", "n1"]] * 4
+    for (problem,) in problems("a", "b", "c", "c"):
+        assert problem.startswith("n1 (ranks 2-3) have one CUDA device, c: each rank needs its own")
+
+
+def test_every_group_has_the_run_s_time_limit(ranks: Callable[..., Any]) -> None:
+    for hang_seconds, minutes in ((600.0, 30), (5000.0, 167)):
+        tree = {**TREE, "guards": {"hang_seconds": hang_seconds}, "parallel": {"tensor": 2}}
+        assert ranks(2, 2).run(CASES, "group_limits", tree=tree) == [{60.0 * minutes}] * 2
+
+
 def test_an_unshared_folder_is_refused(ranks: Callable[..., Any], tmp_path: Path) -> None:
     """Whichever side does not see the other's files; nothing is left behind."""
     shared, own = tmp_path / "shared", tmp_path / "own"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 
 import pytest
 
-from sffn_dist.launch import environment
+from sffn_dist.launch import cli, environment
+from sffn_dist.spec import machine
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.spec.config_keys import key_fields
 from sffn_dist.spec.key_aliases import ALIASES
@@ -108,6 +110,43 @@ def test_a_taken_port() -> None:
         environment.check_port({"RANK": "1", "MASTER_PORT": port})
         environment.check_port({"RANK": "0", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"})
     environment.check_port({"RANK": "0", "MASTER_PORT": port})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "capability", "expected"),
+    [
+        ([], (9, 0), None),
+        (["parallel.tensor=2"], (9, 0), "1"),
+        (["parallel.tensor=2"], None, "1"),
+        (["parallel.tensor=2", "zero.stage=2"], (9, 0), None),
+        (["parallel.tensor=2"], (10, 0), None),
+    ],
+)
+def test_one_queue_where_it_helps_before_the_driver_is_asked(
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    capability: tuple[int, int] | None,
+    expected: str | None,
+) -> None:
+    """The driver reads the variable once; kernels=triton asks it for devices while the config is checked."""
+    seen = []
+
+    def ask(ranks: object = None) -> str:
+        seen.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
+        return "no device"
+
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    monkeypatch.setattr(machine, "compute_capability", lambda: capability)
+    monkeypatch.setattr(machine, "triton_unavailable", ask)
+    monkeypatch.setattr(cli, "started_ranks", lambda otherwise: 2)
+    options = cli.arguments(
+        ["--config", str(path), "kernels=triton", "train.micro_batch_size=2", "model.vocab=300", *overrides]
+    )
+    with pytest.raises(ConfigError, match="kernels = triton: no device"):
+        cli.load_config(options)
+    assert seen == [expected]
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
 
 
 @pytest.mark.parametrize(
