@@ -16,7 +16,7 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,8 @@ from sffn_dist.spec.split_table import model_tensors
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import, and a conversion has no ranks
     from sffn_dist.parallel.topology import Topology
+
+BLOCK_ELEMENTS = 1 << 28  # of fp32, 1 GiB: what torch's pinned memory rounds up is less than that
 
 
 @dataclass(frozen=True)
@@ -265,25 +267,47 @@ class Saver:
 
 
 class _Staging:
-    """Host memory that a save is copied into: one flat buffer, pinned for CUDA, kept for the next save."""
+    """Host memory that a save is copied into, pinned for CUDA, kept for the next save of the same tensors.
+
+    In blocks: torch rounds pinned memory up to a power of two, one buffer of 8.9 GB to 16 GiB.
+    """
 
     def __init__(self) -> None:
-        self._flat = torch.empty(0)
+        self._blocks: list[Tensor] = []
+        self._layout: list[list[int]] = []  # numbers of elements, by block
 
     def copy(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies (numel,) of fp32 views, valid until the next call."""
-        sizes = [view.numel() for view in views.values()]
         cuda = any(view.is_cuda for view in views.values())
-        if self._flat.numel() != sum(sizes):
-            self._flat = torch.empty(0)  # gone before the new one comes
-            self._flat = torch.empty(sum(sizes), pin_memory=cuda)
-        copies = dict(zip(views, self._flat.split(sizes), strict=True))
-        for key, view in views.items():
-            assert view.dtype == self._flat.dtype
-            copies[key].copy_(view.view(-1), non_blocking=True)
+        layout = blocks_of([view.numel() for view in views.values()])
+        if layout != self._layout:
+            self._blocks, self._layout = [], []  # gone before the new ones come
+            if cuda:  # else torch keeps them for itself; not every version can give them back
+                getattr(torch.accelerator, "empty_host_cache", lambda: None)()
+            self._blocks = [torch.empty(sum(sizes), pin_memory=cuda) for sizes in layout]
+            self._layout = layout
+        copies = [
+            part for block, sizes in zip(self._blocks, layout, strict=True) for part in block.split(sizes)
+        ]
+        for copy, view in zip(copies, views.values(), strict=True):
+            assert view.dtype == copy.dtype
+            copy.copy_(view.view(-1), non_blocking=True)
         if cuda:
             torch.cuda.current_stream().synchronize()
-        return copies
+        return dict(zip(views, copies, strict=True))
+
+
+def blocks_of(sizes: Sequence[int], most: int = BLOCK_ELEMENTS) -> list[list[int]]:
+    """``sizes`` in order, put together to blocks of at most ``most``; a larger one is a block by itself."""
+    blocks: list[list[int]] = []
+    room = 0
+    for size in sizes:
+        if not blocks or size > room:
+            blocks.append([])
+            room = most
+        blocks[-1].append(size)
+        room -= size
+    return blocks
 
 
 def owned_fragments(fragments: Iterable[Fragment], config: Config, topology: Topology) -> Iterable[Fragment]:

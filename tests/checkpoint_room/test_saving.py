@@ -4,11 +4,17 @@ not wanted.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sffn_dist.checkpoint import writer
 
 CASES = Path(__file__).with_name("saving_cases.py")
 FAULTS = Path(__file__).with_name("fault_cases.py")
@@ -140,3 +146,27 @@ def test_nothing_is_published_that_is_not_there(nursery: Nursery, tmp_path: Path
     assert "step 1 not written" in told["news"][0]
     assert "rank_00000.safetensors" in told["news"][0]
     assert nursery(CASES, "complete", run_dir=tmp_path / "run") == []
+
+
+@given(sizes=st.lists(st.integers(0, 40)), most=st.integers(1, 20))
+def test_staging_is_packed_in_order_into_blocks(sizes: list[int], most: int) -> None:
+    """None is larger than it may be, but for one tensor alone; two neighbours would not have fitted one."""
+    blocks = writer.blocks_of(sizes, most)
+    assert [size for block in blocks for size in block] == sizes
+    assert all(sum(block) <= most or len([size for size in block if size]) == 1 for block in blocks)
+    for block, following in itertools.pairwise(blocks):
+        assert sum(block) + following[0] > most
+
+
+def test_staged_copies_are_those_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several blocks, kept for the same sizes and made anew for others."""
+    monkeypatch.setattr(writer.blocks_of, "__defaults__", (8,))
+    staging = writer._Staging()
+    for sizes in ((5, 3, 20, 1), (5, 3, 20, 1), (2, 9)):
+        views = {str(index): torch.rand(size) for index, size in enumerate(sizes)}
+        before = [block.data_ptr() for block in staging._blocks]
+        copies = staging.copy(views)
+        assert all(torch.equal(copies[key], view) for key, view in views.items())
+        assert copies.keys() == views.keys()
+        assert ([block.data_ptr() for block in staging._blocks] == before) is (sizes[0] == 5 and bool(before))
+    assert [block.numel() for block in staging._blocks] == [2, 9]
