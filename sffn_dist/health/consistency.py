@@ -37,6 +37,8 @@ from sffn_dist.spec.config_keys import flatten
 # facts: two hashes, of which the keys and the git revision are reported; a name, of which others are odd
 # and no more
 CONFIG, CODE, DEVICE, UUID = "config", "code", "device", "device uuid"
+CORES = "cores"  # the ids of those that a rank may use
+FEW_CORES = 4  # of a rank with a device: training, data, saves and the watchdog want one each
 FOLDER_TIMEOUT = (
     # seconds for a file to be seen on other nodes: NFS clients cache a folder's listing for 3 s and
     # more
@@ -63,6 +65,7 @@ def facts(config: Config, precision: str) -> dict[str, str]:
         CONFIG: hashlib.sha256(canonical.encode()).hexdigest(),
         "precision": precision,
     }
+    rank_facts[CORES] = json.dumps(sorted(machine.core_set()))
     rank_facts["computes on"] = "cuda" if cuda else "cpu"
     rank_facts[DEVICE] = device_name()
     return rank_facts
@@ -109,7 +112,9 @@ def check_consistency(mine: Mapping[str, str], settings: Mapping[str, Any]) -> t
     """
     gathered = all_gather_object(dict(mine))
     hosts = [rank_facts.pop("host") for rank_facts in gathered]
-    if problems := shared_devices(hosts, [rank_facts.pop(UUID, None) for rank_facts in gathered]):
+    uuids = [rank_facts.pop(UUID, None) for rank_facts in gathered]
+    cores = [frozenset(json.loads(rank_facts.pop(CORES))) for rank_facts in gathered]
+    if problems := shared_devices(hosts, uuids):
         raise ConfigError(problems)
     differing = differences(gathered, hosts)
     if differing.pop(CONFIG, None):
@@ -127,7 +132,15 @@ def check_consistency(mine: Mapping[str, str], settings: Mapping[str, Any]) -> t
     odd_devices = differing.pop(DEVICE, None)
     if differing:
         raise ConfigError([f"ranks disagree: {key} = {text}" for key, text in differing.items()])
-    return hosts, [f"devices differ, the slowest sets the pace: {odd_devices}"] if odd_devices else []
+    warnings = [f"devices differ, the slowest sets the pace: {odd_devices}"] if odd_devices else []
+    shares = machine.core_shares(list(zip(hosts, cores, strict=True)))
+    few = [rank for rank, uuid in enumerate(uuids) if uuid is not None and shares[rank] < FEW_CORES]
+    if few:
+        warnings.append(
+            f"cores of a rank: {name_ranks(few, hosts)}: as few as {min(shares[rank] for rank in few)}; "
+            f"below {FEW_CORES} the host keeps its device waiting; ask for more (Slurm: --cpus-per-task)"
+        )
+    return hosts, warnings
 
 
 def differences(gathered: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> dict[str, str]:

@@ -97,7 +97,6 @@ def init_process_group(timeout: float = TIMEOUT) -> Any:
     ``timeout``: seconds that a collective may take. Raises ConfigError where ranks do not find each other.
     """
     cpu_compat.prepare()
-    _threads()
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
     if "RANK" not in os.environ:
@@ -114,6 +113,7 @@ def init_process_group(timeout: float = TIMEOUT) -> Any:
         # NCCL then connects here, where a node that cannot is named, and guesses no device at a barrier
         device_id=cpu_compat.device() if backend == "nccl" else None,
     )
+    _set_threads()
     return store
 
 
@@ -178,7 +178,8 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
-def _threads() -> None:
+def _set_threads() -> None:
     """Share the cores among a node's ranks, unless the user said otherwise: oversubscribed ranks crawl."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, machine.cores() // machine.ranks_here()))
+        places = all_gather_object((socket.gethostname(), machine.core_set()))
+        torch.set_num_threads(machine.core_shares(places)[dist.get_rank()])

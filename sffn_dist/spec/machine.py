@@ -7,6 +7,9 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -106,7 +109,24 @@ def device_name(ranks: int | None = None) -> str:
 
 def cores() -> int:
     """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(core_set())
+
+
+def core_set() -> frozenset[int]:
+    """Which cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def core_shares(places: Sequence[tuple[str, frozenset[int]]]) -> list[int]:
+    """Of ranks at (host, the cores that each may use): how many cores each has for itself, 1 at least.
+
+    A core is shared by the ranks that may use it: all of a node's, or, where Slurm bound each task to its
+    own cores, one.
+    """
+    users = Counter((host, core) for host, held in places for core in held)
+    return [max(1, int(sum(Fraction(1, users[host, core]) for core in held))) for host, held in places]
 
 
 def compute_capability() -> tuple[int, int] | None:

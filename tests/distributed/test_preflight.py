@@ -60,12 +60,30 @@ def test_ranks_of_a_node_that_share_a_device_are_refused(ranks: Callable[..., An
     """The same device on two nodes is two: hosts n0, n0, n1, n1."""
 
     def problems(*uuids: str) -> Any:
-        odd = {rank: {"facts": {consistency.UUID: uuid}} for rank, uuid in enumerate(uuids)}
+        cores = json.dumps(list(range(16)))
+        odd = {
+            rank: {"facts": {consistency.UUID: uuid, consistency.CORES: cores}}
+            for rank, uuid in enumerate(uuids)
+        }
         return ranks(4, 2).run(CASES, "agreed", tree=TREE, odd=odd)
 
     assert problems("a", "b", "a", "b") == [["n0", "n0", "n1", "n1"]] * 4
     for (problem,) in problems("a", "b", "c", "c"):
         assert problem.startswith("n1 (ranks 2-3) have one CUDA device, c: each rank needs its own")
+
+
+def test_few_cores_beside_a_device_are_told(ranks: Callable[..., Any]) -> None:
+    def warnings(*cores: list[int]) -> Any:
+        odd = {
+            rank: {"facts": {consistency.UUID: str(rank), consistency.CORES: json.dumps(held)}}
+            for rank, held in enumerate(cores)
+        }
+        return [found[4:] for found in ranks(4, 2).run(CASES, "agreed", tree=TREE, odd=odd)]
+
+    eight, shared = [list(range(8)), list(range(8, 16))], list(range(8))
+    assert warnings(*eight, *eight) == [[]] * 4
+    for (warning,) in warnings(*eight, shared[:6], shared[:6]):  # on n1 two ranks share six cores
+        assert warning.startswith("cores of a rank: n1 (ranks 2-3): as few as 3; below 4 ")
 
 
 def test_every_group_has_the_run_s_time_limit(ranks: Callable[..., Any]) -> None:

@@ -149,6 +149,15 @@ def test_one_queue_where_it_helps_before_the_driver_is_asked(
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
 
 
+def test_cores_are_shared_by_the_ranks_that_may_use_them() -> None:
+    eight = frozenset(range(8))
+    assert machine.core_shares([("a", eight)] * 4 + [("b", eight)]) == [2, 2, 2, 2, 8]
+    bound = [("a", frozenset(range(4 * rank, 4 * rank + 4))) for rank in range(8)]
+    assert machine.core_shares(bound) == [4] * 8, "a mask of each task is not divided again"
+    assert machine.core_shares([("a", frozenset({0}))] * 3) == [1, 1, 1]
+    assert machine.core_shares([("a", frozenset({0, 1, 2})), ("a", frozenset({2, 3}))]) == [2, 1]
+
+
 @pytest.mark.parametrize(
     ("device", "flops"),
     [
