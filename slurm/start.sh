@@ -16,6 +16,9 @@ fi
 # in what is started from here. The ranks themselves handle it.
 [ "$launcher" = srun ] || trap '' USR1
 
+# Compiled kernels lie on the node: ranks would wait for each other's files on a shared home
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/triton-$(id -u)}
+
 case $launcher in
 srun | rank)
     exec python "${slurm%/*}/sffn_dist/pretrain.py" "$@" >>"$logs/rank_${RANK:-$SLURM_PROCID}.$node.log" 2>&1

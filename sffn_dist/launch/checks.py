@@ -36,6 +36,10 @@ def check_run(config: Config, ranks: int, *, starts: bool = True) -> None:
 
 def check_machine(config: Config) -> None:
     """What this machine lacks for the run; raises ConfigError."""
+    if machine.is_rocm():
+        raise ConfigError(
+            ["torch is a ROCm build: this runs on CUDA devices and CPUs; install a build for one of them"]
+        )
     reason = machine.triton_unavailable() if config.kernels == "triton" else None
     if reason:
         raise ConfigError([f"kernels = triton: {reason}"])

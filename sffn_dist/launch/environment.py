@@ -131,12 +131,26 @@ def _translate(environ: MutableMapping[str, str]) -> None:
 
 
 def set_driver_variables(config: Config, environ: MutableMapping[str, str] = os.environ) -> None:
-    """What the CUDA driver reads once, when it is first asked for devices: so before any check asks it.
+    """What the CUDA driver, torch and NCCL read once: set before any of them is asked for devices.
 
+    A variable that is set stays.
+
+    PYTORCH_ALLOC_CONF: segments that grow, since the sizes of the guided phase differ from the next one's.
+    TORCH_FR_*, TORCH_NCCL_*: the last collectives of each rank, written into run.dir where one times out.
     CUDA_DEVICE_MAX_CONNECTIONS = 1 with tensor parallelism: Megatron's linears count on one queue, where a
     collective that is started before a product runs before it, and overlaps. Not where that costs more: from
     Blackwell on there are priorities between queues, and ZeRO 2 and 3 reduce beside the backward pass.
     """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environ:  # the older name
+        environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    trace = f"{config.run.dir}/nccl_trace_rank_"
+    for name, value in (
+        ("TORCH_FR_BUFFER_SIZE", "2000"),
+        ("TORCH_FR_DUMP_TEMP_FILE", trace),
+        ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", trace),
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
+    ):
+        environ.setdefault(name, value)
     if config.parallel.tensor == 1 or config.zero.stage > 1:
         return
     capability = machine.compute_capability()

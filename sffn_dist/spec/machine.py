@@ -39,6 +39,14 @@ def cuda() -> tuple[int, int, int] | None:
     return count.value, major.value, minor.value
 
 
+def is_rocm() -> bool:
+    """Whether torch was built for AMD devices, which it shows under the name of CUDA."""
+    try:
+        return "+rocm" in importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def ranks_here(otherwise: int = 1) -> int:
     """Ranks that the launcher started on this node; ``otherwise`` without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or otherwise)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sffn_dist.launch import cli, environment
+from sffn_dist.launch import checks, cli, environment
 from sffn_dist.spec import machine
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.spec.config_keys import key_fields
@@ -147,6 +147,24 @@ def test_one_queue_where_it_helps_before_the_driver_is_asked(
         cli.load_config(options)
     assert seen == [expected]
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+
+
+def test_variables_that_are_set_stay(path: Path) -> None:
+    config = load(path, ["run.dir=/r"])
+    given = {"PYTORCH_CUDA_ALLOC_CONF": "x", "TORCH_FR_BUFFER_SIZE": "1"}
+    environ: dict[str, str] = {}
+    environment.set_driver_variables(config, environ)
+    assert environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert environ["TORCH_FR_DUMP_TEMP_FILE"] == "/r/nccl_trace_rank_"
+    environment.set_driver_variables(config, given)
+    assert "PYTORCH_ALLOC_CONF" not in given
+    assert given["TORCH_FR_BUFFER_SIZE"] == "1"
+
+
+def test_a_build_for_amd_devices_is_refused_by_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.importlib.metadata, "version", lambda name: "2.13.0+rocm7.1")
+    with pytest.raises(ConfigError, match="torch is a ROCm build"):
+        checks.check_machine(load(path, []))
 
 
 def test_cores_are_shared_by_the_ranks_that_may_use_them() -> None:
