@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 from sffn_dist.launch.signals import Stop
 from sffn_dist.training import reporting
 from sffn_dist.training.hooks import call_hooks, standard_hooks
+from sffn_dist.training.hooks.base import Hook
 from sffn_dist.training.hooks.checkpoint import require_saved
 from sffn_dist.training.hooks.evaluate import evaluate_missed
 from sffn_dist.training.run import TrainingRun
@@ -19,6 +22,14 @@ def train(run: TrainingRun) -> Stop | None:
     hooks = standard_hooks(run.config)
     reporting.announce_bound(run)
     evaluate_missed(run)
+    gc.disable()  # hooks/collect_garbage.py
+    try:
+        return _train(run, hooks)
+    finally:
+        gc.enable()
+
+
+def _train(run: TrainingRun, hooks: list[Hook]) -> Stop | None:
     while run.step < run.schedule.total_steps:
         excluded = run.step in run.bad_steps.excluded
         result = skip_excluded_batch(run) if excluded else train_step(run)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sffn_dist.spec.config import Config
 from sffn_dist.training.hooks.base import Hook
 from sffn_dist.training.hooks.checkpoint import SaveCheckpoint
+from sffn_dist.training.hooks.collect_garbage import CollectGarbage
 from sffn_dist.training.hooks.evaluate import Evaluate
 from sffn_dist.training.hooks.phase_change import PhaseChange
 from sffn_dist.training.hooks.rank_report import RankReport
@@ -41,4 +42,5 @@ def standard_hooks(config: Config) -> list[Hook]:
         ReplicaCheck(config, save),  # before a save: no checkpoint of replicas that differ
         save,
         SaveReport(),
+        CollectGarbage(),
     ]
