@@ -5,6 +5,7 @@ imports behind them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from sffn_dist import pretrain
 from sffn_dist.checkpoint import writer
 from sffn_dist.checkpoint.run_folder import latest_checkpoint
 from sffn_dist.inference import evaluation
+from sffn_dist.parallel import rendezvous
 from sffn_dist.training import step
 from sffn_dist.training.hooks import evaluate
 
@@ -50,6 +52,8 @@ def _fork(argv: list[str], rank: int, world: int, port: int, log: Path) -> int:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         pretrain.cli.launcher_watch.watch_launcher = lambda *_: None  # the nursery is no launcher
+        # a rank may be killed before the others have met it, where a launcher would end those
+        rendezvous.connect = functools.partial(rendezvous.connect, patience=15.0)  # type: ignore[assignment]
         code = pretrain.main(argv)
     finally:
         os._exit(code)
