@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -47,6 +48,8 @@ logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
     lambda record: not record.getMessage().startswith("Unknown MLP type")
 )
 
+log = logging.getLogger(__name__)
+PROGRESS_SECONDS = 10.0  # between lines about initial weights
 ACTIVATIONS = {"gelu": functools.partial(F.gelu, approximate="tanh"), "gelu_erf": F.gelu, "swiglu": F.silu}
 
 
@@ -246,10 +249,13 @@ def _units(names: Iterable[str]) -> dict[str, list[str]]:
     return units
 
 
-def _draw(config: Config, specs: dict[str, TensorSpec], unit: str, names: list[str]) -> dict[str, Tensor]:
+def _draw(
+    config: Config, specs: dict[str, TensorSpec], unit: str, names: list[str], device: torch.device
+) -> dict[str, Tensor]:
     """Full fp32 tensors of a unit by parameter name, its guide if that is named.
 
-    The same on every machine of equal torch.
+    The same on every machine of equal torch and kind of ``device``, which computes the singular values: those
+    of an xl model take a core of the host about 9 minutes.
     """
     std = config.model.init_std
     generator = _generator(config.train.seed, unit)
@@ -263,22 +269,36 @@ def _draw(config: Config, specs: dict[str, TensorSpec], unit: str, names: list[s
         (inputs, outputs) for name, _, inputs, outputs in ffn_linears(config) if name == linear
     )
     guide = any(is_guide(name) for name in names)
-    drawn = functional.draw(ffn_structure(config, layer), inputs, outputs, std, generator, guide=guide)
+    structure = ffn_structure(config, layer)
+    drawn = functional.draw(structure, inputs, outputs, std, generator, guide=guide, device=device)
     return {f"{unit}.{name}": tensor for name, tensor in drawn.items()}
 
 
 @torch.no_grad()
-def initialise(model: GPTModel, config: Config, topology: Topology) -> None:
+def initialise(
+    model: GPTModel,
+    config: Config,
+    topology: Topology,
+    tick: Callable[[str, int], None] = lambda doing, step: None,
+) -> None:
     """Weights at step 0: one full draw a unit, seeded by (train.seed, name), cut for every rank.
 
     So the weights are the same for every layout. Ranks draw units in turn and broadcast them: an SVD of 8192
     x 2048 takes seconds, and a rank's own library must not decide the signs of its singular vectors.
+
+    ``tick`` is told of the progress, as Watchdog.tick.
     """
     parameters = dict(model.named_parameters())
     specs = model_tensors(config, guide=has_guide(model))
     units = list(_units(specs).items())
     own_units = units[topology.rank :: topology.world_size]
-    drawn = {unit: _draw(config, specs, unit, names) for unit, names in own_units}
+    drawn, logged = dict[str, dict[str, Tensor]](), time.monotonic()
+    for done, (unit, names) in enumerate(own_units, start=1):
+        drawn[unit] = _draw(config, specs, unit, names, topology.device)
+        tick(f"initial weights, {done} of {len(own_units)}", 0)
+        if time.monotonic() - logged > PROGRESS_SECONDS:
+            logged = time.monotonic()
+            log.info("initial weights: %d of %d drawn by this rank", done, len(own_units))
     for i, (unit, names) in enumerate(units):
         for name in names:
             own = drawn[unit].pop(name) if unit in drawn else torch.empty(specs[name].shape)

@@ -80,7 +80,7 @@ def pretrain(config: Config, watchdog: Watchdog, signals: SignalHandler) -> int:
     # model, engine, weights and optimizer state
     model = models.build(config, precision, topology, guide=run_schedule.guided(start.step))
     if start.from_seed:
-        models.initialise(model, config, topology)
+        models.initialise(model, config, topology, watchdog.tick)
     engine = engines.create(model, config, precision, topology)
     resume.load_state(engine, config, topology, start)
     del model  # the run owns its engine alone: a phase boundary frees both

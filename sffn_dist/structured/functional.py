@@ -36,15 +36,20 @@ def draw(
     generator: torch.Generator | None,
     *,
     guide: bool = False,
+    device: torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """Full fp32 factors of a fresh (outputs, inputs) linear, on the generator's device (paper, appendix).
+    """Full fp32 factors of a fresh (outputs, inputs) linear (paper, appendix).
 
     With ``guide`` also the guide, which starts as the matrix that the factors stand for (section 4).
+
+    ``device``: where singular values are computed and the factors are then, default the generator's. Random
+    numbers are the generator's everywhere.
     """
-    device = generator.device if generator is not None else torch.device("cpu")
+    source = generator.device if generator is not None else torch.device("cpu")
 
     def gaussian(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        numbers = torch.randn(shape, generator=generator, device=source, dtype=torch.float32)
+        return numbers if device is None else numbers.to(device)
 
     factors = ops(structure).draw(inputs, outputs, std, gaussian)
     if guide and not structure.dense:

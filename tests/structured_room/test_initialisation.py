@@ -108,3 +108,16 @@ def test_a_generator_keeps_the_draw_apart_from_the_global_one(structure: Structu
     second = draw(structure, 16, 32, STD, seeded(7))
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "block_dense", "block_shuffle", "dense"])
+def test_factors_are_computed_on_the_given_device(kind: str) -> None:
+    """Of the generator's numbers: the host's singular value decompositions of a large model take minutes."""
+    structure = build_structure(kind, rank=8, blocks=2)
+    plain = draw(structure, 16, 32, STD, seeded(4), guide=True)
+    here = draw(structure, 16, 32, STD, seeded(4), guide=True, device=torch.device("cpu"))
+    assert all(torch.equal(plain[name], here[name]) for name in plain)
+    elsewhere = draw(structure, 16, 32, STD, seeded(4), guide=True, device=torch.device("meta"))
+    assert {name: (factor.device.type, factor.shape) for name, factor in elsewhere.items()} == {
+        name: ("meta", factor.shape) for name, factor in plain.items()
+    }

@@ -50,7 +50,7 @@ def roll_back(run: TrainingRun) -> None:
     def build() -> Engine:
         model = models.build(config, run.precision, topology, guide=run.schedule.guided(start.step))
         if start.from_seed:
-            models.initialise(model, config, topology)
+            models.initialise(model, config, topology, run.watchdog.tick)
         return engines.create(model, config, run.precision, topology)
 
     run.replace_engine(build)
