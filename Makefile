@@ -4,6 +4,7 @@
 # make test-faults   runs and saves killed at random moments, disks that fill, ranks that hang or lie, for a quarter of an hour;
 #                    their table goes to TABLE
 # make test-versions exported folders under transformers 4.48, the newest 4 and 5; pip brings those, once, below build/
+# make gpu           on a GPU: tests, training, layers, in pieces of eight minutes (tools/gpu.py); make gpu-wheels: what to carry to one without a network
 PYTHON ?= python3
 VENV ?= .venv
 # where torch comes from, if not from pip's default: TORCH_OPTIONS="--index-url ..."
@@ -13,7 +14,11 @@ READY := $(VENV)/.ready
 TABLE ?= benchmarks/results/faults_cpu.csv
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo test test-faults test-slurm test-versions lint clean
+# folder of wheels for a machine without a network, and the Python there
+WHEELS ?=
+WHEELS_PYTHON ?= 3.12
+
+.PHONY: install demo test test-faults test-slurm test-versions gpu gpu-wheels lint clean
 
 install: $(READY)
 
@@ -40,6 +45,19 @@ test-slurm: $(READY)
 
 test-versions: $(READY)
 	$(BIN)/python -m pytest -s -m versions tests/checkpoint_room/test_hf_versions.py
+
+# on the machine's own Python where WHEELS are carried to it, else in the environment
+gpu: $(if $(WHEELS),,$(READY))
+	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps $(WHEELS)/*.whl)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/benchmarks" $(if $(WHEELS),$(PYTHON),$(BIN)/python) tools/gpu.py $(ARGUMENTS)
+
+gpu-wheels: $(READY)
+	mkdir -p build/wheels
+	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w build/wheels $$(grep '^deepspeed==' constraints.txt) hjson
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(WHEELS_PYTHON) --platform manylinux2014_x86_64 \
+	    --platform manylinux_2_28_x86_64 -c constraints.txt -d build/wheels megatron-core pydantic annotated-types typing-inspection
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(WHEELS_PYTHON) --platform manylinux2014_x86_64 \
+	    -d build/wheels pydantic-core==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("pydantic-core"))')
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -8,6 +8,8 @@ import functools
 import shutil
 from pathlib import Path
 
+import torch
+
 from sffn_dist import model as models
 from sffn_dist.checkpoint import run_folder
 from sffn_dist.checkpoint.run_folder import checkpoints
@@ -109,6 +111,8 @@ def report_step(run: TrainingRun, step_schedule: StepSchedule, result: StepResul
         "flops": reports.flops_per_step + guided_fraction * reports.guide_flops_per_step,
         "skipped": int(result.skip_reason is not None),
     }
+    if run.topology.device.type == "cuda":  # of tensors, the most so far
+        row["peak_memory"] = torch.cuda.max_memory_allocated(run.topology.device)
     reports.estimate.observe("step", result.seconds, step=step_schedule.step)
     reports.metrics.write(row)
     reports.trackers.log(row, step_schedule.step)
