@@ -28,6 +28,7 @@ from sffn_dist.spec.counts import reduce_bucket
 from sffn_dist.spec.optimizers import OPTIMIZERS
 from sffn_dist.spec.split_table import is_guide
 from sffn_dist.training import engine_state
+from sffn_dist.training.device_order import DeviceOrder
 from sffn_dist.training.engine_state import Engine, ExportedState
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if cpu_compat.has_cuda() else "cpu")
@@ -97,20 +98,25 @@ def create(
 
 
 def _patch_deepspeed() -> None:
-    """Patch three things of DeepSpeed.
+    """Patch four things of DeepSpeed.
 
     The bf16 optimizer prints no memory report at each start. Stage 0 takes no trial step, which would hold 12
     bytes a parameter for a moment: its state is made here. On CPUs gloo takes the place of an extension that
-    compiles for minutes.
+    compiles for minutes. On CUDA the device waits for reductions of gradients, not the host.
     """
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.fp16 import unfused_optimizer
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
     unfused_optimizer.FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None
     if not cpu_compat.has_cuda():
         ops: Any = deepspeed.ops.__compatible_ops__
         ops["deepspeed_shm_comm"] = False
+        return
+    for module in (stage_1_and_2, stage3):
+        order = DeviceOrder(deepspeed.accelerator.get_accelerator())
+        module.get_accelerator = lambda order=order: order
 
 
 def destroy(engine: Engine) -> None:

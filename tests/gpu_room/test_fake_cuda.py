@@ -46,6 +46,12 @@ def expected(case: Any) -> dict[str, Any]:
 
 
 @by_case
+def test_no_micro_step_waits_for_the_device(case: Any, counted: Any) -> None:
+    for part in counted[case]["micro"]:
+        assert part["synchronize"] == {}
+
+
+@by_case
 def test_collectives_are_the_written_ones(case: Any, counted: Any) -> None:
     written = expected(case)
     assert sweep.written(counted[case])["collectives"] == written["collectives"]
