@@ -1,10 +1,10 @@
 """Waits between streams of a CUDA device that the device keeps by itself, where DeepSpeed lets the host wait.
 
-ZeRO 2 and 3 reduce gradients on a stream of their own. Before the gradients are used, and before memory that the
-reduction reads is given back, DeepSpeed waits on the host until the device has done all its work: nothing is
-launched meanwhile, and the device runs dry once a micro-step and once a bucket. What is used next is used by
-the stream that computes, and memory that is given back is written next by that stream, so it is enough that
-this stream waits for the reduction's.
+ZeRO 2 and 3 reduce gradients on a stream of their own. Before the gradients are used, and before memory that
+the reduction reads is given back, DeepSpeed waits on the host until the device has done all its work: nothing
+is launched meanwhile, and the device runs dry once a micro-step and once a bucket. What is used next is used
+by the stream that computes, and memory that is given back is written next by that stream, so it is enough
+that this stream waits for the reduction's.
 """
 
 from __future__ import annotations

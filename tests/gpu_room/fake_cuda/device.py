@@ -161,11 +161,17 @@ def pretend() -> None:
     for name in ("range_push", "range_pop", "mark"):
         setattr(cuda.nvtx, name, lambda *_: None)
     cuda.nccl.version = lambda: (2, 27, 0)
+    torch.Tensor.pin_memory = _pin  # type: ignore[method-assign,assignment]
     torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign,assignment]
     # parameters are made in bf16 on the device, and fake ones cannot be exchanged for others
     torch.nn.Module.to = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
     CudaRNGStatesTracker.fork = _nothing
     functional.scaled_dot_product_attention = _flash_attention
+
+
+def _pin(x: Any, *_: Any) -> Any:
+    x.pretended_pinned = True
+    return x
 
 
 def _flash_attention(query: Any, key: Any, value: Any, *_: Any, **options: Any) -> Any:
