@@ -20,7 +20,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor, nn
 
-from sffn_dist.parallel import cpu_compat
+from sffn_dist.parallel import cpu_compat, partial_gradients
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.topology import ModelParallelUnit, Topology
 from sffn_dist.spec.config import Config, Train
@@ -30,6 +30,7 @@ from sffn_dist.spec.split_table import is_guide
 from sffn_dist.training import engine_state
 from sffn_dist.training.device_order import DeviceOrder
 from sffn_dist.training.engine_state import Engine, ExportedState
+from sffn_dist.training.partial_sums import sum_partial
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if cpu_compat.has_cuda() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -93,6 +94,7 @@ def create(
         mpu=ModelParallelUnit(),
         dist_init_required=False,
     )
+    engine.partial_parameters = partial_gradients.defer(model)  # summed by _finish_gradients, once a step
     engine_state.init_state(engine, carried)
     return engine
 
@@ -219,10 +221,12 @@ def train_batch(
 
 
 def _finish_gradients(engine: Engine, allowed: bool, clip: float) -> float | None:
-    """Before the optimiser's step: in stage 0 norm and clipping.
+    """Before the optimiser's step: the sum of partial gradients; in stage 0 norm and clipping.
 
     In every stage, what keeps back an update that is not to be made.
     """
+    if allowed:
+        sum_partial(engine, engine.partial_parameters)
     if engine.zero_optimization_stage() > 0:
         if not allowed:
             _force_skip(engine)
