@@ -64,6 +64,8 @@ def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guid
     # sums over micro-steps in fp32: hundreds of bf16 additions would lose the small gradients
     if bf16 and stage > 0:
         tree["data_types"] = {"grad_accum_dtype": "fp32"}
+        # stage 1: each gradient joins its sum, and is freed, as it arrives, not all after the backward pass
+        tree["bf16"]["immediate_grad_update"] = True
     return tree
 
 
