@@ -42,7 +42,6 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 
 def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guide: bool) -> dict[str, Any]:
     """DeepSpeed's own dictionary for this run, in its guided phase or outside of it."""
-    bucket = reduce_bucket(config, guide=guide)
     stage, bf16 = config.zero.stage, precision == "bf16"
     tree: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
@@ -54,8 +53,7 @@ def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guid
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": cpu_compat.has_cuda() and stage > 0,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
+            "reduce_bucket_size": reduce_bucket(config, guide=guide),
         },
         "bf16": {"enabled": bf16},
         # it waits for the device twice a micro-step; the run measures its own speed

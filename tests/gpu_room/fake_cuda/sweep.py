@@ -34,6 +34,9 @@ SMALL: dict[str, Any] = {
 }
 
 
+BUCKET = 250_000  # of the small model, so that it has several
+
+
 class Case(NamedTuple):
     """One step that is counted."""
 
@@ -59,7 +62,8 @@ def request(case: Case, tree: dict[str, Any]) -> dict[str, Any]:
         "train": train,
         "guide": {"mode": "fixed_step", "fraction": 1.0} if case.guided else {"mode": "off"},
     }
-    return {"tree": tree | changed, "world": WORLD, "guided": case.guided}
+    bucket = BUCKET if tree is SMALL else None
+    return {"tree": tree | changed, "world": WORLD, "guided": case.guided, "bucket": bucket}
 
 
 def count(cases: list[Case], tree: dict[str, Any], library: Path) -> dict[Case, dict[str, Any]]:

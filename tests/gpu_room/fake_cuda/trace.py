@@ -2,9 +2,10 @@
 
 The engine is made and trained by ``engines.create`` and ``train_step`` as in a run; only torch's process
 group, its device and its attention are stand-ins (device.py). Requests and counts are JSON lists. A request
-has ``tree`` (a config), ``world`` (ranks) and ``guided``. Its counts are ``micro``, those of each micro-step
-from the call of the loss to the next one, of the last one to the end of its backward pass, and ``update``,
-the rest of the step. Each step is counted in a process of its own, which this one forks.
+has ``tree`` (a config), ``world`` (ranks), ``guided``, and ``bucket`` (elements that ZeRO reduces at once;
+or null: a run's own). Its counts are ``micro``, those of each micro-step from the call of the loss to the
+next one, of the last one to the end of its backward pass, and ``update``, the rest of the step. Each step
+is counted in a process of its own, which this one forks.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 WARM_UP = 2
 
 
-def count(tree: dict[str, Any], world: int, guided: bool) -> dict[str, Any]:
+def count(tree: dict[str, Any], world: int, guided: bool, bucket: int | None) -> dict[str, Any]:
     """The counts of one step; torch must believe in a device."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": "1"}
     import torch.distributed as dist
@@ -78,6 +79,8 @@ def count(tree: dict[str, Any], world: int, guided: bool) -> dict[str, Any]:
             return np.zeros((parts, micro_batch_size, config.model.sequence + 1), dtype=np.int64)  # type: ignore[return-value]
 
     config = loading.from_tree(tree)
+    if bucket:
+        engines.reduce_bucket = lambda *_, **__: bucket
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     cpu_compat.prepare()
     ranks = topology.groups(config.parallel.tensor)
