@@ -94,17 +94,20 @@ def create(
         mpu=ModelParallelUnit(),
         dist_init_required=False,
     )
+    if hasattr(engine.optimizer, "overflow_checker"):  # stage 0 in bf16
+        engine.optimizer.overflow_checker = KnownOverflow()
     engine.partial_parameters = partial_gradients.defer(model)  # summed by _finish_gradients, once a step
     engine_state.init_state(engine, carried)
     return engine
 
 
 def _patch_deepspeed() -> None:
-    """Patch four things of DeepSpeed.
+    """Patch five things of DeepSpeed.
 
-    The bf16 optimizer prints no memory report at each start. Stage 0 takes no trial step, which would hold 12
-    bytes a parameter for a moment: its state is made here. On CPUs gloo takes the place of an extension that
-    compiles for minutes. On CUDA the device waits for reductions of gradients, not the host.
+    The bf16 optimizer prints no memory report at each start. Stage 0 takes no trial step, which would hold
+    12 bytes a parameter for a moment: its state is made here; and it takes no norm of its own, for which it
+    would read a number back for each group (see _gradient_norm). On CPUs gloo takes the place of an
+    extension that compiles for minutes. On CUDA the device waits for reductions of gradients, not the host.
     """
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.fp16 import unfused_optimizer
@@ -112,6 +115,7 @@ def _patch_deepspeed() -> None:
 
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
     unfused_optimizer.FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None
+    unfused_optimizer.get_weight_norm = lambda parameters, mpu: 0.0
     if not cpu_compat.has_cuda():
         ops: Any = deepspeed.ops.__compatible_ops__
         ops["deepspeed_shm_comm"] = False
@@ -258,15 +262,28 @@ def _gradient_norm(engine: Engine) -> float:
     return float(total.sqrt())
 
 
-def _drop_gradients(engine: Engine) -> None:
-    """Make the coming optimiser step do nothing.
+@dataclass
+class KnownOverflow:
+    """Whether stage 0 in bf16 skips its step, in place of DeepSpeed's CheckOverflow.
 
-    In bf16 DeepSpeed itself skips a step whose gradients are not finite.
+    That one reads a number back from the device for each parameter, after :func:`_gradient_norm` has read one
+    for all of them.
     """
+
+    found: bool = False
+
+    def check(self) -> bool:
+        """Of the coming step."""
+        found, self.found = self.found, False
+        return found
+
+
+def _drop_gradients(engine: Engine) -> None:
+    """Make the coming optimiser step do nothing."""
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         engine.optimizer.zero_grad(set_to_none=True)
     else:
-        next(p for p in engine.module.parameters() if p.grad is not None).grad.fill_(math.nan)
+        engine.optimizer.overflow_checker.found = True
 
 
 def _force_skip(engine: Engine) -> None:
