@@ -105,6 +105,11 @@ class StepTimers:
                 self._in_data += time.perf_counter() - began
             yield batch
 
+    @property
+    def data_wait(self) -> float:
+        """Seconds of the newest step that its batches were waited for."""
+        return self._in_data
+
     def forwarded(self) -> None:
         """A forward pass has ended; the step's last one counts."""
         self._forwarded, self._data_before = self._now(), self._in_data

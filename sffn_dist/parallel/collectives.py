@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from sffn_dist.parallel import ledger
 
+PARTIAL_SUMS = "_partial_sums"  # where a model keeps the hooks of sum_partial_gradients
 Tokens = Literal["tokens", "replicated", "caller"]
 
 
@@ -195,13 +196,15 @@ def sum_partial_gradients(module: nn.Module, group: dist.ProcessGroup) -> list[s
 
     Such a parameter is held by every rank but sees only the rank's own tokens: norms, biases of row-parallel
     linears. (Replicated factors are not marked: their linear sums them itself.) A hook on the leaf does the
-    sum before any ZeRO stage sees the gradient, once a backward pass.
+    sum, once a backward pass, unless partial_gradients.defer takes it away again.
     """
     if group.size() == 1:
         return []
-    names = []
+    names, hooks = [], []
     for name, parameter in module.named_parameters():
         if getattr(parameter, "sequence_parallel", False):
-            parameter.register_hook(lambda gradient: sum_gradient(gradient.clone(), group).wait())
+            hook = parameter.register_hook(lambda gradient: sum_gradient(gradient.clone(), group).wait())
             names.append(name)
+            hooks.append((parameter, hook))
+    module.__dict__[PARTIAL_SUMS] = hooks  # no attribute of a module: nothing of it is saved or moved
     return names

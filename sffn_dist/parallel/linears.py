@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -158,6 +159,15 @@ class StructuredLinear(nn.Module, abc.ABC):
         # a shared expert that overlaps its own exchange sets it after building
         self.split = self._split(self._tokens(by_caller=value))
 
+    def defer_gradient_sums(self) -> list[nn.Parameter]:
+        """From now on backward leaves the gradients of factors that every rank holds as its own tokens made
+        them; returns these factors, which the caller sums over the group.
+        """
+        if self.split.exchange.tokens != "tokens":
+            return []
+        self.split = replace(self.split, sums_gradients=False)
+        return [getattr(self, name) for name in self.factors if self.specs[name].cut is None]
+
     def _tokens(self, *, by_caller: bool) -> Tokens:
         """Which tokens a rank has.
 
@@ -301,7 +311,7 @@ class StructuredRowParallelLinear(StructuredLinear):
         return RowSplit(
             self.structure,
             Exchange(self.group, tokens, first_factor.block_groups(self.ranks)),
-            needs_exchange,
+            needs_exchange=needs_exchange,
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ guide, and W x of a row whose second factor is block_shuffle's.
 
 Backward is written by hand so that products run while collectives do: U's gradient while dz travels, dx while
 the gradient of a replicated factor is summed. That gradient is partial wherever a rank saw only some tokens;
-no factor leaves with it so.
+no factor leaves with it so, unless the sum is deferred (partial_gradients.py).
 
 Shapes: x (rows, ..., inputs) and y (rows, ..., outputs), rows being S, or S/p with sequence parallelism; z
 narrow (n, rows, ..., w) or wide (rows, ..., w), where w is (l, r), a row for each block, if block_shuffle's
@@ -22,7 +22,7 @@ second factor is to read it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -54,6 +54,8 @@ class SplitLinear:
 
     structure: Structure
     exchange: Exchange
+    # of a factor that every rank holds; else somebody does it once a step
+    sums_gradients: bool = field(default=True, kw_only=True)
 
     role: ClassVar[Role]
 
@@ -82,7 +84,8 @@ class SplitLinear:
         if not wanted:
             return None
         gradient = _times(product.weight_gradient(grad, x, weight), share)
-        if self.exchange.tokens == "replicated":  # every rank saw all tokens and all of z
+        # with "replicated", every rank saw all tokens and all of z
+        if self.exchange.tokens == "replicated" or not self.sums_gradients:
             return Pending(gradient)
         return sum_gradient(gradient, self.exchange.group)
 

@@ -89,5 +89,9 @@ def parameters_per_rank(config: Config, *, guide: bool) -> int:
 
 
 def reduce_bucket(config: Config, *, guide: bool) -> int:
-    """Elements that ZeRO reduces at once: DeepSpeed's default, but never a buffer larger than the model."""
-    return min(500_000_000, parameters_per_rank(config, guide=guide))
+    """Elements that ZeRO reduces at once, but never a buffer larger than the model.
+
+    A tenth of DeepSpeed's default, which holds the whole model: then nothing travels before the backward pass
+    has ended.
+    """
+    return min(50_000_000, parameters_per_rank(config, guide=guide))

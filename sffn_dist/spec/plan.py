@@ -93,9 +93,9 @@ def communication(config: Config, precision: str, data_parallel: int) -> dict[st
             }
             for layer in layers
         ],
-        "step": _received(traffic.model_traffic(config), size, steps),
+        "step": _received(traffic.step_traffic(config, data_parallel), size),
         "guide": _received(guides, size, steps),
-        "all_dense": _received(traffic.model_traffic(counts.all_dense(config)), size, steps),
+        "all_dense": _received(traffic.step_traffic(counts.all_dense(config), data_parallel), size),
     }
 
 

@@ -35,7 +35,8 @@ from sffn_dist.structured.structure import Structure
 class Transfer:
     """Elements that a rank receives in one micro-batch.
 
-    ``purpose``: forward, backward, or gradient (of what every rank holds).
+    ``purpose``: forward, backward, or gradient (of what every rank holds; training sums it once a step, see
+    :func:`step_traffic`).
     """
 
     purpose: str
@@ -240,3 +241,22 @@ def model_traffic(config: Config) -> list[Transfer]:
             replace(transfer, size=4) for transfer in group.moved("forward", "all_reduce", group.tokens)
         )
     return moved
+
+
+def step_traffic(config: Config, data_parallel: int) -> list[Transfer]:
+    """A step's: every micro-batch's, but the gradients of what every rank holds once, after the last one.
+
+    Those are summed where ZeRO keeps them (training/partial_sums.py): in fp32 in stages 1-3; in stages 2 and
+    3 of the rank's own fragments alone, here a mean over the data-parallel ranks.
+    """
+    steps, stage = config.accumulation_steps(data_parallel), config.zero.stage
+    return [
+        replace(
+            transfer,
+            elements=transfer.elements / (data_parallel if stage >= 2 else 1),
+            size=4 if stage else None,
+        )
+        if transfer.purpose == "gradient"
+        else replace(transfer, elements=transfer.elements * steps)
+        for transfer in model_traffic(config)
+    ]

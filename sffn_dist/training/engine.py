@@ -20,7 +20,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor, nn
 
-from sffn_dist.parallel import cpu_compat
+from sffn_dist.parallel import cpu_compat, partial_gradients
 from sffn_dist.parallel.feed_forward import StructuredMLP
 from sffn_dist.parallel.topology import ModelParallelUnit, Topology
 from sffn_dist.spec.config import Config, Train
@@ -28,7 +28,9 @@ from sffn_dist.spec.counts import reduce_bucket
 from sffn_dist.spec.optimizers import OPTIMIZERS
 from sffn_dist.spec.split_table import is_guide
 from sffn_dist.training import engine_state
+from sffn_dist.training.device_order import DeviceOrder
 from sffn_dist.training.engine_state import Engine, ExportedState
+from sffn_dist.training.partial_sums import sum_partial
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if cpu_compat.has_cuda() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -40,7 +42,6 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 
 def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guide: bool) -> dict[str, Any]:
     """DeepSpeed's own dictionary for this run, in its guided phase or outside of it."""
-    bucket = reduce_bucket(config, guide=guide)
     stage, bf16 = config.zero.stage, precision == "bf16"
     tree: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
@@ -52,14 +53,17 @@ def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guid
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": cpu_compat.has_cuda() and stage > 0,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
+            "reduce_bucket_size": reduce_bucket(config, guide=guide),
         },
         "bf16": {"enabled": bf16},
+        # it waits for the device twice a micro-step; the run measures its own speed
+        "timers": {"throughput": {"enabled": False}},
     }
     # sums over micro-steps in fp32: hundreds of bf16 additions would lose the small gradients
     if bf16 and stage > 0:
         tree["data_types"] = {"grad_accum_dtype": "fp32"}
+        # stage 1: each gradient joins its sum, and is freed, as it arrives, not all after the backward pass
+        tree["bf16"]["immediate_grad_update"] = True
     return tree
 
 
@@ -90,25 +94,35 @@ def create(
         mpu=ModelParallelUnit(),
         dist_init_required=False,
     )
+    if hasattr(engine.optimizer, "overflow_checker"):  # stage 0 in bf16
+        engine.optimizer.overflow_checker = KnownOverflow()
+    engine.partial_parameters = partial_gradients.defer(model)  # summed by _finish_gradients, once a step
     engine_state.init_state(engine, carried)
     return engine
 
 
 def _patch_deepspeed() -> None:
-    """Patch three things of DeepSpeed.
+    """Patch five things of DeepSpeed.
 
-    The bf16 optimizer prints no memory report at each start. Stage 0 takes no trial step, which would hold 12
-    bytes a parameter for a moment: its state is made here. On CPUs gloo takes the place of an extension that
-    compiles for minutes.
+    The bf16 optimizer prints no memory report at each start. Stage 0 takes no trial step, which would hold
+    12 bytes a parameter for a moment: its state is made here; and it takes no norm of its own, for which it
+    would read a number back for each group (see _gradient_norm). On CPUs gloo takes the place of an
+    extension that compiles for minutes. On CUDA the device waits for reductions of gradients, not the host.
     """
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.fp16 import unfused_optimizer
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
     unfused_optimizer.FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None
+    unfused_optimizer.get_weight_norm = lambda parameters, mpu: 0.0
     if not cpu_compat.has_cuda():
         ops: Any = deepspeed.ops.__compatible_ops__
         ops["deepspeed_shm_comm"] = False
+        return
+    for module in (stage_1_and_2, stage3):
+        order = DeviceOrder(deepspeed.accelerator.get_accelerator())
+        module.get_accelerator = lambda order=order: order
 
 
 def destroy(engine: Engine) -> None:
@@ -211,10 +225,12 @@ def train_batch(
 
 
 def _finish_gradients(engine: Engine, allowed: bool, clip: float) -> float | None:
-    """Before the optimiser's step: in stage 0 norm and clipping.
+    """Before the optimiser's step: the sum of partial gradients; in stage 0 norm and clipping.
 
     In every stage, what keeps back an update that is not to be made.
     """
+    if allowed:
+        sum_partial(engine, engine.partial_parameters)
     if engine.zero_optimization_stage() > 0:
         if not allowed:
             _force_skip(engine)
@@ -246,15 +262,28 @@ def _gradient_norm(engine: Engine) -> float:
     return float(total.sqrt())
 
 
-def _drop_gradients(engine: Engine) -> None:
-    """Make the coming optimiser step do nothing.
+@dataclass
+class KnownOverflow:
+    """Whether stage 0 in bf16 skips its step, in place of DeepSpeed's CheckOverflow.
 
-    In bf16 DeepSpeed itself skips a step whose gradients are not finite.
+    That one reads a number back from the device for each parameter, after :func:`_gradient_norm` has read one
+    for all of them.
     """
+
+    found: bool = False
+
+    def check(self) -> bool:
+        """Of the coming step."""
+        found, self.found = self.found, False
+        return found
+
+
+def _drop_gradients(engine: Engine) -> None:
+    """Make the coming optimiser step do nothing."""
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         engine.optimizer.zero_grad(set_to_none=True)
     else:
-        next(p for p in engine.module.parameters() if p.grad is not None).grad.fill_(math.nan)
+        engine.optimizer.overflow_checker.found = True
 
 
 def _force_skip(engine: Engine) -> None:

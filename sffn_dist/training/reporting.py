@@ -105,6 +105,7 @@ def report_step(run: TrainingRun, step_schedule: StepSchedule, result: StepResul
         "grad_norm": result.grad_norm,
         "tokens_per_s": tokens / result.seconds,
         "seconds": result.seconds,
+        "data_wait_ms": 1000.0 * run.timers.data_wait,
         "phase": step_schedule.phase,
         "guided_share": guided_fraction,
         "data_step": step_schedule.data_step,

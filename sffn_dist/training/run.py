@@ -11,6 +11,7 @@ from typing import Any
 
 from sffn_dist.checkpoint.writer import Saver
 from sffn_dist.data.batches import Batches
+from sffn_dist.data.prefetch import Prefetch
 from sffn_dist.data.shards import HeldoutSample
 from sffn_dist.health import stragglers
 from sffn_dist.health.stragglers import StepTimers
@@ -55,11 +56,13 @@ class TrainingRun:
     began: float = field(default_factory=time.monotonic)
     start_step: int = field(init=False)
     timers: StepTimers = field(init=False)
+    prefetch: Prefetch = field(init=False)
     _asked: float = -math.inf  # when rank 0 last looked for a request, by the monotonic clock
 
     def __post_init__(self) -> None:
         self.start_step = self.step
         self.timers = StepTimers(self.topology.device)
+        self.prefetch = Prefetch(self.topology.device)
 
     @property
     def model(self) -> Any:

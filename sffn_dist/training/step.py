@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sffn_dist import model as models
+from sffn_dist.data.batches import Batches
+from sffn_dist.data.prefetch import Read
 from sffn_dist.launch import exit_codes
 from sffn_dist.launch.signals import Stop
 from sffn_dist.spec.schedule import StepSchedule
@@ -106,17 +108,35 @@ def _micro_batches(run: TrainingRun, step_schedule: StepSchedule) -> Iterator[Te
 
     Those of a start's first step give the first estimate of its time.
     """
-    topology, micro = run.topology, run.config.train.micro_batch_size
-    batches = run.batches.at(
-        step_schedule.data_step,
-        topology.data_parallel_rank,
-        topology.data_parallel_size,
-        micro_batch_size=micro,
-    )
+    tokens = run.prefetch.take(*_reading(run, step_schedule.data_step))
+    _read_ahead(run)
+    batches = tokens.to(run.topology.device, non_blocking=True)  # one copy for all of them
     started = time.perf_counter()
     for index, batch in enumerate(batches):
         if index == 1 and run.steps_taken == 0:
             reporting.report_first_micro_batch(
                 run, step_schedule, (time.perf_counter() - started) * len(batches)
             )
-        yield torch.from_numpy(np.ascontiguousarray(batch)).to(topology.device)
+        yield batch
+
+
+def _reading(run: TrainingRun, data_step: int) -> tuple[tuple[Batches, int], Read]:
+    """By what key this rank's batches of a step are read ahead, and how they are read."""
+    topology, micro, batches = run.topology, run.config.train.micro_batch_size, run.batches
+
+    def read() -> NDArray[np.int64]:
+        return batches.at(
+            data_step, topology.data_parallel_rank, topology.data_parallel_size, micro_batch_size=micro
+        )
+
+    return (batches, data_step), read
+
+
+def _read_ahead(run: TrainingRun) -> None:
+    """Begin to read what the step after ``run.step`` will need, as far as is known now."""
+    following = (
+        step for step in range(run.step + 1, run.schedule.total_steps) if step not in run.bad_steps.excluded
+    )
+    step = next(following, None)
+    if step is not None:
+        run.prefetch.start(*_reading(run, run.schedule.at(step).data_step))

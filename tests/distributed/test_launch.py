@@ -120,6 +120,7 @@ def test_what_a_run_writes(whole: tuple[Path, str]) -> None:
     assert [row["data_step"] for row in rows(run)] == [*range(10), 0, 1]
     assert [row["alpha"] for row in rows(run)] == [1.0, pytest.approx(0.5)] + [0.0] * 10
     assert rows(run)[0]["guided_share"] == 1.0
+    assert all(0.0 < row["data_wait_ms"] < 1000.0 * row["seconds"] for row in rows(run))
     assert all(row["guided_share"] == 0.0 for row in rows(run)[2:])
     newest = json.loads((run / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").read_text())
     assert not any(name.endswith(".guide") for name in newest["tensors"]), "nothing is left of the guide"

@@ -212,10 +212,10 @@ def test_models_send_what_is_predicted(
         assert found == {key: tuple(sums) for key, sums in expected.items()}
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_receives_what_the_plan_says(ranks: Callable[..., Any], stage: int) -> None:
-    """A step of the engine with two micro-batches; ZeRO adds nothing to the tensor-parallel group's
-    forward, backward, gradients.
+    """A step of the engine with two micro-batches, gradients once; ZeRO adds nothing to the tensor-parallel
+    group's forward, backward, gradients.
     """
     train = {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2}
     config = {**tree("block_dense", True, recompute="bottleneck"), "train": train, "zero": {"stage": stage}}

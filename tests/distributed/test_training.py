@@ -241,6 +241,18 @@ def test_fewer_key_value_heads_than_ranks(
         assert np.abs(np.subtract(joined, whole[key])).max() < TOLERANCE, key
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_reduced_in_pieces_are_the_same(
+    train: Callable[..., dict[str, Any]], stage: int, precision: str
+) -> None:
+    """Models of real sizes are larger than what ZeRO reduces at once; so is the embedding here."""
+    layout = tree("low_rank", micro=1, stage=stage)
+    whole, pieces = (train(2, layout, steps=5, precision=precision, bucket=size) for size in (10**6, 1500))
+    assert pieces["losses"] == whole["losses"]
+    assert pieces["norms"] == whole["norms"]
+
+
 def test_gradient_norm_in_bf16(train: Callable[..., dict[str, Any]]) -> None:
     """Every stage reports, and clips by, the norm over all tensor-parallel ranks (DeepSpeed's stage 0 took
     the first one's alone).

@@ -59,14 +59,18 @@ def train(
     precision: str = "fp32",
     nan_at: int | None = None,
     part_all: bool = False,
+    bucket: int | None = None,
 ) -> dict[str, Any]:
     """Losses and gradient norms of ``steps`` steps (from the newest checkpoint in run.dir, if any), then what
     came out.
 
     ``nan_at``: the step whose loss is made nan. ``part_all``: ZeRO 3 parts and frees every parameter; it
-    would leave such small ones whole.
+    would leave such small ones whole. ``bucket``: elements that ZeRO reduces at once.
     """
-    with parted() if part_all else contextlib.nullcontext():
+    with zero_settings(
+        **({"stage3_param_persistence_threshold": 0} if part_all else {}),
+        **({"reduce_bucket_size": bucket} if bucket else {}),
+    ):
         run = begin(tree, precision)
         config, start = run.config, run.step
         losses, norms, drawn = [], [], []
@@ -154,14 +158,19 @@ def take(run: TrainingRun, nan: bool = False) -> tuple[float, float, int]:
     return float(total) / ranks.data_parallel_size, result.grad_norm, drawn
 
 
-@contextlib.contextmanager
-def parted() -> Iterator[None]:
+def parted() -> contextlib.AbstractContextManager[None]:
     """Engines made inside part and free every parameter in ZeRO 3; it would leave such small ones whole."""
+    return zero_settings(stage3_param_persistence_threshold=0)
+
+
+@contextlib.contextmanager
+def zero_settings(**settings: Any) -> Iterator[None]:
+    """Engines made inside have these settings of DeepSpeed's ZeRO."""
     usual = engines.deepspeed_config
 
     def changed(*arguments: Any, **options: Any) -> dict[str, Any]:
         tree = usual(*arguments, **options)
-        tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        tree["zero_optimization"].update(settings)
         return tree
 
     engines.deepspeed_config = changed
