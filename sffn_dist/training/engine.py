@@ -12,7 +12,7 @@ import math
 import os
 import pkgutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -87,18 +87,33 @@ def create(
         # it computes with its linears' weights without calling them: gather them when it is called, forward
         # and backward
         deepspeed.utils.set_z3_leaf_modules(model, [StructuredMLP], raise_if_not_found=False)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=deepspeed_config(config, precision, topology.data_parallel_size, guide=bool(groups[1])),
-        mpu=ModelParallelUnit(),
-        dist_init_required=False,
-    )
+    with _device_as_local_rank(topology.device):
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, precision, topology.data_parallel_size, guide=bool(groups[1])),
+            mpu=ModelParallelUnit(),
+            dist_init_required=False,
+        )
     if hasattr(engine.optimizer, "overflow_checker"):  # stage 0 in bf16
         engine.optimizer.overflow_checker = KnownOverflow()
     engine.partial_parameters = partial_gradients.defer(model)  # summed by _finish_gradients, once a step
     engine_state.init_state(engine, carried)
     return engine
+
+
+@contextmanager
+def _device_as_local_rank(device: torch.device) -> Iterator[None]:
+    """LOCAL_RANK as DeepSpeed reads it, the index of this rank's device: a rank that sees only its own
+    device (Slurm's --gpus-per-task) has the first one, whatever its place on the node.
+    """
+    local_rank = os.environ["LOCAL_RANK"]
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = local_rank
 
 
 def _patch_deepspeed() -> None:

@@ -118,6 +118,14 @@ def _nothing(*_: Any, **__: Any) -> Iterator[None]:
     yield
 
 
+def _set_device(device: Any) -> None:
+    """As a driver that shows this process one device."""
+    import torch
+
+    if device if isinstance(device, int) else torch.device(device).index:
+        raise RuntimeError(f"CUDA error: invalid device ordinal: {device}")
+
+
 def pretend() -> None:
     """Answer ``torch.cuda`` for the rest of this process, and replace what only a device can do."""
     import torch
@@ -131,7 +139,7 @@ def pretend() -> None:
         "_lazy_init": lambda: None,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "set_device": lambda _: None,
+        "set_device": _set_device,
         "get_device_properties": lambda *_: Properties,
         "get_device_capability": lambda *_: (9, 0),
         "get_device_name": lambda *_: "fake",

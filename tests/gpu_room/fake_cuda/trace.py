@@ -25,7 +25,9 @@ WARM_UP = 2
 
 def count(tree: dict[str, Any], world: int, guided: bool, bucket: int | None) -> dict[str, Any]:
     """The counts of one step; torch must believe in a device."""
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": "1"}
+    # second on its node, and shown one device alone, as by Slurm's --gpus-per-task
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    os.environ["SLURM_LOCALID"] = "1"
     import torch.distributed as dist
     from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
     from fake_cuda.counting import Counting, Counts
