@@ -106,7 +106,7 @@ def _micro_batches(run: TrainingRun, step_schedule: StepSchedule) -> Iterator[Te
 
     Those of a start's first step give the first estimate of its time.
     """
-    topology, micro = run.topology, run.config.train.micro_batch_size
+    topology, micro = run.topology, run.config.micro_batch_size
     batches = run.batches.at(
         step_schedule.data_step,
         topology.data_parallel_rank,
