@@ -164,8 +164,8 @@ def print_plan(config: Config, *, as_json: bool = False, device_memory: int | No
     from sffn_dist.spec.plan import plan, render
 
     world = started_ranks(config.parallel.tensor)
-    layout = micro_batch.layout(config, world, device_memory)
-    config, reason = run_identity.choose_micro_batch(config, layout)
+    target = micro_batch.target_of(config, world, device_memory)
+    config, reason = run_identity.choose_micro_batch(config, target)
     numbers = {**plan(config, world, device_memory, reason), "data": overview.overview(config)}
     print(strict_json.dumps(numbers, indent=1) if as_json else render(numbers), flush=True)
 

@@ -101,7 +101,7 @@ def continue_run(config: Config, change: Sequence[str] = ()) -> Config:
     return run_changes.take_over(config, record.config, change)
 
 
-def choose_micro_batch(config: Config, layout: micro_batch.Layout) -> tuple[Config, str]:
+def choose_micro_batch(config: Config, target: micro_batch.Target) -> tuple[Config, str]:
     """The config with a number for ``train.micro_batch_size = auto``, and why it is that one ("": was set).
 
     What the run in run.dir recorded is taken where it divides a rank's share of the global batch. Raises
@@ -109,11 +109,11 @@ def choose_micro_batch(config: Config, layout: micro_batch.Layout) -> tuple[Conf
     """
     if config.train.micro_batch_size != "auto":
         return config, ""
-    record, share = read_record(Path(config.run.dir)), config.train.global_batch_size // layout.data_parallel
+    record, share = read_record(Path(config.run.dir)), config.train.global_batch_size // target.data_parallel
     recorded = record.config.train.micro_batch_size if record and record.config else "auto"
     if record and recorded != "auto" and share % recorded == 0:
         return micro_batch.with_size(config, recorded), f"recorded by {record.source}"
-    choice = micro_batch.choose(config, layout)
+    choice = micro_batch.choose(config, target)
     return micro_batch.with_size(config, choice.size), choice.reason
 
 

@@ -29,6 +29,9 @@ The moments:
                         the table, V h e, which, tied, waits for the embedding's to the end
     last norm           all layers, and the gradient of its input
     feed-forward i      layers before i, layer i, and what its backward pass makes (FeedForward.backward)
+    recomputed i        recompute: full, the same layers; the stream's gradient, which a linear by Megatron
+                        gathers before it asks for what it kept, and the output of the second linear or of
+                        attention's, T h, before that is scattered
     attention i         layers before i, of layer i the first norm and the attention; the gradients of its
                         output, queries, keys and values
     embedding           both gradients of the table and their sum, that of the embedding's output
@@ -70,6 +73,9 @@ def moments(config: Config, precision: str, *, guide: bool = False, cuda: bool =
         layer = layers[kind]
         found[f"feed-forward {i}"] = before + _layer_kept(part, layer) + layer.backward
         found[f"attention {i}"] = before + part.attention_backward
+        if full:
+            recomputed = max(_layer_kept(part, layer) + layer.output, part.stream + part.attention_forward)
+            found[f"recomputed {i}"] = before + layer.gathered + recomputed
         before += kept[kind]
     return found
 

@@ -125,6 +125,17 @@ class FeedForward:
     # ----------------------------------------------------------------------------------------------- backward
 
     @property
+    def gathered(self) -> int:
+        """The gradient of all tokens' output, where backward begins by gathering it."""
+        return self.part.gathered if self.structure.dense else 0
+
+    @property
+    def output(self) -> int:
+        """Of the second linear, of all tokens where their parts are summed at this width."""
+        wide = self.structure.dense or self.part.guide
+        return self.part.whole_stream if wide else self.part.stream
+
+    @property
     def backward(self) -> int:
         """What the backward pass makes beside what is kept and the gradient of its output."""
         if self._one_operation:
@@ -135,11 +146,22 @@ class FeedForward:
     def _backward_by_megatron(self) -> int:
         """The gradient of the second linear's input T f (where the features are exchanged, twice) and of its
         weights, that of z_2, the stream's of all tokens; or, gated, those of both factors of the product,
-        T 2f.
+        T 2f; or the first linear's gradients, once that of its output has taken the place of T F and T f.
         """
         part, f = self.part, self._inner
-        features = part.of_tokens(2 * f if self._exchanged else f)
-        return max(features + self._weight(1) + self._second_reads, part.of_tokens(2 * f * part.config.gated))
+        second = part.of_tokens(2 * f if self._exchanged else f) + self._weight(1) + self._second_reads
+        gathered = part.gathered if self.part.guide else 0
+        first = part.of_tokens(self._outer - self._wide) + self._first_gradients + gathered
+        return max(second, part.of_tokens(2 * f * part.config.gated), first)
+
+    @property
+    def _first_gradients(self) -> int:
+        """Of the first linear's weights, of z_1, of its input T' h and, by a dense matrix, T h."""
+        part = self.part
+        if self.structure.dense:
+            return self._weight(0) + part.whole_stream
+        by_guide = part.whole_stream if part.guide and part.ranks > 1 else 0
+        return self._weight(0) + self._z_1_gradients + by_guide + part.stream
 
     @property
     def _backward_of_what_is_rebuilt(self) -> int:
@@ -153,9 +175,7 @@ class FeedForward:
         rebuilt = self._wide + (self._outer if part.config.model.bias else 0)
         first = part.of_tokens(rebuilt + self._inner + (2 * self._inner if gated else self._outer))
         whole = part.gathered if part.guide else 0
-        by_guide = part.whole_stream if part.guide and part.ranks > 1 else 0
-        then = part.of_tokens(2 * self._outer + 2 * self._inner) + self._weight(0)
-        then += self._z_1_gradients + by_guide + part.stream
+        then = part.of_tokens(2 * self._outer + 2 * self._inner) + self._first_gradients
         again = part.of_tokens(self._chunk(0)) if part.split_by_tokens else 0
         return max(first, then) + self._weight(1) + self._second_reads + whole + again
 

@@ -112,6 +112,18 @@ class MicroBatch:
         around = self.gathered + self.of_tokens(self._attention)
         return self.norm_kept + self.attention_kept + self.stream + max(within, around)
 
+    @property
+    def attention_forward(self) -> int:
+        """At its output: what it keeps, linear_qkv's output and the keys where they are not kept, and the
+        output of all tokens, then of the rank's own.
+        """
+        config = self.config
+        qkv = config.attention_dim + 2 * config.kv_heads * config.head_dim
+        unkept = (qkv if config.gathers_qkv else qkv // self.ranks) + self._keys if self._repeated else 0
+        scattered = self.stream if self.split_by_tokens else 0
+        kept = self.norm_kept + self.attention_kept
+        return kept + self.of_tokens(unkept) + self.whole_stream + scattered
+
     # ------------------------------------------------------------------------------------------- the two ends
 
     @property

@@ -22,7 +22,7 @@ ON_CPU = 8
 
 
 @dataclass(frozen=True)
-class Layout:
+class Target:
     """What a run is planned for: ranks, precision, and the bytes of the smallest rank's CUDA device, None on
     CPUs.
     """
@@ -32,7 +32,7 @@ class Layout:
     device_memory: int | None
 
 
-def layout(config: Config, world: int, device_memory: int | None = None) -> Layout:
+def target_of(config: Config, world: int, device_memory: int | None = None) -> Target:
     """Of ``world`` ranks on this machine, or on CUDA devices with bf16 units and so many bytes."""
     local_ranks = machine.ranks_here(otherwise=world)
     precision = machine.precision(config.precision, local_ranks)
@@ -40,7 +40,7 @@ def layout(config: Config, world: int, device_memory: int | None = None) -> Layo
         device_memory = machine.device_memory(local_ranks)
     elif config.precision == "auto":
         precision = "bf16"
-    return Layout(max(1, world // config.parallel.tensor), precision, device_memory)
+    return Target(max(1, world // config.parallel.tensor), precision, device_memory)
 
 
 def with_size(config: Config, size: int) -> Config:
@@ -48,12 +48,12 @@ def with_size(config: Config, size: int) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": size})})
 
 
-def memory(config: Config, layout: Layout, guide: bool | None = None) -> dict[str, int]:
-    """memory_per_rank of the layout; without ``guide`` in the phase that takes the most."""
+def memory(config: Config, target: Target, guide: bool | None = None) -> dict[str, int]:
+    """memory_per_rank of the target; without ``guide`` in the phase that takes the most."""
     if guide is None:
         guide = schedule.build_schedule(config).guided_steps > 0
-    device = layout.device_memory is not None
-    return memory_per_rank(config, layout.precision, layout.data_parallel, guide=guide, device=device)
+    device = target.device_memory is not None
+    return memory_per_rank(config, target.precision, target.data_parallel, guide=guide, device=device)
 
 
 def sizes(config: Config, data_parallel: int) -> Iterator[int]:
@@ -62,53 +62,53 @@ def sizes(config: Config, data_parallel: int) -> Iterator[int]:
     return (size for size in range(share, 0, -1) if share % size == 0)
 
 
-def largest_that_fits(config: Config, layout: Layout) -> int | None:
+def largest_that_fits(config: Config, target: Target) -> int | None:
     """The largest possible number whose memory the device has; None if not even one sequence fits."""
-    for size in sizes(config, layout.data_parallel):
+    for size in sizes(config, target.data_parallel):
         if (
-            layout.device_memory is None
-            or memory(with_size(config, size), layout)["total"] <= layout.device_memory
+            target.device_memory is None
+            or memory(with_size(config, size), target)["total"] <= target.device_memory
         ):
             return size
     return None
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenSize:
     """A number, and why it is that."""
 
     size: int
     reason: str
 
 
-def choose(config: Config, layout: Layout) -> Choice:
+def choose(config: Config, target: Target) -> ChosenSize:
     """What ``auto`` is. Raises ConfigError where not even one sequence fits the device."""
-    share = config.train.global_batch_size // layout.data_parallel
+    share = config.train.global_batch_size // target.data_parallel
     of = f"the {share} sequences a data-parallel rank and step"
-    if layout.device_memory is None:
-        size = next(size for size in sizes(config, layout.data_parallel) if size <= ON_CPU)
-        return Choice(size, f"on a CPU the largest divisor, at most {ON_CPU}, of {of}")
-    fitting = largest_that_fits(config, layout)
+    if target.device_memory is None:
+        size = next(size for size in sizes(config, target.data_parallel) if size <= ON_CPU)
+        return ChosenSize(size, f"on a CPU the largest divisor, at most {ON_CPU}, of {of}")
+    fitting = largest_that_fits(config, target)
     if fitting is None:
-        needed = memory(with_size(config, 1), layout)["total"]
+        needed = memory(with_size(config, 1), target)["total"]
         raise ConfigError(
             [
                 f"train.micro_batch_size = auto: one sequence needs about {_gb(needed)}, and the device has "
-                f"{_gb(layout.device_memory)}; raise parallel.tensor or zero.stage, or set recompute"
+                f"{_gb(target.device_memory)}; raise parallel.tensor or zero.stage, or set recompute"
             ]
         )
-    needed = memory(with_size(config, fitting), layout)["total"]
-    reason = f"the largest divisor of {of} that fits: about {_gb(needed)} of {_gb(layout.device_memory)}"
-    return Choice(fitting, reason)
+    needed = memory(with_size(config, fitting), target)["total"]
+    reason = f"the largest divisor of {of} that fits: about {_gb(needed)} of {_gb(target.device_memory)}"
+    return ChosenSize(fitting, reason)
 
 
-def summary(config: Config, layout: Layout, reason: str) -> dict[str, Any]:
+def summary(config: Config, target: Target, reason: str) -> dict[str, Any]:
     """For the plan: the number, why it is that if it was chosen, the largest that fits a device (0: none)."""
-    fitting = None if layout.device_memory is None else (largest_that_fits(config, layout) or 0)
+    fitting = None if target.device_memory is None else (largest_that_fits(config, target) or 0)
     return {
         "size": config.micro_batch_size,
         "reason": reason,
-        "device_memory": layout.device_memory,
+        "device_memory": target.device_memory,
         "largest_that_fits": fitting,
     }
 

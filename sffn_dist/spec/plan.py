@@ -29,9 +29,9 @@ def plan(
     ``memory_per_rank`` is in bytes (memory.py). Raises ConfigError where ``auto`` finds no micro-batch that
     fits.
     """
-    layout = micro_batch.layout(config, world, device_memory)
+    target = micro_batch.target_of(config, world, device_memory)
     if config.train.micro_batch_size == "auto":
-        choice = micro_batch.choose(config, layout)
+        choice = micro_batch.choose(config, target)
         config, micro_batch_reason = micro_batch.with_size(config, choice.size), choice.reason
     parts = counts.parameters_by_part(config)
     ffn = parts["ffn_dense"] + parts["ffn_structured"]
@@ -39,7 +39,7 @@ def plan(
     step_tokens = config.tokens_per_step
     guided = run_schedule.guided_steps > 0
     local_ranks = machine.ranks_here(otherwise=world)
-    data_parallel, precision = layout.data_parallel, layout.precision
+    data_parallel, precision = target.data_parallel, target.precision
     return {
         "run.dir": config.run.dir,
         "ffn": config.ffn.model_dump(mode="json", exclude_none=True),
@@ -57,13 +57,13 @@ def plan(
         "tokens_per_step": step_tokens,
         "tokens": step_tokens * run_schedule.total_steps,
         "guided_steps_share": run_schedule.guided_steps / run_schedule.first_pass,
-        "phases": _phases(config, layout),
+        "phases": _phases(config, target),
         "precision": precision,
         "device": f"cuda, {si(device_memory, 'B')}" if device_memory else machine.device_name(local_ranks),
         "ranks": {"world": world, "tensor": config.parallel.tensor, "data": data_parallel},
         "accumulation_steps": config.accumulation_steps(data_parallel),
-        "micro_batch": micro_batch.summary(config, layout, micro_batch_reason),
-        "memory_per_rank": micro_batch.memory(config, layout),
+        "micro_batch": micro_batch.summary(config, target, micro_batch_reason),
+        "memory_per_rank": micro_batch.memory(config, target),
         "communication": communication(config, precision, data_parallel),
         "checkpoint_bytes": checkpoint_bytes(config, guide=guided),
         "checkpoint": config.checkpoint.model_dump(mode="json"),
@@ -143,7 +143,7 @@ def _dense_ffn(config: Config) -> int:
     return counts.parameters_by_part(counts.all_dense(config))["ffn_dense"]
 
 
-def _phases(config: Config, layout: micro_batch.Layout) -> list[dict[str, Any]]:
+def _phases(config: Config, target: micro_batch.Target) -> list[dict[str, Any]]:
     """The phases in order: steps, tokens, expected FLOPs over all ranks, and a rank's memory, the guide's
     included while it lasts.
     """
@@ -155,7 +155,7 @@ def _phases(config: Config, layout: micro_batch.Layout) -> list[dict[str, Any]]:
             "steps": phase.end - phase.first,
             "tokens": (phase.end - phase.first) * config.tokens_per_step,
             "flops": schedule.flops(config, phase),
-            "memory": micro_batch.memory(config, layout, guide=phase.name == "guided")["total"],
+            "memory": micro_batch.memory(config, target, guide=phase.name == "guided")["total"],
         }
         for phase in schedule.build_schedule(config).phases()
     ]

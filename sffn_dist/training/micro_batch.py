@@ -21,7 +21,7 @@ def resolve(config: Config) -> Config:
     """
     if config.train.micro_batch_size != "auto":
         return config
-    own = micro_batch.layout(config, rank_and_world()[1])
+    own = micro_batch.target_of(config, rank_and_world()[1])
     sizes = all_gather_object(own.device_memory)
     least = None if None in sizes else min(sizes)
     config, reason = run_identity.choose_micro_batch(config, dataclasses.replace(own, device_memory=least))
