@@ -3,6 +3,7 @@
 # make test-slurm    jobs on a real Slurm on this machine, for some minutes; needs root and Debian's packages slurmctld slurmd slurm-client munge
 # make test-faults   runs and saves killed at random moments, disks that fill, ranks that hang or lie, for a quarter of an hour;
 #                    their table goes to TABLE
+# make test-sweeps   the plan's memory against the live bytes of many models, for a quarter of an hour
 # make test-versions exported folders under transformers 4.48, the newest 4 and 5; pip brings those, once, below build/
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ READY := $(VENV)/.ready
 TABLE ?= benchmarks/results/faults_cpu.csv
 export PYTHONSAFEPATH := 1
 
-.PHONY: install demo test test-faults test-slurm test-versions lint clean
+.PHONY: install demo test test-faults test-slurm test-versions test-sweeps lint clean
 
 install: $(READY)
 
@@ -40,6 +41,9 @@ test-slurm: $(READY)
 
 test-versions: $(READY)
 	$(BIN)/python -m pytest -s -m versions tests/checkpoint_room/test_hf_versions.py
+
+test-sweeps: $(READY)
+	$(BIN)/python -m pytest -m sweeps tests/training_room/test_live_bytes.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

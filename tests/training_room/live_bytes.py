@@ -8,21 +8,24 @@ in every micro-step after the first: each is added to in place.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sffn_dist import model as models
-from sffn_dist.parallel import cpu_compat
+from sffn_dist.parallel import cpu_compat, layers
 from sffn_dist.parallel import topology as topologies
 from sffn_dist.spec.config import Config
-from sffn_dist.spec.loading import from_tree
+from sffn_dist.spec.loading import load
 
 
 class LiveBytes(TorchDispatchMode):
@@ -40,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
         if self.now > self.peak:
             self.peak, self.at_peak = self.now, str(func)
@@ -60,17 +63,21 @@ class LiveBytes(TorchDispatchMode):
         self.now += size
 
 
-def measure(tree: dict[str, Any], precision: str, *, guide: bool) -> dict[str, Any]:
+def measure(
+    path: str, overrides: list[str], precision: str, *, guide: bool = False, cuda: bool = False
+) -> dict[str, Any]:
     """Bytes that tensor-parallel rank 0 holds: ``weights``, ``gradients``, and ``activations``, all else at
     the peak.
 
-    In a process of its own: it joins a process group that nobody else could use.
+    ``guide``: every linear computes its own. ``cuda``: RMSNorm and attention by CUDA's operators, whose
+    shapes fake tensors know without a device. In a process of its own: it joins a process group that nobody
+    else could use.
     """
-    config = from_tree(tree)
+    config = load(path, overrides)
     cpu_compat.prepare()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.parallel.tensor)
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), _cuda_operators() if cuda else contextlib.nullcontext():
             return _measure(config, precision, guide)
     finally:
         topologies.destroy()
@@ -86,7 +93,7 @@ def _measure(config: Config, precision: str, guide: bool) -> dict[str, Any]:
             parameter.grad = torch.zeros_like(parameter)
         held.append(live.now)
         live.peak = 0
-        tokens = torch.zeros(config.train.micro_batch_size, config.model.sequence, dtype=torch.long)
+        tokens = torch.zeros(config.micro_batch_size, config.model.sequence, dtype=torch.long)
         models.token_losses(model, tokens, tokens).mean().backward()
         return {
             "weights": held[0],
@@ -94,3 +101,24 @@ def _measure(config: Config, precision: str, guide: bool) -> dict[str, Any]:
             "activations": live.peak - held[1],
             "at_peak": live.at_peak,
         }
+
+
+@contextlib.contextmanager
+def _cuda_operators() -> Iterator[None]:
+    norm, attention = layers.Norm.forward, layers.CoreAttention.forward
+
+    def fused(self: Any, x: Tensor) -> Tensor:
+        if not self.rms:
+            return norm(self, x)
+        return torch.ops.aten._fused_rms_norm(x, self.shape, self.weight, self.eps)[0]
+
+    def flash(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> Tensor:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=self.scale)
+        return out[0].permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    layers.Norm.forward, layers.CoreAttention.forward = fused, flash  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        layers.Norm.forward, layers.CoreAttention.forward = norm, attention  # type: ignore[method-assign]
