@@ -21,18 +21,22 @@ class MicroBatch:
 
     @property
     def ranks(self) -> int:
+        """Tensor-parallel ranks, p."""
         return self.config.parallel.tensor
 
     @property
     def split_by_tokens(self) -> bool:
+        """Whether sequence parallelism splits the stream."""
         return self.config.parallel.sequence and self.ranks > 1
 
     @property
     def tokens(self) -> int:
+        """Of the micro-batch, T."""
         return self.config.micro_batch_size * self.config.model.sequence
 
     @property
     def own_tokens(self) -> int:
+        """Of which this rank has the stream, T'."""
         return self.tokens // (self.ranks if self.split_by_tokens else 1)
 
     def of_tokens(self, features: int) -> int:
@@ -63,6 +67,7 @@ class MicroBatch:
 
     @property
     def norm_kept(self) -> int:
+        """What one norm keeps for backward."""
         in_fp32 = 4 * self.own_tokens * self.config.model.width
         steps = 0
         if self._norm_in_steps:  # in bf16 the input's copy in fp32 takes the place of the stream itself
@@ -93,6 +98,7 @@ class MicroBatch:
 
     @property
     def attention_kept(self) -> int:
+        """What attention keeps for backward beside its input."""
         config = self.config
         qkv = config.attention_dim + 2 * config.kv_heads * config.head_dim
         if self._repeated:  # linear_qkv's own output is read by nobody then
@@ -134,12 +140,14 @@ class MicroBatch:
     @property
     def logits(self) -> int:
         """In fp32 those of a padded vocabulary stand beside those that are masked."""
-        padded = self.config.vocab_unpadded < self.config.model.vocab
-        size = 2 + 4 if self.element == 2 else (8 if padded else 4)
+        size = 2 + 4
+        if self.element == 4:
+            size = 8 if self.config.vocab_unpadded < self.config.model.vocab else 4
         return size * self.tokens * self.config.model.vocab // self.ranks
 
     @property
     def output_layer_backward(self) -> int:
+        """The gradients of the logits, of the hidden state, and of the output layer's weights."""
         logits = self.of_tokens(self.config.model.vocab // self.ranks)
         reduced = self.stream if self.split_by_tokens else 0
         return logits + self.whole_stream + reduced + self._table
@@ -151,4 +159,5 @@ class MicroBatch:
 
     @property
     def embedding_backward(self) -> int:
+        """The gradients of the embedding's output, laid out twice, and of the table."""
         return 2 * self.whole_stream + (3 if self.config.model.tie_embeddings else 1) * self._table

@@ -84,7 +84,7 @@ class ChosenSize:
 def choose(config: Config, target: Target) -> ChosenSize:
     """What ``auto`` is. Raises ConfigError where not even one sequence fits the device."""
     share = config.train.global_batch_size // target.data_parallel
-    of = f"the {share} sequences a data-parallel rank and step"
+    of = f"the {share} sequences that a rank has in a step"
     if target.device_memory is None:
         size = next(size for size in sizes(config, target.data_parallel) if size <= ON_CPU)
         return ChosenSize(size, f"on a CPU the largest divisor, at most {ON_CPU}, of {of}")
@@ -98,7 +98,7 @@ def choose(config: Config, target: Target) -> ChosenSize:
             ]
         )
     needed = memory(with_size(config, fitting), target)["total"]
-    reason = f"the largest divisor of {of} that fits: about {_gb(needed)} of {_gb(target.device_memory)}"
+    reason = f"the largest divisor of {of} which fits: about {_gb(needed)} of {_gb(target.device_memory)}"
     return ChosenSize(fitting, reason)
 
 

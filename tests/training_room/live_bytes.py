@@ -69,9 +69,8 @@ def measure(
     """Bytes that tensor-parallel rank 0 holds: ``weights``, ``gradients``, and ``activations``, all else at
     the peak.
 
-    ``guide``: every linear computes its own. ``cuda``: RMSNorm and attention by CUDA's operators, whose
-    shapes fake tensors know without a device. In a process of its own: it joins a process group that nobody
-    else could use.
+    ``guide``: every linear computes its own. ``cuda``: RMSNorm and attention make and save the tensors that
+    they do on CUDA. In a process of its own: it joins a process group that nobody else could use.
     """
     config = load(path, overrides)
     cpu_compat.prepare()
@@ -103,6 +102,20 @@ def _measure(config: Config, precision: str, guide: bool) -> dict[str, Any]:
         }
 
 
+class _FusedRMSNorm(torch.autograd.Function):
+    """What aten::_fused_rms_norm makes and saves on CUDA; on a CPU torch takes it apart."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
 @contextlib.contextmanager
 def _cuda_operators() -> Iterator[None]:
     norm, attention = layers.Norm.forward, layers.CoreAttention.forward
@@ -110,7 +123,7 @@ def _cuda_operators() -> Iterator[None]:
     def fused(self: Any, x: Tensor) -> Tensor:
         if not self.rms:
             return norm(self, x)
-        return torch.ops.aten._fused_rms_norm(x, self.shape, self.weight, self.eps)[0]
+        return _FusedRMSNorm.apply(x, self.weight)
 
     def flash(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
