@@ -212,7 +212,9 @@ class FeedForward:
         factors = self._weight(0, wide=True) + self._weight(1, wide=True)
         z_2 = part.of_tokens(self._chunk(1)) + self._weight(1, wide=False)
         in_place = not gated and 1 in self._blocks
-        made = self._inner + (0 if in_place else self._outer + (self._inner if gated else 0))
+        made = self._inner
+        if not in_place:
+            made += self._outer + (self._inner if gated else 0)
         z_1 = part.of_tokens(self._chunk(0)) + self._collected
         end = self._z_1_gradients + factors + self._weight(1, wide=False) + part.stream
         if not self._narrow:

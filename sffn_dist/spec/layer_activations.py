@@ -125,10 +125,10 @@ class MicroBatch:
         """
         config = self.config
         qkv = config.attention_dim + 2 * config.kv_heads * config.head_dim
-        unkept = (qkv if config.gathers_qkv else qkv // self.ranks) + self._keys if self._repeated else 0
+        rows = qkv if config.gathers_qkv else qkv // self.ranks
+        unkept = self.of_tokens(rows + self._keys) if self._repeated else 0
         scattered = self.stream if self.split_by_tokens else 0
-        kept = self.norm_kept + self.attention_kept
-        return kept + self.of_tokens(unkept) + self.whole_stream + scattered
+        return self.norm_kept + self.attention_kept + unkept + self.whole_stream + scattered
 
     # ------------------------------------------------------------------------------------------- the two ends
 
