@@ -37,7 +37,7 @@ def on_device(size: int, data_parallel: int = 2) -> Target:
     return Target(data_parallel, "bf16", size)
 
 
-@pytest.mark.parametrize("gib", [6, 16, 40, 80, 141])
+@pytest.mark.parametrize("gib", [8, 16, 40, 80, 141])
 @pytest.mark.parametrize("data_parallel", [1, 2, 3])
 def test_the_largest_divisor_that_fits(gib: int, data_parallel: int) -> None:
     config, target = tree(), on_device(gib * GIB, data_parallel)
