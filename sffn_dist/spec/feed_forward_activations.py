@@ -212,6 +212,8 @@ class FeedForward:
         factors = self._weight(0, wide=True) + self._weight(1, wide=True)
         z_2 = part.of_tokens(self._chunk(1)) + self._weight(1, wide=False)
         in_place = not gated and 1 in self._blocks
+        # between blocks the second linear's factor, or its gradient, is also there in the features' order
+        z_2 += self._weight(1, wide=True) if self._blocks[0] > 1 else 0
         made = self._inner
         if not in_place:
             made += self._outer + (self._inner if gated else 0)

@@ -57,6 +57,12 @@ def cases() -> dict[str, Case]:
             "bf16",
             False,
         ),
+        "one key/value head": (
+            "paper/m_low_rank_32.json",
+            [*THREE, "model.kv_heads=1", "recompute=bottleneck", "ffn.dense_layers=[]"],
+            "bf16",
+            False,
+        ),
         "fp32, padded": ("paper/m_low_rank_32.json", [*THREE, "model.vocab_unpadded=2000"], "fp32", False),
         "one sequence": (
             "paper/m_low_rank_32.json",
