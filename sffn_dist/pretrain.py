@@ -41,7 +41,7 @@ def pretrain(config: Config, watchdog: Watchdog, signals: SignalHandler) -> int:
     from sffn_dist.parallel import cpu_compat, kernel_choice
     from sffn_dist.parallel import topology as topologies
     from sffn_dist.training import engine as engines
-    from sffn_dist.training import finalize, loop, reporting, resume
+    from sffn_dist.training import finalize, loop, micro_batch, reporting, resume
     from sffn_dist.training.bad_steps import BadSteps
     from sffn_dist.training.run import TrainingRun
 
@@ -50,6 +50,7 @@ def pretrain(config: Config, watchdog: Watchdog, signals: SignalHandler) -> int:
     # ranks
     store = topologies.init_process_group(topologies.collective_timeout(config))
     rank_facts = preflight.check_ranks(config, precision)
+    config = micro_batch.resolve(config)
     ranks = Ranks(store, *topologies.rank_and_world())
     watchdog.start(store, ranks.rank, ranks.world, config.guards, run_dir)
 

@@ -29,7 +29,7 @@ from sffn_dist.launch import (
 )
 from sffn_dist.launch.error_output import print_errors
 from sffn_dist.launch.signals import SignalHandler, StopRequested, write_stderr
-from sffn_dist.spec import loading
+from sffn_dist.spec import loading, micro_batch
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.disk_errors import DiskError
 
@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog, Signa
         options = arguments(argv)
         config = load_config(options)
         if main_rank and options.plan:
-            print_plan(overview.resolve_prepared(config), as_json=options.json)
+            size = options.device_memory
+            device_memory = None if size is None else int(size * 2**30)
+            print_plan(overview.resolve_prepared(config), as_json=options.json, device_memory=device_memory)
         elif main_rank and config.train.steps:  # else train.epochs: pretrain prints it, once data are there
             print_plan(config)
         if options.plan:
@@ -89,6 +91,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="print what the run will be, and stop")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
     parser.add_argument(
+        "--device-memory",
+        type=float,
+        metavar="GIB",
+        help="with --plan: of the CUDA devices that the plan is for, where this machine has others or none",
+    )
+    parser.add_argument(
         "--preflight", action="store_true", help="compare all ranks, try every collective, and stop"
     )
     parser.add_argument(
@@ -104,6 +112,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(argv)
     if options.json and not options.plan:
         parser.error("--json goes with --plan")
+    if options.device_memory is not None and not options.plan:
+        parser.error("--device-memory goes with --plan")
+    if options.device_memory is not None and not 0 < options.device_memory < 2**20:
+        parser.error(f"--device-memory {options.device_memory:g}: must be GiB, greater than 0")
     return options
 
 
@@ -141,11 +153,17 @@ def load_config(options: argparse.Namespace) -> Config:
     return config
 
 
-def print_plan(config: Config, *, as_json: bool = False) -> None:
-    """The plan on standard output, as text or as JSON."""
+def print_plan(config: Config, *, as_json: bool = False, device_memory: int | None = None) -> None:
+    """The plan on standard output, as text or as JSON.
+
+    ``device_memory``: bytes of the CUDA devices that it is for, instead of this machine's.
+    """
     from sffn_dist.spec.plan import plan, render
 
-    numbers = {**plan(config, started_ranks(config.parallel.tensor)), "data": overview.overview(config)}
+    world = started_ranks(config.parallel.tensor)
+    target = micro_batch.target_of(config, world, device_memory)
+    config, reason = run_identity.choose_micro_batch(config, target)
+    numbers = {**plan(config, world, device_memory, reason), "data": overview.overview(config)}
     print(strict_json.dumps(numbers, indent=1) if as_json else render(numbers), flush=True)
 
 

@@ -25,7 +25,7 @@ from sffn_dist.checkpoint.run_folder import find_checkpoint
 from sffn_dist.data.sources import source_of
 from sffn_dist.data.sources.local import LocalFiles
 from sffn_dist.launch import run_changes
-from sffn_dist.spec import config_keys, loading, validation
+from sffn_dist.spec import config_keys, loading, micro_batch, validation
 from sffn_dist.spec.changes import CHANGEABLE
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.config_keys import flatten
@@ -103,6 +103,22 @@ def continue_run(config: Config, change: Sequence[str] = ()) -> Config:
             update={"init_from": config.init_from.model_copy(update={"first_sample": first})}
         )
     return run_changes.take_over(config, record.config, change)
+
+
+def choose_micro_batch(config: Config, target: micro_batch.Target) -> tuple[Config, str]:
+    """The config with a number for ``train.micro_batch_size = auto``, and why it is that one ("": was set).
+
+    What the run in run.dir recorded is taken where it divides a rank's share of the global batch. Raises
+    ConfigError where nothing fits.
+    """
+    if config.train.micro_batch_size != "auto":
+        return config, ""
+    record, share = read_record(Path(config.run.dir)), config.train.global_batch_size // target.data_parallel
+    recorded = record.config.train.micro_batch_size if record and record.config else "auto"
+    if record and recorded != "auto" and share % recorded == 0:
+        return micro_batch.with_size(config, recorded), f"recorded by {record.source}"
+    choice = micro_batch.choose(config, target)
+    return micro_batch.with_size(config, choice.size), choice.reason
 
 
 def check_identity(config: Config, data_fingerprint: str | None = None) -> None:

@@ -17,6 +17,7 @@ from sffn_dist.spec.config_types import (
     Fraction,
     GuideSchedule,
     LearningRateSchedule,
+    MicroBatchSize,
     NaturalInt,
     NonNegativeFloat,
     OpenFraction,
@@ -139,7 +140,9 @@ class Train(Section):
         None, description="passes over the training data, in place of train.steps, rounded up to whole steps"
     )
     global_batch_size: PositiveInt = Field(512, description="sequences a step, over all ranks")
-    micro_batch_size: PositiveInt = Field(8, description="sequences a forward pass, a rank")
+    micro_batch_size: MicroBatchSize = Field(
+        8, description="sequences a forward pass, a rank; auto: the most that fit, see spec/micro_batch.py"
+    )
     seed: Seed = 0
     optimizer: OptimizerName = "adamw"
     learning_rate: PositiveFloat = 6e-4
@@ -294,6 +297,13 @@ class Config(Section):
         return self.attention_dim // self.model.heads
 
     @property
+    def micro_batch_size(self) -> int:
+        """Sequences a forward pass, a rank, once ``auto`` has become a number (spec/micro_batch.py)."""
+        size = self.train.micro_batch_size
+        assert size != "auto", "micro_batch.choose says what it is"
+        return size
+
+    @property
     def ffn_width(self) -> int:
         return self.ffn.width or 4 * self.model.width
 
@@ -320,7 +330,7 @@ class Config(Section):
 
     def accumulation_steps(self, data_parallel: int) -> int:
         """Micro-steps of a step on each of ``data_parallel`` ranks."""
-        return max(1, self.train.global_batch_size // (self.train.micro_batch_size * data_parallel))
+        return max(1, self.train.global_batch_size // (self.micro_batch_size * data_parallel))
 
     def kind_of_layer(self, layer: int) -> str:
         return registry.DENSE if layer in self.ffn.dense_layers else self.ffn.kind

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from sffn_dist.spec.decay import GUIDE_SCHEDULES, LEARNING_RATE_SCHEDULES
@@ -37,6 +37,16 @@ FFNKind = Annotated[str, _one_of(registry.kinds)]
 GuideSchedule = Annotated[str, _one_of(lambda: GUIDE_SCHEDULES)]
 LearningRateSchedule = Annotated[str, _one_of(lambda: LEARNING_RATE_SCHEDULES)]
 OptimizerName = Annotated[str, _one_of(lambda: OPTIMIZERS)]
+
+
+def _positive_or_auto(value: Any) -> Any:
+    """One rule, and one message, where a union would have two."""
+    if value == "auto" or (type(value) is int and 0 < value < 2**53):
+        return value
+    raise PydanticCustomError("choice", "must be a positive integer, or auto")
+
+
+MicroBatchSize = Annotated[int | Literal["auto"], PlainValidator(_positive_or_auto)]
 
 
 class Section(BaseModel):

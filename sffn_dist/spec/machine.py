@@ -47,6 +47,27 @@ def is_rocm() -> bool:
         return False
 
 
+def device_memory(ranks: int | None = None) -> int | None:
+    """Bytes of this rank's CUDA device in all, by the driver; None if the ranks run on the CPU."""
+    if cuda_capability(ranks) is None:
+        return None
+    return _total_memory(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@cache
+def _total_memory(local_rank: int) -> int | None:
+    found = cuda()
+    if found is None:
+        return None
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, size = ctypes.c_int(), ctypes.c_size_t()
+    if driver.cuDeviceGet(ctypes.byref(device), local_rank % found[0]):
+        return None
+    if driver.cuDeviceTotalMem_v2(ctypes.byref(size), device):
+        return None
+    return size.value
+
+
 def ranks_here(otherwise: int = 1) -> int:
     """Ranks that the launcher started on this node; ``otherwise`` without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or otherwise)

@@ -9,29 +9,37 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from sffn_dist.spec import changes, counts, machine, schedule, traffic
+from sffn_dist.spec import changes, counts, machine, memory, micro_batch, schedule, traffic
 from sffn_dist.spec.config import Config
-from sffn_dist.spec.memory import memory_per_rank
 from sffn_dist.spec.validation import unused_settings
 from sffn_dist.structured.registry import DENSE
 
 
-def plan(config: Config, world: int) -> dict[str, Any]:
+def plan(
+    config: Config, world: int, device_memory: int | None = None, micro_batch_reason: str = ""
+) -> dict[str, Any]:
     """One JSON-ready object.
+
+    ``device_memory``: bytes of the CUDA devices that the plan is for, instead of what this machine has.
+    ``micro_batch_reason``: why train.micro_batch_size is what it is, where somebody chose it.
 
     Parameters and FLOPs without the guide stand under ``parameters`` and ``flops_per_step``.
 
     FLOPs are those of forward and backward (counts.flops_per_token), not of recomputation;
-    ``memory_per_rank`` is an estimate in bytes.
+    ``memory_per_rank`` is in bytes (memory.py). Raises ConfigError where ``auto`` finds no micro-batch that
+    fits.
     """
+    target = micro_batch.target_of(config, world, device_memory)
+    if config.train.micro_batch_size == "auto":
+        choice = micro_batch.choose(config, target)
+        config, micro_batch_reason = micro_batch.with_size(config, choice.size), choice.reason
     parts = counts.parameters_by_part(config)
     ffn = parts["ffn_dense"] + parts["ffn_structured"]
     run_schedule = schedule.build_schedule(config)
     step_tokens = config.tokens_per_step
     guided = run_schedule.guided_steps > 0
     local_ranks = machine.ranks_here(otherwise=world)
-    data_parallel = max(1, world // config.parallel.tensor)
-    precision = machine.precision(config.precision, local_ranks)
+    data_parallel, precision = target.data_parallel, target.precision
     return {
         "run.dir": config.run.dir,
         "ffn": config.ffn.model_dump(mode="json", exclude_none=True),
@@ -49,12 +57,13 @@ def plan(config: Config, world: int) -> dict[str, Any]:
         "tokens_per_step": step_tokens,
         "tokens": step_tokens * run_schedule.total_steps,
         "guided_steps_share": run_schedule.guided_steps / run_schedule.first_pass,
-        "phases": _phases(config, precision, data_parallel),
+        "phases": _phases(config, target),
         "precision": precision,
-        "device": machine.device_name(local_ranks),
+        "device": f"cuda, {si(device_memory, 'B')}" if device_memory else machine.device_name(local_ranks),
         "ranks": {"world": world, "tensor": config.parallel.tensor, "data": data_parallel},
         "accumulation_steps": config.accumulation_steps(data_parallel),
-        "memory_per_rank": memory_per_rank(config, precision, data_parallel, guide=guided),
+        "micro_batch": micro_batch.summary(config, target, micro_batch_reason),
+        "memory_per_rank": micro_batch.memory(config, target),
         "communication": communication(config, precision, data_parallel),
         "checkpoint_bytes": checkpoint_bytes(config, guide=guided),
         "checkpoint": config.checkpoint.model_dump(mode="json"),
@@ -134,7 +143,7 @@ def _dense_ffn(config: Config) -> int:
     return counts.parameters_by_part(counts.all_dense(config))["ffn_dense"]
 
 
-def _phases(config: Config, precision: str, data_parallel: int) -> list[dict[str, Any]]:
+def _phases(config: Config, target: micro_batch.Target) -> list[dict[str, Any]]:
     """The phases in order: steps, tokens, expected FLOPs over all ranks, and a rank's memory, the guide's
     included while it lasts.
     """
@@ -146,9 +155,7 @@ def _phases(config: Config, precision: str, data_parallel: int) -> list[dict[str
             "steps": phase.end - phase.first,
             "tokens": (phase.end - phase.first) * config.tokens_per_step,
             "flops": schedule.flops(config, phase),
-            "memory": memory_per_rank(config, precision, data_parallel, guide=phase.name == "guided")[
-                "total"
-            ],
+            "memory": micro_batch.memory(config, target, guide=phase.name == "guided")["total"],
         }
         for phase in schedule.build_schedule(config).phases()
     ]
@@ -158,6 +165,22 @@ def _phase_line(phase: dict[str, Any], plan: dict[str, Any]) -> str:
     share = f" ({plan['guided_steps_share']:.3f} of train.steps)" if phase["phase"] == "guided" else ""
     steps = f"steps {phase['first_step']}..{phase['last_step']}{share}, {si(phase['tokens'])} tokens"
     return f"{steps}, {si(phase['flops'])} FLOPs, {si(phase['memory'], 'B')} a rank"
+
+
+def _memory_lines(held: dict[str, int]) -> Iterator[str]:
+    """What a rank's tensors take, and what a device holds besides."""
+    tensors = ", ".join(
+        f"{part} {si(size, 'B')}"
+        for part, size in held.items()
+        if part != "total" and part not in memory.BESIDES
+    )
+    yield f"about {si(held['total'], 'B')}: {tensors}"
+    if "cuda_context" in held:
+        yield (
+            f"besides the tensors, assumed and not measured: CUDA context {si(held['cuda_context'], 'B')}, "
+            f"NCCL buffers {si(held['nccl_buffers'], 'B')}, allocator slack {memory.ALLOCATOR_SLACK:.0%}, "
+            f"{si(held['allocator_slack'], 'B')}"
+        )
 
 
 def _received_line(plan: dict[str, Any]) -> str:
@@ -223,7 +246,7 @@ def data_lines(data: dict[str, Any] | None) -> Iterator[str]:
 
 def render(plan: dict[str, Any]) -> str:
     """The plan as a page for a terminal."""
-    ffn, memory, ranks = plan["ffn"], plan["memory_per_rank"], plan["ranks"]
+    ffn, ranks = plan["ffn"], plan["ranks"]
     sizes = ", ".join(
         f"{key} {ffn[key]}" for key in ("rank", "blocks") if key in ffn and f"ffn.{key}" not in plan["unused"]
     )
@@ -255,11 +278,8 @@ def render(plan: dict[str, Any]) -> str:
             f"{plan['accumulation_steps']} micro-steps a step",
         ),
         ("precision", f"{plan['precision']} on {plan['device']}"),
-        (
-            "memory a rank",
-            f"about {si(memory['total'], 'B')}: "
-            + ", ".join(f"{k} {si(v, 'B')}" for k, v in memory.items() if k != "total"),
-        ),
+        *(("micro-batch", line) for line in micro_batch.lines(plan["micro_batch"])),
+        *(("memory a rank", line) for line in _memory_lines(plan["memory_per_rank"])),
     ]
     if ranks["tensor"] > 1:
         lines.append(("received", _received_line(plan)))

@@ -166,7 +166,7 @@ def total(moved: Iterable[Transfer], purpose: str | None = None) -> Fraction:
 
 def group_of(config: Config) -> TrafficGroup:
     """The run's tensor-parallel group and one micro-batch."""
-    tokens = config.train.micro_batch_size * config.model.sequence
+    tokens = config.micro_batch_size * config.model.sequence
     return TrafficGroup(
         config.parallel.tensor, tokens, config.parallel.sequence and config.parallel.tensor > 1
     )

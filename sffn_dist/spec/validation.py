@@ -36,9 +36,10 @@ def problems(config: Config) -> Iterable[str]:
         )
     if config.data.bos and config.data.tokenizer is None:
         yield "data.bos = true: a tokenizer trained on the source has no bos_token; name a data.tokenizer"
-    if config.train.global_batch_size % config.train.micro_batch_size:
+    micro_batch = config.train.micro_batch_size
+    if micro_batch != "auto" and config.train.global_batch_size % micro_batch:
         yield (
-            f"train.micro_batch_size = {config.train.micro_batch_size}: must divide "
+            f"train.micro_batch_size = {micro_batch}: must divide "
             f"train.global_batch_size = {config.train.global_batch_size}"
         )
 
@@ -141,6 +142,15 @@ def check_world(config: Config, world: int) -> None:
                 f"(start {p} ranks with `deepspeed --num_gpus {p} ...`, or set parallel.tensor=1)"
             ]
         )
+    if train.micro_batch_size == "auto":
+        if train.global_batch_size % (world // p):
+            raise ConfigError(
+                [
+                    f"train.global_batch_size = {train.global_batch_size}: must be a multiple of the "
+                    f"data-parallel ranks = {world // p}"
+                ]
+            )
+        return
     per_pass = train.micro_batch_size * (world // p)
     if train.global_batch_size % per_pass:
         raise ConfigError(

@@ -45,7 +45,7 @@ def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guid
     stage, bf16 = config.zero.stage, precision == "bf16"
     tree: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps(data_parallel),
         "gradient_clipping": config.train.clip if stage > 0 else 0.0,  # stage 0: see _clip
         "steps_per_print": 2**62,

@@ -122,7 +122,7 @@ def _micro_batches(run: TrainingRun, step_schedule: StepSchedule) -> Iterator[Te
 
 def _reading(run: TrainingRun, data_step: int) -> tuple[tuple[Batches, int], Read]:
     """By what key this rank's batches of a step are read ahead, and how they are read."""
-    topology, micro, batches = run.topology, run.config.train.micro_batch_size, run.batches
+    topology, micro, batches = run.topology, run.config.micro_batch_size, run.batches
 
     def read() -> NDArray[np.int64]:
         return batches.at(

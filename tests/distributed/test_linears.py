@@ -11,7 +11,9 @@ import pytest
 from sffn_kernels.bottleneck import at_a_time
 
 from sffn_dist.spec import loading
-from sffn_dist.spec.memory import feed_forward_elements, rebuilt_at_once
+from sffn_dist.spec.feed_forward_activations import FeedForward, rebuilt_at_once
+from sffn_dist.spec.layer_activations import MicroBatch
+from sffn_dist.spec.split_table import ffn_structure
 
 CASES = Path(__file__).with_name("linear_cases.py")
 NAIVE = Path(__file__).with_name("naive_cases.py")
@@ -105,8 +107,9 @@ def test_the_bottlenecks_alone_are_kept(
             }
         )
         for recompute in ("none", "bottleneck"):
-            elements = 64 // world + feed_forward_elements(config, 0, recompute == "bottleneck")
-            assert kept(kind, rank, blocks, recompute) == [8 * 16 * elements] * world
+            part = MicroBatch(config.model_copy(update={"recompute": recompute}), 8, False, False)
+            planned = part.stream + FeedForward(part, ffn_structure(config, 0)).kept
+            assert kept(kind, rank, blocks, recompute) == [planned] * world
     sizes["gated"] = False
     # without sequence parallelism x is whole on every rank, and z but for the chunk that block_shuffle's
     # first linear reads

@@ -59,7 +59,7 @@ def evaluate_run(run: TrainingRun) -> EvaluationResult:
             run.watchdog.with_progress(models.token_losses, "evaluation", run.step),
             run.heldout.windows,
             run.heldout.text_bytes,
-            run.config.train.micro_batch_size,
+            run.config.micro_batch_size,
             run.topology,
             bytes_estimated=run.heldout.estimated,
         )
