@@ -54,8 +54,7 @@ class SplitLinear:
 
     structure: Structure
     exchange: Exchange
-    # of a factor that every rank holds; else somebody does it once a step
-    sums_gradients: bool = field(default=True, kw_only=True)
+    sums_gradients: bool = field(default=True, kw_only=True)  # of a factor that every rank holds
 
     role: ClassVar[Role]
 
@@ -84,8 +83,7 @@ class SplitLinear:
         if not wanted:
             return None
         gradient = _times(product.weight_gradient(grad, x, weight), share)
-        # with "replicated", every rank saw all tokens and all of z
-        if self.exchange.tokens == "replicated" or not self.sums_gradients:
+        if self.exchange.tokens == "replicated" or not self.sums_gradients:  # every rank saw all; or later
             return Pending(gradient)
         return sum_gradient(gradient, self.exchange.group)
 
