@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sffn_bench import sizes
+
 from sffn_dist import atomic_io, strict_json
 from sffn_dist.checkpoint.versions import revision, versions
 from sffn_dist.launch.error_output import print_errors
@@ -74,7 +76,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Target:
+class Goal:
     """What a figure should be at least, by a name that the page shows."""
 
     name: str
@@ -83,6 +85,7 @@ class Target:
 
     @property
     def met(self) -> bool | None:
+        """None where it was not measured."""
         return None if self.found is None else self.found >= self.least
 
 
@@ -92,16 +95,17 @@ def pieces(out: Path, work: Path, *, tiny: bool) -> list[Piece]:
     files = sorted(ROOT.glob("tests/**/test_*.py"))
     marked = [path for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
     made = [Piece("tests", [python, "-m", "pytest", "-m", "gpu", "-rs", *map(str, marked)])]
-    for name, config, kind in (
-        ("train_wide_blockdiag", "configs/wide_blockdiag.json", "block_dense"),
-        ("train_xl_low_rank_32", "configs/paper/xl_low_rank_32.json", "low_rank"),
-        ("train_xl_dense", "configs/paper/xl_dense.json", "dense"),
+    for name, config in (
+        ("train_wide_blockdiag", "configs/wide_blockdiag.json"),
+        ("train_xl_low_rank_32", "configs/paper/xl_low_rank_32.json"),
+        ("train_xl_dense", "configs/paper/xl_dense.json"),
     ):
         run_dir = work / name
         settings = {**SHORT, "data.dir": work / "data", "run.dir": run_dir}
         if tiny:
             settings["data.source"] = tiny_source(work)
-            settings |= TINY if kind == "dense" else {**TINY, "ffn.rank": 16}
+            rank = loading.load(str(ROOT / config)).ffn.rank
+            settings |= TINY if rank is None else {**TINY, "ffn.rank": 16}
         overrides = tuple(f"{key}={value}" for key, value in settings.items())
         command = [python, pretrain, "--config", str(ROOT / config), *overrides]
         made.append(Piece(name, command, run_dir, config, overrides))
@@ -192,7 +196,7 @@ def read_csv(paths: Iterable[Path]) -> list[dict[str, str]]:
     return [row for path in files for row in csv.DictReader(path.open(newline="", encoding="utf-8"))]
 
 
-def targets(layers: Sequence[dict[str, str]], decoded: Sequence[dict[str, str]], runs: Any) -> list[Target]:
+def targets(layers: Sequence[dict[str, str]], decoded: Sequence[dict[str, str]], runs: Any) -> list[Goal]:
     """What was aimed at, and the figure that was found: of layers at width 2048."""
 
     def speedup(rows: Sequence[dict[str, str]], kind: str, share: float, mode: str) -> float | None:
@@ -208,19 +212,18 @@ def targets(layers: Sequence[dict[str, str]], decoded: Sequence[dict[str, str]],
         return max(found, default=None)
 
     listed = []
-    for share, percent in ((0.3125, 32), (0.61, 63)):
-        for kind in ("low_rank", "block_dense", "block_shuffle"):
-            least = {32: 2.5 if kind == "block_shuffle" else 2.8, 63: 1.4 if kind == "block_shuffle" else 1.5}
-            name = f"layer, forward + backward, {kind} {percent}%: times faster than compiled dense"
-            listed.append(Target(name, least[percent], speedup(layers, kind, share, "forward_backward")))
-    for kind in ("low_rank", "block_dense", "block_shuffle"):
+    for (percent, kind), least in sizes.AIMED_AT.items():
+        name = f"layer, forward + backward, {kind} {percent}%: times faster than compiled dense"
+        share = {32: 0.3, 63: 0.61}[percent]
+        listed.append(Goal(name, least, speedup(layers, kind, share, "forward_backward")))
+    for kind in sizes.KINDS:
         name = f"decoding, {kind} 32%: times faster than dense"
-        listed.append(Target(name, 2.2, speedup(decoded, kind, 0.3125, "forward")))
+        listed.append(Goal(name, sizes.DECODING_AIMED_AT, speedup(decoded, kind, 0.3, "forward")))
     by_name = {row["run"]: row for row in runs}
     dense, structured = by_name.get("train_xl_dense"), by_name.get("train_xl_low_rank_32")
     faster = dense["step_seconds"] / structured["step_seconds"] if dense and structured else None
-    listed.append(Target("step of xl LowRank 32%: times faster than dense", 1.6, faster))
-    listed += [Target(f"MFU, {name}", 0.45, row["mfu"]) for name, row in by_name.items()]
+    listed.append(Goal("step of xl LowRank 32%: times faster than dense", 1.6, faster))
+    listed += [Goal(f"MFU, {name}", 0.45, row["mfu"]) for name, row in by_name.items()]
     return listed
 
 
@@ -243,13 +246,16 @@ def page(out: Path, state: dict[str, Any], runs: Sequence[dict[str, Any]]) -> st
 
 
 def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     args = arguments().parse_args(argv)
     try:
         return _main(args)
