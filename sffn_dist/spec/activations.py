@@ -71,11 +71,12 @@ def moments(config: Config, precision: str, *, guide: bool = False, cuda: bool =
     before = part.gathered + part.stream + part.table_waits
     for i, kind in enumerate(kinds):
         layer = layers[kind]
-        found[f"feed-forward {i}"] = before + _layer_kept(part, layer) + layer.backward
-        found[f"attention {i}"] = before + part.attention_backward
+        held = before + (part.input_beside_norm if full else 0)
+        found[f"feed-forward {i}"] = held + _layer_kept(part, layer) + layer.backward
+        found[f"attention {i}"] = held + part.attention_backward
         if full:
             recomputed = max(_layer_kept(part, layer) + layer.output, part.stream + part.attention_forward)
-            found[f"recomputed {i}"] = before + layer.gathered + recomputed
+            found[f"recomputed {i}"] = held + layer.gathered + recomputed
         before += kept[kind]
     return found
 

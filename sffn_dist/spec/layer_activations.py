@@ -75,6 +75,11 @@ class MicroBatch:
         return self.stream + steps + 8 * self.own_tokens
 
     @property
+    def input_beside_norm(self) -> int:
+        """A layer's input, where ``recompute: full`` keeps it and the first norm its copy in fp32."""
+        return self.stream if self._norm_in_steps and self.element == 2 else 0
+
+    @property
     def norm_backward(self) -> int:
         """The gradient of its input; in steps, five tensors in fp32 of which that is made."""
         in_fp32 = 4 * self.own_tokens * self.config.model.width
