@@ -65,7 +65,7 @@ TINY: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Piece:
+class Stage:
     """One command; ``run_dir`` is a run's, whose records are its figures."""
 
     name: str
@@ -89,12 +89,12 @@ class Goal:
         return None if self.found is None else self.found >= self.least
 
 
-def pieces(out: Path, work: Path, *, tiny: bool) -> list[Piece]:
+def pieces(out: Path, work: Path, *, tiny: bool) -> list[Stage]:
     """All of them, in the order in which they run: what may be wrong first."""
     python, pretrain = sys.executable, str(ROOT / "sffn_dist" / "pretrain.py")
     files = sorted(ROOT.glob("tests/**/test_*.py"))
     marked = [path for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
-    made = [Piece("tests", [python, "-m", "pytest", "-m", "gpu", "-rs", *map(str, marked)])]
+    made = [Stage("tests", [python, "-m", "pytest", "-m", "gpu", "-rs", *map(str, marked)])]
     for name, config in (
         ("train_wide_blockdiag", "configs/wide_blockdiag.json"),
         ("train_xl_low_rank_32", "configs/paper/xl_low_rank_32.json"),
@@ -108,14 +108,14 @@ def pieces(out: Path, work: Path, *, tiny: bool) -> list[Piece]:
             settings |= TINY if rank is None else {**TINY, "ffn.rank": 16}
         overrides = tuple(f"{key}={value}" for key, value in settings.items())
         command = [python, pretrain, "--config", str(ROOT / config), *overrides]
-        made.append(Piece(name, command, run_dir, config, overrides))
+        made.append(Stage(name, command, run_dir, config, overrides))
     bench = [python, str(ROOT / "tools" / "bench.py")]
     size = ["--device", "cpu", "--tokens", "32", "--repeats", "2"] if tiny else []
     for width in (64,) if tiny else WIDTHS:
         table = ["--width", str(width), "--csv", str(out / f"ffn_{width}.csv")]
-        made.append(Piece(f"ffn_{width}", [*bench, "ffn", *table, *size]))
+        made.append(Stage(f"ffn_{width}", [*bench, "ffn", *table, *size]))
     size = ["--device", "cpu", "--width", "64", "--batch", "1", "--repeats", "2"] if tiny else []
-    made.append(Piece("decode", [*bench, "decode", "--csv", str(out / "decode.csv"), *size]))
+    made.append(Stage("decode", [*bench, "decode", "--csv", str(out / "decode.csv"), *size]))
     return made
 
 
@@ -128,7 +128,7 @@ def tiny_source(work: Path) -> Path:
     return work / "sections.jsonl"
 
 
-def run(piece: Piece, work: Path, seconds: float) -> int:
+def run(piece: Stage, work: Path, seconds: float) -> int:
     """Its exit code; 124 where it took longer, and was ended."""
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     if piece.run_dir:  # half a run is not gone on with: its speeds would be of two starts
@@ -149,7 +149,7 @@ def run(piece: Piece, work: Path, seconds: float) -> int:
 # ---------------------------------------------------------------------------------------------------- figures
 
 
-def run_figures(piece: Piece) -> dict[str, Any]:
+def run_figures(piece: Stage) -> dict[str, Any]:
     """A run's: losses, speed over the second half of its steps without a guide, memory, beside the plan."""
     assert piece.run_dir
     rows = [row for row in metrics.read(piece.run_dir / "metrics.jsonl") if not row["skipped"]]
@@ -297,7 +297,7 @@ def _main(args: argparse.Namespace) -> int:
     return FAILED if any(entry["code"] for entry in state.values()) else 0
 
 
-def report(out: Path, planned: Sequence[Piece], state: dict[str, Any]) -> None:
+def report(out: Path, planned: Sequence[Stage], state: dict[str, Any]) -> None:
     """Write the runs' figures and the page from what is done by now."""
     done = [piece for piece in planned if piece.run_dir and state.get(piece.name, {}).get("code") == 0]
     runs = [run_figures(piece) for piece in done]
