@@ -1,4 +1,4 @@
-"""The section ``profile`` of the config: its rules, what the plan says of it, and that it makes no other run."""
+"""The section ``profile`` of the config: its rules, what the plan says of it; it makes no other run."""
 
 from __future__ import annotations
 
