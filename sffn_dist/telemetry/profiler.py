@@ -43,6 +43,7 @@ class Profiler:
 
     def start(self) -> None:
         """A step begins, once the device has done what it was given before."""
+        self._stop_recording()  # of a step that was not collected
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         self.synchronize()
         recording = profile(activities=activities)

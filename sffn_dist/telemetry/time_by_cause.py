@@ -97,7 +97,7 @@ class TimeByCause:
     hidden: int
 
 
-class _Frame(NamedTuple):
+class _OpenEvent(NamedTuple):
     """A host event that is open, with what the events around it make of it."""
 
     end: int
@@ -106,7 +106,7 @@ class _Frame(NamedTuple):
     in_backward: bool
 
 
-_BOTTOM = _Frame(2**63, Share(Cause.REST), runs=False, in_backward=False)
+_BOTTOM = _OpenEvent(2**63, Share(Cause.REST), runs=False, in_backward=False)
 
 
 @dataclass
@@ -161,7 +161,7 @@ class _Host:
             stack.append(self._frame(event, stack[-1]))
         yield from until(max((frame.end for frame in stack[1:]), default=now))
 
-    def _frames(self, events: Sequence[Event]) -> Iterator[tuple[Event, _Frame]]:
+    def _frames(self, events: Sequence[Event]) -> Iterator[tuple[Event, _OpenEvent]]:
         stack = [_BOTTOM]
         for event in events:
             while stack[-1].end <= event.start and len(stack) > 1:
@@ -169,7 +169,7 @@ class _Host:
             stack.append(self._frame(event, stack[-1]))
             yield event, stack[-1]
 
-    def _frame(self, event: Event, outer: _Frame) -> _Frame:
+    def _frame(self, event: Event, outer: _OpenEvent) -> _OpenEvent:
         end = min(event.end, outer.end)
         cause, in_backward, runs = outer.share.cause, outer.in_backward, outer.runs
         if event.kind is Kind.RANGE:
@@ -181,7 +181,7 @@ class _Host:
                 cause = Cause.GRADIENTS if "AccumulateGrad" in event.name else self._maker(event)
             elif event.name.startswith(COLLECTIVES):
                 cause = Cause.EXPOSED
-        return _Frame(end, Share(cause, in_backward and cause in PARTS_OF_MODEL), runs, in_backward)
+        return _OpenEvent(end, Share(cause, in_backward and cause in PARTS_OF_MODEL), runs, in_backward)
 
     def _maker(self, node: Event) -> Cause:
         numbers, causes = self._made.get(node.forward_thread, ([], []))
@@ -189,7 +189,7 @@ class _Host:
         return causes[index] if index >= 0 else Cause.REST
 
 
-def _spent(frame: _Frame) -> Share:
+def _spent(frame: _OpenEvent) -> Share:
     """What the host's time in this event is charged to."""
     if frame.runs or frame.share.cause in (Cause.EXPOSED, Cause.DATA):
         return frame.share

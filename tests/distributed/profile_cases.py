@@ -10,10 +10,12 @@ import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
 
+from sffn_dist.spec import loading
 from sffn_dist.telemetry import profiler
 from sffn_dist.training import engine as engines
 from sffn_dist.training import loop, profiling
@@ -72,6 +74,20 @@ def trained(
     }
     engines.destroy(run.engine)
     return result
+
+
+def opened(tree: dict[str, Any], start: int, rank: int) -> dict[str, Any]:
+    """What a start of the run at step ``start`` makes of ``profile.steps`` on a rank, before any step."""
+    notes: list[str] = []
+    run: Any = SimpleNamespace(
+        config=loading.from_tree(tree),
+        schedule=SimpleNamespace(total_steps=tree["train"]["steps"]),
+        step=start,
+        reports=SimpleNamespace(progress=SimpleNamespace(note=notes.append)),
+        topology=SimpleNamespace(rank=rank),
+    )
+    with profiling.profiled(run, loop.train_step) as step:
+        return {"untouched": step is loop.train_step, "notes": notes}
 
 
 def _marked(run: Any) -> bool:

@@ -99,6 +99,33 @@ def test_two_ranks_of_a_tensor_parallel_group(ranks: Callable[..., Any], tmp_pat
     assert [len(result["told"]) for result in found] == [1, 0]
 
 
+@pytest.mark.parametrize(
+    ("steps", "start", "rank", "untouched", "note"),
+    [
+        (None, 0, 0, True, None),
+        ("1:3", 0, 0, False, "profile: steps 1..2 on rank 0, into "),
+        ("1:3", 0, 1, True, "profile: steps 1..2 on rank 0, into "),
+        ("1:3", 3, 0, True, "profile: no step (profile.steps = 1:3: this start begins with step 3)"),
+        ("3:9", 0, 0, False, "profile: step 3 on rank 0 (profile.steps = 3:9: the run ends after step 3), "),
+        ("4:9", 0, 0, True, "profile: no step (profile.steps = 4:9: the run ends after step 3)"),
+    ],
+)
+def test_who_profiles_nothing_takes_its_steps_as_ever(
+    ranks: Callable[..., Any],
+    tmp_path: Path,
+    steps: str | None,
+    start: int,
+    rank: int,
+    untouched: bool,
+    note: str | None,
+) -> None:
+    """The very function, nothing around it; and what is not profiled is said."""
+    (found,) = ranks(1).run(CASES, "opened", tree=tree(tmp_path, steps), start=start, rank=rank)
+    assert found["untouched"] is untouched
+    notes = [] if note is None else [note]
+    assert [text[: len(begin)] for text, begin in zip(found["notes"], notes, strict=True)] == notes
+
+
 def test_the_trace_names_modules(one: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """With every layer recomputed in the backward pass, whose ranges stand inside of autograd's nodes."""
     config = tree(tmp_path / "run", "1:2", stage=2, length=2, recompute="full")
