@@ -79,6 +79,7 @@ CPU_STEP = [
     op("aten::_foreach_add_", 710, 890),
     Event("gloo:all_reduce", Kind.COLLECTIVE, 185, 230, GLOO),
     Event("gloo:all_reduce", Kind.COLLECTIVE, 430, 470, GLOO),
+    Event("gloo:barrier", Kind.COLLECTIVE, 1100, 1200, GLOO),  # after the step
     op("aten::add_", 190, 200, GLOO),
 ]
 
@@ -232,7 +233,7 @@ def test_what_the_profiler_records_on_cuda_is_read() -> None:
             # the launch's thread is the system's
             recorded("cuda_runtime", "cudaLaunchKernel", 3, 1, thread=0, correlation_id=70),
             recorded("cuda_driver", "cuLaunchKernel", 20, 1, thread=0, correlation_id=71),
-            recorded("kernel", "gemm", 10, 20, 0, 7, correlation_id=70, linked_correlation_id=5),
+            recorded("kernel", "gemm", 10, 20, 0, 7, correlation_id=74, linked_correlation_id=5),
             recorded("kernel", "triton_", 30, 5, 0, 7, correlation_id=71),
             recorded("gpu_user_annotation", "layers.0.mlp", 10, 25, 0, 7),
             recorded("gpu_memcpy", "Memcpy HtoD", 50, 5, 0, 8, correlation_id=72),
@@ -260,6 +261,9 @@ def test_intervals() -> None:
 
 def test_the_table_sums_to_the_step() -> None:
     table = time_table.as_json(attribute(CPU_STEP, REGIONS), 2, "cpu")
+    assert table["step_ms"] == pytest.approx(0.001)
+    twice = time_table.as_json(attribute([*CPU_STEP, span("ProfilerStep#4", 2000, 5000)], REGIONS), 2, "cpu")
+    assert (twice["step_ms"], twice["steps_ms"]) == (pytest.approx(0.002), [0.001, 0.003]), "a mean"
     assert sum(row["ms"] for row in table["rows"]) == pytest.approx(table["step_ms"], rel=1e-12)
     lines = time_table.render(table).splitlines()
     assert lines[0] == "time by cause, rank 2 on cpu, step 3, ms a step"
@@ -274,6 +278,8 @@ def test_the_trace_holds_every_event_on_its_line(tmp_path: Path) -> None:
     tree = json.loads(gzip.decompress(path.read_bytes()))
     rows = tree["traceEvents"]
     drawn = [row for row in rows if row["ph"] == "X"]
+    lines = {row["args"]["name"] for row in rows if row["name"] == "thread_name"}
+    assert lines == {"thread 1", "thread 2", "stream 7", "stream 8", "stream 9"}
     assert [(row["name"], row["cat"]) for row in drawn] == [(e.name, e.kind.value) for e in CUDA_STEP]
     assert {row["pid"] for row in rows} == {2}
     assert len({row["tid"] for row in drawn if row["cat"] == "kernel"}) == 3, "a line a stream"
