@@ -84,7 +84,6 @@ class _ProfiledStep:
             ranges.enter_context(record_function(f"{STEP}{number}"))
         if self._profiler is None:
             ranges.close()  # it failed: the step is as any other
-        last = number + 1 == self._steps.stop
         with ranges:
             result = self._step(run)
             if self._profiler:
@@ -96,7 +95,7 @@ class _ProfiledStep:
             with self._beside(run):
                 self._profiler.collect()
             self._taken.append(number)
-            if last or result.stop:
+            if number + 1 == self._steps.stop:
                 self.finish(run)
         return result
 

@@ -58,6 +58,11 @@ def check_table(table: dict[str, Any], steps: list[int]) -> dict[str, dict[str, 
     return found
 
 
+def events(trace: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    return found
+
+
 @pytest.fixture(scope="module")
 def one(ranks: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     return lambda config, **options: ranks(1).run(CASES, "trained", tree=config, **options)[0]
@@ -95,6 +100,11 @@ def test_two_ranks_of_a_tensor_parallel_group(ranks: Callable[..., Any], tmp_pat
         table = json.loads((folder / f"rank_{rank:05d}.json").read_text())
         assert table["rank"] == rank
         assert check_table(table, [2, 3])["communication, exposed"]["ms"] > 0
+        names = [row["name"] for row in events(folder / f"rank_{rank:05d}.trace.json.gz")]
+        assert names.count("wait for a collective") > 20
+        # of each step: the end of two micro-steps, and stage 0's norm and clipping
+        assert names.count("optimizer") == 2 * 3
+        assert sum(name.startswith("gloo:") for name in names) > 20
     assert len(list(folder.iterdir())) == 6
     assert [len(result["told"]) for result in found] == [1, 0]
 
@@ -134,7 +144,7 @@ def test_the_trace_names_modules(one: Callable[..., dict[str, Any]], tmp_path: P
     (table,) = found["tables"].values()
     check_table(table, [1])
     (file,) = (tmp_path / "run").glob("profile/*/*.gz")
-    trace = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    trace = events(file)
     drawn = [row["name"] for row in trace if row["ph"] == "X"]
     assert drawn.count("ProfilerStep#1") == 1
     assert drawn.count("decoder.layers.1.mlp") == 4, "two micro-steps, each forward twice"
