@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from sffn_dist.spec.config_guards import Guards as Guards
+from sffn_dist.spec.config_profile import Profile as Profile
 from sffn_dist.spec.config_types import (
     FFNKind,
     Fraction,
@@ -268,6 +269,7 @@ class Config(Section):
     guards: Guards = Guards()
     sample: Sample = Sample()
     logging: Logging = Logging()
+    profile: Profile = Profile()
     changes: tuple[Change, ...] = Field((), description="recorded by --change; not to be set")
 
     @property

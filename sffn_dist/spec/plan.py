@@ -11,6 +11,7 @@ from typing import Any
 
 from sffn_dist.spec import changes, counts, machine, memory, micro_batch, schedule, traffic
 from sffn_dist.spec.config import Config
+from sffn_dist.spec.profiled_steps import describe
 from sffn_dist.spec.validation import unused_settings
 from sffn_dist.structured.registry import DENSE
 
@@ -69,6 +70,7 @@ def plan(
         "checkpoint": config.checkpoint.model_dump(mode="json"),
         "changes": [text for _, text in changes.described(config)],
         "unused": unused_settings(config),
+        "profile": describe(config, run_schedule.total_steps),
     }
 
 
@@ -286,5 +288,7 @@ def render(plan: dict[str, Any]) -> str:
     lines.append(("checkpoints", _checkpoint_line(plan)))
     lines += [("changed", text) for text in plan["changes"]]
     lines += [("unused", f"{key}: {reason}") for key, reason in plan["unused"].items()]
+    if plan["profile"]:
+        lines.append(("profile", plan["profile"]))
     lines.append(("writes to", plan["run.dir"]))
     return "\n".join(f"  {name:<14} {text}" for name, text in lines)

@@ -160,6 +160,9 @@ def check_world(config: Config, world: int) -> None:
                 f"data-parallel ranks = {train.micro_batch_size} x {world // p} = {per_pass}"
             ]
         )
+    rank = max(config.profile.ranks)
+    if config.profile.steps is not None and rank >= world:
+        raise ConfigError([f"profile.ranks holds {rank}: must be below the number of ranks, {world}"])
 
 
 def unused_settings(config: Config) -> dict[str, str]:
@@ -176,6 +179,8 @@ def unused_settings(config: Config) -> dict[str, str]:
         notes["checkpoint.keep_every"] = "checkpoint.interval = 0 saves at the end alone"
     if config.parallel.sequence and config.parallel.tensor == 1:
         notes["parallel.sequence"] = "parallel.tensor = 1 splits nothing"
+    if config.profile.steps is None and config.profile.ranks != (0,):
+        notes["profile.ranks"] = "profile.steps = null profiles nothing"
     return notes
 
 

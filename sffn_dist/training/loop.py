@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 from sffn_dist.launch.signals import Stop
-from sffn_dist.training import reporting
+from sffn_dist.training import profiling, reporting
 from sffn_dist.training.hooks import call_hooks, standard_hooks
-from sffn_dist.training.hooks.base import Hook
 from sffn_dist.training.hooks.checkpoint import require_saved
 from sffn_dist.training.hooks.evaluate import evaluate_missed
 from sffn_dist.training.run import TrainingRun
 from sffn_dist.training.step import skip_excluded_batch, train_step
+from sffn_dist.training.step_result import StepResult
 
 
 def train(run: TrainingRun) -> Stop | None:
@@ -19,20 +20,21 @@ def train(run: TrainingRun) -> Stop | None:
 
     Raises LostWeightsError, DivergedError or ReplicasDifferError, each on every rank.
     """
-    hooks = standard_hooks(run.config)
     reporting.announce_bound(run)
     evaluate_missed(run)
     gc.disable()  # hooks/collect_garbage.py
     try:
-        return _train(run, hooks)
+        with profiling.profiled(run, train_step) as step:
+            return _train(run, step)
     finally:
         gc.enable()
 
 
-def _train(run: TrainingRun, hooks: list[Hook]) -> Stop | None:
+def _train(run: TrainingRun, step: Callable[[TrainingRun], StepResult]) -> Stop | None:
+    hooks = standard_hooks(run.config)
     while run.step < run.schedule.total_steps:
         excluded = run.step in run.bad_steps.excluded
-        result = skip_excluded_batch(run) if excluded else train_step(run)
+        result = skip_excluded_batch(run) if excluded else step(run)
         rewound = call_hooks(hooks, run, result)
         if result.stop and not rewound:
             require_saved(run, result.stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ def test_the_collector_is_off_in_the_loop_and_on_again(monkeypatch: pytest.Monke
         return SimpleNamespace(stop=None)
 
     monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(loop.profiling, "profiled", lambda run, step: contextlib.nullcontext(step))
     monkeypatch.setattr(loop, "standard_hooks", lambda config: [])
     monkeypatch.setattr(loop.reporting, "announce_bound", lambda run: None)
     monkeypatch.setattr(loop, "evaluate_missed", lambda run: None)
