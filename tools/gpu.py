@@ -47,6 +47,7 @@ SHORT = {
     "evaluation.interval": 0,
     "checkpoint.interval": 0,
     "sample.tokens": 0,
+    "profile.steps": "100:103",
 }
 TINY: dict[str, Any] = {
     "model.layers": 2,
