@@ -30,7 +30,8 @@ def _load(name: str) -> Any:
 device, sweep = _load("device"), _load("sweep")
 # of both phases, tensor parallelism always with sequence parallelism: sweep.py counts the rest too
 CASES = [case for case in sweep.CASES if case.layout != "tp2"]
-pytestmark = pytest.mark.timeout(1800)  # of the first test, which counts for all; some 100 s on a free core
+# the first test counts for all: two minutes of a free core
+pytestmark = [pytest.mark.sweeps, pytest.mark.timeout(1800)]
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
