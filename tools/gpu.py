@@ -124,7 +124,7 @@ def tiny_source(work: Path) -> Path:
     """A small text, a document a section: the standard library's takes half a minute to prepare."""
     sections = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## ")
     work.mkdir(parents=True, exist_ok=True)
-    rows = "".join(json.dumps({"text": section}) + "\n" for section in sections)
+    rows = "".join(strict_json.dumps({"text": section}) + "\n" for section in sections)
     atomic_io.write_text(work / "sections.jsonl", rows)
     return work / "sections.jsonl"
 

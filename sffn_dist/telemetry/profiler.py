@@ -6,7 +6,6 @@ Writes ``rank_00000.trace.json.gz``, ``rank_00000.txt`` and ``.json`` (time_by_c
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from sffn_dist import atomic_io
+from sffn_dist import atomic_io, strict_json
 from sffn_dist.telemetry import time_table
 from sffn_dist.telemetry.chrome_trace import write_trace
 from sffn_dist.telemetry.profiler_events import read_events
@@ -99,7 +98,7 @@ class Profiler:
             table = time_table.as_json(attribute(self._events, regions), rank, self._device_name())
             text = time_table.render(table)
             write_trace(parts["trace"], self._events, rank)
-            parts["json"].write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+            parts["json"].write_text(strict_json.dumps(table, indent=1) + "\n", encoding="utf-8")
             parts["text"].write_text(text, encoding="utf-8")
             for key, part in parts.items():
                 if part.exists():
