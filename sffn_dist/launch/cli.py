@@ -6,10 +6,12 @@ No torch before the run itself.
 from __future__ import annotations
 
 import argparse
+import atexit
 import faulthandler
 import logging
 import os
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,7 +30,7 @@ from sffn_dist.launch import (
     run_lock,
 )
 from sffn_dist.launch.error_output import print_errors
-from sffn_dist.launch.signals import SignalHandler, StopRequested, write_stderr
+from sffn_dist.launch.signals import SignalHandler, StopRequested, flush_stdout, write_stderr
 from sffn_dist.spec import loading, micro_batch
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.disk_errors import DiskError
@@ -175,6 +177,18 @@ def resolve_epochs(config: Config, tokens: int) -> Config:
     if environment.is_rank_zero():
         print_plan(config)
     return config
+
+
+def end_process(code: int) -> NoReturn:
+    """Leave with this exit code, after what is registered for the end.
+
+    Without the interpreter's own end, which aborts the process where a daemon thread is in C++ code then
+    ("terminate called without an active exception", exit code 134, with everything saved).
+    """
+    atexit._run_exitfuncs()
+    flush_stdout()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def end_refused(error: ConfigError, watchdog: Watchdog | None, main_rank: bool) -> int:

@@ -174,7 +174,7 @@ def test_killed_and_restarted_equals_uninterrupted(root: Path, folder: Path, who
     [
         ("ffn.knd=low_rank", ("ffn.knd", "ffn.kind")),
         ("ffn.rank=18", ("ffn.rank = 18", "ffn.blocks")),
-        ("parallel.tensor=3", ("model.heads = 4", "parallel.tensor = 3")),
+        ("model.kv_heads=3", ("model.kv_heads = 3", "model.heads = 4")),
     ],
 )
 def test_refused_through_the_launcher(
