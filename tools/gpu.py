@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import os
 import re
@@ -307,6 +308,7 @@ def report(out: Path, planned: Sequence[Stage], state: dict[str, Any]) -> None:
     atomic_io.write_text(out / "README.md", page(out, state, runs))
 
 
+@functools.cache
 def device_name() -> str:
     """This node's first device, as its driver names it, or what its CPU is."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

@@ -79,6 +79,23 @@ class Launch:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
 
+    def stop(self, number: str, times: int) -> float:
+        """Signal it as a terminal does (SIGINT, to launcher and ranks) or the launcher alone (SIGTERM), and
+        wait until none of its processes is left: the seconds that this took.
+        """
+        began = time.monotonic()
+        for _ in range(times):
+            if number == "SIGINT":
+                os.killpg(self.process.pid, signal.SIGINT)
+            else:
+                self.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        self.process.wait(30.0)
+        while running(self.run):
+            assert time.monotonic() < began + 30.0, self.log.read_text()
+            time.sleep(0.1)
+        return time.monotonic() - began
+
     def messages(self, start: str = "pretrain.py: error: ") -> list[str]:
         """Lines of the output that begin so."""
         return [line.removeprefix(start) for line in self.output.splitlines() if line.startswith(start)]

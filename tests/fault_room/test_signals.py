@@ -80,18 +80,7 @@ def test_a_terminal_stops_a_long_step(
     settings = ["train.steps=6", "guards.stop_seconds=12", "checkpoint.interval=0", "logging.progress=false"]
     started = launches.launch(config, run, *settings, **stop)
     started.until_step(3)
-    began = time.monotonic()
-    for _ in range(times):
-        if number == "SIGINT":
-            os.killpg(started.process.pid, signal.SIGINT)
-        else:
-            started.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-    started.process.wait(30.0)
-    while launches.running(run):
-        assert time.monotonic() < began + 30.0, started.log.read_text()
-        time.sleep(0.1)
-    assert time.monotonic() < began + 14.0, started.log.read_text()
+    assert started.stop(number, times) < 14.0, started.log.read_text()
     end = json.loads((tmp_path / "run.end.json").read_text())
     assert (end["code"], end["restart"]) == (code, False), started.log.read_text()
     assert "after step 3 of 6, within training, which was given up; saved in" in end["reason"]
@@ -127,18 +116,7 @@ def test_a_stop_while_data_is_prepared(
         assert started.process.poll() is None, started.log.read_text()
         assert time.monotonic() < deadline, started.log.read_text()
         time.sleep(0.05)
-    began = time.monotonic()
-    for _ in range(times):
-        if number == "SIGINT":
-            os.killpg(started.process.pid, signal.SIGINT)
-        else:
-            started.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-    started.process.wait(30.0)
-    while launches.running(run):
-        assert time.monotonic() < began + 30.0, started.log.read_text()
-        time.sleep(0.1)
-    assert time.monotonic() < began + 10.0, started.log.read_text()
+    assert started.stop(number, times) < 10.0, started.log.read_text()
     output, end = started.log.read_text(), json.loads((tmp_path / "run.end.json").read_text())
     assert end["code"] == 128 + signal.Signals[number], output
     cause = "SIGINT" if number == "SIGINT" else "the end of its launcher, pid "
