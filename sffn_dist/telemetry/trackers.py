@@ -13,6 +13,7 @@ import secrets
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from logging import getLogger
 from pathlib import Path
@@ -273,7 +274,9 @@ class _Tensorboard:
         """The writer would go on in a file that has no name any more."""
         if next(self._folder.glob("events.out.tfevents.*"), None) is None:
             _log.warning("%s was removed while the run goes on: its rows so far are lost", self._folder)
-            self.rewind(self._step)
+            with suppress(OSError):  # rows that still waited for the removed file
+                self._writer.close()
+            self._open(self._step)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._add({f"summary/{key}": value for key, value in summary.items()}, self._step)

@@ -128,14 +128,20 @@ def test_tensorboard_shows_what_a_run_went_back_over_once(tmp_path):
     assert "events/text_summary" in events.Tags()["tensors"]
 
 
-def test_tensorboard_goes_on_where_its_folder_was_removed(tmp_path, caplog):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("unwritten", [False, True], ids=["all rows written", "a row not yet written"])
+def test_tensorboard_goes_on_where_its_folder_was_removed(tmp_path, caplog, unwritten):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tracked = open_trackers(Logging(tensorboard=True), tmp_path / "run", {}, 0)
     for step in range(6):
         if step == 3:
+            writer = tracked._trackers[0]._writer
+            writer.flush()
             shutil.rmtree(tmp_path / "run")
+            if unwritten:  # its thread finds no folder
+                writer.add_scalar("loss", 2.5, 2)
         tracked.log({"step": step, "loss": float(step)}, step)
     tracked.finish({})
     assert caplog.text.count("tensorboard was removed while the run goes on") == 1
