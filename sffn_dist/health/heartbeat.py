@@ -159,21 +159,17 @@ class Heartbeat:
         """Which rank is lost, and how that shows; None if all are there. From memory alone."""
         gone_rank = self._near_and_gone()
         if gone_rank is not None:
-            host, pid, _ = self._places[gone_rank]
-            return (
-                f"rank {gone_rank} (pid {pid}) on {host} exited without an error message: "
-                f"killed from outside, out of memory, or crashed"
-            )
+            return self._exited(gone_rank)
         if not self._patience:
             return None
         if self._broken or self._out_of_contact():
             if self.rank == 0:
                 return "the rendezvous store does not answer: its process is gone or cannot be reached"
-            return (
-                None
-                if self._done(0)
-                else self._describe(0, "cannot be reached: the rendezvous store does not answer")
-            )
+            if self._done(0):
+                return None
+            if 0 in self._near and process_state(*self._places[0][1:]) == "gone":  # since it was looked for
+                return self._exited(0)
+            return self._describe(0, "cannot be reached: the rendezvous store does not answer")
         now = time.monotonic()
         for rank in range(self.world) if self.rank == 0 else (0,):
             silence = now - max(self._beats[rank][0], self.resumed_at)
@@ -181,6 +177,13 @@ class Heartbeat:
                 symptom = f"no heartbeat for {silence:.0f} s (guards.lost_seconds = {self._patience:g})"
                 return self._describe(rank, symptom)
         return None
+
+    def _exited(self, rank: int) -> str:
+        host, pid, _ = self._places[rank]
+        return (
+            f"rank {rank} (pid {pid}) on {host} exited without an error message: "
+            f"killed from outside, out of memory, or crashed"
+        )
 
     def _near_and_gone(self) -> int | None:
         """A rank of this machine whose process is gone though it never reported that it was done, looked

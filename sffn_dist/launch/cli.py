@@ -71,12 +71,15 @@ def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog, Signa
             return preflight_only(config, watchdog)
         return pretrain(config, watchdog, signals)
     except ConfigError as error:
+        signals.ignore()
         if not main_rank:
             time.sleep(REFUSAL_DELAY)
         return end_refused(error, watchdog, main_rank)
     except (StopRequested, DiskError) as error:
+        signals.ignore()
         return watchdog.fail(error) if watchdog else report_end(error, main_rank)
     except Exception as error:
+        signals.ignore()
         if watchdog is None:
             raise
         return watchdog.fail(error)

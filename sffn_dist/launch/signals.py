@@ -91,6 +91,13 @@ class SignalHandler:
         """There is a state to save from now on: note signals, raise nothing."""
         self._stop_seconds, self._deferred = stop_seconds, True
 
+    def ignore(self) -> None:
+        """The process is about to end, with a reason of its own: a signal interrupts nothing any more.
+
+        A launcher sends SIGTERM to all ranks once one has ended.
+        """
+        self._raised = True
+
     def release(self) -> None:
         """Put back what was handled before."""
         if not self._before:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sffn_dist import pretrain
+from sffn_dist.launch import cli
 
 FAULT: dict[str, Any] = json.loads(os.environ["FAULT"])
 RANK = int(os.environ.get("RANK", "0"))
@@ -116,4 +117,4 @@ if __name__ == "__main__":
             mark()
     elif FAULT["kind"] != "none":
         break_steps()
-    sys.exit(pretrain.main())
+    cli.end_process(pretrain.main())

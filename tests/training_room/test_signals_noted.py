@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +56,40 @@ def test_before_training_the_first_one_interrupts(signals: SignalHandler) -> Non
     assert stopped.value.exit_code == 130
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+REFUSED_RANK = """
+import os, signal, sys, threading
+from sffn_dist.launch import cli
+from sffn_dist.spec.config import ConfigError
+
+def pretrain(*parts):
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    raise ConfigError(["model.width = 3: is refused"])
+
+sys.exit(cli.main(["--config", "configs/demo.json", "run.dir=" + sys.argv[1]], pretrain))
+"""
+
+
+def test_a_rank_that_waits_to_end_is_not_interrupted(tmp_path: Path) -> None:
+    """The launcher ends all ranks once rank 0 has refused: no traceback, and the code of the refusal."""
+    place = {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED_RANK, str(tmp_path / "run")],
+        env=os.environ | place,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("number", "limited"), [("SIGTERM", True), ("SIGINT", True), ("SIGUSR1", False)])
