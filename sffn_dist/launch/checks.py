@@ -35,11 +35,14 @@ def check_run(config: Config, ranks: int, *, starts: bool = True) -> None:
 
 
 def check_machine(config: Config) -> None:
-    """What this machine lacks for the run; raises ConfigError."""
+    """What this machine lacks for the run, and what the precision that it takes does not have; raises
+    ConfigError.
+    """
     if machine.is_rocm():
         raise ConfigError(
             ["torch is a ROCm build: this runs on CUDA devices and CPUs; install a build for one of them"]
         )
+    validation.check_precision(config, machine.precision(config.precision))
     reason = machine.triton_unavailable() if config.kernels == "triton" else None
     if reason:
         raise ConfigError([f"kernels = triton: {reason}"])

@@ -179,7 +179,10 @@ class Parallel(Section):
 class Zero(Section):
     """DeepSpeed ZeRO."""
 
-    stage: Literal[0, 1, 2, 3] = 1
+    stage: Literal[0, 1, 2, 3] = Field(1, description="0 in fp32 alone")
+    reduce_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of gradients' sums over data-parallel ranks in bf16 training"
+    )
 
 
 class InitFrom(Section):

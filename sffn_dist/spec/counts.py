@@ -88,6 +88,12 @@ def parameters_per_rank(config: Config, *, guide: bool) -> int:
     return sum(math.prod(spec.local_shape(config.parallel.tensor)) for spec in tensors)
 
 
+def largest_parameter_per_rank(config: Config, *, guide: bool) -> int:
+    """Elements of the largest parameter that one tensor-parallel rank holds."""
+    tensors = model_tensors(config, guide=guide).values()
+    return max(math.prod(spec.local_shape(config.parallel.tensor)) for spec in tensors)
+
+
 def reduce_bucket(config: Config, *, guide: bool) -> int:
     """Elements that ZeRO reduces at once, but never a buffer larger than the model.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sffn_dist.spec.activations import activation_bytes
 from sffn_dist.spec.config import Config
-from sffn_dist.spec.counts import parameters_per_rank, reduce_bucket
+from sffn_dist.spec.counts import largest_parameter_per_rank, parameters_per_rank, reduce_bucket
 
 # Assumptions, which nobody has measured: this code has not run on a GPU yet. A device shows what it holds in
 # torch.cuda.mem_get_info beside torch.cuda.memory_allocated.
@@ -36,15 +36,13 @@ def memory_per_rank(
         2 if precision == "bf16" else 4,
     )
     share = [data_parallel if stage >= level else 1 for level in (3, 2, 1)]
-    # DeepSpeed keeps fp32 master weights apart from the weights in ZeRO 1-3, and always under bf16
-    master = 4 if precision == "bf16" or stage else 0
-    accumulated = 4 if precision == "bf16" and stage else 0  # gradients are summed over micro-steps in fp32
+    # DeepSpeed keeps fp32 master weights apart from the weights in ZeRO 1-3
+    master = 4 if stage else 0
     memory = {
         "weights": n * low // share[0],
-        "gradients": n * (low + accumulated) // share[1],
+        "gradients": n * 4 // share[1],  # summed over micro-steps in fp32
         "optimizer": n * (8 + master) // share[2],
-        # two buckets, so that one fills while the other is reduced
-        "buffers": 2 * reduce_bucket(config, guide=guide) * low if stage else 0,
+        "buffers": _reduced_at_once(config, precision, guide=guide),
         "activations": activation_bytes(config, precision, guide=guide, cuda=device),
     }
     if device:
@@ -54,3 +52,21 @@ def memory_per_rank(
             "allocator_slack": int(ALLOCATOR_SLACK * sum(memory.values())),
         }
     return {**memory, "total": sum(memory.values())}
+
+
+def _reduced_at_once(config: Config, precision: str, *, guide: bool) -> int:
+    """Bytes of gradients on their way into those sums: the largest one as its layer computes it, and buffers
+    of what is reduced over the data-parallel ranks at once.
+    """
+    stage, low = config.zero.stage, 2 if precision == "bf16" else 4
+    reduced = 4 if config.zero.reduce_dtype == "fp32" else low
+    # flat copy of the sums, in the dtype of the reduction, where that is bf16 beside one in fp32
+    # two buckets of gradients, one fills while the other is reduced, and one in the dtype of the reduction
+    # one bucket in the dtype of the reduction, and what came of it in fp32
+    bucket = {
+        1: 4 + (reduced if reduced != 4 else 0),
+        2: 2 * low + (reduced if reduced != low else 0),
+        3: reduced + (4 if reduced != 4 else 0),
+    }[max(stage, 1)]
+    arriving = low * largest_parameter_per_rank(config, guide=guide) if stage >= 2 or low == 2 else 0
+    return arriving + bucket * reduce_bucket(config, guide=guide)

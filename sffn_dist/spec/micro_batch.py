@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sffn_dist.spec import machine, schedule
+from sffn_dist.spec import machine, schedule, validation
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.memory import memory_per_rank
 
@@ -33,13 +33,17 @@ class Target:
 
 
 def target_of(config: Config, world: int, device_memory: int | None = None) -> Target:
-    """Of ``world`` ranks on this machine, or on CUDA devices with bf16 units and so many bytes."""
+    """Of ``world`` ranks on this machine, or on CUDA devices with bf16 units and so many bytes.
+
+    Raises ConfigError where the precision does not have the ZeRO stage.
+    """
     local_ranks = machine.ranks_here(otherwise=world)
     precision = machine.precision(config.precision, local_ranks)
     if device_memory is None:
         device_memory = machine.device_memory(local_ranks)
     elif config.precision == "auto":
         precision = "bf16"
+    validation.check_precision(config, precision)
     return Target(max(1, world // config.parallel.tensor), precision, device_memory)
 
 

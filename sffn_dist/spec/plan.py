@@ -65,6 +65,10 @@ def plan(
         "accumulation_steps": config.accumulation_steps(data_parallel),
         "micro_batch": micro_batch.summary(config, target, micro_batch_reason),
         "memory_per_rank": micro_batch.memory(config, target),
+        "zero": {
+            "stage": config.zero.stage,
+            "reduce_dtype": config.zero.reduce_dtype if precision == "bf16" else "fp32",
+        },
         "communication": communication(config, precision, data_parallel),
         "checkpoint_bytes": checkpoint_bytes(config, guide=guided),
         "checkpoint": config.checkpoint.model_dump(mode="json"),
@@ -82,11 +86,11 @@ def checkpoint_bytes(config: Config, *, guide: bool) -> int:
 
 
 def communication(config: Config, precision: str, data_parallel: int) -> dict[str, Any]:
-    """What a rank receives from its tensor-parallel group (spec/traffic.py):
-    elements and bytes of a micro-batch by layer, of a step in all.
+    """What a rank receives (spec/traffic.py). From its tensor-parallel group: elements and bytes of a
+    micro-batch by layer, of a step in all. From its data-parallel group: bytes of a step.
 
     ``guide`` is what the guides add where they are drawn, ``all_dense`` what the same model with dense
-    feed-forward layers receives. ZeRO's own traffic, over the data-parallel group, is not in it.
+    feed-forward layers receives. ``data_parallel``: ZeRO's, while the guide lasts, if it does.
     """
     size, steps = 2 if precision == "bf16" else 4, config.accumulation_steps(data_parallel)
     layers = range(config.model.layers)
@@ -107,6 +111,9 @@ def communication(config: Config, precision: str, data_parallel: int) -> dict[st
         "step": _received(traffic.step_traffic(config, data_parallel), size),
         "guide": _received(guides, size, steps),
         "all_dense": _received(traffic.step_traffic(counts.all_dense(config), data_parallel), size),
+        "data_parallel": _by_purpose(
+            traffic.zero_traffic(config, precision, data_parallel, guide=bool(guided)), size
+        ),
     }
 
 
@@ -126,6 +133,15 @@ def _by_linear(moved: list[traffic.Transfer]) -> dict[str, list[traffic.Transfer
         )
         places[part if part in places else "norms"].append(transfer)
     return places
+
+
+def _by_purpose(moved: list[traffic.Transfer], size: int) -> dict[str, float]:
+    """Bytes of gradients, of weights, and of both."""
+    found = {
+        purpose: float(sum(t.elements * (t.size or size) for t in moved if t.purpose == purpose))
+        for purpose in ("gradient", "weights")
+    }
+    return {**found, "bytes": sum(found.values())}
 
 
 def _received(moved: list[traffic.Transfer], size: int, times: int = 1) -> dict[str, float]:
@@ -192,6 +208,15 @@ def _received_line(plan: dict[str, Any]) -> str:
     return (
         f"{si(received['step'], 'B')} a rank and step by tensor parallelism{dense}{guide}; "
         f"{_layer_line(plan)}"
+    )
+
+
+def _data_parallel_line(plan: dict[str, Any]) -> str:
+    received = plan["communication"]["data_parallel"]
+    return (
+        f"{si(received['bytes'], 'B')} a rank and step by data parallelism, ZeRO {plan['zero']['stage']}: "
+        f"gradients {si(received['gradient'], 'B')} in {plan['zero']['reduce_dtype']}, "
+        f"weights {si(received['weights'], 'B')}"
     )
 
 
@@ -285,6 +310,8 @@ def render(plan: dict[str, Any]) -> str:
     ]
     if ranks["tensor"] > 1:
         lines.append(("received", _received_line(plan)))
+    if ranks["data"] > 1:
+        lines.append(("received", _data_parallel_line(plan)))
     lines.append(("checkpoints", _checkpoint_line(plan)))
     lines += [("changed", text) for text in plan["changes"]]
     lines += [("unused", f"{key}: {reason}") for key, reason in plan["unused"].items()]

@@ -1,4 +1,5 @@
-"""What a step sends over the tensor-parallel group, from the split table alone. Standard library only.
+"""What a step sends over the tensor-parallel group, from the split table alone; and over the data-parallel
+group, by ZeRO. Standard library only.
 
 Counted are elements *received* by one rank, exactly, p ranks, a tensor of n elements:
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from sffn_dist.spec.config import Config
+from sffn_dist.spec.counts import parameters_per_rank
 from sffn_dist.spec.split_table import (
     ffn_linears,
     ffn_structure,
@@ -33,10 +35,10 @@ from sffn_dist.structured.structure import Structure
 
 @dataclass(frozen=True)
 class Transfer:
-    """Elements that a rank receives in one micro-batch.
+    """Elements that a rank receives in one micro-batch, or in a step.
 
-    ``purpose``: forward, backward, or gradient (of what every rank holds; training sums it once a step, see
-    :func:`step_traffic`).
+    ``purpose``: forward, backward, gradient (of what every rank of the group holds; training sums it once a
+    step, see :func:`step_traffic`), or weights (:func:`zero_traffic`).
     """
 
     purpose: str
@@ -246,17 +248,38 @@ def model_traffic(config: Config) -> list[Transfer]:
 def step_traffic(config: Config, data_parallel: int) -> list[Transfer]:
     """A step's: every micro-batch's, but the gradients of what every rank holds once, after the last one.
 
-    Those are summed where ZeRO keeps them (training/partial_sums.py): in fp32 in stages 1-3; in stages 2 and
-    3 of the rank's own fragments alone, here a mean over the data-parallel ranks.
+    Those are summed in fp32 where ZeRO keeps them (training/partial_sums.py); in stages 2 and 3 of the rank's
+    own fragments alone, here a mean over the data-parallel ranks.
     """
     steps, stage = config.accumulation_steps(data_parallel), config.zero.stage
     return [
         replace(
             transfer,
             elements=transfer.elements / (data_parallel if stage >= 2 else 1),
-            size=4 if stage else None,
+            size=4,
         )
         if transfer.purpose == "gradient"
         else replace(transfer, elements=transfer.elements * steps)
         for transfer in model_traffic(config)
+    ]
+
+
+def zero_traffic(config: Config, precision: str, data_parallel: int, *, guide: bool) -> list[Transfer]:
+    """A step's over the data-parallel group, of a rank's n parameters, as DeepSpeed 0.19 makes it.
+
+    Gradients, in ``zero.reduce_dtype`` if training is in bf16: stages 0 and 1 all-reduce their sums over
+    micro-steps once; stage 2 all-reduces, and stage 3 reduce-scatters, those of every micro-step. Weights:
+    stages 1 and 2 gather them once, after the update; stage 3 in every micro-step, here once, as long as a
+    rank computes with fewer than 10^9 (with more, DeepSpeed frees them after the forward pass and gathers
+    them again).
+    """
+    stage, steps = config.zero.stage, config.accumulation_steps(data_parallel)
+    low = 2 if precision == "bf16" else 4
+    reduced = 4 if config.zero.reduce_dtype == "fp32" else low
+    n, group = parameters_per_rank(config, guide=guide), TrafficGroup(data_parallel, 0, False)
+    sums = group.moved("gradient", "reduce_scatter" if stage == 3 else "all_reduce", n)
+    weights = group.moved("weights", "all_gather", n) if stage else ()
+    return [
+        *(replace(moved, size=reduced) for moved in _times(steps if stage >= 2 else 1, sums)),
+        *(replace(moved, size=low) for moved in _times(steps if stage == 3 else 1, weights)),
     ]

@@ -132,6 +132,20 @@ def _guide_rules(config: Config) -> Iterable[str]:
             )
 
 
+def check_precision(config: Config, precision: str) -> None:
+    """Refuse a ZeRO stage that the precision ("bf16", "fp32", of "auto" what the devices have) does not have;
+    raises ConfigError.
+    """
+    if precision == "bf16" and config.zero.stage == 0:
+        raise ConfigError(
+            [
+                f"zero.stage = 0: must be 1, 2 or 3 in bf16 (precision = {config.precision}), because "
+                "DeepSpeed's stage 0 sums gradients in bf16; set zero.stage=1, which sums them in fp32, or "
+                "precision=fp32"
+            ]
+        )
+
+
 def check_world(config: Config, world: int) -> None:
     """Refuse a number of ranks that the layout does not fit; raises ConfigError."""
     p, train = config.parallel.tensor, config.train

@@ -14,6 +14,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -58,9 +59,11 @@ def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guid
         "bf16": {"enabled": bf16},
         # it waits for the device twice a micro-step; the run measures its own speed
         "timers": {"throughput": {"enabled": False}},
+        # over the data-parallel ranks
+        "communication_data_type": config.zero.reduce_dtype if bf16 else "fp32",
     }
-    # sums over micro-steps in fp32: hundreds of bf16 additions would lose the small gradients
-    if bf16 and stage > 0:
+    if bf16:
+        # sums over micro-steps in fp32: hundreds of bf16 additions would lose the small gradients
         tree["data_types"] = {"grad_accum_dtype": "fp32"}
         # stage 1: each gradient joins its sum, and is freed, as it arrives, not all after the backward pass
         tree["bf16"]["immediate_grad_update"] = True
@@ -95,8 +98,10 @@ def create(
             mpu=ModelParallelUnit(),
             dist_init_required=False,
         )
-    if hasattr(engine.optimizer, "overflow_checker"):  # stage 0 in bf16
-        engine.optimizer.overflow_checker = KnownOverflow()
+    # of stages 0 and 1, which flatten what they reduce: 500 M elements at once otherwise
+    engine.allreduce_gradients = partial(
+        engine.allreduce_gradients, bucket_size=reduce_bucket(config, guide=bool(groups[1]))
+    )
     engine.partial_parameters = partial_gradients.defer(model)  # summed by _finish_gradients, once a step
     engine_state.init_state(engine, carried)
     return engine
@@ -117,20 +122,15 @@ def _device_as_local_rank(device: torch.device) -> Iterator[None]:
 
 
 def _patch_deepspeed() -> None:
-    """Patch five things of DeepSpeed.
+    """Patch three things of DeepSpeed.
 
-    The bf16 optimizer prints no memory report at each start. Stage 0 takes no trial step, which would hold
-    12 bytes a parameter for a moment: its state is made here; and it takes no norm of its own, for which it
-    would read a number back for each group (see _gradient_norm). On CPUs gloo takes the place of an
-    extension that compiles for minutes. On CUDA the device waits for reductions of gradients, not the host.
+    The bf16 optimizer prints no memory report at each start. On CPUs gloo takes the place of an extension
+    that compiles for minutes. On CUDA the device waits for reductions of gradients, not the host.
     """
     from deepspeed.runtime import bf16_optimizer
-    from deepspeed.runtime.fp16 import unfused_optimizer
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
-    unfused_optimizer.FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None
-    unfused_optimizer.get_weight_norm = lambda parameters, mpu: 0.0
     if not cpu_compat.has_cuda():
         ops: Any = deepspeed.ops.__compatible_ops__
         ops["deepspeed_shm_comm"] = False
@@ -254,7 +254,7 @@ def _finish_gradients(engine: Engine, allowed: bool, clip: float) -> float | Non
     if math.isfinite(norm):
         _clip(engine, norm, clip)
     else:  # as the other stages do: no step, nothing decays
-        _drop_gradients(engine)
+        engine.optimizer.zero_grad(set_to_none=True)
     return norm
 
 
@@ -263,42 +263,17 @@ def _gradient_norm(engine: Engine) -> float:
 
     A parameter replicated over the tensor-parallel group counts once.
 
-    For stage 0, whose own norm DeepSpeed 0.19 does not report in fp32, and in bf16 takes from the first
-    tensor-parallel rank alone.
+    For stage 0, whose own norm DeepSpeed 0.19 does not report.
     """
     mpu = engine.mpu
     first = mpu.get_tensor_model_parallel_rank() == 0
     owned = [
         p for p in engine.module.parameters() if p.grad is not None and (first or p.tensor_model_parallel)
     ]
-    squares = [p.grad.float().square().sum() for p in owned]
+    squares = [p.grad.square().sum() for p in owned]
     total = torch.stack(squares).sum() if squares else torch.zeros((), device=engine.device)
     torch.distributed.all_reduce(total, group=mpu.get_tensor_model_parallel_group())
     return float(total.sqrt())
-
-
-@dataclass
-class KnownOverflow:
-    """Whether stage 0 in bf16 skips its step, in place of DeepSpeed's CheckOverflow.
-
-    That one reads a number back from the device for each parameter, after :func:`_gradient_norm` has read one
-    for all of them.
-    """
-
-    found: bool = False
-
-    def check(self) -> bool:
-        """Of the coming step."""
-        found, self.found = self.found, False
-        return found
-
-
-def _drop_gradients(engine: Engine) -> None:
-    """Make the coming optimiser step do nothing."""
-    if isinstance(engine.optimizer, torch.optim.Optimizer):
-        engine.optimizer.zero_grad(set_to_none=True)
-    else:
-        engine.optimizer.overflow_checker.found = True
 
 
 def _force_skip(engine: Engine) -> None:

@@ -118,17 +118,13 @@ def update_model_weights(engine: Engine) -> None:
     """
     optimizer = engine.optimizer
     if isinstance(optimizer, torch.optim.Optimizer):
-        return  # stage 0 in fp32: they are the masters
+        return  # stage 0: they are the masters
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer._partition_all_parameters()
         for index in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-    elif hasattr(optimizer, "fp32_groups"):
-        for group, fp32 in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for parameter, master in zip(group, fp32, strict=True):
-                parameter.data.copy_(master)
     else:
         optimizer.update_lp_params()
 
@@ -148,13 +144,11 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
     """
     named_params = list(engine.module.named_parameters())
     optimizer = engine.optimizer
-    if isinstance(optimizer, torch.optim.Optimizer):  # stage 0 in fp32: torch's optimizer itself
+    if isinstance(optimizer, torch.optim.Optimizer):  # stage 0: torch's optimizer itself
         for name, p in named_params:
             yield Fragment(name, 0, p.numel(), _views(engine, p, 0, p.numel()))
     elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
         yield from _stage_3(engine, named_params)
-    elif hasattr(optimizer, "fp32_groups"):
-        yield from _unpartitioned(engine, named_params)
     else:
         yield from _stage_1_2(engine, named_params)
 
@@ -162,17 +156,9 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
 def separate_masters(engine: Engine) -> Iterator[Fragment]:
     """:func:`fragments` where the fp32 weights are other tensors than the model's.
 
-    Nothing in stage 0 in fp32.
+    Nothing in stage 0.
     """
     return iter(()) if isinstance(engine.optimizer, torch.optim.Optimizer) else fragments(engine)
-
-
-def _unpartitioned(engine: Engine, named_params: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
-    """Stage 0 in bf16: an fp32 copy beside every parameter, in the order of the groups."""
-    names = {id(p): name for name, p in named_params}
-    for group, copies in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
-        for p, master in zip(group, copies, strict=True):
-            yield Fragment(names[id(p)], 0, p.numel(), _views(engine, master, 0, p.numel()))
 
 
 def _stage_1_2(engine: Engine, named_params: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:

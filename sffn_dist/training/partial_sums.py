@@ -2,7 +2,7 @@
 
 It is made where the engine keeps gradients, after its last micro-step and before the norm is taken. Sums over
 micro-steps, over data-parallel ranks and over tensor-parallel ranks may be taken in any order: this one comes
-last, so in ZeRO 1-3 it is in fp32, and in ZeRO 2 and 3 of this rank's fragments alone. A parameter that every
+last, so it is in fp32, and in ZeRO 2 and 3 of this rank's fragments alone. A parameter that every
 rank of the group holds has the same fragment on each of them.
 """
 
@@ -37,7 +37,7 @@ def sum_partial(engine: Engine, parameters: Iterable[nn.Parameter]) -> None:
 def _held(engine: Engine) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """What this rank holds of each parameter's gradient, averaged over the data-parallel ranks."""
     optimizer = engine.optimizer
-    if isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "fp32_groups"):  # stage 0
+    if isinstance(optimizer, torch.optim.Optimizer):  # stage 0
         yield from ((p, p.grad) for p in engine.module.parameters() if p.grad is not None)
     elif hasattr(optimizer, "fp32_groups_gradients"):  # stage 1 in bf16: whole, in fp32
         for group, gradients in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):

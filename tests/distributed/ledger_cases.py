@@ -102,14 +102,14 @@ def model_step(tree: dict[str, Any]) -> tuple[list[LedgerEntry], list[str]]:
     return ledger.entries, changed + hooked
 
 
-def engine_step(tree: dict[str, Any]) -> tuple[list[LedgerEntry], dict[str, int]]:
+def engine_step(tree: dict[str, Any], precision: str = "fp32") -> tuple[list[LedgerEntry], dict[str, int]]:
     """An optimiser step of the engine; the rows, and the elements of every parameter of the rank."""
     config = loading.from_tree(tree)
     ranks = _join(config.parallel.tensor)
-    model = models.build(config, "fp32", ranks, guide=schedules.build_schedule(config).guided(0))
+    model = models.build(config, precision, ranks, guide=schedules.build_schedule(config).guided(0))
     models.initialise(model, config, ranks)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    engine = engines.create(model, config, "fp32", ranks)
+    engine = engines.create(model, config, precision, ranks)
     clock = schedules.build_schedule(config)
     models.set_guide(model, clock, clock.at(0))
     tokens = torch.from_numpy(np.arange(2 * (config.model.sequence + 1)).reshape(2, -1) % config.model.vocab)

@@ -13,6 +13,8 @@ import pytest
 
 CASES = Path(__file__).with_name("phase_cases.py")
 TRAINING = Path(__file__).with_name("training_cases.py")
+# ZeRO stages and precisions that a run may have: stage 0 in bf16 is refused (spec/validation.check_precision)
+ENGINES = [*((stage, "fp32") for stage in range(4)), *((stage, "bf16") for stage in (1, 2, 3))]
 FFN: dict[str, dict[str, Any]] = {
     "low_rank": {"kind": "low_rank", "rank": 12},
     "block_dense": {"kind": "block_dense", "rank": 16, "blocks": 4},
@@ -96,8 +98,7 @@ def test_tensor_parallel_ranks_equal_one(ranks: Callable[..., Any], kind: str, s
 # --------------------------------------------------------------------------------------------------- boundary
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("stage", "precision"), ENGINES)
 def test_survivors_go_on_bit_for_bit_and_the_guide_is_gone(
     ranks: Callable[..., Any], stage: int, precision: str
 ) -> None:
@@ -121,6 +122,8 @@ def test_where_guidance_begins_every_guide_is_the_factors_product(
 ) -> None:
     """In fp32, from the fp32 weights, over ranks that hold a part of each; moments zero, count 0."""
     for world, tensor, precision in ((2, 1, "fp32"), (2, 2, "fp32"), (2, 1, "bf16")):
+        if (stage, precision) not in ENGINES:
+            continue
         config = tree("block_shuffle", stage, tensor=tensor, micro=1, guide=window(3, 8))
         for found in ranks(world, tensor).run(CASES, "boundary", tree=config, at=3, precision=precision):
             assert found["before"].items() <= found["after"].items()
@@ -164,22 +167,23 @@ def test_guided_to_the_last_step(ranks: Callable[..., Any], tmp_path: Path) -> N
         assert same
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_afterwards_memory_is_that_of_a_run_without_a_guide(ranks: Callable[..., Any], stage: int) -> None:
+@pytest.mark.parametrize(("stage", "precision"), ENGINES)
+def test_afterwards_memory_is_that_of_a_run_without_a_guide(
+    ranks: Callable[..., Any], stage: int, precision: str
+) -> None:
     """Every tensor's bytes, to the byte: parameters, gradients, optimizer state, DeepSpeed's buffers."""
-    for precision in ("fp32", "bf16"):
-        guided, never, during = (
-            ranks(2, 1).run(
-                CASES,
-                "persistent_bytes",
-                steps=6,
-                precision=precision,
-                tree=tree("low_rank", stage, micro=1, guide=guide),
-            )
-            for guide in (window(1, 4), {"mode": "off"}, window(1, 9))
+    guided, never, during = (
+        ranks(2, 1).run(
+            CASES,
+            "persistent_bytes",
+            steps=6,
+            precision=precision,
+            tree=tree("low_rank", stage, micro=1, guide=guide),
         )
-        assert guided == never
-        assert min(during) > max(never), "the guide takes memory while it lasts"
+        for guide in (window(1, 4), {"mode": "off"}, window(1, 9))
+    )
+    assert guided == never
+    assert min(during) > max(never), "the guide takes memory while it lasts"
 
 
 # ----------------------------------------------------------------------------------------------------- resume

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sffn_dist.spec import counts, schedule
-from sffn_dist.spec.config import Config
+from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.loading import from_tree, load
 from sffn_dist.spec.plan import plan, render, si
 
@@ -29,8 +29,9 @@ SMALL: dict[str, Any] = {
 }
 
 
-def small(**over: dict[str, Any]) -> Config:
-    return from_tree({**SMALL, **{name: {**SMALL.get(name, {}), **part} for name, part in over.items()}})
+def small(precision: str = "auto", **over: dict[str, Any]) -> Config:
+    parts = {name: {**SMALL.get(name, {}), **part} for name, part in over.items()}
+    return from_tree({**SMALL, **parts, "precision": precision})
 
 
 def pretrain(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -118,6 +119,40 @@ def test_phases_follow_the_clock() -> None:
 def test_precision_asked_for_is_precision_planned() -> None:
     for precision in ("bf16", "fp32"):
         assert plan(from_tree({**SMALL, "precision": precision}), 1)["precision"] == precision
+
+
+def test_stage_0_is_refused_in_bf16_whoever_chose_it(tmp_path: Path) -> None:
+    """By the plan for a device of "auto" too, and by a start; before the data are looked at."""
+    with pytest.raises(ConfigError, match=r"zero.stage = 0: must be 1, 2 or 3 in bf16 \(precision = bf16\)"):
+        plan(small(precision="bf16", zero={"stage": 0}), 1)
+    with pytest.raises(ConfigError, match=r"zero.stage = 0: .* \(precision = auto\)"):
+        plan(small(zero={"stage": 0}), 1, device_memory=2**36)
+    assert plan(small(precision="fp32", zero={"stage": 0}), 1)["zero"]["stage"] == 0
+    over = ["train.micro_batch_size=1", "parallel.tensor=1", "zero.stage=0", "precision=bf16"]
+    done = pretrain(["--config", str(ROOT / "configs/demo.json"), *over], tmp_path)
+    assert done.returncode == 2
+    assert "zero.stage = 0: must be 1, 2 or 3 in bf16" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_zero_traffic_is_planned_in_the_dtype_of_the_reduction() -> None:
+    """Stage 1 sends gradients once a step, the others in every micro-step; weights come back in bf16."""
+    elements = counts.parameters(small()) * 3 / 4
+    for stage, dtype, gradients, weights in (
+        (1, "fp32", 2 * 4, 2),
+        (1, "bf16", 2 * 2, 2),
+        (2, "fp32", 2 * 4 * 2, 2),
+        (3, "bf16", 2 * 2, 2 * 2),
+    ):
+        zero = {"stage": stage, "reduce_dtype": dtype}
+        batch = {"micro_batch_size": 1}  # of 8 on 4 ranks: two micro-steps
+        planned = plan(small("bf16", zero=zero, guide={"mode": "off"}, train=batch), 4)
+        assert planned["accumulation_steps"] == 2
+        sent = planned["communication"]["data_parallel"]
+        assert (sent["gradient"], sent["weights"]) == (gradients * elements, weights * elements)
+        assert f"by data parallelism, ZeRO {stage}: gradients" in render(planned)
+    fp32 = plan(small(precision="fp32", zero={"reduce_dtype": "bf16"}), 4)
+    assert fp32["zero"]["reduce_dtype"] == "fp32", "of bf16 training alone"
 
 
 def test_the_coin_halves_the_guides_flops_in_the_total() -> None:
