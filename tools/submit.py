@@ -44,7 +44,9 @@ def arguments() -> argparse.ArgumentParser:
         "--gpus-per-node", type=int, required=True, metavar="G", help="one rank each; 0: ranks on CPUs"
     )
     parser.add_argument("--ranks-per-node", type=int, metavar="R", help="default: the GPUs")
-    parser.add_argument("--cpus-per-rank", type=int, metavar="C", help="default: the cluster's")
+    parser.add_argument(
+        "--cpus-per-rank", type=int, metavar="C", help="default: 8 with GPUs, else the cluster's"
+    )
     parser.add_argument(
         "--time", required=True, metavar="T", help="limit of one start: minutes, H:M:S or D-H:M:S"
     )

@@ -20,6 +20,9 @@ from sffn_dist.spec.config import ConfigError
 BODY = "# ---- the job:"
 LAUNCHERS = ("srun", "torchrun", "deepspeed")
 MOST_GRACE = 65535  # seconds; what Slurm takes
+# cores of a rank with a GPU, where nothing is said: many clusters give one, which the main thread,
+# autograd, the reader and the saver would share
+CORES = 8
 SWEEP_SECONDS = 60  # Slurm may send the warning so much earlier
 _TIME = re.compile(r"(?:(?P<days>\d{1,4})-)?(?P<rest>\d{1,7}(?::\d{1,2}){0,2})", re.ASCII)
 
@@ -37,7 +40,7 @@ class Options:
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    cpus: int | None = None
+    cpus: int | None = None  # None: CORES with GPUs, else the cluster's
     container: str | None = None
     mounts: tuple[str, ...] = ()
     interface: str | None = None
@@ -193,8 +196,9 @@ def _directives(
     yield f"--ntasks-per-node={options.ranks_per_node}"
     if options.gpus:
         yield f"--gpus-per-node={options.gpus}"
-    if options.cpus:
-        yield f"--cpus-per-task={options.cpus}"
+    cores = options.cpus or (CORES if options.gpus else None)
+    if cores:
+        yield f"--cpus-per-task={cores}"
     yield f"--time={options.time}"
     for key in ("partition", "account", "qos", "constraint"):
         if getattr(options, key):

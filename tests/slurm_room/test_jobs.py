@@ -22,8 +22,8 @@ ONE_NODE = ("--nodes", "1", "--gpus-per-node", "0", "--ranks-per-node", "1", "--
 TWO_NODES = ("--nodes", "2", *ONE_NODE[2:])
 LAUNCHERS = {  # with GPUs that only Slurm takes for such
     "srun": ("--launcher", "srun"),
-    "torchrun": ("--launcher", "torchrun", "--gpus-per-node", "1"),
-    "deepspeed": ("--launcher", "deepspeed", "--gpus-per-node", "1"),
+    "torchrun": ("--launcher", "torchrun", "--gpus-per-node", "1", "--cpus-per-rank", "2"),
+    "deepspeed": ("--launcher", "deepspeed", "--gpus-per-node", "1", "--cpus-per-rank", "2"),
 }
 
 
@@ -146,6 +146,7 @@ def test_the_script_by_itself_refuses_and_is_not_requeued(cluster: Any, tiny: Pa
         "--nodes=1",
         "--ntasks-per-node=1",
         "--gpus-per-node=0",
+        "--cpus-per-task=1",
         f"--output={tiny}/%j.log",
     )
     words += ("slurm/pretrain.sbatch", "--config", f"{tiny}/tiny.json")

@@ -171,6 +171,14 @@ def test_ranks_on_cpus_ask_for_no_gpus(root: Path, script_of: Any) -> None:
     )
     assert found["ntasks-per-node"] == "4"
     assert "gpus-per-node" not in found
+    assert "cpus-per-task" not in found
+
+
+def test_ranks_with_gpus_ask_for_cores(root: Path, script_of: Any) -> None:
+    """The script by itself does too: where nothing is said many clusters give one."""
+    template = (root / "slurm/pretrain.sbatch").read_text()
+    for script in (template, script_of(*DEMO, *SIZE)):
+        assert directives(script)["cpus-per-task"] == str(job.CORES)
 
 
 @pytest.mark.parametrize(

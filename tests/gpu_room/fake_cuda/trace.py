@@ -81,6 +81,7 @@ def count(tree: dict[str, Any], world: int, guided: bool, bucket: int | None) ->
             return np.zeros((parts, micro_batch_size, config.model.sequence + 1), dtype=np.int64)  # type: ignore[return-value]
 
     config = loading.from_tree(tree)
+    precision = "bf16" if config.zero.stage else "fp32"  # stage 0 is refused in bf16
     if bucket:
         engines.reduce_bucket = lambda *_, **__: bucket
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
@@ -90,11 +91,11 @@ def count(tree: dict[str, Any], world: int, guided: bool, bucket: int | None) ->
     marks = Marks()
     groups = {"tensor": ranks.tensor_group, "data": ranks.data_group, "world": dist.group.WORLD}
     with Mode(allow_non_fake_inputs=True), Counting(groups) as counting:
-        model = models.build(config, "bf16", ranks, guide=guided)
-        engine = engines.create(model, config, "bf16", ranks)
+        model = models.build(config, precision, ranks, guide=guided)
+        engine = engines.create(model, config, precision, ranks)
         del model
         run = TrainingRun(
-            config, "bf16", schedule.build_schedule(config), ranks, Batches(), None, "", None,  # type: ignore[arg-type]
+            config, precision, schedule.build_schedule(config), ranks, Batches(), None, "", None,  # type: ignore[arg-type]
             BadSteps(config.guards, HERE), engine, 0, watchdog=Watch(),  # type: ignore[arg-type]
         )  # fmt: skip
         backward = engine.backward
