@@ -231,8 +231,14 @@ def _checkpoint_line(plan: dict[str, Any]) -> str:
         f"{settings['keep']} kept{forever}, {si((settings['keep'] + 1) * size, 'B')} of disk while one is "
         f"written"
     )
-    return f"{si(size, 'B')} {frequency}; {disk}" + (
-        ", as much host memory as one" if settings["asynchronous"] else ""
+    if not settings["asynchronous"]:
+        return f"{si(size, 'B')} {frequency}; {disk}"
+    # ranks that write: under ZeRO 0 the data-parallel ranks hold the same
+    writers = plan["ranks"]["world" if plan["zero"]["stage"] else "tensor"]
+    pinned = "pinned host memory" if plan["device"].startswith("cuda") else "host memory"
+    return (
+        f"{si(size, 'B')} {frequency}; {disk}; "
+        f"copied first, to about {si(size / writers, 'B')} of {pinned} a rank, kept for the next one"
     )
 
 

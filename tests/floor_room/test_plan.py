@@ -155,6 +155,19 @@ def test_zero_traffic_is_planned_in_the_dtype_of_the_reduction() -> None:
     assert fp32["zero"]["reduce_dtype"] == "fp32", "of bf16 training alone"
 
 
+@pytest.mark.parametrize(("stage", "tensor", "writers"), [(0, 1, 1), (1, 1, 4), (1, 2, 4), (0, 2, 2)])
+def test_the_host_memory_of_a_save_is_planned(stage: int, tensor: int, writers: int) -> None:
+    """12 bytes a parameter, over the ranks that write."""
+    batch = {"micro_batch_size": 1}
+    config = small("fp32", zero={"stage": stage}, parallel={"tensor": tensor}, train=batch)
+    planned = plan(config, 4)
+    share = si(planned["checkpoint_bytes"] / writers, "B")
+    assert f"copied first, to about {share} of host memory a rank" in render(planned)
+    cuda = render(plan(small("fp32", train=batch), 4, device_memory=2**36))
+    assert "of pinned host memory a rank" in cuda
+    assert "copied first" not in render(plan(small(checkpoint={"asynchronous": False}), 1))
+
+
 def test_the_coin_halves_the_guides_flops_in_the_total() -> None:
     always, drawn = (
         plan(
