@@ -90,21 +90,32 @@ def create(
         # it computes with its linears' weights without calling them: gather them when it is called, forward
         # and backward
         deepspeed.utils.set_z3_leaf_modules(model, [StructuredMLP], raise_if_not_found=False)
+    settings = deepspeed_config(config, precision, topology.data_parallel_size, guide=bool(groups[1]))
     with _device_as_local_rank(topology.device):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config, precision, topology.data_parallel_size, guide=bool(groups[1])),
+            config=settings,
             mpu=ModelParallelUnit(),
             dist_init_required=False,
         )
-    # of stages 0 and 1, which flatten what they reduce: 500 M elements at once otherwise
-    engine.allreduce_gradients = partial(
-        engine.allreduce_gradients, bucket_size=reduce_bucket(config, guide=bool(groups[1]))
-    )
+    _reduce_in_buckets(engine, settings["zero_optimization"]["reduce_bucket_size"])
     engine.partial_parameters = partial_gradients.defer(model)  # summed by _finish_gradients, once a step
     engine_state.init_state(engine, carried)
     return engine
+
+
+def _reduce_in_buckets(engine: Engine, elements: int) -> None:
+    """Make stages 0 and 1 reduce at most so many elements at once: they copy what they reduce, and take 500 M
+    at once otherwise, in bf16 all sums of a group.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "non_expert_gradients"):  # stage 1 in bf16
+        optimizer.non_expert_gradients = [
+            part for flat in optimizer.non_expert_gradients for part in flat.split(elements)
+        ]
+    # a bucket is reduced once it holds more than this
+    engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=elements - 1)
 
 
 @contextmanager

@@ -243,8 +243,7 @@ def test_fewer_key_value_heads_than_ranks(
         assert np.abs(np.subtract(joined, whole[key])).max() < TOLERANCE, key
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("stage", "precision"), ENGINES)
 def test_gradients_reduced_in_pieces_are_the_same(
     train: Callable[..., dict[str, Any]], stage: int, precision: str
 ) -> None:
