@@ -15,7 +15,6 @@ import argparse
 import importlib.metadata
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ import sffn_dist
 from sffn_dist import atomic_io, strict_json
 from sffn_dist.comparison import curves, summary, variants
 from sffn_dist.launch import checks
+from sffn_dist.launch.environment import free_port
 from sffn_dist.launch.error_output import print_errors
 from sffn_dist.spec import loading, machine, validation
 from sffn_dist.spec.config import Config, ConfigError
@@ -139,9 +139,7 @@ def command(run: ComparisonRun, args: argparse.Namespace, place: int) -> list[st
     devices = ",".join(str(place * args.gpus + i) for i in range(args.gpus))
     apart = args.jobs > 1 and cuda is not None and cuda[0] >= args.jobs * args.gpus
     placement = ["--include", f"localhost:{devices}"] if apart else ["--num_gpus", str(args.gpus)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     return [
         str(launcher) if launcher.exists() else "deepspeed",
         *placement,

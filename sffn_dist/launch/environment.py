@@ -13,6 +13,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import random
 import re
 import socket
 import struct
@@ -174,6 +175,18 @@ def check_port(environ: MutableMapping[str, str] = os.environ) -> None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise RendezvousError([taken_port(int(text))]) from None
+
+
+def free_port() -> int:
+    """A port that nothing listens on, for a launch that follows.
+
+    Below those that Linux gives out by itself (32768 on): one of those may be some connection's by then.
+    """
+    for port in random.SystemRandom().sample(range(20000, 32768), 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError(errno.EADDRINUSE, "1000 ports between 20000 and 32767 were tried, all are in use")
 
 
 def taken_port(port: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -276,44 +277,51 @@ def test_the_base_model_is_an_auto_model(
 TENSOR_PARALLEL = """
 import json, sys, torch, torch.distributed as dist
 from transformers import AutoModelForCausalLM
-folder, tokens = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+tokens = torch.tensor(json.loads(sys.argv[1]))
 dist.init_process_group("gloo")
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, tp_plan="auto").eval()
-with torch.no_grad():
-    logits = model(tokens).logits
-logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
-mlp = model.model.layers[0].mlp
-sizes = {name: list(p.to_local().shape if hasattr(p, "to_local") else p.shape)
-         for name, p in mlp.named_parameters()}
-if dist.get_rank() == 0:
-    torch.save((logits, sizes), folder + "/parallel.pt")
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, tp_plan="auto").eval()
+    with torch.no_grad():
+        logits = model(tokens).logits
+    logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+    mlp = model.model.layers[0].mlp
+    sizes = {name: list(p.to_local().shape if hasattr(p, "to_local") else p.shape)
+             for name, p in mlp.named_parameters()}
+    if dist.get_rank() == 0:
+        torch.save((logits, sizes), folder + "/parallel.pt")
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", ["low_rank", "block_dense", "block_shuffle"])
-@pytest.mark.parametrize("variant", ["llama", "starcoder"])
 def test_tensor_parallel_ranks_of_transformers_equal_one(
-    variant: str, kind: str, tree_of: Any, drawn: Any, tokens: torch.Tensor, tmp_path: Path
+    tree_of: Any, drawn: Any, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    """The factors at the inner features are cut, the others are whole; blocks are whole."""
-    tree = tree_of(kind, ffn={"dense_layers": [1]}, **{**VARIANTS[variant], "kv_heads": 2})
-    weights = drawn(tree, guide=variant == "llama", alpha=0.3 if variant == "llama" else 0.0)
-    folder = export(weights, tmp_path / "m", ffn="structured", dtype="fp32")
-    expected = logits(loaded(folder, trust_remote_code=True), tokens)
+    """The factors at the inner features are cut, the others are whole; blocks are whole. One launch for all:
+    it takes longer than they do.
+    """
+    folders = {}
+    for variant, kind in itertools.product(
+        ("llama", "starcoder"), ("low_rank", "block_dense", "block_shuffle")
+    ):
+        tree = tree_of(kind, ffn={"dense_layers": [1]}, **{**VARIANTS[variant], "kv_heads": 2})
+        weights = drawn(tree, guide=variant == "llama", alpha=0.3 if variant == "llama" else 0.0)
+        folders[variant, kind] = export(weights, tmp_path / variant / kind, ffn="structured", dtype="fp32")
     script = tmp_path / "ranks.py"
     script.write_text(TENSOR_PARALLEL)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "code"), "OMP_NUM_THREADS": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, str(script), str(folder), json.dumps(tokens.tolist())],
-        capture_output=True, text=True, timeout=240, env=environment,
+        [*command, str(script), json.dumps(tokens.tolist()), *map(str, folders.values())],
+        capture_output=True, text=True, timeout=480, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    got, sizes = torch.load(folder / "parallel.pt")
-    assert difference(got, expected) < 1e-4
-    whole = dict(loaded(folder, trust_remote_code=True).model.layers[0].mlp.named_parameters())
-    cut = {name for name, size in sizes.items() if size != list(whole[name].shape)}
-    inner = {name for name in sizes if "_proj.weight" in name}
-    assert {name for name in cut if name.endswith("weight")} == (inner if kind == "low_rank" else set())
+    for case, folder in folders.items():
+        model = loaded(folder, trust_remote_code=True)
+        got, sizes = torch.load(folder / "parallel.pt")
+        assert difference(got, logits(model, tokens)) < 1e-4, case
+        whole = dict(model.model.layers[0].mlp.named_parameters())
+        cut = {name for name, size in sizes.items() if size != list(whole[name].shape)}
+        inner = {name for name in sizes if "_proj.weight" in name}
+        cut_weights = {name for name in cut if name.endswith("weight")}
+        assert cut_weights == (inner if case[1] == "low_rank" else set()), case

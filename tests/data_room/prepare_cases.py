@@ -8,7 +8,6 @@ import fcntl
 import logging
 import os
 import signal
-import socket
 import time
 import traceback
 from pathlib import Path
@@ -20,6 +19,7 @@ from sffn_dist.data import build
 from sffn_dist.data.prepare import prepare
 from sffn_dist.data.ranks import Ranks
 from sffn_dist.health.watchdog import Watchdog
+from sffn_dist.launch.environment import free_port
 from sffn_dist.parallel import rendezvous
 from sffn_dist.spec.config import Guards
 from sffn_dist.spec.loading import from_tree
@@ -75,9 +75,7 @@ def _rank(rank: int, world: int, tree: dict[str, Any], dies: bool) -> int:
 
 def play(tree: dict[str, Any], data_dirs: list[str], logs: str, dies: bool = False) -> list[tuple[int, str]]:
     """Each rank's exit code (or minus its signal), and what it said; rank i has ``data_dirs[i]``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     pids = []

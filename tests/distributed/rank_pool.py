@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,8 @@ import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+from sffn_dist.launch.environment import free_port
 
 
 class RankError(AssertionError):
@@ -33,9 +34,7 @@ class RankPool:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         for rank in range(self.world):
             place = {
                 "RANK": rank,

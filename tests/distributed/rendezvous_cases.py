@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from torch._C._distributed_c10d import TCPStore
 
+from sffn_dist.launch.environment import free_port
 from sffn_dist.parallel import rendezvous
 from sffn_dist.spec.config import ConfigError
 
@@ -53,12 +53,6 @@ def _join(rank: int, world: int, address: tuple[str, int], patience: float, star
     words = " and ".join(store.get(f"word/{other}").decode() for other in range(world))
     time.sleep(0.5 if rank == 0 else 0.0)  # it serves the store
     return words if before == f"{rank} at start {start}" else f"heard of {before}"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def meet(world: int, absent: tuple[int, ...] = (), patience: float = 30.0) -> list[str]:

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sffn_dist.launch.environment import free_port
 
 STEPS = 12  # guided 0, 1; plain 2 .. 9; 10, 11 repeat the guided ones
 SCRIPT = "sffn_dist/pretrain.py"
@@ -60,9 +61,7 @@ def whole(folder: Path) -> tuple[Path, str]:
 
 
 def start(root: Path, folder: Path, *overrides: str, ranks: int = 2) -> subprocess.Popen[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [str(launcher), "--num_gpus", str(ranks), "--master_port", str(port), SCRIPT]
     command += ["--config", str(folder / "tiny.json"), *overrides]
@@ -169,22 +168,14 @@ def test_killed_and_restarted_equals_uninterrupted(root: Path, folder: Path, who
     assert curve(broken) == curve(whole[0]), f"stopped after {stop_at} steps"
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("ffn.knd=low_rank", ("ffn.knd", "ffn.kind")),
-        ("ffn.rank=18", ("ffn.rank = 18", "ffn.blocks")),
-        ("model.kv_heads=3", ("model.kv_heads = 3", "model.heads = 4")),
-    ],
-)
-def test_refused_through_the_launcher(
-    root: Path, folder: Path, override: str, words: tuple[str, ...]
-) -> None:
-    code, _, err = finish(start(root, folder, f"run.dir={folder / 'refused'}", override))
+def test_refused_through_the_launcher(root: Path, folder: Path) -> None:
+    wrong = ("ffn.rank=18", "model.kv_heads=3")
+    code, _, err = finish(start(root, folder, f"run.dir={folder / 'refused'}", *wrong))
     assert code == 2
     lines = [line for line in err.splitlines() if "pretrain.py: error" in line]
-    assert len(lines) == len(set(lines)) >= 1, "one rank speaks"
-    assert all(word in lines[0] for word in words)
+    assert len(lines) == len(set(lines)) == 2, "one rank speaks"
+    assert any("ffn.rank = 18" in line and "ffn.blocks" in line for line in lines)
+    assert any("model.kv_heads = 3" in line and "model.heads = 4" in line for line in lines)
     assert not (folder / "refused").exists()
 
 
@@ -209,16 +200,12 @@ def test_another_run_in_run_dir_is_refused(root: Path, folder: Path, whole: tupl
 
     for override in (
         "train.seed=5",
-        "train.global_batch_size=8",
         "model.layers=3",
-        "train.steps=13",
         "guide.schedule=linear",
     ):
-        began = time.monotonic()
         result = alone("parallel.tensor=1", override)
         assert result.returncode == 2, result.stderr
         assert override.split("=")[0] in result.stderr
-        assert time.monotonic() - began < 5
     assert before == {path: path.read_bytes() for path in run.glob("*.json*")}, "a refusal changes nothing"
     again = alone("parallel.tensor=1", "zero.stage=3", "train.micro_batch_size=1", "recompute=full")
     assert again.returncode == 0, again.stderr

@@ -167,7 +167,7 @@ def test_guided_to_the_last_step(ranks: Callable[..., Any], tmp_path: Path) -> N
         assert same
 
 
-@pytest.mark.parametrize(("stage", "precision"), ENGINES)
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
 def test_afterwards_memory_is_that_of_a_run_without_a_guide(
     ranks: Callable[..., Any], stage: int, precision: str
 ) -> None:

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sffn_dist.health import collective_check, consistency, preflight
+from sffn_dist.launch.environment import free_port
 
 CASES = Path(__file__).with_name("preflight_cases.py")
 TREE: dict[str, Any] = {
@@ -193,9 +193,7 @@ def test_the_flag(root: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.json").write_text(json.dumps(TREE), encoding="utf-8")
 
     def start(*rates: float) -> list[tuple[int, str, str]]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         shared = {
             "WORLD_SIZE": "2",
             "LOCAL_WORLD_SIZE": "2",

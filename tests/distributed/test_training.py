@@ -21,7 +21,7 @@ FFN: dict[str, dict[str, Any]] = {
     "block_dense": {"kind": "block_dense", "rank": 16, "blocks": 4},
     "block_shuffle": {"kind": "block_shuffle", "blocks": 2},
 }
-STEPS = 20
+STEPS = 14
 TOLERANCE = 2e-4
 
 
@@ -79,12 +79,12 @@ def test_layouts_agree(train: Callable[..., dict[str, Any]], kind: str) -> None:
     one = train(1, tree(kind))
     assert one["losses"][-1] < one["losses"][0] - 0.3, "it learns"
     if kind != "dense":
-        assert 0 < sum(one["drawn"]) < 16 * 4, "the coin fell on both sides"
+        assert 0 < sum(one["drawn"]) < int(0.8 * STEPS) * 4, "the coin fell on both sides"
     for layout in (tree(kind, tensor=2), tree(kind, tensor=2, sequence=True), tree(kind, micro=1)):
         assert difference(one, train(2, layout)) < TOLERANCE, layout["parallel"]
 
 
-@pytest.mark.parametrize("kind", FFN)
+@pytest.mark.parametrize("kind", ["dense", "block_shuffle"])
 def test_zero_stages_agree(train: Callable[..., dict[str, Any]], kind: str) -> None:
     """ZeRO 0 = 1 = 2 = 3 over two data-parallel ranks; every stage reports a gradient norm."""
     stages = [train(2, tree(kind, stage=stage, micro=1)) for stage in (0, 1, 2, 3)]
@@ -137,16 +137,14 @@ def test_an_engine_may_evaluate_before_it_trains(ranks: Callable[..., Any], reco
     [
         {"tensor": 2, "sequence": True, "stage": 3,
          "model": {"activation": "swiglu", "norm": "rmsnorm", "bias": False}},
-        {"tensor": 2, "sequence": True, "stage": 2, "recompute": "full"},
         {"tensor": 2, "stage": 3, "recompute": "full", "model": {"tie_embeddings": False}},
         {"tensor": 2, "sequence": True, "stage": 3, "recompute": "bottleneck",
          "model": {"activation": "swiglu"}},
-        {"tensor": 2, "stage": 1, "recompute": "bottleneck"},
         {"kind": "low_rank", "tensor": 2, "sequence": True, "stage": 2, "recompute": "bottleneck"},
-        {"kind": "block_dense", "tensor": 2, "stage": 3, "recompute": "bottleneck"},
+        {"kind": "block_dense", "tensor": 2, "stage": 1, "recompute": "bottleneck"},
     ],
-    ids=["swiglu-rmsnorm-nobias-zero3", "recompute-zero2", "recompute-zero3-untied", "bottleneck-zero3",
-         "bottleneck-zero1", "bottleneck-zero2-low_rank", "bottleneck-zero3-block_dense"],
+    ids=["swiglu-rmsnorm-nobias-zero3", "recompute-zero3-untied", "bottleneck-zero3",
+         "bottleneck-zero2-low_rank", "bottleneck-zero1-block_dense"],
 )  # fmt: skip
 def test_four_ranks(train: Callable[..., dict[str, Any]], options: dict[str, Any]) -> None:
     """TP 2 x DP 2 under ZeRO 2 and 3, recomputation, the other model options: equal to one plain rank."""

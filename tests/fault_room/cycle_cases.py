@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from sffn_dist import pretrain
 from sffn_dist.checkpoint import writer
 from sffn_dist.checkpoint.run_folder import latest_checkpoint
 from sffn_dist.inference import evaluation
+from sffn_dist.launch.environment import free_port
 from sffn_dist.parallel import rendezvous
 from sffn_dist.training import step
 from sffn_dist.training.hooks import evaluate
@@ -28,9 +28,7 @@ from sffn_dist.training.hooks import evaluate
 
 def start(argv: list[str], world: int, log: Path) -> list[int]:
     """Fork the ranks of a run; their pids by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     return [_fork(argv, rank, world, port, log) for rank in range(world)]
 
 

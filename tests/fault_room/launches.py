@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +13,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from sffn_dist.launch.environment import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTY = Path(__file__).with_name("faulty.py")
@@ -115,9 +116,7 @@ def launch(
     ``launcher``: deepspeed, torchrun, or none, for a bare process.
     """
     if not port:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
     scripts = Path(sys.executable).parent
     script = str(FAULTY if fault else ROOT / "sffn_dist" / "pretrain.py")
     command = {

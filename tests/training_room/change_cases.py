@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 from sffn_dist import pretrain
+from sffn_dist.launch.environment import free_port
 
 SETTINGS = [
     "checkpoint.interval=2",
@@ -27,9 +27,7 @@ def start(folder: Path, name: str, *words: str, world: int = 1) -> dict[str, Any
     run, log = folder / name, folder / f"{name}.log"
     argv = ["--config", str(folder / "tiny.json"), f"run.dir={run}", *SETTINGS, *words]
     log.unlink(missing_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pids = [_fork(argv, rank, world, port, log) for rank in range(world)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     rows = _rows(run / "metrics.jsonl")

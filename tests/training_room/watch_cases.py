@@ -14,7 +14,6 @@ import os
 import platform
 import resource
 import signal
-import socket
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from torch._C._distributed_c10d import TCPStore
 from sffn_dist.health import heartbeat, watchdog
 from sffn_dist.health.watchdog import Watchdog
 from sffn_dist.launch import processes
+from sffn_dist.launch.environment import free_port
 from sffn_dist.parallel import rendezvous
 from sffn_dist.spec.config import ConfigError, Guards
 
@@ -54,9 +54,7 @@ class Stage:
     def __init__(self, scene: Scene, folder: Path):
         self.scene, self.folder = scene, folder
         folder.mkdir()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.agent = _fork(lambda: _serve(self.port)) if scene.agent else 0
         self.pids = [
             _fork(lambda rank=rank: _play_rank(scene, rank, folder, self.port)) for rank in range(scene.world)
