@@ -33,9 +33,9 @@ from sffn_dist.checkpoint.versions import revision, versions
 from sffn_dist.launch.error_output import print_errors
 from sffn_dist.spec import loading, machine
 from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.device_peaks import peak_flops
 from sffn_dist.spec.plan import plan
 from sffn_dist.telemetry import metrics
-from sffn_dist.telemetry.peak import peak_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECE_SECONDS, TINY_SECONDS, CALL_SECONDS = 480.0, 120.0, 540.0
