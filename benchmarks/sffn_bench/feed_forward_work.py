@@ -31,9 +31,9 @@ from sffn_dist.spec.feed_forward_activations import FeedForward, rebuilt_at_once
 from sffn_dist.spec.split_table import ffn_linears, linear_tensors, wide_factor
 
 # sffn_kernels.bottleneck_triton: inputs of a block that the streaming kernel holds at most (LONGEST), and the
-# outputs that one of its programs sums (STREAMS, STREAMS_BLOCKS, by inputs)
+# outputs that one of its programs sums (STREAMS, STREAMS_BLOCKS): fewer with blocks, or of few inputs
 LONGEST = 512
-OUTPUTS, OUTPUTS_OF_FEW, OUTPUTS_OF_BLOCKS, FEW = 256, 128, 128, 128
+OUTPUTS, FEWER_OUTPUTS, FEW = 256, 128, 128
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class FeedForwardWork:
         reduced = up.inputs // up.blocks
         if reduced > LONGEST:
             return []
-        most = OUTPUTS_OF_BLOCKS if up.blocks > 1 else OUTPUTS_OF_FEW if reduced <= FEW else OUTPUTS
+        most = FEWER_OUTPUTS if up.blocks > 1 or reduced <= FEW else OUTPUTS
         parts = -(-(down.outputs // down.blocks) // most)
         moved = self.tokens * (parts * up.inputs + down.outputs) + up.weights + down.weights
         flops = parts * up.flops + down.flops
