@@ -259,7 +259,7 @@ def device_rates(args: argparse.Namespace, config: Config) -> DeviceRates:
     """The device that the command line names. Raises ConfigError for one that is not known."""
     given = {"flops": (args.peak_tflops, 1e12), "memory": (args.bandwidth, 1e12), "link": (args.link, 1e9)}
     rates = {name: value * unit for name, (value, unit) in given.items() if value is not None}
-    return roofline.device(args.device, linked=config.parallel.tensor > 1, **rates)
+    return roofline.rates_of(args.device, linked=config.parallel.tensor > 1, **rates)
 
 
 def predicted(args: argparse.Namespace) -> list[dict[str, Any]]:

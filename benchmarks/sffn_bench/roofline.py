@@ -27,7 +27,7 @@ from sffn_bench.model_work import ModelWork
 from sffn_dist.spec import validation
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.counts import flops_per_token
-from sffn_dist.spec.device_peaks import PEAK_BF16, peak_flops, peak_link, peak_memory
+from sffn_dist.spec.device_peaks import PEAK_MEMORY, peak_flops, peak_link, peak_memory
 
 MICRO_STEP, UPDATE, STEP = "micro-step", "update", "step"
 NOT_MEASURED = "nothing here was measured"
@@ -56,7 +56,7 @@ ASSUMPTIONS = (
 )
 
 
-def device(
+def rates_of(
     name: str,
     *,
     flops: float | None = None,
@@ -74,7 +74,7 @@ def device(
         "--link": link or peak_link(name) or (None if linked else math.inf),
     }
     if missing := [option for option, rate in rates.items() if rate is None]:
-        known = ", ".join(PEAK_BF16)
+        known = ", ".join(PEAK_MEMORY)
         raise ConfigError([f"--device {name}: must be one of {known}; or give {', '.join(missing)}"])
     peak, bandwidth, received = (float(rate or 0) for rate in rates.values())
     return DeviceRates(name, peak, bandwidth, received)
@@ -130,7 +130,7 @@ def predicted(config: Config, device_name: str, precision: str) -> Prediction | 
     if precision != "bf16":
         return None
     try:
-        return predict(config, device(device_name))
+        return predict(config, rates_of(device_name))
     except ConfigError:
         return None
 

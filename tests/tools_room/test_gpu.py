@@ -92,7 +92,7 @@ def test_a_run_is_set_beside_its_prediction(
         piece for piece in gpu.pieces(tmp_path, tmp_path, tiny=False) if piece.name == "train_xl_low_rank_32"
     )
     overrides = (*piece.overrides, "precision=bf16")
-    predicted = roofline.predict(loading.load(str(root / piece.config), overrides), roofline.device("H100"))
+    predicted = roofline.predict(loading.load(str(root / piece.config), overrides), roofline.rates_of("H100"))
     piece.run_dir.mkdir()
     row = {"skipped": False, "loss": 2.0, "seconds": 2 * predicted.step, "flops": 1e12}
     (piece.run_dir / "metrics.jsonl").write_text(4 * (json.dumps(row) + "\n"))

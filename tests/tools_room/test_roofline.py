@@ -18,7 +18,7 @@ from sffn_bench.model_work import ModelWork
 from sffn_dist.spec import counts, loading
 from sffn_dist.spec.config import Config, ConfigError
 
-H100 = roofline.device("H100")
+H100 = roofline.rates_of("H100")
 KINDS = ("low_rank", "block_dense", "block_shuffle")
 
 
@@ -216,7 +216,7 @@ def test_table_csv_and_overrides(root: Path, tmp_path: Path) -> None:
     assert by_part["step"]["assumption"].startswith("128 micro-steps")
     assert all(row["assumption"] for row in rows)
     config = paper(root, "low_rank_32", "train.micro_batch_size=4")
-    expected = roofline.predict(config, roofline.device("H200"))
+    expected = roofline.predict(config, roofline.rates_of("H200"))
     assert float(by_part["step"]["ms"]) == pytest.approx(1e3 * expected.step)
     printed = json.loads(bench(root, *arguments, "train.micro_batch_size=4", "--json").stdout)
     assert [row["ms"] for row in printed] == [row["ms"] for row in expected.rows]
@@ -231,7 +231,7 @@ def test_it_imports_no_torch(root: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--device", "T4"), "--device T4: must be one of GH200, H200, H100 PCIe"),
+        (("--device", "T4"), "--device T4: must be one of GH200, H200, H800 PCIe"),
         (("--device", "T4", "--peak-tflops", "65"), "or give --bandwidth"),
         (
             ("--device", "T4", "--peak-tflops", "65", "--bandwidth", "1", "parallel.tensor=2"),
@@ -259,13 +259,13 @@ def test_bad_input_is_refused(root: Path, tmp_path: Path, arguments: tuple[str, 
 
 def test_rates_may_be_given(root: Path) -> None:
     """An unknown device needs no link where nothing is sent; a given rate counts before the data sheet's."""
-    given = roofline.device("T4", flops=65e12, memory=0.3e12, linked=False)
+    given = roofline.rates_of("T4", flops=65e12, memory=0.3e12, linked=False)
     slow = roofline.predict(paper(root, "low_rank_32"), given)
     assert slow.micro_step > 10 * roofline.predict(paper(root, "low_rank_32"), H100).micro_step
-    assert roofline.device("H100", memory=2e12).memory == 2e12
-    assert roofline.device("H100", memory=2e12).flops == 989e12
+    assert roofline.rates_of("H100", memory=2e12).memory == 2e12
+    assert roofline.rates_of("H100", memory=2e12).flops == 989e12
     with pytest.raises(ConfigError, match="--device T4"):
-        roofline.device("T4")
+        roofline.rates_of("T4")
 
 
 def test_a_run_that_cannot_be_predicted_has_no_prediction(root: Path) -> None:
@@ -274,4 +274,4 @@ def test_a_run_that_cannot_be_predicted_has_no_prediction(root: Path) -> None:
     assert roofline.predicted(config, "4 cores", "bf16") is None
     found = roofline.predicted(config, "NVIDIA H100 80GB HBM3", "bf16")
     assert found
-    assert found == roofline.predict(config, roofline.device("NVIDIA H100 80GB HBM3"))
+    assert found == roofline.predict(config, roofline.rates_of("NVIDIA H100 80GB HBM3"))
