@@ -8,6 +8,7 @@ bench.py comm        elements that a rank receives under tensor parallelism, by 
 bench.py tp          time of one layer over p ranks: ours, the naive split, dense
 bench.py guide       time of one layer on one rank: with the guide, an idle one, none, dense
 bench.py checkpoint  time that training waits for a save: written while it waits, or behind it
+bench.py roofline    predicted time of a micro-step and of a step of a run, part by part; measures nothing
 bench.py guards      time that a run's watchdog, checks and telemetry take of its steps
 """
 
@@ -27,12 +28,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sffn_bench import arguments, sizes
+from sffn_bench import arguments, roofline, sizes
 from sffn_bench.columns import table_of
+from sffn_bench.device_work import DeviceRates
 
 from sffn_dist import strict_json
 from sffn_dist.spec import counts, loading, machine, validation
-from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.disk_errors import DiskError, explained
 from sffn_dist.spec.traffic import TrafficGroup, feed_forward, total
 from sffn_dist.structured.dense import Dense
@@ -49,11 +51,8 @@ def misfits(args: argparse.Namespace) -> Iterator[str]:
         yield f"--csv {args.csv}: there is no folder {args.csv.absolute().parent}"
     if "repeats" in args and args.repeats < 2:
         yield f"--repeats {args.repeats}: must be at least 2"
-    if args.command == "guards":
-        try:
-            validation.check_world(loading.load(str(args.config), args.overrides), args.ranks)
-        except ConfigError as error:
-            yield from error.problems
+    if "config" in args:
+        yield from config_problems(args)
     elif args.command == "checkpoint":
         yield from no_room(args)
     elif "widths" in args:
@@ -72,6 +71,19 @@ def misfits(args: argparse.Namespace) -> Iterator[str]:
         yield from sizes.odd_widths(args.widths, args.kinds, args.shares)
     else:
         yield from odd_shapes(args)
+
+
+def config_problems(args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with a run's config, the ranks, or the device that its time is predicted for."""
+    try:
+        config = loading.load(str(args.config), args.overrides)
+        if args.command == "guards":
+            validation.check_world(config, args.ranks)
+        else:
+            roofline.check(config)
+            device_rates(args, config)
+    except ConfigError as error:
+        yield from error.problems
 
 
 def odd_shapes(args: argparse.Namespace) -> Iterator[str]:
@@ -243,6 +255,19 @@ def guards(args: argparse.Namespace) -> list[dict[str, Any]]:
         return printed(command, max(1, machine.cores() // args.ranks), "the run")
 
 
+def device_rates(args: argparse.Namespace, config: Config) -> DeviceRates:
+    """The device that the command line names. Raises ConfigError for one that is not known."""
+    given = {"flops": (args.peak_tflops, 1e12), "memory": (args.bandwidth, 1e12), "link": (args.link, 1e9)}
+    rates = {name: value * unit for name, (value, unit) in given.items() if value is not None}
+    return roofline.rates_of(args.device, linked=config.parallel.tensor > 1, **rates)
+
+
+def predicted(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of a run's parts, predicted."""
+    config = loading.load(str(args.config), args.overrides)
+    return roofline.predict(config, device_rates(args, config)).rows
+
+
 def printed(command: list[str], threads: int, who: str, *, hide_cuda: bool = False) -> list[dict[str, Any]]:
     """The rows that a Python process prints in its last line."""
     quiet = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "PYTHONSAFEPATH": "1"}
@@ -263,6 +288,7 @@ COMMANDS = {
     "guide": guide,
     "checkpoint": checkpoint,
     "guards": guards,
+    "roofline": predicted,
     "ffn": layers,
     "step": layers,
     "decode": layers,
@@ -289,6 +315,8 @@ def measure(args: argparse.Namespace) -> None:
             args.csv.open("a").close()
     rows = COMMANDS[args.command](args)
     print(strict_json.dumps(rows, indent=1) if args.json else table_of(rows, args.command), flush=True)
+    if args.command == "roofline" and not args.json:
+        print(roofline.NOT_MEASURED, flush=True)
     if args.csv:
         table = io.StringIO()
         writer = csv.DictWriter(table, rows[0].keys())

@@ -26,16 +26,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sffn_bench import sizes
+from sffn_bench import roofline, sizes
 
 from sffn_dist import atomic_io, strict_json
 from sffn_dist.checkpoint.versions import revision, versions
 from sffn_dist.launch.error_output import print_errors
 from sffn_dist.spec import loading, machine
 from sffn_dist.spec.config import ConfigError
+from sffn_dist.spec.device_peaks import peak_flops
 from sffn_dist.spec.plan import plan
 from sffn_dist.telemetry import metrics
-from sffn_dist.telemetry.peak import peak_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECE_SECONDS, TINY_SECONDS, CALL_SECONDS = 480.0, 120.0, 540.0
@@ -152,7 +152,9 @@ def run(piece: Stage, work: Path, seconds: float) -> int:
 
 
 def run_figures(piece: Stage) -> dict[str, Any]:
-    """A run's: losses, speed over the second half of its steps without a guide, memory, beside the plan."""
+    """A run's: losses, speed over the second half of its steps without a guide, memory, beside what the plan
+    and the roofline say of it.
+    """
     assert piece.run_dir
     rows = [row for row in metrics.read(piece.run_dir / "metrics.jsonl") if not row["skipped"]]
     steady = rows[len(rows) // 2 :]
@@ -161,6 +163,7 @@ def run_figures(piece: Stage) -> dict[str, Any]:
     seconds = statistics.median(row["seconds"] for row in steady)
     flops = statistics.median(row["flops"] for row in steady)
     peak = peak_flops(device_name(), planned["precision"])
+    predicted = roofline.predicted(config, device_name(), planned["precision"])
     figures = {
         "run": piece.name,
         "kind": config.ffn.kind,
@@ -168,6 +171,10 @@ def run_figures(piece: Stage) -> dict[str, Any]:
         "first_loss": rows[0]["loss"],
         "last_loss": rows[-1]["loss"],
         "step_seconds": seconds,
+        "predicted_step_seconds": predicted.step if predicted else None,
+        "measured_over_predicted": seconds / predicted.step if predicted else None,
+        "micro_steps": config.accumulation_steps(1),
+        "predicted_micro_step_seconds": predicted.micro_step if predicted else None,
         "tokens_per_s": config.tokens_per_step / seconds,
         "tflops": flops / seconds / 1e12,
         "mfu": flops / seconds / peak if peak else None,
@@ -244,6 +251,7 @@ def page(out: Path, state: dict[str, Any], runs: Sequence[dict[str, Any]]) -> st
         keys = [key for key in runs[0] if key not in ("torch", "deepspeed", "revision", "device")]
         lines += ["", f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)]
         lines += [f"| {' | '.join(_text(row[key]) for key in keys)} |" for row in runs]
+        lines += ["", "`predicted_…`: `tools/bench.py roofline`, by config and data sheet alone."]
     return "\n".join(lines) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,6 +18,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
     return value
 
 
@@ -61,6 +70,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--ranks", type=positive, default=2, help="that it is started on (default %(default)s)"
     )
     watching.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the config")
+    _roofline(commands)
     layers = [
         _paper_sizes(
             commands,
@@ -102,6 +112,21 @@ def _command(commands: Commands, name: str, text: str) -> argparse.ArgumentParse
     sub.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
     sub.add_argument("--json", action="store_true", help="print a JSON list of rows")
     return sub
+
+
+def _roofline(commands: Commands) -> None:
+    text = "predicted time of a micro-step and of a step, part by part, from the config alone"
+    sub = _command(commands, "roofline", text)
+    sub.add_argument("--config", type=Path, required=True, help="the run")
+    sub.add_argument("--device", default="H100", help="by its driver's name or a part of it (default H100)")
+    for option, unit in (
+        ("--peak-tflops", "TFLOP/s in bf16"),
+        ("--bandwidth", "TB/s of its memory"),
+        ("--link", "GB/s that it receives from its tensor-parallel group"),
+    ):
+        said = f"{unit}, in place of its data sheet's"
+        sub.add_argument(option, type=positive_number, metavar="X", help=said)
+    sub.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the config")
 
 
 def _one_size(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sffn_bench import layers, one_layer, rows, sizes
 from sffn_dist import strict_json
 from sffn_dist.parallel import topology
-from sffn_dist.telemetry.peak import peak_flops, peak_memory
+from sffn_dist.spec.device_peaks import peak_flops, peak_memory
 
 MODES: dict[str, tuple[sizes.Mode, ...]] = {"ffn": ("forward", "forward_backward"), "step": ("training",)}
 # Passes in a row that make one time: on CUDA devices the next pass is prepared while one runs, as in

@@ -83,7 +83,7 @@ class FeedForward:
         return cut is not None and cut.exchanges_features(self.part.ranks)
 
     @cached_property
-    def _one_operation(self) -> bool:
+    def one_operation(self) -> bool:
         """From bottleneck to bottleneck, as parallel/feed_forward.py decides."""
         if self.structure.dense or self.part.guide or not self.structure.fused_kernels or self._exchanged:
             return False
@@ -111,7 +111,7 @@ class FeedForward:
     @property
     def _wide(self) -> int:
         """Features of the activation's input and output, and of what lies between."""
-        if self.part.config.gated and not self._one_operation:
+        if self.part.config.gated and not self.one_operation:
             return 5 * self._inner
         return self._outer + self._inner
 
@@ -138,7 +138,7 @@ class FeedForward:
     @property
     def backward(self) -> int:
         """What the backward pass makes beside what is kept and the gradient of its output."""
-        if self._one_operation:
+        if self.one_operation:
             return self._backward_of_one_operation
         return self._backward_of_what_is_rebuilt if self._narrow else self._backward_by_megatron
 

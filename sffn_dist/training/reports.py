@@ -13,9 +13,9 @@ from sffn_dist.parallel.topology import Topology
 from sffn_dist.spec import counts
 from sffn_dist.spec import schedule as schedules
 from sffn_dist.spec.config import Config
+from sffn_dist.spec.device_peaks import peak_flops
 from sffn_dist.telemetry.events import EventLog
 from sffn_dist.telemetry.metrics import MetricsLog
-from sffn_dist.telemetry.peak import peak_flops
 from sffn_dist.telemetry.progress import Estimate, Progress
 from sffn_dist.telemetry.trackers import Trackers
 

@@ -13,10 +13,10 @@ from sffn_dist.launch import checks, cli, environment
 from sffn_dist.spec import machine
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.spec.config_keys import key_fields
+from sffn_dist.spec.device_peaks import peak_flops, peak_link, peak_memory
 from sffn_dist.spec.key_aliases import ALIASES
 from sffn_dist.spec.loading import load
 from sffn_dist.spec.plan import plan, render
-from sffn_dist.telemetry.peak import peak_flops, peak_memory
 
 SMALL = {
     "model": {"layers": 2, "width": 32, "heads": 4, "sequence": 16, "vocab": 256},
@@ -189,3 +189,4 @@ def test_cores_are_shared_by_the_ranks_that_may_use_them() -> None:
 def test_peaks(device: str, flops: float) -> None:
     assert peak_flops(device, "bf16") == flops
     assert peak_memory(device)
+    assert peak_link(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -12,6 +13,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from sffn_bench import roofline
+
+from sffn_dist.spec import loading
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +81,34 @@ def test_what_falls_short_is_marked(gpu: ModuleType) -> None:
         *(None, None, None),
         *(False, True, False),
     ]
+
+
+def test_a_run_is_set_beside_its_prediction(
+    gpu: ModuleType, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device whose data sheet is known: of eight micro-steps and an update, measured as twice that."""
+    monkeypatch.setattr(gpu, "device_name", lambda: "NVIDIA H100 80GB HBM3")
+    piece = next(
+        piece for piece in gpu.pieces(tmp_path, tmp_path, tiny=False) if piece.name == "train_xl_low_rank_32"
+    )
+    overrides = (*piece.overrides, "precision=bf16")
+    predicted = roofline.predict(loading.load(str(root / piece.config), overrides), roofline.rates_of("H100"))
+    piece.run_dir.mkdir()
+    row = {"skipped": False, "loss": 2.0, "seconds": 2 * predicted.step, "flops": 1e12}
+    (piece.run_dir / "metrics.jsonl").write_text(4 * (json.dumps(row) + "\n"))
+    found = gpu.run_figures(dataclasses.replace(piece, overrides=overrides))
+    assert found["predicted_step_seconds"] == predicted.step
+    assert found["predicted_micro_step_seconds"] == predicted.micro_step
+    assert found["measured_over_predicted"] == pytest.approx(2)
+    assert found["micro_steps"] == 8
+    page = gpu.page(tmp_path, {}, [found])
+    assert "| step_seconds | predicted_step_seconds | measured_over_predicted |" in page
+    assert f"| {2 * predicted.step:.4g} | {predicted.step:.4g} | 2 |" in page
+    assert "by config and data sheet alone" in page
+    monkeypatch.setattr(gpu, "device_name", lambda: "a CPU")
+    found = gpu.run_figures(dataclasses.replace(piece, overrides=overrides))
+    assert found["predicted_step_seconds"] is None
+    assert found["measured_over_predicted"] is None
 
 
 def test_without_a_device_it_says_so(root: Path) -> None:
