@@ -5,6 +5,7 @@
 #                    their table goes to TABLE
 # make test-sweeps   the plan's memory against the live bytes of many models, and what a step asks of a CUDA device, for a quarter of an hour
 # make test-versions exported folders under transformers 4.48, the newest 4 and 5; pip brings those, once, below build/
+# make test-mutants  small faults put into the code one at a time, which tests must see; half an hour
 # make gpu           on a GPU: tests, training, layers, in pieces of eight minutes (tools/gpu.py); make gpu-wheels: what to carry to one without a network
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +20,7 @@ export PYTHONSAFEPATH := 1
 WHEELS ?=
 WHEELS_PYTHON ?= 3.12
 
-.PHONY: install demo test test-faults test-slurm test-versions test-sweeps gpu gpu-wheels lint clean
+.PHONY: install demo test test-faults test-slurm test-versions test-sweeps test-mutants gpu gpu-wheels lint clean
 
 install: $(READY)
 
@@ -49,6 +50,9 @@ test-versions: $(READY)
 
 test-sweeps: $(READY)
 	$(BIN)/python -m pytest -m sweeps tests/training_room/test_live_bytes.py tests/gpu_room/test_fake_cuda.py
+
+test-mutants: $(READY)
+	$(BIN)/python tests/mutants/run.py $(ARGUMENTS)
 
 # on the machine's own Python where WHEELS are carried to it, else in the environment
 gpu: $(if $(WHEELS),,$(READY))
