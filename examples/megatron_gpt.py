@@ -3,8 +3,8 @@
     python examples/megatron_gpt.py --kind block_dense --rank 48 --blocks 4
     torchrun --nproc-per-node 2 examples/megatron_gpt.py --kind low_rank --rank 32     # tensor parallel 2
 
-Of this project it takes the layer spec and what megatron-core needs without CUDA. Model, groups, loss and loop
-are megatron-core's and torch's own, as in a trainer of yours. The data are this file's own bytes.
+Of this project it takes the layer spec and what megatron-core needs without CUDA. Model, groups, loss and
+loop are megatron-core's and torch's own, as in a trainer of yours. The data are this file's own bytes.
 """
 
 from __future__ import annotations
