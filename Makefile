@@ -1,5 +1,6 @@
 # make demo   train the demo (installs first if needed)      make test   all tests
 # make lint   ruff and mypy                                  make install   .venv with everything in it
+# make docs          docs/ as a site with an API reference, into build/site
 # make test-slurm    jobs on a real Slurm on this machine, for some minutes; needs root and Debian's packages slurmctld slurmd slurm-client munge
 # make test-faults   runs and saves killed at random moments, disks that fill, ranks that hang or lie, for a quarter of an hour;
 #                    their table goes to TABLE
@@ -19,7 +20,7 @@ export PYTHONSAFEPATH := 1
 WHEELS ?=
 WHEELS_PYTHON ?= 3.12
 
-.PHONY: install demo test test-faults test-slurm test-versions test-sweeps gpu gpu-wheels lint clean
+.PHONY: install demo test test-faults test-slurm test-versions test-sweeps gpu gpu-wheels docs lint clean
 
 install: $(READY)
 
@@ -62,6 +63,12 @@ gpu-wheels: $(READY)
 	    --platform manylinux_2_28_x86_64 -c constraints.txt -d build/wheels megatron-core pydantic annotated-types typing-inspection
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(WHEELS_PYTHON) --platform manylinux2014_x86_64 \
 	    -d build/wheels pydantic-core==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("pydantic-core"))')
+
+# what it needs is installed at its first call
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python tools/config_reference.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 lint: $(READY)
 	$(BIN)/ruff check .
