@@ -144,7 +144,7 @@ def keys() -> dict[str, FieldInfo]:
 
 
 def _tables() -> Iterator[str]:
-    head = "| key | type | default | rule | |\n|---|---|---|---|---|"
+    head = "| key | type | default | rule | description |\n|---|---|---|---|---|"
     loose = [row(key, field) for key, field in keys().items() if "." not in key]
     yield "\n".join(["## Keys without a section\n", head, *loose])
     for name, field in Config.model_fields.items():
