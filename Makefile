@@ -1,9 +1,10 @@
 # make demo   train the demo (installs first if needed)      make test   all tests
 # make lint   ruff and mypy                                  make install   .venv with everything in it
+# make docs          docs/ as a site with an API reference, into build/site
 # make test-slurm    jobs on a real Slurm on this machine, for some minutes; needs root and Debian's packages slurmctld slurmd slurm-client munge
 # make test-faults   runs and saves killed at random moments, disks that fill, ranks that hang or lie, for a quarter of an hour;
 #                    their table goes to TABLE
-# make test-sweeps   the plan's memory against the live bytes of many models, and what a step asks of a CUDA device, for a quarter of an hour
+# make test-sweeps   the plan's memory against the live bytes of many models, what a step asks of a CUDA device, and the longer example, for a quarter of an hour
 # make test-versions exported folders under transformers 4.48, the newest 4 and 5; pip brings those, once, below build/
 # make test-mutants  small faults put into the code one at a time, which tests must see; half an hour
 # make gpu           on a GPU: tests, training, layers, in pieces of eight minutes (tools/gpu.py); make gpu-wheels: what to carry to one without a network
@@ -20,7 +21,7 @@ export PYTHONSAFEPATH := 1
 WHEELS ?=
 WHEELS_PYTHON ?= 3.12
 
-.PHONY: install demo test test-faults test-slurm test-versions test-sweeps test-mutants gpu gpu-wheels lint clean
+.PHONY: install demo test test-faults test-slurm test-versions test-sweeps test-mutants gpu gpu-wheels docs lint clean
 
 install: $(READY)
 
@@ -49,7 +50,7 @@ test-versions: $(READY)
 	$(BIN)/python -m pytest -s -m versions tests/checkpoint_room/test_hf_versions.py
 
 test-sweeps: $(READY)
-	$(BIN)/python -m pytest -m sweeps tests/training_room/test_live_bytes.py tests/gpu_room/test_fake_cuda.py
+	$(BIN)/python -m pytest -m sweeps tests/training_room/test_live_bytes.py tests/gpu_room/test_fake_cuda.py tests/tools_room/test_examples.py
 
 test-mutants: $(READY)
 	$(BIN)/python tests/mutants/run.py $(ARGUMENTS)
@@ -66,6 +67,12 @@ gpu-wheels: $(READY)
 	    --platform manylinux_2_28_x86_64 -c constraints.txt -d build/wheels megatron-core pydantic annotated-types typing-inspection
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(WHEELS_PYTHON) --platform manylinux2014_x86_64 \
 	    -d build/wheels pydantic-core==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("pydantic-core"))')
+
+# what it needs is installed at its first call
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python tools/config_reference.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 lint: $(READY)
 	$(BIN)/ruff check .

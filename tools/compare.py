@@ -26,8 +26,8 @@ import sffn_dist
 from sffn_dist import atomic_io, strict_json
 from sffn_dist.comparison import curves, summary, variants
 from sffn_dist.launch import checks
-from sffn_dist.launch.environment import free_port
 from sffn_dist.launch.error_output import print_errors
+from sffn_dist.launch.ports import free_port
 from sffn_dist.spec import loading, machine, validation
 from sffn_dist.spec.config import Config, ConfigError
 from sffn_dist.spec.disk_errors import DiskError, explained

@@ -35,7 +35,7 @@ class _LaunchState:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int, **constants: Any) -> None:
-    """kernel[grid](*args, **constants); within :func:`compiling` only compiled, as it would be for these
+    """``kernel[grid](*args, **constants)``; within :func:`compiling` only compiled, as it would be for these
     very arguments.
     """
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}

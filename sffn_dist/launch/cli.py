@@ -25,6 +25,7 @@ from sffn_dist.launch import (
     environment,
     exit_codes,
     launcher_watch,
+    ports,
     run_changes,
     run_identity,
     run_lock,
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None, pretrain: Callable[[Config, Watchdog, Signa
             print_plan(config)
         if options.plan:
             return exit_codes.DONE
-        environment.check_port()
+        ports.check_port()
         lock = run_lock.RunLock(Path(config.run.dir))
         if main_rank and not options.preflight:
             lock.acquire()
@@ -200,7 +201,7 @@ def end_refused(error: ConfigError, watchdog: Watchdog | None, main_rank: bool) 
     Later a rank may have a fault of its own, e.g. a folder that its node does not see; and so may one that
     does not find the others.
     """
-    alone = watchdog and (watchdog.started or isinstance(error, environment.RendezvousError))
+    alone = watchdog and (watchdog.started or isinstance(error, ports.RendezvousError))
     return watchdog.fail(error) if watchdog and alone else refuse(error, main_rank)
 
 

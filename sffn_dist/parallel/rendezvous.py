@@ -16,8 +16,8 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
-from sffn_dist.launch import environment
-from sffn_dist.launch.environment import RendezvousError
+from sffn_dist.launch import ports
+from sffn_dist.launch.ports import RendezvousError
 from sffn_dist.spec.config import ConfigError
 
 # seconds that a rank may come later than the first: nodes boot containers and read an environment from a slow
@@ -56,7 +56,7 @@ def _connect(host: str, port: int, rank: int, patience: float) -> Any:
         return TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error):
-            raise RendezvousError([environment.taken_port(port)]) from None
+            raise RendezvousError([ports.taken_port(port)]) from None
         rule = (
             f"{platform.node()} cannot reach it in {patience:g} seconds ({_first_line(error)}); rank 0 must "
             f"run there"

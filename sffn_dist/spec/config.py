@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from sffn_dist.spec.config_data import Data as Data
 from sffn_dist.spec.config_guards import Guards as Guards
+from sffn_dist.spec.config_model import Model as Model
 from sffn_dist.spec.config_profile import Profile as Profile
 from sffn_dist.spec.config_types import (
     FFNKind,
@@ -42,39 +44,19 @@ class ConfigError(ValueError):
 class RunSettings(Section):
     """Where a run lives."""
 
-    dir: str = Field("", description="everything the run writes; default runs/<name of the config file>")
-
-
-class Model(Section):
-    """The transformer around the feed-forward layers (paper, appendix: models)."""
-
-    layers: Annotated[int, Field(gt=0, le=10_000)]
-    width: PositiveInt = Field(description="of the residual stream, h")
-    heads: PositiveInt = Field(description="query heads")
-    kv_heads: PositiveInt | None = Field(None, description="key/value heads (GQA); default: heads")
-    attention_dim: PositiveInt | None = Field(None, description="heads x head size; default: width")
-    sequence: PositiveInt = Field(1024, description="tokens of context")
-    vocab: PositiveInt = Field(
-        32_000, description="rows of the embedding, whatever the tokenizer uses of them"
+    dir: str = Field(
+        "",
+        description="folder of everything the run writes, where the same command continues it; default: "
+        "runs/<name of the config file>",
     )
-    vocab_unpadded: PositiveInt | None = Field(
-        None, description="rows that stand for tokens, the first ones; others are padding; default: vocab"
-    )
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_epsilon: PositiveFloat = 1e-5
-    activation: Literal["gelu", "gelu_erf", "swiglu"] = Field(
-        "gelu", description="gelu: its tanh form, as the paper's; gelu_erf: exact"
-    )
-    bias: bool = True
-    tie_embeddings: bool = True
-    rope_base: PositiveInt = 10_000
-    init_std: PositiveFloat = 0.02
 
 
 class FFN(Section):
     """The feed-forward kind; ``rank`` and ``blocks`` as in the paper's section 3.1."""
 
-    kind: FFNKind = Field(registry.DENSE, description="of the structures in structured/registry.py")
+    kind: FFNKind = Field(
+        registry.DENSE, description="structure of the feed-forward layers, of those in structured/registry.py"
+    )
     width: PositiveInt | None = Field(None, description="inner width f; default: 4 x model.width")
     rank: PositiveInt | None = Field(None, description="R, of the kinds that have one")
     blocks: PositiveInt | None = Field(None, description="B, of the kinds that have them")
@@ -86,8 +68,9 @@ class Guide(Section):
 
     mode: Literal["off", "fixed_step", "fixed_flop", "window"] = Field(
         "off",
-        description="fixed_flop: guided steps, repeated at the end, such that the run costs what the "
-        "dense model's costs",
+        description="guided steps; fixed_step: the first ones, by guide.fraction; fixed_flop: guided "
+        "steps, repeated at the end, such that the run costs what the dense model's costs; window: by "
+        "guide.begin and guide.end",
     )
     fraction: Fraction = Field(
         0.5, description="of train.steps that are guided, from the first on (fixed_step)"
@@ -100,42 +83,13 @@ class Guide(Section):
     stochastic: bool = Field(False, description="compute the guide only with probability alpha")
 
 
-class Data(Section):
-    """Text, tokenizer, token shards."""
-
-    dir: str = Field("data", description="prepared token shards, shared by runs")
-    source: str = Field(
-        "stdlib",
-        description='"stdlib", a file or folder of .txt, .jsonl, .json (also .gz, .zst, .bz2, .xz) and '
-        '.parquet, or "hf:<dataset>[:<configuration>]"',
-    )
-    text_field: str = Field(
-        "text", description="column that holds the text, of jsonl, json, parquet and hf sources"
-    )
-    document_separator: Annotated[str, Field(min_length=1)] | None = Field(
-        "<|endoftext|>", description="ends a document inside a .txt file, and is no text; null: none does"
-    )
-    ignore: tuple[str, ...] = Field((), description="glob patterns of files of a folder that are not read")
-    bad_rows: Literal["refuse", "skip"] = Field(
-        "refuse", description="what happens to rows that give no text; skipped ones are counted"
-    )
-    tokenizer: str | None = Field(
-        None,
-        description="a folder or file: tokenizer.json, tokenizer.model, tiktoken, vocab.json and merges.txt; "
-        "default: a byte-level BPE trained on the source",
-    )
-    end_of_text: str | None = Field(
-        None, min_length=1, description="token after each document; default: the tokenizer's eos_token"
-    )
-    bos: bool = Field(False, description="put the tokenizer's bos_token before each document")
-    heldout_share: OpenFraction = Field(0.02, description="of the documents")
-
-
 class Train(Section):
     """Recipe (paper, appendix): AdamW, linear warm-up, cosine to a tenth."""
 
     steps: Annotated[int, Field(ge=0, le=10_000_000)] = Field(
-        0, description="over new data; guide.mode = fixed_flop repeats some of them; 0: train.epochs says"
+        0,
+        description="optimiser steps over new data; guide.mode = fixed_flop repeats some of them; 0: "
+        "train.epochs says",
     )
     epochs: PositiveFloat | None = Field(
         None, description="passes over the training data, in place of train.steps, rounded up to whole steps"
@@ -144,18 +98,22 @@ class Train(Section):
     micro_batch_size: MicroBatchSize = Field(
         8, description="sequences a forward pass, a rank; auto: the most that fit, see spec/micro_batch.py"
     )
-    seed: Seed = 0
-    optimizer: OptimizerName = "adamw"
-    learning_rate: PositiveFloat = 6e-4
+    seed: Seed = Field(0, description="of first weights, order of data, coins and sample")
+    optimizer: OptimizerName = Field("adamw", description="of those in spec/optimizers.py")
+    learning_rate: PositiveFloat = Field(6e-4, description="at the end of the warm-up, the highest")
     learning_rate_schedule: LearningRateSchedule = Field(
         "cosine", description="how the learning rate falls after the warm-up"
     )
-    min_learning_rate_ratio: Fraction = 0.1
-    warmup_share: Fraction = 0.1
-    weight_decay: NonNegativeFloat = 0.1
-    beta1: OpenFraction = 0.9
-    beta2: OpenFraction = 0.999
-    epsilon: PositiveFloat = 1e-8
+    min_learning_rate_ratio: Fraction = Field(
+        0.1, description="learning rate at the end, as a share of train.learning_rate"
+    )
+    warmup_share: Fraction = Field(0.1, description="of all steps, in which the learning rate rises from 0")
+    weight_decay: NonNegativeFloat = Field(
+        0.1, description="decoupled, of every parameter, biases and norms too"
+    )
+    beta1: OpenFraction = Field(0.9, description="decay of the first moment")
+    beta2: OpenFraction = Field(0.999, description="decay of the second moment")
+    epsilon: PositiveFloat = Field(1e-8, description="added to the second moment's root")
     clip: NonNegativeFloat = Field(1.0, description="global gradient norm; 0: no clipping")
     stop_at_step: PositiveInt | None = Field(
         None, description="save and end after so many steps, on the schedule of all train.steps"
@@ -179,9 +137,13 @@ class Parallel(Section):
 class Zero(Section):
     """DeepSpeed ZeRO."""
 
-    stage: Literal[0, 1, 2, 3] = Field(1, description="0 in fp32 alone")
+    stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="0: nothing is split over data-parallel ranks; 1: moments; 2: gradients too; 3: weights "
+        "too. Micro-steps are summed in fp32. 0 is refused in bf16, where DeepSpeed would sum in bf16",
+    )
     reduce_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of gradients' sums over data-parallel ranks in bf16 training"
+        "fp32", description="in which bf16 training sums gradients over the data-parallel ranks"
     )
 
 
@@ -224,7 +186,9 @@ class Checkpoint(Section):
 class Evaluation(Section):
     """When the held-out loss is measured, and on how much."""
 
-    interval: NaturalInt = Field(0, description="steps between evaluations; 0: only at the end")
+    interval: NaturalInt = Field(
+        0, description="steps between evaluations of the held-out loss; 0: only at the end"
+    )
     sequences: PositiveInt = Field(
         128, description="held-out sequences, at most, and at most as many as are trained on"
     )
@@ -233,18 +197,18 @@ class Evaluation(Section):
 class Sample(Section):
     """The text generated at the end of a run."""
 
-    tokens: NaturalInt = 48
-    prompt: str = "def "
-    temperature: NonNegativeFloat = 0.8
+    tokens: NaturalInt = Field(48, description="length of the text; 0: none is generated")
+    prompt: str = Field("def ", description="what the text begins with")
+    temperature: NonNegativeFloat = Field(0.8, description="0: the likeliest token each time")
 
 
 class Logging(Section):
     """What is shown and which trackers are used."""
 
-    progress: bool = True
-    wandb: bool = False
-    wandb_project: str = "sffn_dist"
-    tensorboard: bool = False
+    progress: bool = Field(True, description="show the steps on rank 0's standard output")
+    wandb: bool = Field(False, description="log to Weights & Biases; offline where nobody is logged in")
+    wandb_project: str = Field("sffn_dist", description="project there")
+    tensorboard: bool = Field(False, description="log to TensorBoard files in run.dir")
     peak_tflops: PositiveFloat | None = Field(
         None, description="of a device, for the MFU; default: by the device's name, in bf16"
     )
@@ -261,10 +225,18 @@ class Config(Section):
     train: Train
     parallel: Parallel = Parallel()
     zero: Zero = Zero()
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    recompute: Literal["none", "bottleneck", "full"] = "none"
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 on CUDA devices and on CPUs with bf16 units, else fp32"
+    )
+    recompute: Literal["none", "bottleneck", "full"] = Field(
+        "none",
+        description="bottleneck: of a structured FFN keep the input and both bottlenecks, and rebuild in "
+        "backward what is as wide as the inner layer; full: keep each layer's input alone",
+    )
     kernels: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="auto: whichever was measured to be faster, on CUDA devices"
+        "auto",
+        description="auto: on CUDA devices whichever was measured to be faster, a Triton kernel or plain "
+        "torch; triton is refused, with the reason, where it cannot run",
     )
     init_from: InitFrom = InitFrom()
     checkpoint: Checkpoint = Checkpoint()

@@ -19,7 +19,7 @@ from sffn_dist.data import build
 from sffn_dist.data.prepare import prepare
 from sffn_dist.data.ranks import Ranks
 from sffn_dist.health.watchdog import Watchdog
-from sffn_dist.launch.environment import free_port
+from sffn_dist.launch.ports import free_port
 from sffn_dist.parallel import rendezvous
 from sffn_dist.spec.config import Guards
 from sffn_dist.spec.loading import from_tree

@@ -25,7 +25,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from sffn_dist.launch.environment import free_port
+from sffn_dist.launch.ports import free_port
 
 START_SECONDS = 120.0  # imports on a busy machine
 

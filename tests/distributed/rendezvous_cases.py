@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch._C._distributed_c10d import TCPStore
 
-from sffn_dist.launch.environment import free_port
+from sffn_dist.launch.ports import free_port
 from sffn_dist.parallel import rendezvous
 from sffn_dist.spec.config import ConfigError
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sffn_dist.launch.environment import free_port
+from sffn_dist.launch.ports import free_port
 
 STEPS = 12  # guided 0, 1; plain 2 .. 9; 10, 11 repeat the guided ones
 SCRIPT = "sffn_dist/pretrain.py"

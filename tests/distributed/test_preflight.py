@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sffn_dist.health import collective_check, consistency, preflight
-from sffn_dist.launch.environment import free_port
+from sffn_dist.launch.ports import free_port
 
 CASES = Path(__file__).with_name("preflight_cases.py")
 TREE: dict[str, Any] = {

@@ -20,7 +20,7 @@ from sffn_dist import pretrain
 from sffn_dist.checkpoint import writer
 from sffn_dist.checkpoint.run_folder import latest_checkpoint
 from sffn_dist.inference import evaluation
-from sffn_dist.launch.environment import free_port
+from sffn_dist.launch.ports import free_port
 from sffn_dist.parallel import rendezvous
 from sffn_dist.training import step
 from sffn_dist.training.hooks import evaluate

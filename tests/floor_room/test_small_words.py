@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sffn_dist.launch import checks, cli, environment
+from sffn_dist.launch import checks, cli, environment, ports
 from sffn_dist.spec import machine
 from sffn_dist.spec.config import ConfigError
 from sffn_dist.spec.config_keys import key_fields
@@ -103,13 +103,11 @@ def test_a_taken_port() -> None:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        with pytest.raises(
-            environment.RendezvousError, match=f"MASTER_PORT = {port}: is in use .*--master_port"
-        ):
-            environment.check_port({"RANK": "0", "MASTER_PORT": port})
-        environment.check_port({"RANK": "1", "MASTER_PORT": port})
-        environment.check_port({"RANK": "0", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"})
-    environment.check_port({"RANK": "0", "MASTER_PORT": port})
+        with pytest.raises(ports.RendezvousError, match=f"MASTER_PORT = {port}: is in use .*--master_port"):
+            ports.check_port({"RANK": "0", "MASTER_PORT": port})
+        ports.check_port({"RANK": "1", "MASTER_PORT": port})
+        ports.check_port({"RANK": "0", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    ports.check_port({"RANK": "0", "MASTER_PORT": port})
 
 
 @pytest.mark.parametrize(

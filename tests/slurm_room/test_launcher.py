@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sffn_dist.launch import environment
+from sffn_dist.launch import environment, ports
 from sffn_dist.spec.config import ConfigError
 
 STEP = {  # of the third of five tasks on nodes of two
@@ -35,7 +35,7 @@ def test_a_task_of_srun_is_described_as_torchrun_would() -> None:
     environ = dict(STEP)
     assert environment.set_rank_variables(environ)
     assert [environ[name] for name in TORCH] == ["2", "5", "0", "2", "localhost"]
-    assert environ["MASTER_PORT"] == str(environment.rendezvous_port(41, 2))
+    assert environ["MASTER_PORT"] == str(ports.rendezvous_port(41, 2))
     assert not environment.set_rank_variables(environ), "once is enough"
     last = STEP | {"SLURM_PROCID": "4", "SLURM_NODEID": "2"}
     environment.set_rank_variables(last)
@@ -235,13 +235,13 @@ def test_tasks_per_node(groups: list[tuple[int, int]]) -> None:
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 50))
 def test_ports(job: int, step: int) -> None:
-    assert 20000 <= environment.rendezvous_port(job, step) < 32000
+    assert 20000 <= ports.rendezvous_port(job, step) < 32000
     assert (
         len(
             {
-                environment.rendezvous_port(job, step),
-                environment.rendezvous_port(job, step + 1),
-                environment.rendezvous_port(job + 1, step),
+                ports.rendezvous_port(job, step),
+                ports.rendezvous_port(job, step + 1),
+                ports.rendezvous_port(job + 1, step),
             }
         )
         == 3

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sffn_dist import pretrain
-from sffn_dist.launch.environment import free_port
+from sffn_dist.launch.ports import free_port
 
 SETTINGS = [
     "checkpoint.interval=2",

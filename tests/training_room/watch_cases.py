@@ -27,7 +27,7 @@ from torch._C._distributed_c10d import TCPStore
 from sffn_dist.health import heartbeat, watchdog
 from sffn_dist.health.watchdog import Watchdog
 from sffn_dist.launch import processes
-from sffn_dist.launch.environment import free_port
+from sffn_dist.launch.ports import free_port
 from sffn_dist.parallel import rendezvous
 from sffn_dist.spec.config import ConfigError, Guards
 
