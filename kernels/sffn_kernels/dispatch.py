@@ -47,6 +47,7 @@ class _DispatchState:
     writes: bool = True
     agree: Callable[[list[float]], list[float]] | None = None
     meet: Callable[[], None] = staticmethod(lambda: None)
+    measures: bool = True
     clock: Callable[[torch.device], timing.Clock] = timing.CudaClock
     pace = timing.Pace()
 
@@ -77,6 +78,23 @@ def using(setting: str) -> Iterator[None]:
         yield
     finally:
         _DispatchState.setting = before
+
+
+@contextmanager
+def unmeasured() -> Iterator[None]:
+    """Within the block nothing is timed, and no table asked: ``auto`` is plain torch, ``triton`` the first
+    tiling of each operation. For what is computed a few times, in sizes that nothing else has.
+    """
+    before, _DispatchState.measures = _DispatchState.measures, False
+    try:
+        yield
+    finally:
+        _DispatchState.measures = before
+
+
+def prefers_kernels() -> bool:
+    """Whether kernels run without being the faster ones: under the setting ``triton``."""
+    return _DispatchState.setting == "triton"
 
 
 def agree_by(
@@ -180,6 +198,8 @@ def key(op: str, dtype: torch.dtype, sizes: Sequence[int]) -> str:
 
 
 def _chosen(row: str, device: torch.device, ways: Ways[T]) -> str:
+    if not _DispatchState.measures:
+        return next(iter(ways))
     auto = _DispatchState.setting == "auto"
     table = _table(device) if auto else _DispatchState.among_kernels
     if row in table and table[row].way in ways:

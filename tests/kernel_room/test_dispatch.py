@@ -196,6 +196,16 @@ DAMAGED = (
 )
 
 
+def test_unmeasured_nothing_is_timed_and_no_kernel_of_a_table_compiled(card: dict[str, float]) -> None:
+    dispatch._DispatchState.table = {"op float16 128x8": Choice("quick", "quick")}
+    with dispatch.unmeasured():
+        assert chosen() == chosen(tokens=7) == "torch"
+        with dispatch.using("triton"):
+            assert chosen() == "slow", "the first tiling"
+    assert card["measured"] == 0
+    assert chosen() == "quick", "as before"
+
+
 @pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_table_is_left_aside(card: dict[str, float], text: str) -> None:
     text = text.replace('{"rows"', json.dumps({"triton": choices.triton_version()})[:-1] + ', "rows"')
