@@ -37,7 +37,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """A row: the way chosen, the fastest one, and the times of each that ran."""
 
     way: str
@@ -58,7 +58,7 @@ class Choice:
         )
 
 
-def choose(measured: Mapping[str, Sequence[float]]) -> Choice:
+def choose(measured: Mapping[str, Sequence[float]]) -> KernelChoice:
     """The first way that is no slower than the fastest by more than the spread of their times.
 
     ``measured``: the times of each way, in order of preference; infinite where it did not run.
@@ -70,7 +70,7 @@ def choose(measured: Mapping[str, Sequence[float]]) -> Choice:
         name: _summary(values) for name, values in measured.items() if all(math.isfinite(v) for v in values)
     }
     if not times:
-        return Choice(next(iter(measured)), next(iter(measured)))
+        return KernelChoice(next(iter(measured)), next(iter(measured)))
     fastest = min(times, key=lambda name: times[name].median)  # the first of equals
     best = times[fastest]
     way = next(
@@ -78,7 +78,7 @@ def choose(measured: Mapping[str, Sequence[float]]) -> Choice:
         for name, own in times.items()
         if name == fastest or own.median - best.median <= max(own.spread, best.spread)
     )
-    return Choice(way, fastest, times)
+    return KernelChoice(way, fastest, times)
 
 
 def _summary(values: Sequence[float]) -> Times:
@@ -108,7 +108,7 @@ def triton_version() -> str | None:
         return None
 
 
-def read(path: Path, triton: str | None = None) -> dict[str, Choice]:
+def read(path: Path, triton: str | None = None) -> dict[str, KernelChoice]:
     """Row -> choice; none if the file was measured with another ``triton``.
 
     With a warning: a file that is no such table counts as empty; rows of earlier versions, which are a name
@@ -138,7 +138,7 @@ def read(path: Path, triton: str | None = None) -> dict[str, Choice]:
     return found
 
 
-def _choice(entry: Any) -> Choice:
+def _choice(entry: Any) -> KernelChoice:
     times = {str(name): Times(**numbers) for name, numbers in entry["times"].items()}
     for numbers in times.values():
         if not all(isinstance(value, int | float) for value in asdict(numbers).values()):
@@ -146,16 +146,16 @@ def _choice(entry: Any) -> Choice:
     names = entry["way"], entry["fastest"]
     if not all(isinstance(name, str) for name in names):
         raise ValueError("way, fastest: must be names")
-    return Choice(*names, times)
+    return KernelChoice(*names, times)
 
 
-def known(device: torch.device) -> dict[str, Choice]:
+def known(device: torch.device) -> dict[str, KernelChoice]:
     """What the package ships for a device, and over it what this machine's cache has."""
     file = f"{device_name(device)}.json" if device.type == "cuda" else "none.json"
     return {**read(TABLES / file), **read(cache_folder() / file, triton_version())}
 
 
-def write(device: torch.device, table: dict[str, Choice], folder: Path | None = None) -> None:
+def write(device: torch.device, table: dict[str, KernelChoice], folder: Path | None = None) -> None:
     """Replace the device's file in ``folder`` (None: the cache) in one step, its other rows kept.
 
     Where it cannot be written, the next process measures anew.

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sffn_kernels import choices, timing
-from sffn_kernels.choices import Choice
+from sffn_kernels.choices import KernelChoice
 
 Setting = Literal["auto", "torch", "triton"]
 T = TypeVar("T")
@@ -40,9 +40,9 @@ _log = logging.getLogger(__name__)
 
 class _DispatchState:
     setting: Setting = "auto"
-    table: dict[str, Choice] | None = None
+    table: dict[str, KernelChoice] | None = None
     # row -> the best without torch, under the setting triton; of this process alone
-    among_kernels: dict[str, Choice] = {}
+    among_kernels: dict[str, KernelChoice] = {}
     folder: Path | None = None  # where the table is written; None: the cache
     writes: bool = True
     agree: Callable[[list[float]], list[float]] | None = None
@@ -184,7 +184,7 @@ def run(
         if setting == "triton" or name == "torch" or not timing.too_large(error):
             raise
         # the table is another Triton's, whose kernels were smaller
-        _table(like.device)[row] = Choice("torch", "torch")
+        _table(like.device)[row] = KernelChoice("torch", "torch")
         return plain()
 
 
@@ -217,7 +217,7 @@ def _chosen(row: str, device: torch.device, ways: Ways[T]) -> str:
     return table[row].way
 
 
-def _measured(row: str, ways: Ways[T], clock: timing.Clock) -> Choice:
+def _measured(row: str, ways: Ways[T], clock: timing.Clock) -> KernelChoice:
     """The choice from the times of all ranks, alike on all of them."""
     pace, started, kernels = _DispatchState.pace, time.monotonic(), len(ways) - ("torch" in ways)
     beside = " and plain torch" if "torch" in ways else ""
@@ -235,13 +235,15 @@ def _measured(row: str, ways: Ways[T], clock: timing.Clock) -> Choice:
 # ----------------------------------------------------------------------------------------------------- tables
 
 
-def _table(device: torch.device) -> dict[str, Choice]:
+def _table(device: torch.device) -> dict[str, KernelChoice]:
     if _DispatchState.table is None:
         _DispatchState.table = choices.known(device)
     return _DispatchState.table
 
 
-def shared_table(device: torch.device, share: Callable[[dict[str, Choice]], dict[str, Choice]]) -> None:
+def shared_table(
+    device: torch.device, share: Callable[[dict[str, KernelChoice]], dict[str, KernelChoice]]
+) -> None:
     """Let all ranks read one table: ``share`` gives each the one of the first."""
     _DispatchState.table = share(_table(device))
 

@@ -41,10 +41,10 @@ class CudaClock:
         torch.cuda.synchronize(self.device)
 
     def milliseconds(self, way: Callable[[], Any]) -> float:
+        """Between two events around one call."""
         with torch.cuda.device(self.device):
-            torch.cuda._sleep(
-                _AHEAD
-            )  # the host gets ahead meanwhile: what it takes to launch is not measured
+            # the host gets ahead meanwhile: what it takes to launch is not measured
+            torch.cuda._sleep(_AHEAD)
             self._start.record()
             way()
             self._end.record()

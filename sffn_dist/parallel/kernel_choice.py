@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from sffn_kernels import dispatch
-from sffn_kernels.choices import Choice
+from sffn_kernels.choices import KernelChoice
 
 from sffn_dist.parallel.object_collectives import all_gather_object, broadcast_object
 from sffn_dist.parallel.topology import Topology
@@ -40,7 +40,7 @@ def start(setting: str, topology: Topology) -> None:
     def meet() -> None:
         dist.all_reduce(torch.zeros(1, device=topology.device))
 
-    def first(table: dict[str, Choice]) -> dict[str, Choice]:
+    def first(table: dict[str, KernelChoice]) -> dict[str, KernelChoice]:
         return dict(broadcast_object(table, device=topology.device))
 
     dispatch.agree_by(mean, meet=meet, writes=topology.is_rank_zero)

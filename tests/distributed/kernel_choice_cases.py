@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from sffn_kernels import choices as tables_of_choices
 from sffn_kernels import dispatch
-from sffn_kernels.choices import Choice
+from sffn_kernels.choices import KernelChoice
 
 from sffn_dist.parallel import cpu_compat, kernel_choice, topology
 
@@ -84,7 +84,7 @@ def choices(
         module.unavailable = lambda device: reasons[here.rank]
         state.clock = lambda device: clock
         tables_of_choices.write = lambda device, table, folder: clock.measured.append("written")
-        state.table = {row: Choice(name, name) for row, name in tables[here.rank].items()}
+        state.table = {row: KernelChoice(name, name) for row, name in tables[here.rank].items()}
         claimed = dataclasses.replace(here, device=torch.device("cuda", 0))
         on_host.tensor = lambda values, device=None: as_tensor(values)
         on_host.zeros = lambda *size, **options: as_zeros(*size, **{**options, "device": "cpu"})

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from sffn_kernels import choices, dispatch, timing
-from sffn_kernels.choices import Choice
+from sffn_kernels.choices import KernelChoice
 
 X = torch.zeros(3)
 WAYS = {"slow": lambda: "slow", "quick": lambda: "quick"}
@@ -87,12 +87,12 @@ def test_a_choice_that_no_longer_fits_falls_back(card: dict[str, float]) -> None
     def grown() -> str:
         raise OutOfResourcesError
 
-    dispatch._DispatchState.table = {"op float16 128x8": Choice("quick", "quick")}
+    dispatch._DispatchState.table = {"op float16 128x8": KernelChoice("quick", "quick")}
     assert (
         dispatch.run("op", (100, 8), Card, lambda: "torch", lambda: {"slow": lambda: "slow", "quick": grown})
         == "torch"
     )  # type: ignore[arg-type, type-var]
-    assert dispatch._DispatchState.table == {"op float16 128x8": Choice("torch", "torch")}
+    assert dispatch._DispatchState.table == {"op float16 128x8": KernelChoice("torch", "torch")}
 
 
 def test_several_ranks_that_do_not_agree_measure_nothing(
@@ -101,7 +101,7 @@ def test_several_ranks_that_do_not_agree_measure_nothing(
     monkeypatch.setattr(dispatch, "_alone", lambda: False)
     assert chosen() == "torch"
     assert card["measured"] == 0
-    dispatch._DispatchState.table = {"op float16 128x8": Choice("quick", "quick")}
+    dispatch._DispatchState.table = {"op float16 128x8": KernelChoice("quick", "quick")}
     assert chosen() == "quick", "by a table"
 
 
@@ -153,7 +153,7 @@ def test_what_is_fastest_is_kept(card: dict[str, float], tmp_path: Path) -> None
 def test_a_table_for_a_device_is_made_anew(card: dict[str, float], tmp_path: Path) -> None:
     assert chosen() == "quick"
     card.update(quick=9.0)
-    another = Choice("torch", "slow", {"torch": choices.Times(1.0, 0.9, 1.1, 0.1)})
+    another = KernelChoice("torch", "slow", {"torch": choices.Times(1.0, 0.9, 1.1, 0.1)})
     choices.write(Card.device, {"another float16 1x8": another}, tmp_path)
     with dispatch.measuring_into(tmp_path):
         assert chosen() == "torch"
@@ -197,7 +197,7 @@ DAMAGED = (
 
 
 def test_unmeasured_nothing_is_timed_and_no_kernel_of_a_table_compiled(card: dict[str, float]) -> None:
-    dispatch._DispatchState.table = {"op float16 128x8": Choice("quick", "quick")}
+    dispatch._DispatchState.table = {"op float16 128x8": KernelChoice("quick", "quick")}
     with dispatch.unmeasured():
         assert chosen() == chosen(tokens=7) == "torch"
         with dispatch.using("triton"):
@@ -246,7 +246,7 @@ def test_what_is_timed_is_announced_and_its_result_said(
 
 
 def test_a_table_may_name_what_is_no_more(card: dict[str, float]) -> None:
-    dispatch._DispatchState.table = {"op float16 128x8": Choice("gone", "gone")}
+    dispatch._DispatchState.table = {"op float16 128x8": KernelChoice("gone", "gone")}
     assert chosen() == "quick"
 
 
@@ -261,7 +261,7 @@ def test_ranks_decide_together(card: dict[str, float], monkeypatch: pytest.Monke
     try:
         dispatch.agree_by(lambda times: agreed)
         assert chosen() == "torch"
-        slow = {"op float16 1024x8": Choice("slow", "slow")}
+        slow = {"op float16 1024x8": KernelChoice("slow", "slow")}
         dispatch.shared_table(torch.device("cuda"), lambda table: slow)
         assert chosen(tokens=1000) == "slow"
     finally:
