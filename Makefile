@@ -4,8 +4,10 @@
 # make test-slurm    jobs on a real Slurm on this machine, for some minutes; needs root and Debian's packages slurmctld slurmd slurm-client munge
 # make test-faults   runs and saves killed at random moments, disks that fill, ranks that hang or lie, for a quarter of an hour;
 #                    their table goes to TABLE
-# make test-sweeps   the plan's memory against the live bytes of many models, what a step asks of a CUDA device, and the longer example, for a quarter of an hour
-# make test-versions exported folders under transformers 4.48, the newest 4 and 5; pip brings those, once, below build/
+# make test-sweeps   the plan's memory against the live bytes of many models, what a step asks of a CUDA device, the kernels
+#                    that `make test` does not compile ahead of time, and the longer example, for a quarter of an hour
+# make test-versions exported folders under transformers 4.48, the newest 4 and 5; kernels under triton 3.7.1 and 3.9.0; pip brings those, once,
+#                    below build/
 # make test-mutants  small faults put into the code one at a time, which tests must see; half an hour
 # make gpu           on a GPU: tests, training, layers, in pieces of eight minutes (tools/gpu.py); make gpu-wheels: what to carry to one without a network
 PYTHON ?= python3
@@ -47,10 +49,10 @@ test-slurm: $(READY)
 	$(BIN)/python -m pytest -m slurm tests/slurm_room
 
 test-versions: $(READY)
-	$(BIN)/python -m pytest -s -m versions tests/checkpoint_room/test_hf_versions.py
+	$(BIN)/python -m pytest -s -m versions tests/checkpoint_room/test_hf_versions.py tests/kernel_room/test_triton_versions.py
 
 test-sweeps: $(READY)
-	$(BIN)/python -m pytest -m sweeps tests/training_room/test_live_bytes.py tests/gpu_room/test_fake_cuda.py tests/tools_room/test_examples.py
+	$(BIN)/python -m pytest -m sweeps tests/training_room/test_live_bytes.py tests/gpu_room/test_fake_cuda.py tests/kernel_room/test_ahead_of_time.py tests/tools_room/test_examples.py
 
 test-mutants: $(READY)
 	$(BIN)/python tests/mutants/run.py $(ARGUMENTS)

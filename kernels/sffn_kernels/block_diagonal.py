@@ -45,7 +45,7 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     def kernels() -> dispatch.Ways[Tensor]:
         from sffn_kernels import block_diagonal_triton as ours
 
-        return {tile.name: partial(ours.weight_gradient, grad, x, tile) for tile in ours.CONFIGS}
+        return {tile.name: partial(ours.weight_gradient, grad, x, tile) for tile in ours.configs(x.device)}
 
     def by_torch() -> Tensor:
         return torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1))
@@ -71,7 +71,7 @@ def _by_block(x: Tensor, matrices: Tensor, *, interleave: bool = False) -> Tenso
             ours.product(flat, matrices.transpose(1, 2), tile, out.transpose(1, 2) if interleave else out)
             return out
 
-        return {tile.name: partial(way, tile) for tile in ours.CONFIGS}
+        return {tile.name: partial(way, tile) for tile in ours.configs(x.device)}
 
     shuffled = " from shuffled" * (x.stride(-1) != 1) + " to shuffled" * interleave
     out = dispatch.run(f"block_diagonal{shuffled}", (*flat.shape, outputs), x, by_torch, kernels)

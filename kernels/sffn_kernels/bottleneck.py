@@ -93,7 +93,9 @@ def forward(
     def kernels() -> dispatch.Ways[Tensor]:
         from sffn_kernels import bottleneck_triton as ours
 
-        made = {tile.name: (tile, outputs) for tile, outputs in ours.streams(second) if ours.holds(z)}
+        made = {
+            tile.name: (tile, outputs) for tile, outputs in ours.streams(second, activation) if ours.holds(z)
+        }
         return {
             name: partial(ours.through, z, second, bias, first, activation, *tiling)
             for name, tiling in made.items()

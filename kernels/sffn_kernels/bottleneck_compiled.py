@@ -12,9 +12,8 @@ from sffn_kernels.activation import Activation
 from sffn_kernels.bottleneck_plain import Kept
 from sffn_kernels.bottleneck_triton import (
     BACKWARD,
-    STREAMS,
-    STREAMS_BLOCKS,
     build,
+    stream_tilings,
     through,
     tilings,
     wide_backward,
@@ -53,7 +52,7 @@ def shipped() -> Iterator[tuple[str, Callable[[], object]]]:
                     f"{mode}, {name} {tile.name}",
                     partial(wide_backward, grad, z, second, bias, first, activation, held, tile),
                 )
-        for tile, outputs in STREAMS if second.dim() == 2 else STREAMS_BLOCKS:
+        for tile, outputs in stream_tilings(second, activation):
             short = z[..., : tile.k], second[..., : tile.k]
             yield (
                 f"through, {name} {tile.name}",

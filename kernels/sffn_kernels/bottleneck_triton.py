@@ -26,7 +26,7 @@ from torch import Tensor
 from sffn_kernels import bottleneck_plain as plain
 from sffn_kernels.activation import Activation, halves
 from sffn_kernels.bottleneck_plain import Kept
-from sffn_kernels.launching import Tile, launch
+from sffn_kernels.launching import Tile, capability, launch
 from sffn_kernels.tiles_triton import accumulate, in_groups, precision, slope, strides, value
 
 # Of wide: tokens x features, k of R or O/K at a time. With more than one product in a program (backward,
@@ -41,6 +41,14 @@ STREAMS_BLOCKS = (
     (Tile(64, 32, 128, 4, 2), 128),
     (Tile(64, 32, 256, 8, 2), 128),
     (Tile(64, 16, 512, 8, 2), 128),
+)
+# On compute capability 10.0 (B200) those of STREAMS_BLOCKS with two stages spill up to 7 KB;
+# with one stage, and less at a time, none spills with triton 3.7.1 and 3.9.0. Their speed was not measured.
+STREAMS_BLOCKS_10 = (*STREAMS_BLOCKS[:2], (Tile(64, 16, 512, 8, 1), 128))
+STREAMS_BLOCKS_GATED_10 = (
+    (Tile(64, 32, 128, 8, 2), 128),
+    (Tile(64, 16, 256, 8, 1), 128),
+    (Tile(64, 16, 512, 8, 1), 64),
 )
 LONGEST = 512  # R
 
@@ -288,16 +296,22 @@ def holds(z: Tensor) -> bool:
     return z.element_size() == 2 or not z.is_cuda
 
 
-def streams(second: Tensor) -> Iterator[tuple[Tile, int]]:
+def stream_tilings(second: Tensor, activation: Activation) -> tuple[tuple[Tile, int], ...]:
+    """Those of :func:`through` on the device of ``second``, for weights with blocks or without."""
+    if second.dim() == 2:
+        return STREAMS
+    if capability(second.device) != 10:
+        return STREAMS_BLOCKS
+    return STREAMS_BLOCKS_GATED_10 if activation == "swiglu" else STREAMS_BLOCKS_10
+
+
+def streams(second: Tensor, activation: Activation) -> Iterator[tuple[Tile, int]]:
     """The tilings of :func:`through` that take these weights, the best fitting first.
 
     None if R is above LONGEST.
     """
-    return (
-        (tile, outputs)
-        for tile, outputs in (STREAMS if second.dim() == 2 else STREAMS_BLOCKS)
-        if second.shape[-1] <= tile.k
-    )
+    tilings_here = stream_tilings(second, activation)
+    return ((tile, outputs) for tile, outputs in tilings_here if second.shape[-1] <= tile.k)
 
 
 def through(

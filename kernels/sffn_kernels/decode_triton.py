@@ -22,7 +22,7 @@ from sffn_kernels import activation as act
 from sffn_kernels import bottleneck_plain as wide
 from sffn_kernels.activation import ACTIVATIONS, Activation
 from sffn_kernels.dispatch import Ways
-from sffn_kernels.launching import Tile, launch
+from sffn_kernels.launching import Tile, capability, launch
 from sffn_kernels.partial_sums_triton import cores, counters, last_of, shares, span, sum_of
 from sffn_kernels.tiles_triton import value
 
@@ -34,6 +34,10 @@ BOTTLENECK_CONFIGS = (Tile(64, 16, 64, 4, 3), Tile(64, 16, 64, 8, 2))
 FEW_FEATURES = Tile(
     32, 16, 64, 4, 3
 )  # one more, but for block_shuffle: V's columns, L apart, then leave too few registers
+
+# On compute capability 10.0 (B200) those spill registers at 64 tokens (triton 3.7.1 or 3.9.0).
+BOTTLENECK_CONFIGS_10 = (Tile(64, 16, 32, 8, 3),)
+FEW_FEATURES_10 = Tile(32, 16, 64, 8, 3)
 
 TOKENS_HELD = 4096  # n times k
 PROGRAMS_PER_CORE = 2
@@ -241,12 +245,18 @@ def bottlenecks(
     z: Tensor, second: Tensor, bias: Tensor | None, first: Tensor, activation: Activation
 ) -> Ways[Tensor]:
     """Out (T, O) by each tiling; see ``decode.bottleneck``."""
-    configs = BOTTLENECK_CONFIGS if second.dim() == 3 else (*BOTTLENECK_CONFIGS, FEW_FEATURES)
-    tiles = fitted(configs, z.shape[0], z.element_size())
+    tiles = fitted(bottleneck_configs(second), z.shape[0], z.element_size())
     return {
         name: partial(_run_bottleneck, z, second, bias, first, activation, tile)
         for name, tile in tiles.items()
     }
+
+
+def bottleneck_configs(second: Tensor) -> tuple[Tile, ...]:
+    """The tilings of :func:`bottlenecks` on the device of ``second``, for weights with blocks or without."""
+    on_10 = capability(second.device) == 10
+    configs, few = (BOTTLENECK_CONFIGS_10, FEW_FEATURES_10) if on_10 else (BOTTLENECK_CONFIGS, FEW_FEATURES)
+    return configs if second.dim() == 3 else (*configs, few)
 
 
 def _run_bottleneck(

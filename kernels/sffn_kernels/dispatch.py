@@ -2,9 +2,10 @@
 one of its tilings.
 
 The setting (:func:`use`) is ``torch``, ``triton``, or ``auto``: whichever was measured to be fastest for the
-operation, dtype, sizes and device. What was measured is kept in tables, a JSON file a device: those in
-``tables/``, if any, come with the package; for what no table says, all candidates are timed once, on the
-tensors at hand, and the result is cached in ``$XDG_CACHE_HOME/sffn_dist/kernels`` (``~/.cache/...``).
+operation, dtype, sizes and device, and plain torch where the times do not tell them apart (``choices``). What
+was measured is kept in tables, a JSON file a device: those in ``tables/``, if any, come with the package; for
+what no table says, all candidates are timed once, on the tensors at hand (``timing``), and the result is
+cached in ``$XDG_CACHE_HOME/sffn_dist/kernels`` (``~/.cache/...``).
 
 On CPUs ``auto`` is plain torch. Ranks that compute the same thing must do so with the same kernel, or
 replicas drift apart: times are passed through :func:`agree_by` before they decide, and tables are shared by
@@ -13,22 +14,20 @@ replicas drift apart: times are passed through :func:`agree_by` before they deci
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import json
+import logging
 import os
-import re
-import statistics
-import tempfile
-import warnings
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
+
+from sffn_kernels import choices, timing
+from sffn_kernels.choices import KernelChoice
 
 Setting = Literal["auto", "torch", "triton"]
 T = TypeVar("T")
@@ -36,20 +35,21 @@ Ways = dict[str, Callable[[], T]]
 
 # Compute capability from which Triton's bf16 products run on tensor cores.
 LEAST_CAPABILITY = (8, 0)
-TABLES = Path(__file__).with_name("tables")
-_REPEATS, _WARMUP = 7, 2
-_AHEAD = 500_000  # cycles, some 0.3 ms
+_log = logging.getLogger(__name__)
 
 
 class _DispatchState:
     setting: Setting = "auto"
-    table: dict[str, str] | None = None
-    among_kernels: dict[
-        str, str
-    ] = {}  # row -> the best without torch, under the setting triton; of this process alone
+    table: dict[str, KernelChoice] | None = None
+    # row -> the best without torch, under the setting triton; of this process alone
+    among_kernels: dict[str, KernelChoice] = {}
     folder: Path | None = None  # where the table is written; None: the cache
     writes: bool = True
     agree: Callable[[list[float]], list[float]] | None = None
+    meet: Callable[[], None] = staticmethod(lambda: None)
+    measures: bool = True
+    clock: Callable[[torch.device], timing.Clock] = timing.CudaClock
+    pace = timing.Pace()
 
 
 def use(setting: str) -> None:
@@ -80,15 +80,38 @@ def using(setting: str) -> Iterator[None]:
         _DispatchState.setting = before
 
 
-def agree_by(combine: Callable[[list[float]], list[float]] | None, *, writes: bool = True) -> None:
+@contextmanager
+def unmeasured() -> Iterator[None]:
+    """Within the block nothing is timed, and no table asked: ``auto`` is plain torch, ``triton`` the first
+    tiling of each operation. For what is computed a few times, in sizes that nothing else has.
+    """
+    before, _DispatchState.measures = _DispatchState.measures, False
+    try:
+        yield
+    finally:
+        _DispatchState.measures = before
+
+
+def prefers_kernels() -> bool:
+    """Whether kernels run without being the faster ones: under the setting ``triton``."""
+    return _DispatchState.setting == "triton"
+
+
+def agree_by(
+    combine: Callable[[list[float]], list[float]] | None,
+    *,
+    meet: Callable[[], None] = lambda: None,
+    writes: bool = True,
+) -> None:
     """How ranks make one list of times of their several ones, in place of each believing its own.
 
-    ``writes``: this one keeps the table.
+    ``meet``: waits for the other ranks, so that all time at once. ``writes``: this one keeps the table.
 
     None: there is one rank. Where there are several all the same, nothing is measured: they would come to
     different choices.
     """
     _DispatchState.agree, _DispatchState.writes = None if combine is None else staticmethod(combine), writes
+    _DispatchState.meet = staticmethod(meet)
 
 
 def _alone() -> bool:
@@ -158,9 +181,10 @@ def run(
     try:
         return ways[name]()
     except Exception as error:
-        if setting == "triton" or name == "torch" or not _too_large(error):
+        if setting == "triton" or name == "torch" or not timing.too_large(error):
             raise
-        _table(like.device)[row] = "torch"  # the table is another Triton's, whose kernels were smaller
+        # the table is another Triton's, whose kernels were smaller
+        _table(like.device)[row] = KernelChoice("torch", "torch")
         return plain()
 
 
@@ -174,11 +198,12 @@ def key(op: str, dtype: torch.dtype, sizes: Sequence[int]) -> str:
 
 
 def _chosen(row: str, device: torch.device, ways: Ways[T]) -> str:
+    if not _DispatchState.measures:
+        return next(iter(ways))
     auto = _DispatchState.setting == "auto"
     table = _table(device) if auto else _DispatchState.among_kernels
-    best = table.get(row)
-    if best in ways:
-        return best
+    if row in table and table[row].way in ways:
+        return table[row].way
     if (
         device.type != "cuda"
         or torch.cuda.is_current_stream_capturing()
@@ -186,102 +211,39 @@ def _chosen(row: str, device: torch.device, ways: Ways[T]) -> str:
     ):
         return next(iter(ways))
     with torch.cuda.device(device):
-        times = [_time(name, way) for name, way in ways.items()]
-    times = times if _DispatchState.agree is None else _DispatchState.agree(times)
-    best = min(zip(times, ways, strict=True))[1]
-    table[row] = best
+        table[row] = _measured(row, ways, _DispatchState.clock(device))
     if auto and _DispatchState.writes:
-        _write(device, table)
-    return best
+        choices.write(device, table, _DispatchState.folder)
+    return table[row].way
 
 
-def _too_large(error: Exception) -> bool:
-    """Triton's OutOfResources, whose place in its package changed between versions."""
-    return "OutOfResources" in type(error).__name__
-
-
-def _time(name: str, way: Callable[[], T]) -> float:
-    """Median milliseconds on the current CUDA device.
-
-    Infinite, with a warning, if the way does not run there.
-
-    Whatever fails fails alike in every process only by luck, so no error is let out: other ranks wait for
-    this one's times.
-    """
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    times = []
-    try:
-        for repeat in range(_WARMUP + _REPEATS):
-            torch.cuda._sleep(
-                _AHEAD
-            )  # the host gets ahead meanwhile: what it takes to launch is not measured
-            start.record()
-            way()
-            end.record()
-            end.synchronize()
-            if repeat >= _WARMUP:
-                times.append(start.elapsed_time(end))
-    except Exception as error:
-        if name == "torch":
-            raise  # nothing would be left
-        if not _too_large(error):
-            warnings.warn(
-                f"{name}: does not run here, and is left out ({type(error).__name__}: {error})", stacklevel=2
-            )
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-        return float("inf")
-    return statistics.median(times)
+def _measured(row: str, ways: Ways[T], clock: timing.Clock) -> KernelChoice:
+    """The choice from the times of all ranks, alike on all of them."""
+    pace, started, kernels = _DispatchState.pace, time.monotonic(), len(ways) - ("torch" in ways)
+    beside = " and plain torch" if "torch" in ways else ""
+    _log.info("kernels: %s: timing %d Triton kernels%s, %s", row, kernels, beside, pace.expected(kernels))
+    times = timing.measure(ways, clock, _DispatchState.meet)
+    if _DispatchState.agree is not None:  # a turn's time is that of all ranks
+        flat = iter(_DispatchState.agree([value for values in times.values() for value in values]))
+        times = {name: [next(flat) for _ in values] for name, values in times.items()}
+    choice = choices.choose(times)
+    pace.timed(kernels, started)
+    _log.info("kernels: %s: %s", row, choice)
+    return choice
 
 
 # ----------------------------------------------------------------------------------------------------- tables
 
 
-@cache
-def _name(device: torch.device) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name(device).lower()).strip("_")
-
-
-def cache_folder() -> Path:
-    """Where what was measured on this machine is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sffn_dist" / "kernels"
-
-
-def triton_version() -> str | None:
-    """Of the package that is installed."""
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def read_table(path: Path, triton: str | None = None) -> dict[str, str]:
-    """Row -> way; none if it was measured with another ``triton``.
-
-    A file that is no such table counts as empty, with a warning.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        rows = content["rows"]
-        if isinstance(rows, dict) and all(isinstance(text, str) for text in rows.values()):
-            return rows if triton is None or content.get("triton") == triton else {}
-        raise ValueError("rows: must be names by names")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"{path}: not a table of kernels, left aside ({error})", stacklevel=2)
-        return {}
-
-
-def _table(device: torch.device) -> dict[str, str]:
+def _table(device: torch.device) -> dict[str, KernelChoice]:
     if _DispatchState.table is None:
-        file = f"{_name(device)}.json" if device.type == "cuda" else "none.json"
-        measured = read_table(cache_folder() / file, triton_version())
-        _DispatchState.table = {**read_table(TABLES / file), **measured}
+        _DispatchState.table = choices.known(device)
     return _DispatchState.table
 
 
-def shared_table(device: torch.device, share: Callable[[dict[str, str]], dict[str, str]]) -> None:
+def shared_table(
+    device: torch.device, share: Callable[[dict[str, KernelChoice]], dict[str, KernelChoice]]
+) -> None:
     """Let all ranks read one table: ``share`` gives each the one of the first."""
     _DispatchState.table = share(_table(device))
 
@@ -298,26 +260,3 @@ def measuring_into(folder: Path | None) -> Iterator[None]:
         yield
     finally:
         _DispatchState.table, _DispatchState.folder = before
-
-
-def _write(device: torch.device, table: dict[str, str]) -> None:
-    """Replace the file in one step, its other rows kept.
-
-    Where it cannot be written, the next process measures anew.
-    """
-    folder = _DispatchState.folder or cache_folder()
-    path = folder / f"{_name(device)}.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = {**read_table(path, triton_version()), **table}
-        versions = {"torch": torch.__version__, "triton": triton_version()}
-        content = {
-            "device": torch.cuda.get_device_name(device),
-            **versions,
-            "rows": dict(sorted(rows.items())),
-        }
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-        Path(file.name).replace(path)
-    except OSError:
-        return

@@ -30,6 +30,19 @@ class Tile:
         return f"triton:{self.m}x{self.n}x{self.k}w{self.warps}s{self.stages}"
 
 
+def capability(device: torch.device) -> int:
+    """The major compute capability of a device; for tensors without memory, of the chip that is compiled for;
+    0 where the interpreter stands in for one.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0]
+    if device.type == "meta":
+        from triton.runtime import driver
+
+        return int(driver.active.get_current_target().arch) // 10
+    return 0
+
+
 class _LaunchState:
     compiled: list[Any] | None = None
 

@@ -242,7 +242,8 @@ def _prepare_process() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if os.environ.get("RANK", "0") == "0":
-        logging.getLogger("sffn_dist").setLevel(logging.INFO)
+        for package in ("sffn_dist", "sffn_kernels"):
+            logging.getLogger(package).setLevel(logging.INFO)
     for module in ("megatron", "torch", "deepspeed"):
         warnings.filterwarnings("ignore", module=rf"{module}\..*")
     warnings.filterwarnings("ignore", message=".*(Apex|transformer_engine|Transformer Engine|flash).*")

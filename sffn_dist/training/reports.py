@@ -98,10 +98,10 @@ class Reports:
 def _estimate(config: Config, topology: Topology, step: int, guide_cost: float) -> Estimate:
     """``guide_cost``: what all guides together add to a step, in units of one without them."""
     run_schedule = schedules.build_schedule(config)
-    # a forward pass is a third of a step; a sampled token reads up to prompt + tokens positions of one
-    # sequence
+    # a forward pass is a third of a step; a sampled token reads prompt + tokens positions of one
+    # sequence (inference/generation.py pads to them)
     one_sequence = 1 / 3 / config.train.global_batch_size
-    sampled = config.sample.tokens**2 / 2 / config.model.sequence
+    sampled = config.sample.tokens**2 / config.model.sequence
     # bytes: fp32 weight and two moments
     saved = 12 * counts.parameters_per_rank(config, guide=False) * topology.tensor_parallel_size
     return Estimate(

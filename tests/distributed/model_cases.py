@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from sffn_kernels import decode_triton, dispatch
 
 from sffn_dist import model as models
 from sffn_dist.checkpoint.reader import Reader
@@ -148,3 +150,51 @@ def _training() -> Any:
     cases = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cases)
     return cases
+
+
+def sample_by(tree: dict[str, Any], setting: str, tokens: int) -> dict[str, Any]:
+    """A sample of likeliest ids with kernels of one setting, Triton's in its interpreter: the ids, those of
+    unpadded contexts, the kernels of each size that ran, lengths that the model computed, what was logged.
+    """
+    model, config, ranks = _model(tree)
+    models.unset_guide(model)
+    launched, lengths, logged, usual = list[str](), list[int](), list[str](), decode_triton.launch
+
+    def seen(kernel: Any, grid: Any, *rest: Any, **more: Any) -> None:
+        shapes = [tuple(tensor.shape) for tensor in rest if isinstance(tensor, torch.Tensor)][:2]
+        constants = {name: value for name, value in more.items() if not isinstance(value, torch.Tensor)}
+        launched.append(f"{kernel.fn.__name__} {shapes} {constants}")
+        usual(kernel, grid, *rest, **more)
+
+    def logits(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        lengths.append(batch.shape[1])
+        return models.token_logits(model, batch)
+
+    handler, logger = logging.Handler(), logging.getLogger("sffn_dist.inference.generation")
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    try:
+        decode_triton.launch = seen
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        with dispatch.using(setting):
+            ids = sample(
+                model, logits, [3, 1, 4], tokens, context=config.model.sequence, vocab=config.model.vocab,
+                temperature=0.0, seed=9, topology=ranks,
+            )  # fmt: skip
+    finally:
+        decode_triton.launch = usual
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    own, context = [3, 1, 4], config.model.sequence
+    with torch.no_grad():
+        for _ in range(tokens):
+            window = torch.tensor([own[-context:]])
+            own.append(int(models.token_logits(model, window)[0, -1].argmax()))
+    return {
+        "ids": ids,
+        "unpadded": own,
+        "launched": sorted(set(launched)),
+        "lengths": lengths,
+        "logged": logged,
+    }

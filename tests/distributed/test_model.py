@@ -91,6 +91,32 @@ def test_evaluation_and_sample_do_not_depend_on_the_layout(ranks: Callable[..., 
             assert other[2] == ids, layout
 
 
+def test_a_sample_compiles_few_kernels_and_says_so_before(ranks: Callable[..., Any]) -> None:
+    """Of growing contexts each power of two would have kernels of its own, to be compiled and timed."""
+    base = {"model": {"init_std": 0.3, "sequence": 32}}
+    pytest.importorskip("triton")
+    for setting in ("triton", "auto"):
+        (found,) = ranks(1).run(CASES, "sample_by", tree=tree("low_rank", **base), setting=setting, tokens=14)
+        assert found["ids"] == found["unpadded"]
+        assert set(found["lengths"][:14]) == {16}, "the longest context, for all"
+        what = "sample: 14 tokens, each from 16 positions; no kernel is timed for it"
+        if setting == "triton":
+            assert len(found["launched"]) == 3, found["launched"]
+            assert found["logged"] == [f"{what}, at most 4 are compiled, in about 8 s (assumed)"]
+        else:
+            assert found["launched"] == []
+            assert found["logged"] == [f"{what}, or compiled: its structured layers are plain torch"]
+
+
+def test_contexts_of_a_sample_have_few_lengths() -> None:
+    from sffn_dist.inference.generation import length_of
+
+    assert {length_of(own, 50, 1) for own in range(2, 51)} == {50}
+    assert {length_of(own, 300, 1) for own in range(2, 301)} == {64, 128, 256, 300}
+    assert {length_of(own, 1024, 8) for own in range(900, 1025)} == {1024}
+    assert length_of(50, 50, 4) == 52, "equal parts for sequence parallelism"
+
+
 def test_init_from_another_run(ranks: Callable[..., Any], tmp_path: Path) -> None:
     """Weights come from the other run, on another layout; its guide does not: W starts as the loaded
     factors' product.

@@ -1,7 +1,10 @@
 """Compiles every shipped tiling for a chip that is not here, as a script: a JSON line for each kernel, of
 what was read from it.
 
-    python compile_cases.py 90 [module ...]
+    python compile_cases.py 90 [rest]
+
+``rest``: those that are left out else: decoding kernels for fewer tokens than the most, and what differs
+from another structure's or activation's in little.
 
 The kernels are launched as ever, within ``launching.compiling()`` and on tensors without memory, under a
 driver that only names the chip.
@@ -9,20 +12,23 @@ driver that only names the chip.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from typing import Any
 
 import torch
+import triton
 from sffn_kernels import launching
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 MODULES = ("block_diagonal_triton", "bottleneck_compiled", "mix_triton", "decode_triton")
+REST = re.compile(r"decode_(\w+ (1|16) tokens|bottleneck_gelu_erf)|\w+, block_dense")
 
 
 class NamedChip:
@@ -44,43 +50,35 @@ class NamedChip:
         return torch.device("cpu")
 
 
-def assembler(capability: int) -> str:
-    """The ptxas that Triton itself takes for the chip."""
-    from triton.backends.nvidia import compiler
-
-    found: Any = compiler.get_ptxas(capability)
-    return str(found.path if hasattr(found, "path") else found[0])
-
-
-def read(kernel: Any, capability: int) -> dict[str, Any]:
-    """Shared memory in bytes, registers, bytes spilled, and which tensor-core instructions there are."""
+def read(kernel: Any, said: str) -> dict[str, Any]:
+    """Shared memory in bytes, columns of tensor memory, registers, bytes spilled, and which tensor-core
+    instructions there are; ``said`` by the assembler, with the options that Triton itself gives it.
+    """
     ptx = kernel.asm["ptx"]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        chip = f"sm_{capability}{'a' * (capability >= 90)}"
-        command = [assembler(capability), "-v", "--gpu-name", chip, file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
     return {
         "shared": kernel.metadata.shared,
+        "tensor_memory": getattr(kernel.metadata, "tmem_size", 0),
         "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
         "spilled": sum(map(int, spilled)) if spilled else None,
-        "wgmma": "wgmma.mma_async" in ptx,
-        "mma": "mma.sync" in ptx,
+        "tensor_cores": [name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx],
     }
 
 
 def main() -> None:
-    """All kernels of the modules named, or of all."""
-    capability = int(sys.argv[1])
-    driver.set_active(NamedChip(capability))
-    for module in sys.argv[2:] or MODULES:
+    """All kernels but the rest, or the rest."""
+    driver.set_active(NamedChip(int(sys.argv[1])))
+    knobs.nvidia.dump_ptxas_log = True
+    rest = sys.argv[2:] == ["rest"]
+    print(json.dumps({"triton": triton.__version__}), flush=True)
+    for module in MODULES:
         for name, thunk in importlib.import_module(f"sffn_kernels.{module}").shipped():
-            with launching.compiling() as kernels:
+            if bool(REST.match(name)) != rest:
+                continue
+            with launching.compiling() as kernels, contextlib.redirect_stdout(io.StringIO()) as said:
                 thunk()
-            for kernel in kernels:
-                print(json.dumps({"name": name, **read(kernel, capability)}), flush=True)
+            (kernel,) = kernels
+            print(json.dumps({"name": name, **read(kernel, said.getvalue())}), flush=True)
 
 
 if __name__ == "__main__":

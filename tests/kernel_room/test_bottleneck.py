@@ -4,6 +4,7 @@ against the formula in float64.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -313,8 +314,9 @@ def test_every_tiling_backward(activation: str, tile: Tile, monkeypatch: pytest.
 @pytest.mark.parametrize("blocks", [0, 2])
 def test_every_stream(blocks: int, activation: str) -> None:
     """Up to the longest R that each takes, with more outputs than one program sums."""
-    tilings = bottleneck_triton.STREAMS_BLOCKS if blocks else bottleneck_triton.STREAMS
-    for tile, outputs in tilings:
+    ours = bottleneck_triton
+    tables = (ours.STREAMS_BLOCKS, ours.STREAMS_BLOCKS_10, ours.STREAMS_BLOCKS_GATED_10)
+    for tile, outputs in dict.fromkeys(itertools.chain(*(tables if blocks else (ours.STREAMS,)))):
         case = Case(blocks, tile.k - 5, 0, 70, outputs + 3)
         tensors = shard(case, activation, torch.float32, 70)
         found = bottleneck_triton.through(*tensors[:4], activation, tile, outputs)
@@ -324,8 +326,8 @@ def test_every_stream(blocks: int, activation: str) -> None:
 def test_a_longer_bottleneck_than_streams_take_runs_all_the_same() -> None:
     longest = bottleneck_triton.LONGEST
     tensors = shard(Case(0, longest + 1, 0, 40, 20), "gelu", torch.float32, 20)
-    assert not list(bottleneck_triton.streams(tensors[1]))
-    assert list(bottleneck_triton.streams(tensors[1][:, :longest]))  # type: ignore[index]
+    assert not list(bottleneck_triton.streams(tensors[1], "gelu"))
+    assert list(bottleneck_triton.streams(tensors[1][:, :longest], "gelu"))  # type: ignore[index]
     with dispatch.using("triton"):
         compare(computed(tensors, "gelu", keep=False), truth(tensors, "gelu"), torch.float32)
 

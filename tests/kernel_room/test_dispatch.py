@@ -9,11 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from sffn_kernels import dispatch
+from sffn_kernels import choices, dispatch, timing
+from sffn_kernels.choices import KernelChoice
 
 X = torch.zeros(3)
 WAYS = {"slow": lambda: "slow", "quick": lambda: "quick"}
@@ -38,16 +38,23 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, 
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     times["measured"] = 0
 
-    def timed(name: str, way: Callable[[], str]) -> float:
-        times["measured"] += 1
-        return times[way()]
+    class NamedTimes:
+        def __init__(self, device: torch.device) -> None:
+            assert device == Card.device
 
-    monkeypatch.setattr(dispatch, "_time", timed)
+        def wait(self) -> None:
+            return
+
+        def milliseconds(self, way: Callable[[], str]) -> float:
+            times["measured"] += 1
+            return times[way()]
+
+    monkeypatch.setattr(dispatch._DispatchState, "clock", NamedTimes)
     monkeypatch.setattr(dispatch._DispatchState, "among_kernels", {})
-    dispatch._name.cache_clear()
+    choices.device_name.cache_clear()
     monkeypatch.setattr(dispatch._DispatchState, "table", None)
     yield times
-    dispatch._name.cache_clear()
+    choices.device_name.cache_clear()
 
 
 def chosen(tokens: int = 100, like: object = Card) -> str:
@@ -73,23 +80,6 @@ def test_what_is_computed_on_the_host_beside_a_device_is_plain(card: dict[str, f
         assert chosen(like=X) == "torch"
 
 
-def test_what_does_not_run_is_left_out(card: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No compiler, say, on one of the ranks: others wait for its times."""
-    monkeypatch.undo()
-    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda other: 1.5)
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
-
-    def fail() -> None:
-        raise RuntimeError("Failed to find C compiler")
-
-    assert dispatch._time("triton:x", lambda: None) == 1.5
-    with pytest.warns(UserWarning, match=r"triton:x: does not run here.*C compiler"):
-        assert dispatch._time("triton:x", fail) == float("inf")
-    with pytest.raises(RuntimeError, match="C compiler"):
-        dispatch._time("torch", fail)
-
-
 def test_a_choice_that_no_longer_fits_falls_back(card: dict[str, float]) -> None:
     class OutOfResourcesError(Exception):
         pass
@@ -97,12 +87,12 @@ def test_a_choice_that_no_longer_fits_falls_back(card: dict[str, float]) -> None
     def grown() -> str:
         raise OutOfResourcesError
 
-    dispatch._DispatchState.table = {"op float16 128x8": "quick"}
+    dispatch._DispatchState.table = {"op float16 128x8": KernelChoice("quick", "quick")}
     assert (
         dispatch.run("op", (100, 8), Card, lambda: "torch", lambda: {"slow": lambda: "slow", "quick": grown})
         == "torch"
     )  # type: ignore[arg-type, type-var]
-    assert dispatch._DispatchState.table == {"op float16 128x8": "torch"}
+    assert dispatch._DispatchState.table == {"op float16 128x8": KernelChoice("torch", "torch")}
 
 
 def test_several_ranks_that_do_not_agree_measure_nothing(
@@ -111,7 +101,7 @@ def test_several_ranks_that_do_not_agree_measure_nothing(
     monkeypatch.setattr(dispatch, "_alone", lambda: False)
     assert chosen() == "torch"
     assert card["measured"] == 0
-    dispatch._DispatchState.table = {"op float16 128x8": "quick"}
+    dispatch._DispatchState.table = {"op float16 128x8": KernelChoice("quick", "quick")}
     assert chosen() == "quick", "by a table"
 
 
@@ -148,7 +138,13 @@ def test_what_is_fastest_is_kept(card: dict[str, float], tmp_path: Path) -> None
     assert chosen(tokens=129) == "torch", "measured anew: plain torch is best now"
     (file,) = (tmp_path / "sffn_dist" / "kernels").iterdir()
     assert file.name == "a_card_80gb.json"
-    assert json.loads(file.read_text())["rows"] == {"op float16 128x8": "quick", "op float16 256x8": "torch"}
+    rows = json.loads(file.read_text())["rows"]
+    assert {row: entry["way"] for row, entry in rows.items()} == {
+        "op float16 128x8": "quick",
+        "op float16 256x8": "torch",
+    }
+    quick = {"median": 1.0, "least": 1.0, "most": 1.0, "spread": 0.0}
+    assert rows["op float16 128x8"]["times"]["quick"] == quick
     dispatch._DispatchState.table = None  # another process
     card.update(quick=9.0, torch=8.0)
     assert chosen() == "quick"
@@ -157,12 +153,16 @@ def test_what_is_fastest_is_kept(card: dict[str, float], tmp_path: Path) -> None
 def test_a_table_for_a_device_is_made_anew(card: dict[str, float], tmp_path: Path) -> None:
     assert chosen() == "quick"
     card.update(quick=9.0)
-    older = {"triton": dispatch.triton_version(), "rows": {"another float16 1x8": "torch"}}
-    (tmp_path / "a_card_80gb.json").write_text(json.dumps(older))
+    another = KernelChoice("torch", "slow", {"torch": choices.Times(1.0, 0.9, 1.1, 0.1)})
+    choices.write(Card.device, {"another float16 1x8": another}, tmp_path)
     with dispatch.measuring_into(tmp_path):
         assert chosen() == "torch"
-    rows = json.loads((tmp_path / "a_card_80gb.json").read_text())["rows"]
-    assert rows == {"another float16 1x8": "torch", "op float16 128x8": "torch"}
+    rows = choices.read(tmp_path / "a_card_80gb.json")
+    assert {row: choice.way for row, choice in rows.items()} == {
+        "another float16 1x8": "torch",
+        "op float16 128x8": "torch",
+    }
+    assert rows["another float16 1x8"] == another
     assert chosen() == "quick", "what runs here is as it was"
 
 
@@ -170,7 +170,7 @@ def test_triton_alone_is_the_best_of_its_tilings(card: dict[str, float], tmp_pat
     card.update(torch=0.1)
     with dispatch.using("triton"):
         assert [chosen() for _ in range(3)] == ["quick"] * 3
-    assert card["measured"] == 2, "once"
+    assert card["measured"] == 2 * timing.TURNS, "once"
     assert chosen() == "torch", "what was best without torch was not kept as the best"
 
 
@@ -189,9 +189,27 @@ def test_nothing_is_measured_within_a_graph_capture(
     assert not dispatch._DispatchState.table
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"rows": 3}', '{"rows": {"op float16 128x8": 3}}', "\xff"])
+DAMAGED = (
+    *("", "[]", '{"rows": 3}', '{"rows": {"op float16 128x8": 3}}', "\xff"),
+    '{"rows": {"op float16 128x8": {"way": "slow", "fastest": 3, "times": {}}}}',
+    '{"rows": {"op float16 128x8": {"way": "slow", "fastest": "slow", "times": {"slow": {"median": 1}}}}}',
+)
+
+
+def test_unmeasured_nothing_is_timed_and_no_kernel_of_a_table_compiled(card: dict[str, float]) -> None:
+    dispatch._DispatchState.table = {"op float16 128x8": KernelChoice("quick", "quick")}
+    with dispatch.unmeasured():
+        assert chosen() == chosen(tokens=7) == "torch"
+        with dispatch.using("triton"):
+            assert chosen() == "slow", "the first tiling"
+    assert card["measured"] == 0
+    assert chosen() == "quick", "as before"
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_table_is_left_aside(card: dict[str, float], text: str) -> None:
-    folder = dispatch.cache_folder()
+    text = text.replace('{"rows"', json.dumps({"triton": choices.triton_version()})[:-1] + ', "rows"')
+    folder = choices.cache_folder()
     folder.mkdir(parents=True)
     (folder / "a_card_80gb.json").write_text(text, encoding="latin-1")
     with pytest.warns(UserWarning, match="not a table of kernels"):
@@ -199,8 +217,36 @@ def test_a_damaged_table_is_left_aside(card: dict[str, float], text: str) -> Non
     assert json.loads((folder / "a_card_80gb.json").read_text())["rows"]
 
 
+def test_choices_of_an_earlier_version_are_measured_anew_and_said(card: dict[str, float]) -> None:
+    """They were a name alone, timed while other ranks' collectives might run."""
+    folder = choices.cache_folder()
+    folder.mkdir(parents=True)
+    earlier = {"triton": choices.triton_version(), "rows": {"op float16 128x8": "slow", "b": "torch"}}
+    (folder / "a_card_80gb.json").write_text(json.dumps(earlier))
+    with pytest.warns(UserWarning, match=r"2 choices of an earlier version have no spread .* measured anew"):
+        assert chosen() == "quick"
+    rows = json.loads((folder / "a_card_80gb.json").read_text())["rows"]
+    assert [(row, entry["way"]) for row, entry in rows.items()] == [("op float16 128x8", "quick")]
+
+
+def test_what_is_timed_is_announced_and_its_result_said(
+    card: dict[str, float], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch._DispatchState, "pace", timing.Pace())
+    with caplog.at_level("INFO", logger="sffn_kernels"):
+        assert chosen() == "quick"
+        chosen()
+    before, after = caplog.messages
+    assert before == (
+        "kernels: op float16 128x8: timing 2 Triton kernels and plain torch, "
+        "about 4 s, 2.0 s a kernel assumed"
+    )
+    assert after == "kernels: op float16 128x8: quick, the fastest (medians in ms: torch 2, slow 3, quick 1)"
+    assert "s a kernel as those before" in dispatch._DispatchState.pace.expected(3)
+
+
 def test_a_table_may_name_what_is_no_more(card: dict[str, float]) -> None:
-    dispatch._DispatchState.table = {"op float16 128x8": "gone"}
+    dispatch._DispatchState.table = {"op float16 128x8": KernelChoice("gone", "gone")}
     assert chosen() == "quick"
 
 
@@ -211,10 +257,12 @@ def test_the_cache_may_be_read_only(card: dict[str, float], monkeypatch: pytest.
 
 def test_ranks_decide_together(card: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank's own times do not decide, those that all made of them do; and all start from one table."""
+    agreed = [value for value in (1.0, 5.0, 6.0) for _ in range(timing.TURNS)]  # torch, slow, quick
     try:
-        dispatch.agree_by(lambda times: [1.0, 5.0, 6.0])  # torch, slow, quick
+        dispatch.agree_by(lambda times: agreed)
         assert chosen() == "torch"
-        dispatch.shared_table(torch.device("cuda"), lambda table: {"op float16 1024x8": "slow"})
+        slow = {"op float16 1024x8": KernelChoice("slow", "slow")}
+        dispatch.shared_table(torch.device("cuda"), lambda table: slow)
         assert chosen(tokens=1000) == "slow"
     finally:
         dispatch.agree_by(None)
