@@ -60,12 +60,12 @@ def _reduced_at_once(config: Config, precision: str, *, guide: bool) -> int:
     """
     stage, low = config.zero.stage, 2 if precision == "bf16" else 4
     reduced = 4 if config.zero.reduce_dtype == "fp32" else low
-    # flat copy of the sums, in the dtype of the reduction, where that is bf16 beside one in fp32
-    # two buckets of gradients, one fills while the other is reduced, and one in the dtype of the reduction
-    # one bucket in the dtype of the reduction, and what came of it in fp32
     bucket = {
+        # a copy of the sums, and one in the dtype of the reduction
         1: 4 + (reduced if reduced != 4 else 0),
+        # two of gradients, one fills while the other is reduced, and one in the dtype of the reduction
         2: 2 * low + (reduced if reduced != low else 0),
+        # one in the dtype of the reduction, and what came of it in fp32
         3: reduced + (4 if reduced != 4 else 0),
     }[max(stage, 1)]
     arriving = low * largest_parameter_per_rank(config, guide=guide) if stage >= 2 or low == 2 else 0
