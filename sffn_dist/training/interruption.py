@@ -51,9 +51,13 @@ class Interruption:
         self._lock.release()
 
     def forbid(self) -> None:
-        """Wait here if a round holds this rank; it may end the process."""
-        self._lock.acquire()
-        self._doing = None
+        """Wait here if a round holds this rank; it may end the process.
+
+        Nothing where it is forbidden already.
+        """
+        if self._doing is not None:
+            self._lock.acquire()
+            self._doing = None
 
     @contextlib.contextmanager
     def allowed(self, step: int, doing: str) -> Iterator[None]:

@@ -49,8 +49,12 @@ def train_step(run: TrainingRun) -> StepResult:
 
     run.timers.begin()
     run.interruption.allow(run.step, TRAINING)
-    batches = run.timers.data(_micro_batches(run, step_schedule))
-    engine_step = engines.train_batch(run.engine, _loss(run), batches, recipe.clip, decide)
+    try:
+        batches = run.timers.data(_micro_batches(run, step_schedule))
+        engine_step = engines.train_batch(run.engine, _loss(run), batches, recipe.clip, decide)
+    finally:
+        # an error in it may be that another rank has saved and ended: this one is held, and ends as that did
+        run.interruption.forbid()
     run.timers.end()
     agreement, norm = engine_step.decision, engine_step.grad_norm
     skip_reason = agreement.skip_reason

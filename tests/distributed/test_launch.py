@@ -169,13 +169,13 @@ def test_killed_and_restarted_equals_uninterrupted(root: Path, folder: Path, who
 
 
 def test_refused_through_the_launcher(root: Path, folder: Path) -> None:
-    wrong = ("ffn.rank=18", "model.kv_heads=3")
+    wrong = ("ffn.rank=18", "train.micro_batch_size=3")
     code, _, err = finish(start(root, folder, f"run.dir={folder / 'refused'}", *wrong))
     assert code == 2
     lines = [line for line in err.splitlines() if "pretrain.py: error" in line]
     assert len(lines) == len(set(lines)) == 2, "one rank speaks"
     assert any("ffn.rank = 18" in line and "ffn.blocks" in line for line in lines)
-    assert any("model.kv_heads = 3" in line and "model.heads = 4" in line for line in lines)
+    assert any("train.micro_batch_size = 3: must divide" in line for line in lines)
     assert not (folder / "refused").exists()
 
 

@@ -124,7 +124,7 @@ def test_where_guidance_begins_every_guide_is_the_factors_product(
     for world, tensor, precision in ((2, 1, "fp32"), (2, 2, "fp32"), (2, 1, "bf16")):
         if (stage, precision) not in ENGINES:
             continue
-        config = tree("block_shuffle", stage, tensor=tensor, micro=1, guide=window(3, 8))
+        config = tree("block_shuffle", stage, tensor=tensor, micro=2, guide=window(3, 8))
         for found in ranks(world, tensor).run(CASES, "boundary", tree=config, at=3, precision=precision):
             assert found["before"].items() <= found["after"].items()
             new = {key for key in found["after"] if key not in found["before"]}

@@ -22,6 +22,7 @@ from sffn_dist.checkpoint.run_folder import latest_checkpoint
 from sffn_dist.inference import evaluation
 from sffn_dist.launch.ports import free_port
 from sffn_dist.parallel import rendezvous
+from sffn_dist.telemetry import trackers
 from sffn_dist.training import step
 from sffn_dist.training.hooks import evaluate
 
@@ -133,10 +134,17 @@ def stuck(argv: list[str], run: str, doing: str, record: str) -> tuple[list[int]
     """
     folder = Path(run)
     usual, mark = (models.token_logits, step.agree_on_step, step.reporting.report_step), folder / "mark"
+    usual_finish = trackers.Trackers.finish
 
     def wait(*_: Any, **__: Any) -> Any:
         mark.touch()
         time.sleep(60.0)
+
+    def slow_finish(self: Any, summary: Any) -> None:
+        """Rank 0 ends last: its main thread sees the other rank's connection close meanwhile."""
+        if os.environ["RANK"] == "0":
+            time.sleep(1.5)
+        usual_finish(self, summary)
 
     def lost(function: Any) -> Any:
         def call(*args: Any, **more: Any) -> Any:
@@ -152,6 +160,7 @@ def stuck(argv: list[str], run: str, doing: str, record: str) -> tuple[list[int]
         models.token_logits = wait
     elif doing == "collective":
         step.agree_on_step = lost(usual[1])
+        trackers.Trackers.finish = slow_finish  # type: ignore[method-assign]
     else:
         step.reporting.report_step = lost(usual[2])
     os.environ["SFFN_EXIT_FILE"] = record
@@ -159,6 +168,7 @@ def stuck(argv: list[str], run: str, doing: str, record: str) -> tuple[list[int]
     del os.environ["SFFN_EXIT_FILE"]
     models.token_logits, step.agree_on_step, step.reporting.report_step = usual
     evaluate.evaluate = evaluation.evaluate
+    trackers.Trackers.finish = usual_finish  # type: ignore[method-assign]
     while not mark.exists():
         time.sleep(0.05)
     time.sleep(0.5)

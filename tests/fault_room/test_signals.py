@@ -148,7 +148,7 @@ def test_a_stop_elsewhere(nursery: Callable[..., Any], config: Path, tmp_path: P
         assert 7.0 <= seconds < 12.0
         assert "its state could not be saved in 7 s (guards.stop_seconds = 7)" in reason
     else:
-        assert seconds < 6.0
+        assert seconds < 7.5, "before the deadline that would end it"
         step = {"evaluation": 2, "collective": 2, "sample": 4}[doing]
         assert f"after step {step} of 4, within " in reason
         assert reason.endswith(f"which was given up; saved in {run}/checkpoints/step_{step:08d}")

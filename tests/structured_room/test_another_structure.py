@@ -12,7 +12,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,22 @@ class KroneckerOps(StructureOps):
         return {"right": (root * vh[0]).view(k, k), "left": (root * u[:, 0]).view(rows, columns)}
 
 
-if Kronecker.kind not in registry.kinds():  # ranks read this file once for every case
-    registry.register(Kronecker, KroneckerOps)
+def register() -> None:
+    if Kronecker.kind not in registry.kinds():
+        registry.register(Kronecker, KroneckerOps)
+
+
+if "RANK" in os.environ:  # ranks read this file once for every case
+    register()
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    """Other tests of this process know the built-in structures alone."""
+    register()
+    yield
+    del registry._registered[Kronecker.kind]
+
 
 LAYERS, H, F, K, VOCAB, SEQUENCE = 2, 32, 64, 4, 64, 16
 STEPS, SAVED = 9, 4  # guided in steps 2 to 5: saved while it lasts
