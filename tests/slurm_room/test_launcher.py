@@ -209,15 +209,15 @@ def test_any_list_of_hosts(case: tuple[str, list[str]]) -> None:
 def test_hosts_as_slurm_reads_them(tmp_path: Path) -> None:
     """scontrol needs a configuration for anything at all, but no daemon."""
     (tmp_path / "slurm.conf").write_text("ClusterName=none\nSlurmctldHost=localhost\nNodeName=n1\n")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    environment["SLURM_CONF"] = str(tmp_path / "slurm.conf")
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    variables["SLURM_CONF"] = str(tmp_path / "slurm.conf")
 
     @settings(max_examples=50, deadline=None)  # a process each
     @given(host_lists(tails=("",)))  # it shows nothing for n[1]-ib
     def agree(case: tuple[str, list[str]]) -> None:
         text, _ = case
         done = subprocess.run(
-            ["scontrol", "show", "hostnames", text], env=environment, capture_output=True, text=True
+            ["scontrol", "show", "hostnames", text], env=variables, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         assert environment.hosts(text) == done.stdout.split()
