@@ -79,6 +79,16 @@ def test_the_global_batch_does_not_depend_on_the_layout(step: int, world: int, m
     assert np.array_equal(np.concatenate([part.reshape(-1, 9) for part in parts]), whole[0])
 
 
+@given(first=st.integers(0, 300), step=st.integers(0, 60))
+def test_a_later_first_sample_goes_on_with_the_same_sequence(first: int, step: int) -> None:
+    """init_from.data: the next samples after another run's last, over the ends of epochs too."""
+    tokens = np.arange(37 * 4 + 1, dtype=np.uint16)
+    whole = Batches(tokens, 4, 1, 5)
+    later = Batches(tokens, 4, 3, 5, first)
+    expected = [int(whole.samples(first + 3 * step + i)[0]) for i in range(3)]
+    assert later.samples(step).tolist() == expected
+
+
 def test_at_refuses_what_does_not_divide() -> None:
     batches = Batches(np.arange(100), 8, 6, 0)
     with pytest.raises(

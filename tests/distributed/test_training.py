@@ -252,6 +252,16 @@ def test_gradients_reduced_in_pieces_are_the_same(
     assert pieces["norms"] == whole["norms"]
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_partial_sums_in_pieces_are_the_same(train: Callable[..., dict[str, Any]], stage: int) -> None:
+    """Of 100 elements, which no factor's gradient fits into: each of those is a bucket by itself."""
+    layout = tree("low_rank", tensor=2, sequence=True, stage=stage)
+    whole, pieces = (train(2, layout, steps=5, **options) for options in ({}, {"sums": 100}))
+    assert pieces["losses"] == whole["losses"]
+    assert pieces["norms"] == whole["norms"]
+    assert pieces["state"] == whole["state"]
+
+
 def test_gradient_norm_in_bf16(train: Callable[..., dict[str, Any]]) -> None:
     """Every stage reports, and clips by, the norm over all tensor-parallel ranks."""
     one = train(1, tree("low_rank"), steps=3)

@@ -32,7 +32,7 @@ from sffn_dist.spec import schedule as schedules
 from sffn_dist.spec.plan import communication
 from sffn_dist.spec.split_table import model_tensors
 from sffn_dist.training import engine as engines
-from sffn_dist.training import engine_state, phases, resume
+from sffn_dist.training import engine_state, partial_sums, phases, resume
 from sffn_dist.training.bad_steps import BadSteps
 from sffn_dist.training.hooks import checkpoint
 from sffn_dist.training.run import TrainingRun
@@ -52,6 +52,14 @@ def join(config: configs.Config) -> topology.Topology:
     return topology.groups(config.parallel.tensor)
 
 
+@contextlib.contextmanager
+def summed_at_once(elements: int) -> Iterator[None]:
+    """Partial gradients are summed over the tensor-parallel group in buckets of this size."""
+    usual, partial_sums.BUCKET = partial_sums.BUCKET, elements
+    yield
+    partial_sums.BUCKET = usual
+
+
 def train(
     tree: dict[str, Any],
     steps: int,
@@ -60,16 +68,21 @@ def train(
     nan_at: int | None = None,
     part_all: bool = False,
     bucket: int | None = None,
+    sums: int = partial_sums.BUCKET,
 ) -> dict[str, Any]:
     """Losses and gradient norms of ``steps`` steps (from the newest checkpoint in run.dir, if any), then what
     came out.
 
     ``nan_at``: the step whose loss is made nan. ``part_all``: ZeRO 3 parts and frees every parameter; it
-    would leave such small ones whole. ``bucket``: elements that ZeRO reduces at once.
+    would leave such small ones whole. ``bucket``: elements that ZeRO reduces at once; ``sums``: that are
+    summed at once over the tensor-parallel group.
     """
-    with zero_settings(
-        **({"stage3_param_persistence_threshold": 0} if part_all else {}),
-        **({"reduce_bucket_size": bucket} if bucket else {}),
+    with (
+        summed_at_once(sums),
+        zero_settings(
+            **({"stage3_param_persistence_threshold": 0} if part_all else {}),
+            **({"reduce_bucket_size": bucket} if bucket else {}),
+        ),
     ):
         run = begin(tree, precision)
         config, start = run.config, run.step
