@@ -53,6 +53,9 @@ def test_a_padded_model_computes_what_it_did(
     weights, more = pair
     assert (more.config.model.vocab, more.config.vocab_unpadded) == (PADDED, VOCAB)
     assert padded(more, 16) is more
+    fresh = padded(weights, 16).full("embedding.word_embeddings.weight")
+    assert fresh.shape[0] == PADDED
+    assert not fresh[VOCAB:].any()
     logits = reference(more, tokens)
     assert torch.allclose(logits[..., :VOCAB], reference(weights, tokens), atol=1e-5)
     assert (logits[..., VOCAB:] == torch.finfo(torch.float32).min).all()
