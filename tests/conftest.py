@@ -36,6 +36,12 @@ def _load(path: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def load_module() -> Callable[[Path], Any]:
+    """``load_module(file)``: a file that no package holds, as a module."""
+    return _load
+
+
+@pytest.fixture(scope="session")
 def pools() -> Iterator[dict[tuple[int, int], Any]]:
     """Pools of living ranks, by number and tensor-parallel size."""
     living: dict[tuple[int, int], Any] = {}

@@ -146,6 +146,10 @@ class Zero(Section):
         "fp32", description="in which bf16 training sums gradients over the data-parallel ranks"
     )
 
+    def reduces_in(self, precision: str) -> Literal["fp32", "bf16"]:
+        """The dtype of those sums in training of this precision: in fp32 always that."""
+        return self.reduce_dtype if precision == "bf16" else "fp32"
+
 
 class InitFrom(Section):
     """Whose weights this run starts from; a text alone is its ``path``."""

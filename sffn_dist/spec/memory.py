@@ -59,7 +59,7 @@ def _reduced_at_once(config: Config, precision: str, *, guide: bool) -> int:
     of what is reduced over the data-parallel ranks at once.
     """
     stage, low = config.zero.stage, 2 if precision == "bf16" else 4
-    reduced = 4 if config.zero.reduce_dtype == "fp32" else low
+    reduced = 4 if config.zero.reduces_in(precision) == "fp32" else 2
     bucket = {
         # a copy of the sums, and one in the dtype of the reduction
         1: 4 + (reduced if reduced != 4 else 0),

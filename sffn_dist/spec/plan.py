@@ -65,10 +65,7 @@ def plan(
         "accumulation_steps": config.accumulation_steps(data_parallel),
         "micro_batch": micro_batch.summary(config, target, micro_batch_reason),
         "memory_per_rank": micro_batch.memory(config, target),
-        "zero": {
-            "stage": config.zero.stage,
-            "reduce_dtype": config.zero.reduce_dtype if precision == "bf16" else "fp32",
-        },
+        "zero": {"stage": config.zero.stage, "reduce_dtype": config.zero.reduces_in(precision)},
         "communication": communication(config, precision, data_parallel),
         "checkpoint_bytes": checkpoint_bytes(config, guide=guided),
         "checkpoint": config.checkpoint.model_dump(mode="json"),
@@ -112,7 +109,7 @@ def communication(config: Config, precision: str, data_parallel: int) -> dict[st
         "guide": _received(guides, size, steps),
         "all_dense": _received(traffic.step_traffic(counts.all_dense(config), data_parallel), size),
         "data_parallel": _by_purpose(
-            traffic.zero_traffic(config, precision, data_parallel, guide=bool(guided)), size
+            traffic.zero_traffic(config, precision, data_parallel, guide=bool(guided))
         ),
     }
 
@@ -135,10 +132,10 @@ def _by_linear(moved: list[traffic.Transfer]) -> dict[str, list[traffic.Transfer
     return places
 
 
-def _by_purpose(moved: list[traffic.Transfer], size: int) -> dict[str, float]:
-    """Bytes of gradients, of weights, and of both."""
+def _by_purpose(moved: list[traffic.Transfer]) -> dict[str, float]:
+    """Bytes of gradients, of weights, and of both; each transfer says its elements' size."""
     found = {
-        purpose: float(sum(t.elements * (t.size or size) for t in moved if t.purpose == purpose))
+        purpose: float(sum(t.elements * (t.size or 0) for t in moved if t.purpose == purpose))
         for purpose in ("gradient", "weights")
     }
     return {**found, "bytes": sum(found.values())}

@@ -275,7 +275,7 @@ def zero_traffic(config: Config, precision: str, data_parallel: int, *, guide: b
     """
     stage, steps = config.zero.stage, config.accumulation_steps(data_parallel)
     low = 2 if precision == "bf16" else 4
-    reduced = 4 if config.zero.reduce_dtype == "fp32" else low
+    reduced = 4 if config.zero.reduces_in(precision) == "fp32" else 2
     n, group = parameters_per_rank(config, guide=guide), TrafficGroup(data_parallel, 0, False)
     sums = group.moved("gradient", "reduce_scatter" if stage == 3 else "all_reduce", n)
     weights = group.moved("weights", "all_gather", n) if stage else ()

@@ -60,7 +60,7 @@ def deepspeed_config(config: Config, precision: str, data_parallel: int, *, guid
         # it waits for the device twice a micro-step; the run measures its own speed
         "timers": {"throughput": {"enabled": False}},
         # over the data-parallel ranks
-        "communication_data_type": config.zero.reduce_dtype if bf16 else "fp32",
+        "communication_data_type": config.zero.reduces_in(precision),
     }
     if bf16:
         # sums over micro-steps in fp32: hundreds of bf16 additions would lose the small gradients

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,9 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def launches() -> Any:
+def launches(load_module: Callable[[Path], Any]) -> Any:
     """The module of that name beside this file."""
-    path = Path(__file__).with_name("launches.py")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_module(Path(__file__).with_name("launches.py"))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def reference() -> Any:
+def reference(load_module: Callable[[Path], Any]) -> Any:
     """tools/config_reference.py as a module."""
-    spec = importlib.util.spec_from_file_location("config_reference", ROOT / "tools/config_reference.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(ROOT / "tools/config_reference.py")
 
 
 def test_the_page_is_fresh(reference: Any) -> None:
